@@ -1,0 +1,201 @@
+"""What a caller may ask for: engine, drafting, sampling and request options, checked when they are made.
+
+All objects are frozen and keyword-only; an unknown option or a value out of range raises `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from copyspec_engine.errors import ConfigError
+
+__all__ = [
+    "AdaptiveDrafter",
+    "CopySpecDrafter",
+    "DrafterConfig",
+    "EngineConfig",
+    "GenerationRequest",
+    "NoDrafter",
+    "SamplingParams",
+    "drafter_from_name",
+]
+
+BUNDLED_MODEL = "bundled"
+
+
+class _Options(BaseModel):
+    """Frozen options whose validation errors are `ConfigError`s that name the value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+
+    def __init__(self, **values: Any) -> None:  # noqa: ANN401 - pydantic checks each value
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self).__name__, error)) from None
+
+
+def _explain(owner: str, error: ValidationError) -> str:
+    """One line per problem: `Got temperature=-1 but expected ...`."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        name = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("Drafter", "Validator()]")))
+        expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"Got unknown option {name}={problem['input']!r} for {owner}: check the spelling")
+        elif problem["type"] == "missing":
+            lines.append(f"Got no {name} for {owner} but it is required")
+        elif not name:
+            lines.append(expected)
+        else:
+            lines.append(f"Got {name}={problem['input']!r} but expected {expected}")
+    return "; ".join(dict.fromkeys(lines))
+
+
+class AdaptiveDrafter(_Options):
+    """Draft the continuation of the longest, most recent match, as long as the measured cost of a step allows."""
+
+    name: Literal["adaptive"] = "adaptive"
+    max_draft_tokens: int = Field(default=192, ge=1, le=1024)
+    """Most tokens drafted in one step."""
+
+
+class CopySpecDrafter(_Options):
+    """The published algorithm (arXiv 2502.08923, section 3): earliest occurrence of the last tokens, a fixed block."""
+
+    name: Literal["copyspec"] = "copyspec"
+    min_match_tokens: int = Field(default=3, ge=1, le=64)
+    """Tokens that must match before copying starts (the paper's gamma)."""
+    block: int = Field(default=10, ge=1, le=1024)
+    """Tokens drafted after each match."""
+
+
+class NoDrafter(_Options):
+    """Plain decoding: one token per forward pass."""
+
+    name: Literal["none"] = "none"
+
+
+def drafter_from_name(value: object) -> object:
+    """The drafter with default options for one of the names "adaptive", "copyspec" and "none"; else `value`."""
+    if not isinstance(value, str):
+        return value
+    kinds = {"adaptive": AdaptiveDrafter, "copyspec": CopySpecDrafter, "none": NoDrafter}
+    if value not in kinds:
+        raise ValueError(f"one of {', '.join(sorted(kinds))}")
+    return kinds[value]()
+
+
+DrafterConfig = Annotated[
+    Annotated[AdaptiveDrafter | CopySpecDrafter | NoDrafter, Field(discriminator="name")],
+    BeforeValidator(drafter_from_name),
+]
+"""A drafter object, or its name as a string."""
+
+
+class EngineConfig(_Options):
+    """What to load and how much memory to use. Hashable, so that equal configs can share one engine."""
+
+    model: str = Field(default=BUNDLED_MODEL, min_length=1)
+    """Hub name or local folder of a decoder; "bundled" is the small model that ships with this package."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """"auto" takes the first GPU that works, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus answer, in tokens; default and upper limit: the model's own context."""
+    kv_cache_tokens: int | None = Field(default=None, ge=2)
+    """Token slots in the KV pool; default: four contexts, at most a quarter of the free memory."""
+    max_running: int = Field(default=16, ge=1, le=1024)
+    """Requests that are decoded in turn; later ones wait."""
+    max_prefill_tokens: int = Field(default=512, ge=1)
+    """Prompt tokens processed in one forward pass, so that a long prompt does not stall other requests."""
+    drafter: DrafterConfig = AdaptiveDrafter()
+    """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec" or "none"."""
+    max_sessions: int = Field(default=256, ge=1)
+    """Conversations remembered; the least recently used one is forgotten first."""
+    max_session_tokens: int = Field(default=1_000_000, ge=64)
+    """Tokens that one conversation's memory may hold; the oldest texts go first."""
+    step_cost: tuple[tuple[int, float], ...] | None = None
+    """(tokens in a verify pass, relative or absolute seconds), ascending; default: measured when the model loads."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+
+    @model_validator(mode="after")
+    def _check_step_cost(self) -> EngineConfig:
+        points = self.step_cost
+        if points is not None:
+            widths = [width for width, _ in points]
+            if len(points) < 2 or widths[0] != 1 or widths != sorted(set(widths)) or min(s for _, s in points) <= 0:
+                raise ValueError(
+                    f"Got step_cost={points!r} but expected at least two (tokens, seconds) pairs in ascending order of "
+                    "tokens, starting at 1 token, with positive seconds"
+                )
+        return self
+
+
+class SamplingParams(_Options):
+    """How tokens are chosen and when to stop. Drafting never changes the result."""
+
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    """0 is greedy decoding."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Keep the fewest tokens whose probabilities reach this sum."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Keep this many of the most likely tokens."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Noise is a function of (seed, position): the same seed gives the same tokens. Default: a fresh random seed."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens to generate; default: up to the end of the context."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer besides the model's own end-of-sequence ids."""
+    ignore_eos: bool = False
+    """Go on after the model's own end-of-sequence ids."""
+
+    @model_validator(mode="after")
+    def _check_stop(self) -> SamplingParams:
+        if any(not text for text in self.stop):
+            raise ValueError(f"Got stop={self.stop!r} but expected texts of at least one character")
+        return self
+
+
+def _request_id() -> str:
+    return uuid.uuid4().hex
+
+
+class GenerationRequest(_Options):
+    """One call: exactly one of `messages`, `prompt` and `prompt_token_ids`.
+
+    `messages` are chat-template dicts ({"role": ..., "content": ...}); `prompt` is raw text without a template.
+    """
+
+    messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    """OpenAI-style function schemas for the chat template; only with `messages`."""
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    sampling: SamplingParams = SamplingParams()
+    session_id: str | None = Field(default=None, min_length=1)
+    """The conversation this call belongs to: its texts are copy sources, its KV prefix is reused."""
+    drafter: DrafterConfig | None = None
+    """Overrides the engine's drafter for this call."""
+    request_id: str = Field(default_factory=_request_id, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_input(self) -> GenerationRequest:
+        given = [name for name in ("messages", "prompt", "prompt_token_ids") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"Got {' and '.join(given) or 'no input'} but expected exactly one of messages, prompt, prompt_token_ids"
+            )
+        if not cast("Sequence[object]", getattr(self, given[0])):
+            raise ValueError(f"Got an empty {given[0]} but expected at least one {given[0].removesuffix('s')}")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("Got tools without messages: tools are written into the prompt by the chat template")
+        return self

@@ -1,0 +1,78 @@
+"""Every error that this package raises on purpose.
+
+CopySpecError
+├── ConfigError (also ValueError)   an option, request or message has a value that cannot work
+├── ModelLoadError                  weights or tokenizer could not be read, or do not fit in memory
+├── UnsupportedModelError           the model loads, but its architecture cannot be served losslessly
+├── ContextOverflowError            prompt plus requested output exceed the context or the KV pool
+├── EngineStoppedError              the engine was closed, or its loop died (`cause` says of what)
+└── RequestFailedError              one request failed in its forward pass; the engine goes on
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "ContextOverflowError",
+    "CopySpecError",
+    "EngineStoppedError",
+    "ModelLoadError",
+    "RequestFailedError",
+    "UnsupportedModelError",
+    "missing_extra",
+]
+
+
+class CopySpecError(Exception):
+    """Base class of every error raised by this package."""
+
+
+class ConfigError(CopySpecError, ValueError):
+    """A value that cannot work; the message names the value and what was expected."""
+
+
+class ModelLoadError(CopySpecError):
+    """The model folder or hub name could not be loaded."""
+
+
+class UnsupportedModelError(CopySpecError):
+    """The model's architecture cannot be served losslessly by this engine."""
+
+
+class ContextOverflowError(CopySpecError):
+    """The request does not fit, found before any work was done.
+
+    Attributes:
+        num_tokens: tokens that the request needs.
+        max_tokens: tokens that the model's context or the KV pool can hold.
+    """
+
+    def __init__(self, num_tokens: int, max_tokens: int, what: str = "the model's context") -> None:
+        super().__init__(
+            f"Got a request of {num_tokens} tokens but {what} holds {max_tokens}: shorten the messages, lower "
+            "max_tokens, or use a model with a longer context"
+        )
+        self.num_tokens = num_tokens
+        self.max_tokens = max_tokens
+
+
+class EngineStoppedError(CopySpecError):
+    """The engine takes no more requests.
+
+    Attributes:
+        cause: what stopped the loop; None if the engine was closed by its owner.
+    """
+
+    def __init__(self, cause: BaseException | None = None) -> None:
+        reason = f"its loop failed with {type(cause).__name__}: {cause}" if cause else "it was closed"
+        super().__init__(f"The engine has stopped: {reason}. Create a new Engine to go on")
+        self.cause = cause
+
+
+class RequestFailedError(CopySpecError):
+    """One request failed while the engine was working on it; other requests are not affected."""
+
+
+def missing_extra(package: str, extra: str) -> CopySpecError:
+    """The error for an optional package that is not installed, with the exact command that installs it."""
+    return CopySpecError(f'{package} is not installed. Run: pip install "copyspec[{extra}]"')

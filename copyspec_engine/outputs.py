@@ -1,0 +1,106 @@
+"""What a call gives back: chunks while it runs, then the whole answer with its counts and times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["DraftStats", "FinishReason", "GenerationOutput", "Segment", "StreamChunk", "Timing", "Usage"]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""stop: an end-of-sequence id or a stop text; length: max_tokens or the context is full; cancelled: by the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of the answer's text, and whether its tokens were accepted from a copied draft."""
+
+    text: str
+    copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one call."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was reused from an earlier call of the session."""
+    completion_tokens: int = 0
+    """Sampled tokens, the end-of-sequence token included."""
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStats:
+    """How the answer's tokens came about."""
+
+    num_forward_passes: int = 0
+    """Forward passes that sampled a token (the last prompt chunk's pass is one of them)."""
+    num_prefill_passes: int = 0
+    """Forward passes that only read prompt tokens."""
+    num_draft_tokens: int = 0
+    """Draft tokens offered for verification."""
+    num_accepted_tokens: int = 0
+    """Tokens of the answer that came from accepted drafts."""
+    accepted_lengths: tuple[int, ...] = ()
+    """Accepted draft tokens of each forward pass, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall-clock seconds of one call, from `submit`."""
+
+    queue_s: float = 0.0
+    """Until the first forward pass began."""
+    ttft_s: float = 0.0
+    """Until the first token was sampled."""
+    total_s: float = 0.0
+    """Until the last token was sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """A whole answer. Joining the chunks of a stream gives the same."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    draft_stats: DraftStats
+    timing: Timing
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Sampled tokens per forward pass; 1.0 for plain decoding."""
+        return self.usage.completion_tokens / max(self.draft_stats.num_forward_passes, 1)
+
+    @property
+    def copied_share(self) -> float:
+        """Share of the answer's tokens that came from accepted drafts, 0 to 1."""
+        return self.draft_stats.num_accepted_tokens / max(self.usage.completion_tokens, 1)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.usage.completion_tokens / self.timing.total_s if self.timing.total_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """What one step added to an answer. The last chunk has `output`, the whole answer, and may have no text."""
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    """`text` in pieces that were copied or not."""
+    output: GenerationOutput | None = field(default=None)
+
+    @property
+    def is_last(self) -> bool:
+        return self.output is not None
