@@ -1,0 +1,46 @@
+# Two commands: `make demo` and `make test`. Both create .venv and install what they need on the first run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/cpu.txt
+INPUTS := pyproject.toml $(CONSTRAINTS)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.for-demo
+	@echo "==> Main job: a document-rewrite chain on the bundled model, beside plain decoding and transformers"
+	$(BIN)/copyspec demo --compare
+
+test: lint
+	@echo "==> Tests"
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.for-test
+	@echo "==> Format, lint and types"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.for-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.created:
+	@echo "==> Creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 10) else "copyspec needs Python 3.10 or newer, but $(PYTHON) is " + v + ". Try: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.for-demo: $(VENV)/.created $(INPUTS)
+	@echo "==> Installing copyspec with its two integrations (a few minutes the first time)"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index]'
+	@touch $@
+
+$(VENV)/.for-test: $(VENV)/.for-demo $(INPUTS)
+	@echo "==> Installing what the tests need"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,23 @@
+"""Settings of every test run: no model hub, and GPU tests skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Set before anything imports transformers, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False")
+        for item in marked:
+            item.add_marker(skip)
