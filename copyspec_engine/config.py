@@ -192,7 +192,8 @@ class GenerationRequest(_Options):
         given = [name for name in ("messages", "prompt", "prompt_token_ids") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"Got {' and '.join(given) or 'no input'} but expected exactly one of messages, prompt, prompt_token_ids"
+                f"Got {' and '.join(given) or 'no input'} but expected exactly one of messages, prompt and "
+                "prompt_token_ids"
             )
         if not cast("Sequence[object]", getattr(self, given[0])):
             raise ValueError(f"Got an empty {given[0]} but expected at least one {given[0].removesuffix('s')}")

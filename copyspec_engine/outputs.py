@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["DraftStats", "FinishReason", "GenerationOutput", "Segment", "StreamChunk", "Timing", "Usage"]
+__all__ = ["DraftStats", "EngineInfo", "FinishReason", "GenerationOutput", "Segment", "StreamChunk", "Timing", "Usage"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """stop: an end-of-sequence id or a stop text; length: max_tokens or the context is full; cancelled: by the caller."""
@@ -104,3 +104,20 @@ class StreamChunk:
     @property
     def is_last(self) -> bool:
         return self.output is not None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine has loaded, and on what."""
+
+    model: str
+    architecture: str
+    device: str
+    dtype: str
+    max_model_len: int
+    num_parameters: int
+    num_kv_slots: int
+    kv_bytes_per_token: int
+    step_cost: tuple[tuple[int, float], ...]
+    """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller."""
+    versions: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,85 @@
+"""Local language models that never retype what the conversation already says.
+
+The engine speculates that the answer copies from the conversation, verifies a long draft in one forward pass, and gives
+exactly the tokens that plain decoding would give:
+
+    from copyspec_engine import Engine, GenerationRequest
+
+    with Engine() as engine:
+        answer = engine.generate(GenerationRequest(messages=[{"role": "user", "content": "..."}]))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from copyspec_engine.config import (
+    AdaptiveDrafter,
+    CopySpecDrafter,
+    EngineConfig,
+    GenerationRequest,
+    NoDrafter,
+    SamplingParams,
+)
+from copyspec_engine.errors import (
+    ConfigError,
+    ContextOverflowError,
+    CopySpecError,
+    EngineStoppedError,
+    ModelLoadError,
+    RequestFailedError,
+    UnsupportedModelError,
+    missing_extra,
+)
+from copyspec_engine.outputs import (
+    DraftStats,
+    EngineInfo,
+    FinishReason,
+    GenerationOutput,
+    Segment,
+    StreamChunk,
+    Timing,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from copyspec_engine.engine import Engine, RequestHandle, shared_engine
+
+__all__ = [
+    "AdaptiveDrafter",
+    "ConfigError",
+    "ContextOverflowError",
+    "CopySpecDrafter",
+    "CopySpecError",
+    "DraftStats",
+    "Engine",
+    "EngineConfig",
+    "EngineInfo",
+    "EngineStoppedError",
+    "FinishReason",
+    "GenerationOutput",
+    "GenerationRequest",
+    "ModelLoadError",
+    "NoDrafter",
+    "RequestFailedError",
+    "RequestHandle",
+    "SamplingParams",
+    "Segment",
+    "StreamChunk",
+    "Timing",
+    "UnsupportedModelError",
+    "Usage",
+    "missing_extra",
+    "shared_engine",
+]
+
+_NEEDS_TORCH = ("Engine", "RequestHandle", "shared_engine")
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything
+    """Load torch and transformers only when the engine is used: importing a config must stay quick."""
+    if name in _NEEDS_TORCH:
+        from copyspec_engine import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

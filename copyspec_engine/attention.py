@@ -1,0 +1,205 @@
+"""Attention over the KV pool, plugged into any transformers decoder.
+
+Importing this module registers the attention function "copyspec". A forward pass hands it a `KVBatch` through the
+model's keyword arguments; it writes the new tokens' keys and values to their slots and attends over the row's slots.
+
+Not covered: several rows in one call, and kernels that read scattered slots in place on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name everyone knows
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from copyspec_engine.errors import UnsupportedModelError
+
+__all__ = ["ATTENTION_NAME", "KVBatch", "KVStore"]
+
+ATTENTION_NAME = "copyspec"
+
+Slots = slice | torch.Tensor
+
+
+class KVStore:
+    """The pool's tensors: for each layer keys and values of shape (kv_heads, slots, head_dim).
+
+    A layer's tensors are made when it first writes, since only then its shapes are known for certain.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that have written."""
+        return len(self._layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(t.element_size() * t.shape[0] * t.shape[2] for layer in self._layers.values() for t in layer)
+
+    def write(
+        self, layer: int, slots: Slots, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values of one row's new tokens, each (kv_heads, new, head_dim); returns the layer's."""
+        if layer not in self._layers:
+            self._layers[layer] = (self._empty(key), self._empty(value))
+        keys, values = self._layers[layer]
+        keys[:, slots] = key
+        values[:, slots] = value
+        return keys, values
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        # Zeros rather than uninitialised memory: a masked slot's NaN would still spoil a softmax sum.
+        return torch.zeros((like.shape[0], self.num_slots, like.shape[2]), dtype=like.dtype, device=like.device)
+
+
+@dataclass(slots=True)
+class KVBatch:
+    """Where one row's tokens are, for one forward pass.
+
+    Args:
+        store: the pool's tensors.
+        write: slots of the `new` tokens of this pass.
+        read: slots of the whole row, the new tokens last; `context` of them.
+        positions: position of each token of the row, shape (context,).
+        visible: which of the new tokens each new token sees, shape (new, new); None for a plain chain.
+    """
+
+    store: KVStore
+    write: Slots
+    read: Slots
+    positions: torch.Tensor
+    num_new: int
+    visible: torch.Tensor | None
+    _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scores, shape (new, context): 0 or -inf; None if every new token sees the whole row."""
+        context = len(self.positions)
+        if window is not None and context <= window:
+            window = None
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window, dtype, context)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None, dtype: torch.dtype, context: int) -> torch.Tensor | None:
+        new, device = self.num_new, self.positions.device
+        if new == 1 and window is None:
+            return None
+        hidden = torch.ones((new, context), dtype=torch.bool, device=device).triu_(context - new + 1)
+        if self.visible is not None:
+            hidden[:, context - new :] = ~self.visible
+        if window is not None:
+            distance = self.positions[context - new :, None] - self.positions[None, :]  # (new, context)
+            hidden |= distance >= window
+        return torch.zeros((new, context), dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, new, head_dim)
+    key: torch.Tensor,  # (1, kv_heads, new, head_dim)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    kv_batch: KVBatch | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one row's new tokens over its slots; refuses what it does not know rather than ignore it."""
+    if kv_batch is None or attention_mask is not None or dropout or is_causal is False:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for attention that this engine does not serve "
+            f"(kv_batch={kv_batch is not None}, mask={attention_mask is not None}, {dropout=}, {is_causal=})"
+        )
+    unknown = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
+    if unknown:
+        raise UnsupportedModelError(f"{type(module).__name__} passes unknown attention options: {', '.join(unknown)}")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = kv_batch.store.write(layer, kv_batch.write, key[0], value[0])
+    keys, values = keys[:, kv_batch.read], values[:, kv_batch.read]  # (kv_heads, context, head_dim)
+    mask = kv_batch.mask(sliding_window, query.dtype)
+    if softcap is not None or s_aux is not None:
+        out = _eager_attention(query[0], keys, values, mask, scaling, softcap, s_aux)
+    else:
+        out = _fused_attention(query, keys, values, mask, scaling)
+    return out.transpose(1, 2).contiguous(), None  # (1, new, heads, head_dim)
+
+
+_HARMLESS = frozenset(
+    {"cache_position", "output_attentions", "output_router_logits", "position_embeddings", "position_ids", "use_cache"}
+)
+"""Keywords that do not change the scores: positions are in the rotated keys already, the rest asks for more outputs."""
+
+
+def _fused_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """SDPA; a single new token packs the query heads of a group as rows, which spares repeating keys and values."""
+    _, heads, new, _ = query.shape
+    grouped = heads != keys.shape[0]
+    if new == 1 and grouped:
+        packed = query.view(1, keys.shape[0], -1, query.shape[-1])  # (1, kv_heads, heads / kv_heads, head_dim)
+        out = F.scaled_dot_product_attention(packed, keys[None], values[None], attn_mask=mask, scale=scaling)
+        return out.reshape(1, heads, 1, -1)
+    return F.scaled_dot_product_attention(
+        query, keys[None], values[None], attn_mask=mask, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _eager_attention(
+    query: torch.Tensor,  # (heads, new, head_dim)
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with capped scores (Gemma 2) or a learnt sink per head (gpt-oss), which SDPA does not have."""
+    heads, new, dim = query.shape
+    kv_heads, context, _ = keys.shape
+    packed = query.reshape(kv_heads, -1, dim)  # (kv_heads, heads / kv_heads * new, head_dim)
+    scores = packed @ keys.transpose(1, 2) * (dim**-0.5 if scaling is None else scaling)
+    scores = scores.view(heads, new, context)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(heads, 1, 1).expand(heads, new, 1).to(scores.dtype)), dim=-1)
+    weights = scores.float().softmax(dim=-1)[..., :context].to(query.dtype)
+    return (weights.view(kv_heads, -1, context) @ values).view(1, heads, new, -1)
+
+
+def visibility(parents: Sequence[int], num_before: int, device: torch.device) -> torch.Tensor:
+    """Which new tokens see which: `num_before` pending tokens in a chain, then the nodes of a draft tree.
+
+    Example: one pending token and parents (-1, 0, -1): node 2 sees the pending token and itself, not nodes 0 and 1.
+    """
+    size = num_before + len(parents)
+    seen = torch.zeros((size, size), dtype=torch.bool)
+    for row in range(size):
+        parent = row - 1 if row < num_before else num_before + parents[row - num_before]
+        if row >= num_before and parents[row - num_before] < 0:
+            parent = num_before - 1
+        if parent >= 0:
+            seen[row] = seen[parent]
+        seen[row, row] = True
+    return seen.to(device)
+
+
+AttentionInterface.register(ATTENTION_NAME, _attend)
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *_args, **_kwargs: None)

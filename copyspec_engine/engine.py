@@ -1,0 +1,411 @@
+"""The engine: one loop in one thread, with sync and async front doors.
+
+Callers on any thread submit requests and read chunks; only the loop thread touches sequences, memory, the KV pool and
+the model. A request that fails takes nobody with it; an error that stops the loop reaches every caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import importlib.metadata
+import logging
+import platform
+import queue
+import secrets
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+
+from copyspec_engine.config import EngineConfig, GenerationRequest
+from copyspec_engine.drafter import CostCurve, Drafter, DraftTree
+from copyspec_engine.errors import ConfigError, ContextOverflowError, EngineStoppedError, RequestFailedError
+from copyspec_engine.kv_pool import KVPool
+from copyspec_engine.memory import SessionStore
+from copyspec_engine.model_runner import LoadedModel, load_model
+from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
+from copyspec_engine.sampler import sample
+from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler
+from copyspec_engine.sequence import Sequence
+from copyspec_engine.verify import Verdict, verify
+
+__all__ = ["Engine", "RequestHandle", "shared_engine"]
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[StreamChunk | Exception], None]
+"""Takes a request's chunks, or the error that ended it; called on the loop thread, must not block."""
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class RequestHandle:
+    """A submitted request: iterate over its chunks, once, or wait for its `result`.
+
+    Raises, when read:
+        RequestFailedError: the request failed in the engine.
+        EngineStoppedError: the engine stopped before it was finished.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._items: queue.SimpleQueue[StreamChunk | Exception] = queue.SimpleQueue()
+
+    def _put(self, item: StreamChunk | Exception) -> None:
+        self._items.put(item)
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        while True:
+            item = self._items.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if item.is_last:
+                return
+
+    def result(self) -> GenerationOutput:
+        """The whole answer, once it is finished."""
+        return _last_output(list(self), self.request_id)
+
+
+class Engine:
+    """Serves one model. Thread-safe; use it as a context manager or call `close` to free the model.
+
+    Args:
+        config: what to load; default: the bundled model.
+        model: a model that is loaded already (tests); then `config.model` only names it.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError: see `load_model`.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, *, model: LoadedModel | None = None) -> None:
+        self._config = config or EngineConfig()
+        self._model = model or load_model(self._config)
+        self._pool = KVPool(self._model.num_slots)
+        self._sessions = SessionStore(self._config.max_sessions, self._config.max_session_tokens, self._pool.release)
+        self._scheduler = Scheduler(
+            self._pool, self._sessions, self._config.max_running, self._config.max_prefill_tokens
+        )
+        self._drafter = Drafter(CostCurve(self._model.step_cost))
+        self._lock = threading.Lock()
+        self._requests: dict[str, tuple[Sequence, Sink]] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopped: EngineStoppedError | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="copyspec-engine", daemon=True)
+        self._thread.start()
+        _open_engines.add(self)
+
+    # ---- front doors, any thread -------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @property
+    def info(self) -> EngineInfo:
+        model = self._model
+        return EngineInfo(
+            model=model.name,
+            architecture=model.architecture,
+            device=model.device,
+            dtype=model.dtype,
+            max_model_len=model.max_model_len,
+            num_parameters=model.num_parameters,
+            num_kv_slots=model.num_slots,
+            kv_bytes_per_token=model.kv_bytes_per_token,
+            step_cost=model.step_cost,
+            versions={
+                "copyspec": importlib.metadata.version("copyspec"),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": importlib.metadata.version("transformers"),
+            },
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of raw text."""
+        return self._model.tokenizer.encode(text)
+
+    def decode(self, token_ids: Seq[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self._model.tokenizer.decode(token_ids)
+
+    def tokenize(self, request: GenerationRequest) -> list[int]:
+        """The token ids that the model would read for a request.
+
+        Raises:
+            ConfigError: the chat template refuses the messages, or a token id is not in the vocabulary.
+        """
+        if request.messages is not None:
+            return self._model.tokenizer.render(request.messages, request.tools)
+        if request.prompt is not None:
+            return self.encode(request.prompt)
+        ids = list(request.prompt_token_ids or ())
+        bad = next((token for token in ids if not 0 <= token < self._model.runner.vocab_size), None)
+        if bad is not None:
+            limit = self._model.runner.vocab_size - 1
+            raise ConfigError(f"Got prompt_token_ids with {bad} but expected ids from 0 to {limit}")
+        return ids
+
+    def submit(self, request: GenerationRequest) -> RequestHandle:
+        """Queue a request; tokenising and checks happen here, in the caller's thread.
+
+        Raises:
+            ConfigError: the input cannot be tokenised, or its request_id is in use.
+            ContextOverflowError: it needs more tokens than the context or the KV pool holds.
+            EngineStoppedError: the engine takes no more requests.
+        """
+        handle = RequestHandle(request.request_id)
+        self._enqueue(self._prepare(request), handle._put)
+        return handle
+
+    def stream(self, request: GenerationRequest) -> Iterator[StreamChunk]:
+        """Chunks as they are decoded. Closing the iterator cancels the request. Raises as `submit` does, at once."""
+        return self._read(self.submit(request))
+
+    def _read(self, handle: RequestHandle) -> Iterator[StreamChunk]:
+        try:
+            yield from handle
+        finally:
+            self.cancel(handle.request_id)
+
+    def generate(self, request: GenerationRequest) -> GenerationOutput:
+        """The whole answer. Raises as `submit` does."""
+        return _last_output(list(self.stream(request)), request.request_id)
+
+    async def astream(self, request: GenerationRequest) -> AsyncIterator[StreamChunk]:
+        """Chunks as they are decoded. Closing the iterator or cancelling the task cancels the request."""
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
+        sequence = await asyncio.to_thread(self._prepare, request)
+        self._enqueue(sequence, lambda item: _put_threadsafe(loop, items, item))
+        try:
+            while True:
+                item = await items.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.is_last:
+                    return
+        finally:
+            self.cancel(request.request_id)
+
+    async def agenerate(self, request: GenerationRequest) -> GenerationOutput:
+        """The whole answer, without blocking the event loop."""
+        chunks = [chunk async for chunk in self.astream(request)]
+        return _last_output(chunks, request.request_id)
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request at the next step; False if it is not running (any more)."""
+        with self._lock:
+            known = request_id in self._requests
+        if known:
+            self._commands.put(partial(self._cancel, request_id))
+        return known
+
+    def forget(self, session_id: str) -> bool:
+        """Erase a session's texts and KV; False if there is none."""
+        done: Future[bool] = Future()
+        with self._lock:
+            if self._stopped:
+                raise self._stopped
+            self._commands.put(lambda: done.set_result(self._sessions.forget(session_id)))
+        return done.result()
+
+    def close(self) -> None:
+        """Stop the loop and free the model; unfinished requests raise EngineStoppedError. Safe to call twice."""
+        self._closing = True
+        self._commands.put(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- between the front doors and the loop ------------------------------------------------------------------
+
+    def _prepare(self, request: GenerationRequest) -> Sequence:
+        """Tokenise and check a request."""
+        params, model = request.sampling, self._model
+        token_ids = self.tokenize(request)
+        if not token_ids:
+            raise ConfigError("Got an empty prompt: the text gives no tokens")
+        wanted = len(token_ids) + (params.max_tokens or 1)
+        if wanted > model.max_model_len:
+            raise ContextOverflowError(wanted, model.max_model_len)
+        if wanted > model.num_slots:
+            raise ContextOverflowError(wanted, model.num_slots, "the KV pool (kv_cache_tokens)")
+        limit = min(model.max_model_len, model.num_slots)
+        eos = frozenset() if params.ignore_eos else model.eos_token_ids
+        return Sequence(
+            request=request,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            max_total_tokens=wanted if params.max_tokens else limit,
+            eos_token_ids=eos | frozenset(params.stop_token_ids),
+            drafter=request.drafter or self._config.drafter,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            text=model.tokenizer.text_stream(params.stop),
+        )
+
+    def _enqueue(self, sequence: Sequence, sink: Sink) -> None:
+        request_id = sequence.request.request_id
+        with self._lock:
+            if self._stopped or self._closing:
+                raise self._stopped or EngineStoppedError()
+            if request_id in self._requests:
+                raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
+            self._requests[request_id] = (sequence, sink)
+            self._commands.put(partial(self._scheduler.add, sequence))
+
+    # ---- the loop thread ---------------------------------------------------------------------------------------
+
+    def step(self) -> list[StreamChunk]:
+        """One forward pass for every running request. Loop thread only."""
+        batch = self._scheduler.schedule()
+        try:
+            return self._advance(batch)
+        except Exception:
+            if not batch.rows:
+                raise
+            return [chunk for row in batch.rows for chunk in self._advance_alone(row)]
+
+    def _advance(self, batch: ScheduledBatch) -> list[StreamChunk]:
+        drafts = [self._drafter.propose(row.sequence) if row.samples else DraftTree() for row in batch.rows]
+        logits = self._model.runner.forward(batch, drafts)
+        sampled = [_sample(*row) for row in zip(batch.rows, drafts, logits, strict=True)]
+        verdicts = [verify(*pair) if pair[1] else None for pair in zip(drafts, sampled, strict=True)]
+        self._learn(batch, drafts, verdicts)
+        return self._scheduler.commit(batch, drafts, verdicts)
+
+    def _advance_alone(self, row: ScheduledRow) -> list[StreamChunk]:
+        """Repeat a row of a failed step: nothing was committed, so it goes on if it works and fails alone if not."""
+        try:
+            return self._advance(ScheduledBatch((row,)))
+        except Exception as error:
+            self._scheduler.remove(row.sequence)
+            failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._deliver(row.sequence.request.request_id, failure)
+            return []
+
+    def _learn(self, batch: ScheduledBatch, drafts: Seq[DraftTree], verdicts: Seq[Verdict | None]) -> None:
+        for row, draft, verdict in zip(batch.rows, drafts, verdicts, strict=True):
+            if verdict is not None:
+                self._drafter.observe(row.sequence, draft, len(verdict.accepted))
+
+    def _loop(self) -> None:
+        stopped = EngineStoppedError()
+        try:
+            while not self._closing:
+                self._run_commands()
+                if self._scheduler:
+                    for chunk in self.step():
+                        self._deliver(chunk.request_id, chunk)
+        except Exception as error:
+            logger.exception("the engine's loop failed")
+            stopped = EngineStoppedError(error)
+        self._stop(stopped)
+
+    def _run_commands(self) -> None:
+        """Carry out what callers asked for; waits for something to do while nothing runs."""
+        if not self._scheduler:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _cancel(self, request_id: str) -> None:
+        with self._lock:
+            entry = self._requests.get(request_id)
+        if entry is not None:
+            self._deliver(request_id, self._scheduler.cancel(entry[0]))
+
+    def _deliver(self, request_id: str, item: StreamChunk | Exception) -> None:
+        last = isinstance(item, Exception) or item.is_last
+        with self._lock:
+            entry = self._requests.pop(request_id, None) if last else self._requests.get(request_id)
+        if entry is None:
+            return
+        if not _hand(entry[1], entry[0], item) and not last:
+            with self._lock:
+                self._requests.pop(request_id, None)
+            self._scheduler.cancel(entry[0])
+
+    def _stop(self, reason: EngineStoppedError) -> None:
+        with self._lock:
+            self._stopped = reason
+            waiting = list(self._requests.values())
+            self._requests.clear()
+        while not self._commands.empty():  # a `forget` may be waiting for its answer
+            self._commands.get()()
+        for sequence, sink in waiting:
+            _hand(sink, sequence, reason)
+
+
+def _hand(sink: Sink, sequence: Sequence, item: StreamChunk | Exception) -> bool:
+    """Give a request's reader an item; False if the reader is gone (its event loop was closed, say)."""
+    try:
+        sink(item)
+    except Exception:
+        logger.warning("nobody reads request %s any more", sequence.request.request_id, exc_info=True)
+        return False
+    return True
+
+
+def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[int]:
+    """The target's token after the row's last token and after each draft node; nothing for a piece of the prompt."""
+    if not row.samples:
+        return []
+    sequence = row.sequence
+    depths = [0]
+    for parent in draft.parents:
+        depths.append(depths[parent + 1] + 1)
+    positions = [len(sequence.token_ids) + depth for depth in depths]
+    return sample(logits, sequence.request.sampling, sequence.seed, positions)
+
+
+def _last_output(chunks: Seq[StreamChunk], request_id: str) -> GenerationOutput:
+    output = chunks[-1].output if chunks else None
+    if output is None:
+        raise RequestFailedError(f"request {request_id} ended without an answer: was it read twice?")
+    return output
+
+
+def _put_threadsafe(
+    loop: asyncio.AbstractEventLoop, items: asyncio.Queue[StreamChunk | Exception], item: StreamChunk | Exception
+) -> None:
+    loop.call_soon_threadsafe(items.put_nowait, item)
+
+
+_shared: dict[EngineConfig, Engine] = {}
+_shared_locks: dict[EngineConfig, threading.Lock] = {}
+_registry_lock = threading.Lock()
+
+
+def shared_engine(config: EngineConfig | None = None) -> Engine:
+    """This process's engine for a config, loaded on first use; equal configs share one. Thread-safe, may block."""
+    config = config or EngineConfig()
+    with _registry_lock:
+        lock = _shared_locks.setdefault(config, threading.Lock())
+    with lock:
+        engine = _shared.get(config)
+        if engine is None or engine._stopped or engine._closing:
+            engine = _shared[config] = Engine(config)
+        return engine
+
+
+@atexit.register
+def _close_all() -> None:
+    """Let loop threads end before the interpreter takes their libraries away."""
+    for engine in list(_open_engines):
+        engine.close()

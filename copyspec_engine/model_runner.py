@@ -1,0 +1,323 @@
+"""The model and its KV: loads any transformers decoder and runs verify passes over it.
+
+A decoder qualifies if its attention goes through the attention interface and gives, piece by piece over our KV slots,
+the logits that it gives in one piece by itself: that is checked once when it loads, on the real weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from copyspec_engine.attention import ATTENTION_NAME, KVBatch, KVStore, Slots, visibility
+from copyspec_engine.bundled import bundled_model_path
+from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
+from copyspec_engine.copy_index import TokenArray
+from copyspec_engine.drafter import DraftTree
+from copyspec_engine.errors import ModelLoadError, UnsupportedModelError
+from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
+from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
+
+__all__ = ["LoadedModel", "ModelRunner", "Runner", "load_model", "prepare"]
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What the engine needs of a model."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> list[torch.Tensor]:
+        """Logits after the last pending token of each row and after each node of its draft.
+
+        Returns:
+            One tensor a row, shape (1 + len(draft), vocabulary); (0, vocabulary) for rows that sample nothing yet.
+        """
+        ...
+
+
+class ModelRunner:
+    """Forward passes of a transformers decoder over our KV slots.
+
+    Args:
+        model: in evaluation mode, on its device, with the attention implementation "copyspec".
+        num_slots: token slots of the KV pool.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
+        self._model = model
+        self._device = model.device
+        self._store = KVStore(num_slots)
+
+    @property
+    def vocab_size(self) -> int:
+        return _vocab_size(self._model)
+
+    @property
+    def store(self) -> KVStore:
+        return self._store
+
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> list[torch.Tensor]:
+        return [self._forward_row(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
+
+    def _forward_row(self, row: ScheduledRow, draft: DraftTree) -> torch.Tensor:
+        sequence, base = row.sequence, row.sequence.num_computed
+        ids = [*sequence.token_ids[base : base + row.num_tokens], *draft.tokens]
+        logits = self.run(sequence.slots, base, ids, draft, num_logits=1 + len(draft))
+        return logits if row.samples else logits[:0]
+
+    @torch.inference_mode()
+    def run(self, slots: TokenArray, base: int, ids: Sequence[int], draft: DraftTree, num_logits: int) -> torch.Tensor:
+        """Read `ids` as tokens `base`, `base` + 1, ... of a row; a draft's nodes come last and sit at their depth.
+
+        Returns:
+            The logits of the last `num_logits` of them, shape (num_logits, vocabulary).
+        """
+        new, pending = len(ids), len(ids) - len(draft)
+        context = base + new
+        positions = torch.arange(context)
+        visible = None
+        if not draft.is_chain:
+            positions[base + pending :] = base + pending + torch.tensor(_depths(draft))
+            visible = visibility(draft.parents, pending, self._device)
+        positions = positions.to(self._device)
+        kv_batch = KVBatch(
+            store=self._store,
+            write=self._index(slots[base:context]),
+            read=self._index(slots[:context]),
+            positions=positions,
+            num_new=new,
+            visible=visible,
+        )
+        result = self._model(
+            input_ids=torch.tensor([ids], device=self._device),
+            position_ids=positions[None, base:],
+            use_cache=False,
+            logits_to_keep=num_logits,
+            kv_batch=kv_batch,
+        )
+        logits: torch.Tensor = result.logits[0]  # (num_logits, vocabulary)
+        return logits
+
+    def _index(self, slots: TokenArray) -> Slots:
+        """Slots in one ascending run are read in place, as a slice; others are gathered."""
+        first, last = int(slots[0]), int(slots[-1])
+        if last - first == len(slots) - 1 and (len(slots) < 3 or bool((np.diff(slots) == 1).all())):
+            return slice(first, last + 1)
+        return torch.from_numpy(slots).to(self._device)
+
+    def measure_step_cost(self, context: int, budget_s: float = 1.0) -> tuple[tuple[int, float], ...]:
+        """Median seconds of passes of 1, 2, 4, ... tokens behind `context` others; uses the pool's first slots.
+
+        Must run before any request: it writes over those slots. Stops widening once `budget_s` is spent.
+        """
+        slots = np.arange(self._store.num_slots, dtype=np.int64)
+        points: list[tuple[int, float]] = []
+        deadline = time.perf_counter() + budget_s
+        for width in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            if context + width > len(slots) or (len(points) >= 2 and time.perf_counter() > deadline):
+                break
+            times = []
+            for _ in range(6):
+                begin = time.perf_counter()
+                self.run(slots, context, [0] * width, DraftTree(), num_logits=width).argmax(-1).tolist()
+                times.append(time.perf_counter() - begin)
+            points.append((width, float(np.median(times[1:]))))  # the first pass of a width pays for set-up
+        return tuple(points)
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    """Width of the logits, which may be padded beyond the tokenizer's vocabulary."""
+    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return int(head.weight.shape[0])  # type: ignore[index]
+
+
+def _depths(draft: DraftTree) -> list[int]:
+    """Depth of each node, 0 for those that follow the sequence's last token."""
+    depths: list[int] = []
+    for parent in draft.parents:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    return depths
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model that is ready to serve, with the facts the engine needs of it."""
+
+    runner: Runner
+    tokenizer: ChatTokenizer
+    name: str
+    architecture: str
+    device: str
+    dtype: str
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    num_parameters: int
+    num_slots: int
+    kv_bytes_per_token: int
+    step_cost: tuple[tuple[int, float], ...] = field(default=())
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load weights and tokenizer, check that the architecture can be served, and size the KV pool.
+
+    Raises:
+        ModelLoadError: the folder or name does not exist, cannot be read, or does not fit in memory.
+        UnsupportedModelError: not a decoder, or one whose passes over our KV differ from its own.
+    """
+    path = str(bundled_model_path()) if config.model == BUNDLED_MODEL else config.model
+    device = _resolve_device(config.device)
+    try:
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        _refuse_unsupported(config.model, hf_config)
+        tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code))
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_resolve_dtype(config.dtype, device), trust_remote_code=config.trust_remote_code
+        )
+        model = model.to(device).eval()  # type: ignore[arg-type]
+    except UnsupportedModelError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ModelLoadError(
+            f"{config.model} does not fit in the memory of {device}: use a smaller model, dtype='bfloat16' or another "
+            "device"
+        ) from error
+    except Exception as error:
+        raise ModelLoadError(_load_failure(config.model, path, error)) from error
+    return prepare(model, tokenizer, config)
+
+
+def prepare(model: PreTrainedModel, tokenizer: HFTokenizer, config: EngineConfig) -> LoadedModel:
+    """Make a model that is in memory ready to serve (see `load_model`)."""
+    bytes_per_token = _check_equivalence(model, config.model)
+    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32_768)
+    max_model_len = min(config.max_model_len or limit, limit)
+    num_slots = config.kv_cache_tokens or _default_slots(max_model_len, bytes_per_token, model.device)
+    runner = ModelRunner(model, num_slots)
+    cost = config.step_cost or runner.measure_step_cost(context=min(256, num_slots // 2))
+    return LoadedModel(
+        runner=runner,
+        tokenizer=tokenizer,
+        name=config.model,
+        architecture=type(model).__name__,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_slots=num_slots,
+        kv_bytes_per_token=bytes_per_token,
+        step_cost=cost,
+    )
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ModelLoadError(
+            f"Got device={device!r} but this machine shows {torch.cuda.device_count()} CUDA devices: use 'cpu' or "
+            "'auto'"
+        )
+    return chosen
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
+
+
+def _load_failure(name: str, path: str, error: Exception) -> str:
+    """One line that says what to do about a model that could not be loaded."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    looks_local = os.path.sep in path or path.startswith(".")
+    if looks_local and not os.path.isdir(path):
+        return (
+            f"Got model={name!r} but there is no such folder: check the path, or give a hub name such as "
+            "Qwen/Qwen2.5-7B-Instruct"
+        )
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        return f"Got model={name!r} but the folder has no config.json: give the folder that holds the model's files"
+    where = "the folder" if os.path.isdir(path) else "the hub (is the name right, and is there a network?)"
+    return f"Could not load model={name!r} from {where}: {type(error).__name__}: {reason}"
+
+
+_RECURRENT_LAYERS = ("linear_attention", "mamba", "ssm", "recurrent", "conv")
+
+
+def _refuse_unsupported(name: str, hf_config: Any) -> None:  # noqa: ANN401 - each architecture has its own config class
+    """Turn away architectures that cannot work before their weights are read."""
+    if hf_config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder ({hf_config.model_type}): only decoders are served")
+    text_config = hf_config.get_text_config()
+    layers = [str(kind) for kind in getattr(text_config, "layer_types", None) or ()]
+    recurrent = sorted({kind for kind in layers if any(word in kind for word in _RECURRENT_LAYERS)})
+    if recurrent:
+        raise UnsupportedModelError(
+            f"{name} ({hf_config.model_type}) has {', '.join(recurrent)} layers, whose state cannot be rolled back"
+        )
+
+
+def _check_equivalence(model: PreTrainedModel, name: str) -> int:
+    """Compare passes over our KV with the model's own on a few tokens, and switch it to our attention.
+
+    Returns:
+        Bytes of KV for one token.
+
+    Raises:
+        UnsupportedModelError: the logits differ, so drafts would be verified against a wrong model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, _vocab_size(model), (12,), generator=generator).tolist()
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+        runner = ModelRunner(model, num_slots=32)
+        slots = np.array([3, 1, 4, 15, 9, 2, 6, 5, 8, 7, 10, 11], dtype=np.int64)  # scattered on purpose
+        parts = [runner.run(slots, 0, ids[:7], DraftTree(), 7), runner.run(slots, 7, ids[7:], DraftTree(), 5)]
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from error
+    except Exception as error:
+        raise UnsupportedModelError(f"{name} ({type(model).__name__}) cannot run over our KV: {error}") from error
+    got = torch.cat(parts).float()
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    difference = float((got - expected).norm() / expected.norm().clamp_min(1e-6))
+    if runner.store.num_layers != layers or not difference < tolerance:
+        raise UnsupportedModelError(
+            f"{name} ({type(model).__name__}) gives other logits over our KV than by itself (relative difference "
+            f"{difference:.2g}, {runner.store.num_layers} of {layers} layers): this architecture is not supported yet"
+        )
+    return runner.store.bytes_per_token
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: HFTokenizer) -> frozenset[int]:
+    """End-of-sequence ids as `generate` takes them: generation config, else model config, else tokenizer."""
+    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset()
+
+
+def _default_slots(max_model_len: int, bytes_per_token: int, device: torch.device) -> int:
+    """Four contexts, at most a quarter of the memory that is free, at least one context's worth of hope."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(min(4 * max_model_len, free // 4 // bytes_per_token), 256)

@@ -1,0 +1,160 @@
+"""A real engine over a scripted model: test code that uses copyspec without weights, downloads or waiting.
+
+    engine = scripted_engine(["first answer", "second answer"])
+    engine.generate(GenerationRequest(messages=[{"role": "user", "content": "hi"}])).text  # "first answer"
+
+Everything but the model is real: scheduling, memory, drafting, verification, stop texts, streaming, errors.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import threading
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+
+from copyspec_engine.config import EngineConfig
+from copyspec_engine.drafter import DraftTree
+from copyspec_engine.engine import Engine
+from copyspec_engine.errors import ConfigError
+from copyspec_engine.model_runner import LoadedModel
+from copyspec_engine.scheduler import ScheduledBatch
+from copyspec_engine.sequence import Sequence, TextStream
+from copyspec_engine.tokenizer import StoppingTextStream
+
+__all__ = ["ByteTokenizer", "ScriptedRunner", "scripted_engine"]
+
+_START, _END, _VOCABULARY = 256, 257, 258
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens 0 to 255, then the turn markers 256 and 257 of a ChatML-like template."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Seq[int]) -> str:
+        return bytes(token for token in token_ids if token < _START).decode(errors="replace")
+
+    def render(self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None) -> list[int]:
+        ids: list[int] = []
+        if tools:
+            ids += self._turn("system", json.dumps(list(tools)))
+        for message in messages:
+            if not isinstance(message.get("role"), str):
+                raise ConfigError(f"Got a message {message!r} but expected one with a role")
+            ids += self._turn(message["role"], _content_text(message))
+        return [*ids, _START, *self.encode("assistant\n")]
+
+    def _turn(self, role: str, content: str) -> list[int]:
+        return [_START, *self.encode(f"{role}\n{content}"), _END, *self.encode("\n")]
+
+    def text_stream(self, stop: Seq[str]) -> TextStream:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return StoppingTextStream(
+            lambda token: decoder.decode(bytes([token])) if token < _START else "",
+            lambda: decoder.decode(b"", final=True),
+            stop,
+        )
+
+
+def _content_text(message: dict[str, Any]) -> str:
+    """Content and tool calls as the template writes them."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    calls = "".join("\n<tool_call>" + json.dumps(call) + "</tool_call>" for call in message.get("tool_calls") or ())
+    return content + calls
+
+
+class ScriptedRunner:
+    """Gives all probability to the next byte of a reply, whatever the draft; off the script it ends the answer.
+
+    Args:
+        reply: rendered prompt -> the whole answer; asked once a request, on the engine's thread.
+    """
+
+    vocab_size = _VOCABULARY
+
+    def __init__(self, reply: Callable[[str], str]) -> None:
+        self._reply = reply
+        self._scripts: dict[str, list[int]] = {}
+        self.num_forward_passes = 0
+
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> list[torch.Tensor]:
+        self.num_forward_passes += 1
+        return [
+            self._logits(row.sequence, draft if row.samples else None)
+            for row, draft in zip(batch.rows, drafts, strict=True)
+        ]
+
+    def _logits(self, sequence: Sequence, draft: DraftTree | None) -> torch.Tensor:
+        if draft is None:
+            return torch.empty((0, _VOCABULARY))
+        script = self._script(sequence)
+        written = sequence.token_ids[sequence.num_prompt_tokens :]
+        paths = [written]
+        for parent, token in zip(draft.parents, draft.tokens, strict=True):
+            paths.append([*paths[parent + 1], token])
+        logits = torch.full((len(paths), _VOCABULARY), -1e4)
+        for node, path in enumerate(paths):
+            on_script = path == script[: len(path)] and len(path) < len(script)
+            logits[node, script[len(path)] if on_script else _END] = 0.0
+        return logits
+
+    def _script(self, sequence: Sequence) -> list[int]:
+        request_id = sequence.request.request_id
+        if request_id not in self._scripts:
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            self._scripts[request_id] = [*self._reply(_prompt_text(prompt)).encode(), _END]
+        return self._scripts[request_id]
+
+
+def _prompt_text(token_ids: Iterable[int]) -> str:
+    markers = {_START: b"<|im_start|>", _END: b"<|im_end|>"}
+    return b"".join(markers.get(token) or bytes([token]) for token in token_ids).decode(errors="replace")
+
+
+def scripted_engine(replies: Seq[str] | Callable[[str], str], config: EngineConfig | None = None) -> Engine:
+    """An engine whose model writes what it is told.
+
+    Args:
+        replies: the answers in the order in which requests are admitted, or a function from the rendered prompt (with
+            `<|im_start|>role` and `<|im_end|>` markers) to the answer. A request beyond the last reply fails.
+        config: limits and drafter; its model and device only name things. Default context: 8192 byte tokens.
+    """
+    config = config or EngineConfig(model="scripted")
+    limit = config.max_model_len or 8192
+    num_slots = config.kv_cache_tokens or 8 * limit
+    model = LoadedModel(
+        runner=ScriptedRunner(replies if callable(replies) else _in_order(replies)),
+        tokenizer=ByteTokenizer(),
+        name=config.model,
+        architecture="ScriptedModel",
+        device="cpu",
+        dtype="float32",
+        max_model_len=limit,
+        eos_token_ids=frozenset({_END}),
+        num_parameters=0,
+        num_slots=num_slots,
+        kv_bytes_per_token=0,
+        step_cost=config.step_cost or ((1, 1.0), (256, 1.5)),
+    )
+    return Engine(config, model=model)
+
+
+def _in_order(replies: Seq[str]) -> Callable[[str], str]:
+    remaining, lock = iter(replies), threading.Lock()
+
+    def reply(_prompt: str) -> str:
+        with lock:
+            text = next(remaining, None)
+        if text is None:
+            raise ConfigError(f"Got more requests than the {len(replies)} scripted replies: add replies")
+        return text
+
+    return reply

@@ -1,0 +1,168 @@
+"""Text to tokens and back: chat templates, streaming detokenisation and exact stop texts.
+
+`ChatTokenizer` is what the engine needs of a tokenizer; `HFTokenizer` gives it for any fast tokenizer of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from tokenizers.decoders import DecodeStream
+
+from copyspec_engine.errors import ConfigError, UnsupportedModelError
+from copyspec_engine.outputs import Segment
+from copyspec_engine.sequence import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ChatTokenizer", "HFTokenizer", "StoppingTextStream"]
+
+
+class ChatTokenizer(Protocol):
+    """What the engine needs of a tokenizer. All methods may be called from any thread."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of raw text, with the special tokens that the tokenizer adds to a prompt by itself."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        ...
+
+    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+        """Token ids of a conversation up to where the answer begins."""
+        ...
+
+    def text_stream(self, stop: Sequence[str]) -> TextStream:
+        """A fresh detokeniser for one answer."""
+        ...
+
+
+class HFTokenizer:
+    """A fast Hugging Face tokenizer with its chat template.
+
+    Raises:
+        UnsupportedModelError: the tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise UnsupportedModelError(
+                f"Got tokenizer {type(tokenizer).__name__} but expected a fast one (a tokenizer.json in the folder)"
+            )
+        self._tokenizer = tokenizer
+        self._backend: Any = tokenizer.backend_tokenizer
+
+    @property
+    def eos_token_id(self) -> int | None:
+        token_id: int | None = self._tokenizer.eos_token_id
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise ConfigError("Got messages but this model has no chat template: use prompt=, or an instruction model")
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=list(tools) if tools else None,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
+            )
+        except Exception as error:  # templates raise whatever Jinja or their own raise_exception() gives
+            raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
+        return cast("list[int]", ids)
+
+    def text_stream(self, stop: Sequence[str]) -> TextStream:
+        stream = DecodeStream(skip_special_tokens=True)
+        ids: list[int] = []
+        emitted = 0
+
+        def step(token_id: int) -> str:
+            nonlocal emitted
+            ids.append(token_id)
+            piece: str = stream.step(self._backend, token_id) or ""
+            emitted += len(piece)
+            return piece
+
+        def rest() -> str:
+            """What the stream still holds: the bytes of a character that never became whole."""
+            return self.decode(ids)[emitted:]
+
+        return StoppingTextStream(step, rest, stop)
+
+
+class StoppingTextStream:
+    """Releases an answer's text once no stop text can begin in it, and ends it before the first stop text.
+
+    Args:
+        step: token id -> the text it completes, "" inside a character.
+        rest: the text that is left when no more tokens come.
+        stop: texts of at least one character.
+    """
+
+    def __init__(self, step: Callable[[int], str], rest: Callable[[], str], stop: Sequence[str]) -> None:
+        self._step, self._rest, self._stop = step, rest, tuple(stop)
+        self._held: list[Segment] = []
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    def push(self, token_id: int, *, copied: bool) -> list[Segment]:
+        piece = self._step(token_id)
+        if not piece or self._stopped:
+            return []
+        self._held.append(Segment(piece, copied))
+        if not self._stop:
+            return self._release(len(piece))
+        text = "".join(segment.text for segment in self._held)
+        found = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
+        if found is not None:
+            released = self._release(found)
+            self._held, self._stopped = [], True
+            return released
+        return self._release(len(text) - _longest_beginning(text, self._stop))
+
+    def flush(self) -> list[Segment]:
+        if self._stopped:
+            return []
+        rest = self._rest()
+        if rest:
+            self._held.append(Segment(rest, copied=False))
+        return self._release(sum(len(segment.text) for segment in self._held))
+
+    def _release(self, count: int) -> list[Segment]:
+        """Take the first `count` characters of what is held."""
+        released: list[Segment] = []
+        while count > 0 and self._held:
+            segment = self._held[0]
+            taken = Segment(segment.text[:count], segment.copied)
+            if len(segment.text) > count:
+                self._held[0] = Segment(segment.text[count:], segment.copied)
+            else:
+                self._held.pop(0)
+            count -= len(taken.text)
+            released.append(taken)
+        return released
+
+
+def _longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is the beginning of a stop text."""
+    longest = max(len(stop) for stop in stops) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
