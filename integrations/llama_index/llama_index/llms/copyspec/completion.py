@@ -1,0 +1,109 @@
+"""`CopySpecCompletion`: `CopySpec` for code that continues raw text instead of chatting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.llms.generic_utils import (
+    astream_completion_response_to_chat_response,
+    completion_response_to_chat_response,
+)
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+)
+from llama_index.core.llms import CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from pydantic import ConfigDict, Field
+from typing_extensions import override
+
+from copyspec_engine import GenerationRequest
+from llama_index.llms.copyspec._convert import completion_response
+from llama_index.llms.copyspec.base import CopySpec
+
+__all__ = ["CopySpecCompletion"]
+
+
+class CopySpecCompletion(CustomLLM):
+    """A view of a `CopySpec` for base models: prompts go to the model as they are, without a chat template.
+
+    `completion_to_prompt` and `messages_to_prompt` shape prompts and chats, as in every completion LLM. Calls take the
+    options of `CopySpec`'s calls.
+
+    Example:
+        ```python
+        from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
+
+        llm = CopySpecCompletion(llm=CopySpec(max_tokens=20))
+        llm.complete("Once upon a time").text
+        ```
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    llm: CopySpec = Field(default_factory=CopySpec)
+    """The model, its options and its conversation."""
+
+    @classmethod
+    @override
+    def class_name(cls) -> str:
+        return "CopySpecCompletion"
+
+    @property
+    @override
+    def metadata(self) -> LLMMetadata:
+        """What the model can do; loads it if no one has."""
+        return self.llm.metadata.model_copy(update={"is_chat_model": False})
+
+    @override
+    def to_payload(self) -> dict[str, Any]:
+        return {**self.llm.to_payload(), "class_name": self.class_name()}
+
+    @override
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
+        return self.llm._whole(self._request(prompt, formatted, options), completion_response)
+
+    @override
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponseGen:
+        return self.llm._parts(self._request(prompt, formatted, options), completion_response)
+
+    @override
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
+        return await self.llm._awhole(self._request(prompt, formatted, options), completion_response)
+
+    @override
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **options: Any
+    ) -> CompletionResponseAsyncGen:
+        return self.llm._aparts(self._request(prompt, formatted, options), completion_response)
+
+    @override
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
+        response = await self.acomplete(self._prompt(messages), formatted=True, **options)
+        return completion_response_to_chat_response(response)
+
+    @override
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseAsyncGen:
+        responses = await self.astream_complete(self._prompt(messages), formatted=True, **options)
+        return astream_completion_response_to_chat_response(responses)
+
+    def _prompt(self, messages: Sequence[ChatMessage]) -> str:
+        assert self.messages_to_prompt is not None, "set by a validator of the base class"
+        return self.messages_to_prompt(messages)
+
+    def _request(self, prompt: str, formatted: bool, options: dict[str, Any]) -> GenerationRequest:
+        if not formatted and self.completion_to_prompt is not None:
+            prompt = self.completion_to_prompt(prompt)
+        return self.llm._prompt_request(prompt, True, options)
