@@ -1,0 +1,1 @@
+"""The `copyspec` command: `demo`, `chat` and `info`."""

@@ -1,0 +1,115 @@
+"""`copyspec chat`: a conversation in the terminal, copied text in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from copyspec_engine import (
+    CopySpecError,
+    Engine,
+    EngineConfig,
+    GenerationOutput,
+    GenerationRequest,
+    SamplingParams,
+    shared_engine,
+)
+from copyspec_engine.cli.demo import COPIED, show_on
+from copyspec_engine.cli.report import check_writable, write_text
+
+__all__ = ["run_chat"]
+
+SESSION = "copyspec chat"
+HELP = (
+    "/stats  figures of the answers so far\n/save PATH  write the conversation as Markdown\n/quit  leave (also Ctrl-D)"
+)
+ReadLine = Callable[[str], str]
+"""Prompts for one line, as `input` does: raises EOFError at the end of the input."""
+
+
+@dataclass
+class Chat:
+    """A conversation and what its answers cost."""
+
+    engine: Engine
+    sampling: SamplingParams
+    console: Console
+    messages: list[dict[str, str]] = field(default_factory=list)
+    outputs: list[GenerationOutput] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """One turn; an interrupted answer stays in the conversation as far as it came, one that failed does not."""
+        self.messages.append({"role": "user", "content": text})
+        request = GenerationRequest(messages=tuple(self.messages), sampling=self.sampling, session_id=SESSION)
+        show, said = show_on(self.console), ""
+        try:
+            for chunk in self.engine.stream(request):
+                show(chunk.segments)
+                said += chunk.text
+                if chunk.output is not None:
+                    self.outputs.append(chunk.output)
+        except CopySpecError as error:
+            self.messages.pop()
+            self.console.print(f"[red]{escape(str(error))}[/]")
+            return
+        except KeyboardInterrupt:
+            self.console.print("\n[yellow]stopped[/]")
+        self.messages.append({"role": "assistant", "content": said})
+        self.console.print()
+
+    def stats(self) -> None:
+        """Prints a row per answer."""
+        grid = Table("answer", "prompt", "reused", "tokens", "passes", "tokens/pass", "copied", "tokens/s", "time")
+        for number, output in enumerate(self.outputs, 1):
+            usage = output.usage
+            grid.add_row(
+                *map(str, (number, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)),
+                str(output.draft_stats.num_forward_passes),
+                f"{output.tokens_per_forward:.1f}",
+                f"{output.copied_share:.0%}",
+                f"{output.tokens_per_s:.0f}",
+                f"{output.timing.total_s:.2f} s",
+            )
+        self.console.print(grid if self.outputs else "No answer yet.")
+
+    def save(self, where: str) -> None:
+        """Writes the conversation, or says why it cannot."""
+        path = Path(where).expanduser()
+        parts = [f"## {message['role']}\n\n{message['content']}\n" for message in self.messages]
+        try:
+            check_writable(path, "/save")
+            write_text(path, "\n".join(parts), "/save")
+        except CopySpecError as error:
+            self.console.print(f"[red]{escape(str(error))}[/]")
+        else:
+            self.console.print(f"Wrote {len(self.messages)} messages to {escape(str(path))}")
+
+
+def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, read_line: ReadLine = input) -> int:
+    """Talks until /quit or the end of the input; returns the exit code 0."""
+    with console.status(f"Loading the model {config.model!r} ..."):
+        engine = shared_engine(config)
+    console.print(f"[bold]{engine.info.model}[/] on {engine.info.device}. [{COPIED}]Copied text is green.[/]\n{HELP}")
+    chat = Chat(engine, sampling, console)
+    while True:
+        try:
+            line = read_line("> ").strip()
+        except EOFError:
+            console.print()
+            return 0
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return 0
+        if command == "/stats":
+            chat.stats()
+        elif command == "/save" and argument:
+            chat.save(argument.strip())
+        elif command.startswith("/"):
+            console.print(HELP)
+        elif line:
+            chat.say(line)

@@ -1,0 +1,195 @@
+"""`copyspec demo`: a document rewritten in a chat, turn by turn, beside plain decoding of the same prompts.
+
+The shown answer is the timed one. Its time is the engine's own (`Timing`), plain decoding has a session of its own so
+that it reuses its KV as well, and who goes first alternates from turn to turn.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.text import Text
+
+from copyspec_engine import Engine, EngineConfig, GenerationRequest, NoDrafter, Segment, shared_engine
+from copyspec_engine.cli.chain import EditStep, steps_for
+from copyspec_engine.cli.documents import Document, load_document
+from copyspec_engine.cli.frameworks import Ask, Message, Show, ask_engine, ask_through, check_framework
+from copyspec_engine.cli.report import Turn, as_json, check_writable, figures, table, write_text
+
+__all__ = ["COPIED", "DemoOptions", "run_demo", "show_on"]
+
+COPIED = "green"
+"""Colour of copied text, here and in `copyspec chat`."""
+A = TypeVar("A")
+ROOM_TOKENS = 64
+"""Tokens that an answer may be longer than the text that it rewrites, besides a quarter of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """What was asked for on the command line."""
+
+    config: EngineConfig
+    file: str | None = None
+    framework: str = "engine"
+    compare: bool = False
+    json_path: Path | None = None
+    svg_path: Path | None = None
+
+
+def run_demo(options: DemoOptions, console: Console) -> int:
+    """Runs the chain and returns the exit code: 0, or 1 if any turn differs from plain decoding or `generate`.
+
+    Raises:
+        ConfigError: an input or output path cannot work; found before the model is loaded.
+    """
+    check_framework(options.framework)
+    document = load_document(options.file)
+    steps = steps_for(document)
+    for path, option in ((options.json_path, "--json"), (options.svg_path, "--svg")):
+        if path is not None:
+            check_writable(path, option)
+    with console.status(f"Loading the model {options.config.model!r} ..."):
+        engine = shared_engine(options.config)
+        chain = Chain(engine, ask_through(options.framework, engine), compare=options.compare)
+        chain.warm_up(document)
+    _introduce(console, document, engine, options.framework)
+    turns = chain.run(document, steps, console)
+    console.print()
+    console.print(table(turns))
+    if options.json_path is not None:
+        figures = as_json(turns, options.framework, engine.info)
+        write_text(options.json_path, json.dumps(figures, indent=2) + "\n", "--json")
+    code = _verdict(turns, console)
+    if options.svg_path is not None:
+        write_text(options.svg_path, console.export_svg(title="copyspec demo"), "--svg")
+    return code
+
+
+def _introduce(console: Console, document: Document, engine: Engine, framework: str) -> None:
+    info = engine.info
+    words = len(document.text.split())
+    console.print(
+        f"[bold]{document.name}[/] ({words} words), rewritten through [bold]{framework}[/] with the model "
+        f"[bold]{info.model}[/] on {info.device} in {info.dtype}. [{COPIED}]Copied text is green.[/]",
+        highlight=False,
+    )
+
+
+def _verdict(turns: Sequence[Turn], console: Console) -> int:
+    wrong = [number for number, turn in enumerate(turns, 1) if not turn.identical]
+    if wrong:
+        console.print(f"[bold red]Turns {wrong} differ from plain decoding.[/]")
+    unlike = [number for number, turn in enumerate(turns, 1) if turn.equals_generate is False]
+    if unlike:
+        console.print(f"[bold red]Turns {unlike} differ from transformers generate.[/]")
+    if not wrong and not unlike:
+        checked = any(turn.equals_generate is not None for turn in turns)
+        console.print(f"All {len(turns)} turns are identical to plain decoding{' and to generate' if checked else ''}.")
+    return 1 if wrong or unlike else 0
+
+
+class Chain:
+    """Rewrites a document step by step: each answer is the text that the next instruction is about."""
+
+    def __init__(self, engine: Engine, ask: Ask, *, compare: bool) -> None:
+        self._engine = engine
+        self._session = f"demo-{uuid.uuid4().hex}"
+        self._ask = ask
+        self._plain = ask_engine(engine, NoDrafter())
+        self._peers = None
+        if compare:
+            from copyspec_engine.cli.compare import Peers
+
+            self._peers = Peers(engine.info, trust_remote_code=engine.config.trust_remote_code)
+
+    def warm_up(self, document: Document) -> None:
+        """Runs every lane once, untimed, in sessions that are then forgotten."""
+        messages = [_user(document.text), _user("Repeat the text.")]
+        for ask, session_id in ((self._ask, "warm-up"), (self._plain, "warm-up, plain")):
+            ask(messages, session_id, 32, _show_nothing)
+            self._engine.forget(session_id)
+        if self._peers is not None:
+            prompt_ids = self._engine.tokenize(_request(messages))
+            self._peers.greedy(prompt_ids, 4)
+            self._peers.prompt_lookup(prompt_ids, 4)
+
+    def run(self, document: Document, steps: Sequence[EditStep], console: Console) -> list[Turn]:
+        messages: list[Message] = [_user(document.text)]
+        text, turns = document.text, []
+        for number, step in enumerate(steps):
+            messages.append(_user(step.instruction))
+            console.print()
+            console.print(Text(f"{number + 1}. {step.instruction}", style="bold cyan"))
+            turn = self._turn(number, step, messages, self._room(text), show_on(console))
+            console.print()
+            console.print(_summary(turn), style="dim")
+            turns.append(turn)
+            text = turn.answer.text
+            messages.append({"role": "assistant", "content": text})
+        return turns
+
+    def _room(self, text: str) -> int:
+        return len(self._engine.encode(text)) * 5 // 4 + ROOM_TOKENS
+
+    def _turn(self, number: int, step: EditStep, messages: Sequence[Message], room: int, show: Show) -> Turn:
+        swap = number % 2 == 1
+        answer, plain = _both(
+            lambda: self._ask(messages, self._session, room, show),
+            lambda: self._plain(messages, f"{self._session}, plain", room, _show_nothing),
+            swap=swap,
+        )
+        if self._peers is None:
+            return Turn(step.edit, answer, plain)
+        peers = self._peers
+        prompt_ids = self._engine.tokenize(_request(messages))
+        greedy, lookup = _both(
+            lambda: peers.greedy(prompt_ids, room), lambda: peers.prompt_lookup(prompt_ids, room), swap=swap
+        )
+        exact = self._engine.info.dtype == "float32"
+        same = greedy.token_ids == plain.token_ids if exact else None
+        return Turn(step.edit, answer, plain, greedy.seconds, lookup.seconds, same)
+
+
+def _summary(turn: Turn) -> str:
+    cells = figures([turn])
+    return (
+        f"{cells['tokens']} tokens in {cells['forward passes']} forward passes, {cells['time']}; plain decoding: "
+        f"{cells['speed-up over plain']} as long, {'same tokens' if turn.identical else 'OTHER TOKENS'}"
+    )
+
+
+def _both(first: Callable[[], A], second: Callable[[], A], *, swap: bool) -> tuple[A, A]:
+    """The results of both, called one after the other, the second one first if `swap`."""
+    if swap:
+        later = second()
+        return first(), later
+    return first(), second()
+
+
+def _request(messages: Sequence[Message]) -> GenerationRequest:
+    return GenerationRequest(messages=tuple(dict(message) for message in messages))
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _show_nothing(_: Sequence[Segment]) -> None:
+    """For lanes that are timed only."""
+
+
+def show_on(console: Console) -> Show:
+    """Prints pieces of an answer as they come, copied text in colour."""
+
+    def show(segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            console.print(Text(segment.text, style=COPIED if segment.copied else ""), end="", soft_wrap=True)
+
+    return show

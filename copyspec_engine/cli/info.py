@@ -1,0 +1,50 @@
+"""`copyspec info`: what is installed and, once it is loaded, how the model sits in memory."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from copyspec_engine import EngineConfig, shared_engine
+
+__all__ = ["run_info"]
+
+
+def run_info(config: EngineConfig, console: Console) -> int:
+    """Loads the model and prints what it is, where it runs and what it takes; returns the exit code 0."""
+    with console.status(f"Loading the model {config.model!r} ..."):
+        info = shared_engine(config).info
+    slots = info.num_kv_slots
+    rows = {
+        "model": info.model,
+        "architecture": info.architecture,
+        "parameters": f"{info.num_parameters:,}",
+        "device": _device_name(info.device),
+        "dtype": info.dtype,
+        "longest context": f"{info.max_model_len:,} tokens",
+        "KV cache": f"{slots:,} tokens of {info.kv_bytes_per_token:,} bytes, {_size(slots * info.kv_bytes_per_token)}",
+        "cost of a pass": ", ".join(f"{width} tokens: {cost:.3g}" for width, cost in info.step_cost),
+        "CPU threads": str(torch.get_num_threads()),
+        **{f"{name} version": version for name, version in sorted(info.versions.items())},
+    }
+    grid = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        grid.add_row(f"[bold]{name}[/]", value)
+    console.print(grid)
+    return 0
+
+
+def _device_name(device: str) -> str:
+    if not device.startswith("cuda"):
+        return device
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{device} ({torch.cuda.get_device_name(device)}, {_size(free)} of {_size(total)} free)"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} GiB"

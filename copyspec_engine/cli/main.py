@@ -1,0 +1,122 @@
+"""The `copyspec` command: its options, and every expected error as one line and an exit code.
+
+The commands import their modules when they run, so that `--help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from copyspec_engine import CopySpecError, EngineConfig, SamplingParams
+from copyspec_engine.cli.documents import shipped_names
+from copyspec_engine.cli.frameworks import FRAMEWORKS
+
+__all__ = ["app", "main"]
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Local language models that copy from the conversation: the same answers in fewer forward passes.",
+)
+
+Model = Annotated[str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
+]
+
+
+@app.command()
+def demo(
+    file: Annotated[
+        str | None, typer.Option(help=f"Text to rewrite: a path, or one of {', '.join(shipped_names())}.")
+    ] = None,
+    framework: Annotated[str, typer.Option(help=f"Ask through {', '.join(FRAMEWORKS)}.")] = "langchain",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run transformers generate and prompt lookup.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write what is shown to this file, as a picture.")] = None,
+    model: Model = "bundled",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Rewrite a document turn by turn, beside plain decoding.
+
+    Exit code 1 if any turn differs from plain decoding, or from transformers generate in float32.
+    """
+
+    def run() -> int:
+        from copyspec_engine.cli.demo import DemoOptions, run_demo
+
+        config = EngineConfig(model=model, device=device, dtype=dtype)
+        return run_demo(DemoOptions(config, file, framework, compare, json, svg), _console(record=svg is not None))
+
+    _exit_with(run)
+
+
+@app.command()
+def chat(
+    model: Model = "bundled",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
+) -> None:
+    """Talk to a model; copied text is coloured."""
+
+    def run() -> int:
+        from copyspec_engine.cli.chat import run_chat
+
+        config = EngineConfig(model=model, device=device, dtype=dtype)
+        sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
+        return run_chat(config, sampling, _console())
+
+    _exit_with(run)
+
+
+@app.command()
+def info(model: Model = "bundled", device: Device = "auto", dtype: Dtype = "auto") -> None:
+    """Show the device, the model, its memory and the versions."""
+
+    def run() -> int:
+        from copyspec_engine.cli.info import run_info
+
+        return run_info(EngineConfig(model=model, device=device, dtype=dtype), _console())
+
+    _exit_with(run)
+
+
+def _console(*, record: bool = False) -> Console:
+    return Console(record=record, highlight=False)
+
+
+def _exit_with(run: Callable[[], int]) -> None:
+    """Ends the program with what `run` returns; an expected error is one line on standard error."""
+    errors = Console(stderr=True, highlight=False)
+    try:
+        code = run()
+    except CopySpecError as error:
+        errors.print(f"[red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        errors.print("Interrupted; nothing was written.")
+        code = INTERRUPTED
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """The console script."""
+    app()
