@@ -148,7 +148,7 @@ class Drafter:
     def _longest_match(sequence: Sequence) -> tuple[CopyIndex, int, int] | None:
         """(source, position, match length): this call's own texts win over earlier calls' when equally long."""
         best: tuple[CopyIndex, int, int] | None = None
-        for source in (sequence.live, sequence.session.texts if sequence.session else None):
+        for source in (sequence.index_new_tokens(), sequence.session.texts if sequence.session else None):
             match = source.longest_match(sequence.token_ids) if source else None
             if source and match and (best is None or match.length > best[2]):
                 best = (source, match.position, match.length)

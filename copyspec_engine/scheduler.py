@@ -94,6 +94,7 @@ class Scheduler:
             self._sessions.evict_slots()
         new = self._pool.allocate(need, after=int(shared[-1]) if prefix else None)
         sequence.session, sequence.live = session, session.begin_call(sequence.token_ids)
+        sequence.num_indexed = sequence.num_prompt_tokens
         sequence.slots = np.concatenate((shared, new))
         sequence.num_computed = sequence.num_cached_tokens = prefix
         sequence.started_s = time.perf_counter()
@@ -131,8 +132,6 @@ class Scheduler:
         sequence.num_draft_tokens += len(draft)
         sequence.num_copied_tokens += len(kept)
         sequence.accepted_lengths.append(len(kept))
-        if sequence.live is not None:
-            sequence.live.extend(verdict.tokens[:taken])
         if sequence.finish_reason is not None:
             self.remove(sequence)
         return _chunk(sequence, verdict.tokens[:taken], segments)
@@ -150,13 +149,13 @@ class Scheduler:
             self._waiting.remove(sequence)
             return
         self._running.remove(sequence)
-        session, live = sequence.session, sequence.live
-        if session is None or live is None:
-            return
+        session = sequence.session
+        if session is None:
+            raise ValueError(f"Got request {sequence.request.request_id} but expected an admitted one")
         if not self._sessions.holds(sequence.request.session_id, session):
             self._pool.release(sequence.slots)
             return
-        session.end_call(live, sequence.token_ids)
+        session.end_call(sequence.index_new_tokens(), sequence.token_ids)
         self._hand_over_slots(sequence, session)
 
     def _hand_over_slots(self, sequence: Sequence, session: SessionMemory) -> None:

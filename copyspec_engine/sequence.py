@@ -52,7 +52,9 @@ class Sequence:
     session: SessionMemory | None = None
     """Set at admission, with the fields down to `slots`."""
     live: CopyIndex | None = None
-    """This call's own new tokens: the unseen part of the prompt and the answer so far."""
+    """This call's own new tokens: the unseen part of the prompt and the answer as far as it is indexed."""
+    num_indexed: int = 0
+    """Tokens of this call that are in `live` or in the session's texts."""
     earliest: EarliestIndex | None = None
     """Reference mode's index, over this call only."""
     slots: TokenArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -73,6 +75,14 @@ class Sequence:
     started_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+
+    def index_new_tokens(self) -> CopyIndex:
+        """`live`, brought up to date with what has been sampled since; only then does indexing cost anything."""
+        if self.live is None:
+            raise ValueError(f"Got request {self.request.request_id} but expected an admitted one")
+        self.live.extend(self.token_ids[self.num_indexed :])
+        self.num_indexed = len(self.token_ids)
+        return self.live
 
     @property
     def num_pending(self) -> int:

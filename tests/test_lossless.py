@@ -1,0 +1,236 @@
+"""Lossless is the law: whatever is drafted, reused, cut or interleaved, the tokens are those of plain decoding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from copyspec_engine import (
+    AdaptiveDrafter,
+    CopySpecDrafter,
+    Engine,
+    GenerationOutput,
+    GenerationRequest,
+    SamplingParams,
+)
+from copyspec_engine.drafter import DraftTree
+from copyspec_engine.sequence import Sequence
+from tests.conftest import END, assert_all_slots_free, build_model
+
+MakeEngine = Callable[..., Engine]
+
+
+def ids_of(text: str) -> tuple[int, ...]:
+    return tuple(text.encode())
+
+
+PROMPT = ids_of("the cat sat on the mat; the cat ate the rat; the dog sat on the log; ") * 2
+
+
+def run(engine: Engine, prompt: tuple[int, ...], drafter: Any, session: str | None = None, **sampling: Any) -> Any:
+    params = SamplingParams(**{"max_tokens": 48, **sampling})
+    return engine.generate(
+        GenerationRequest(prompt_token_ids=prompt, drafter=drafter, session_id=session, sampling=params)
+    )
+
+
+def generate(name: str, prompt: tuple[int, ...], max_new_tokens: int = 48) -> list[int]:
+    """The tokens of transformers' own greedy `generate`."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = build_model(name).generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+        )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("drafter", ["none", "adaptive", "copyspec"])
+def test_greedy_tokens_equal_generate_over_turns_with_kv_reuse(
+    make_engine: MakeEngine, architecture: str, drafter: str
+) -> None:
+    engine = make_engine(architecture, max_prefill_tokens=37)
+    prompt = PROMPT
+    for turn in range(3):
+        got = run(engine, prompt, drafter, session="chat")
+        assert list(got.token_ids) == generate(architecture, prompt)
+        assert (got.usage.cached_tokens > 0) == (turn > 0)
+        if turn:
+            assert got.usage.cached_tokens >= len(prompt) - 25
+        prompt = (*prompt, *got.token_ids, *ids_of(" the cat sat on"))
+    assert_all_slots_free(engine)
+
+
+def test_drafts_are_accepted_in_these_tests_at_all(make_engine: MakeEngine) -> None:
+    engine = make_engine("llama")
+    assert run(engine, PROMPT, "adaptive").draft_stats.num_accepted_tokens > 5
+    assert run(engine, PROMPT, "copyspec").draft_stats.num_accepted_tokens > 5
+
+
+def random_case(rng: random.Random) -> tuple[tuple[int, ...], dict[str, Any], Any]:
+    """A repetitive prompt, how to sample, and a drafter."""
+    words = ["ab", "c ", "the ", "the cat ", "12", "\n", "é", "- x: "]
+    prompt = ids_of("".join(rng.choice(words) for _ in range(rng.randrange(1, 40))))
+    sampling: dict[str, Any] = {"max_tokens": rng.randrange(1, 40)}
+    if rng.random() < 0.5:
+        sampling |= {"temperature": rng.choice([0.01, 0.05, 0.7]), "seed": rng.randrange(2**63)}
+        sampling |= rng.choice([{}, {"top_k": rng.randrange(1, 9)}, {"top_p": rng.choice([0.3, 0.9])}])
+    if rng.random() < 0.2:
+        sampling["ignore_eos"] = True
+    if rng.random() < 0.2:
+        sampling["stop_token_ids"] = tuple(rng.sample(range(256), 12))
+    drafter = rng.choice(
+        [
+            AdaptiveDrafter(max_draft_tokens=rng.choice([1, 5, 64])),
+            CopySpecDrafter(min_match_tokens=rng.randrange(1, 4), block=rng.randrange(1, 14)),
+        ]
+    )
+    return prompt, sampling, drafter
+
+
+def same_answer(a: GenerationOutput, b: GenerationOutput) -> bool:
+    return (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+
+
+def test_600_random_cases_draft_on_equals_off(make_engine: MakeEngine) -> None:
+    """Sampling, stop ids, stop texts that cut answers, sessions that branch: nothing shows in the tokens."""
+    rng = random.Random(0)
+    engine = make_engine("llama", kv_cache_tokens=2048, max_prefill_tokens=24, max_sessions=3)
+    num_cut = num_reused = num_accepted = 0
+    for _ in range(600):
+        prompt, sampling, drafter = random_case(rng)
+        plain = run(engine, prompt, "none", **sampling)
+        if len(plain.text) > 2 and rng.random() < 0.4:
+            at = rng.randrange(len(plain.text))
+            sampling["stop"] = (plain.text[at : at + rng.randrange(1, 5)], "never written")
+            plain = run(engine, prompt, "none", **sampling)
+            num_cut += 1
+        drafted = run(engine, prompt, drafter, session=rng.choice("abcd"), **sampling)
+        assert same_answer(plain, drafted), (prompt, sampling, drafter)
+        num_reused += drafted.usage.cached_tokens > 0
+        num_accepted += drafted.draft_stats.num_accepted_tokens
+    assert num_cut > 100
+    assert num_reused > 50
+    assert num_accepted > 1000
+    assert_all_slots_free(engine)
+
+
+def test_a_stop_text_inside_an_accepted_draft_cuts_where_plain_decoding_stops(make_engine: MakeEngine) -> None:
+    engine = make_engine("llama")
+    whole = run(engine, PROMPT, "adaptive")
+    lengths = whole.draft_stats.accepted_lengths
+    assert max(lengths) >= 4
+    step = lengths.index(max(lengths))
+    inside = sum(lengths[:step]) + step + 1  # a token in the middle of the longest accepted draft
+    stop = engine.decode(whole.token_ids[inside : inside + 2])
+    plain = run(engine, PROMPT, "none", stop=(stop,))
+    drafted = run(engine, PROMPT, "adaptive", stop=(stop,))
+    assert same_answer(plain, drafted)
+    assert plain.finish_reason == "stop"
+    assert stop not in drafted.text
+    assert_all_slots_free(engine)
+
+
+class OracleTrees:
+    """Drafts trees that hold the right path next to wrong ones, so that every part of verification is exercised."""
+
+    def __init__(self, answer: tuple[int, ...], seed: int) -> None:
+        self._answer, self._rng = answer, random.Random(seed)
+
+    def propose(self, sequence: Sequence) -> DraftTree:
+        done = len(sequence.token_ids) - sequence.num_prompt_tokens
+        right = list(self._answer[done : done + self._rng.randrange(1, 6)])
+        tokens, parents = [], []
+        at = -1
+        for token in right[: sequence.max_draft_tokens // 3]:
+            wrong = [(self._rng.randrange(256), at), (self._rng.randrange(256), len(tokens))]
+            nodes = [*wrong, (token, at)]
+            tokens += [node[0] for node in nodes]
+            parents += [node[1] for node in nodes]
+            at = len(tokens) - 1
+        return DraftTree(tuple(tokens), tuple(parents))
+
+    def observe(self, *_: object) -> None:
+        """Nothing to learn."""
+
+
+def test_draft_trees_with_wrong_branches_give_the_plain_tokens(make_engine: MakeEngine, architecture: str) -> None:
+    engine = make_engine(architecture)
+    plain = run(engine, PROMPT, "none", max_tokens=60)
+    for seed in range(3):
+        engine._drafter = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
+        drafted = run(engine, PROMPT, "adaptive", session="chat", max_tokens=60)
+        assert same_answer(plain, drafted)
+        assert drafted.tokens_per_forward > 1.5
+        follow_up = (*PROMPT, *drafted.token_ids, *PROMPT[:20])
+        engine._drafter = OracleTrees((), seed)  # type: ignore[assignment]
+        reused = run(engine, follow_up, "none", session="chat")
+        assert reused.usage.cached_tokens > len(PROMPT)
+        assert same_answer(reused, run(engine, follow_up, "none"))
+    assert_all_slots_free(engine)
+
+
+def test_scattered_slots_give_the_plain_tokens(make_engine: MakeEngine, architecture: str) -> None:
+    engine = make_engine(architecture, kv_cache_tokens=1024)
+    plain = run(engine, PROMPT, "none")
+    taken = np.random.default_rng(0).permutation(1024)[:700]
+    engine._pool._free[taken] = False
+    engine._pool._num_free -= len(taken)
+    assert engine._pool._find_run(len(PROMPT)) is None
+    assert same_answer(plain, run(engine, PROMPT, "adaptive"))
+    engine._pool.release(taken)
+    assert_all_slots_free(engine)
+
+
+def test_requests_in_flight_together_answer_as_if_alone(make_engine: MakeEngine) -> None:
+    rng = random.Random(7)
+    engine = make_engine("qwen2", max_running=4, max_prefill_tokens=16)
+    cases = [random_case(rng) for _ in range(24)]
+    alone = [run(engine, prompt, "none", **sampling) for prompt, sampling, _ in cases]
+    handles = [
+        engine.submit(
+            GenerationRequest(
+                prompt_token_ids=prompt, drafter=drafter, session_id=rng.choice("ab"), sampling=SamplingParams(**sampling)
+            )
+        )
+        for prompt, sampling, drafter in cases
+    ]
+    for expected, handle in zip(alone, handles, strict=True):
+        assert same_answer(expected, handle.result())
+    assert_all_slots_free(engine)
+
+
+@pytest.mark.parametrize("max_prefill_tokens", [1, 7, 64, 512])
+def test_the_size_of_prompt_pieces_never_shows(make_engine: MakeEngine, max_prefill_tokens: int) -> None:
+    engine = make_engine("mistral", max_prefill_tokens=max_prefill_tokens)
+    assert list(run(engine, PROMPT, "adaptive").token_ids) == generate("mistral", PROMPT)
+
+
+def test_an_end_of_sequence_token_inside_a_draft_ends_the_answer(make_engine: MakeEngine) -> None:
+    engine = make_engine("llama")
+    whole = run(engine, PROMPT, "adaptive")
+    lengths = whole.draft_stats.accepted_lengths
+    inside = sum(lengths[: lengths.index(max(lengths))]) + lengths.index(max(lengths)) + 2
+    end = whole.token_ids[inside]
+    plain = run(engine, PROMPT, "none", stop_token_ids=(end,))
+    assert same_answer(plain, run(engine, PROMPT, "adaptive", stop_token_ids=(end,)))
+    assert plain.token_ids[-1] == end
+    assert END not in plain.token_ids
+
+
+def test_a_reused_prefix_gives_the_answer_of_a_fresh_one(make_engine: MakeEngine) -> None:
+    """A prompt that leaves the last call's path in the middle reuses the part before, and nothing of the rest."""
+    engine = make_engine("gemma3")
+    run(engine, PROMPT, "adaptive", session="s")
+    branch = (*PROMPT[:70], *ids_of("something else entirely"))
+    reused = run(engine, branch, "adaptive", session="s")
+    assert reused.usage.cached_tokens == 70
+    assert same_answer(reused, run(engine, branch, "none"))
+    repeated = run(engine, branch, "adaptive", session="s")
+    assert repeated.usage.cached_tokens == len(branch) - 1  # the last prompt token is always computed
+    assert same_answer(reused, repeated)
