@@ -64,7 +64,7 @@ class Chat:
 
     def stats(self) -> None:
         """Prints a row per answer."""
-        grid = Table("answer", "prompt", "reused", "tokens", "passes", "tokens/pass", "copied", "tokens/s", "time")
+        grid = Table("#", "prompt", "reused", "tokens", "passes", "per pass", "copied", "per s", "time")
         for number, output in enumerate(self.outputs, 1):
             usage = output.usage
             grid.add_row(

@@ -5,6 +5,7 @@ The commands import their modules when they run, so that `--help` need not wait 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ from copyspec_engine.cli.frameworks import FRAMEWORKS
 
 __all__ = ["app", "main"]
 
+BUNDLED = "bundled"
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -31,8 +33,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
+    DtypeName,
     typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
 ]
 
@@ -48,7 +51,7 @@ def demo(
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write what is shown to this file, as a picture.")] = None,
-    model: Model = "bundled",
+    model: Model = BUNDLED,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -58,9 +61,9 @@ def demo(
     """
 
     def run() -> int:
+        config = _config(model, device, dtype)
         from copyspec_engine.cli.demo import DemoOptions, run_demo
 
-        config = EngineConfig(model=model, device=device, dtype=dtype)
         return run_demo(DemoOptions(config, file, framework, compare, json, svg), _console(record=svg is not None))
 
     _exit_with(run)
@@ -68,7 +71,7 @@ def demo(
 
 @app.command()
 def chat(
-    model: Model = "bundled",
+    model: Model = BUNDLED,
     device: Device = "auto",
     dtype: Dtype = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -78,9 +81,9 @@ def chat(
     """Talk to a model; copied text is coloured."""
 
     def run() -> int:
+        config = _config(model, device, dtype)
         from copyspec_engine.cli.chat import run_chat
 
-        config = EngineConfig(model=model, device=device, dtype=dtype)
         sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
         return run_chat(config, sampling, _console())
 
@@ -88,15 +91,23 @@ def chat(
 
 
 @app.command()
-def info(model: Model = "bundled", device: Device = "auto", dtype: Dtype = "auto") -> None:
+def info(model: Model = BUNDLED, device: Device = "auto", dtype: Dtype = "auto") -> None:
     """Show the device, the model, its memory and the versions."""
 
     def run() -> int:
+        config = _config(model, device, dtype)
         from copyspec_engine.cli.info import run_info
 
-        return run_info(EngineConfig(model=model, device=device, dtype=dtype), _console())
+        return run_info(config, _console())
 
     _exit_with(run)
+
+
+def _config(model: str, device: str, dtype: DtypeName) -> EngineConfig:
+    if model == BUNDLED:
+        # It loads in a moment, so that a progress bar is only noise. tqdm reads this when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    return EngineConfig(model=model, device=device, dtype=dtype)
 
 
 def _console(*, record: bool = False) -> Console:

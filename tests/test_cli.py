@@ -1,0 +1,355 @@
+"""The `copyspec` command: figures, colours, files and exit codes, on a scripted model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from copyspec_engine import ConfigError, Engine, EngineConfig, SamplingParams, Segment
+from copyspec_engine.cli import chat, demo, frameworks, info
+from copyspec_engine.cli.chain import EditStep, steps_for
+from copyspec_engine.cli.documents import Document, load_document, shipped_names
+from copyspec_engine.cli.frameworks import FRAMEWORKS, Answer
+from copyspec_engine.cli.main import app
+from copyspec_engine.cli.report import Turn, figures, write_text
+from copyspec_engine.testing import scripted_engine
+
+TURN_KEYS = ["tokens", "forward_passes", "copied_share", "ttft_s", "seconds", "plain_seconds"]
+PEER_KEYS = ["generate_seconds", "prompt_lookup_seconds"]
+
+
+def rewriter(prompt: str) -> str:
+    """A perfect model: applies the last instruction to the last answer, or to the document before any answer."""
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", prompt, flags=re.DOTALL)
+    answers = [text for role, text in turns if role == "assistant"]
+    asked = [text for role, text in turns if role == "user"]
+    text = answers[-1] if answers else asked[0]
+    for steps in (steps_for(load_document(name)) for name in shipped_names()):
+        for step in steps:
+            if step.instruction == asked[-1]:
+                return step.apply(text)
+    return text
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with scripted_engine(rewriter, EngineConfig(model="scripted", max_model_len=32_000)) as scripted:
+        yield scripted
+
+
+@pytest.fixture
+def run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """run("demo", "--compare") -> the command's result, on the scripted engine."""
+    for module in (demo, chat, info):
+        monkeypatch.setattr(module, "shared_engine", lambda _config: engine)
+    return lambda *words, **options: CliRunner().invoke(app, words, **options)
+
+
+# Documents and chains
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_every_shipped_document_has_a_chain_of_at_least_five_steps_that_change_it(name: str) -> None:
+    document = load_document(name)
+    steps = steps_for(document)
+    assert len(steps) >= 5
+    assert 80 <= len(re.findall(r"\w+", document.text)) <= 300
+    text = document.text
+    for step in steps:
+        changed = step.apply(text)
+        assert (changed == text) == (step.edit == "repeat")
+        text = changed
+
+
+def test_a_file_of_the_same_name_as_a_shipped_document_gets_the_steps_for_any_text(tmp_path: Path) -> None:
+    own = tmp_path / "article.txt"
+    own.write_text("One line.\n")
+    assert steps_for(load_document(str(own))) == steps_for(Document("other.txt", "x"))
+    assert steps_for(load_document(str(own))) != steps_for(load_document("article.txt"))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (EditStep("append", {"text": "z"}), "a = 1\nb = 2\nz"),
+        (EditStep("prepend", {"text": "z"}), "z\na = 1\nb = 2"),
+        (EditStep("replace", {"old": "2", "new": "3"}), "a = 1\nb = 3"),
+        (EditStep("set", {"key": "a", "value": "9"}), "a = 9\nb = 2"),
+        (EditStep("delete_first", {}), "b = 2"),
+        (EditStep("delete_last", {}), "a = 1"),
+        (EditStep("repeat", {}), "a = 1\nb = 2"),
+    ],
+)
+def test_each_edit_says_what_it_does(step: EditStep, expected: str) -> None:
+    assert step.apply("a = 1\nb = 2") == expected
+    assert all(text in step.instruction for text in step.named.values())
+
+
+# Demo
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_demo_writes_the_figures_of_every_turn_through_each_framework(
+    run: Callable[..., Result], tmp_path: Path, framework: str
+) -> None:
+    path = tmp_path / "figures.json"
+    result = run("demo", "--framework", framework, "--file", "service.ini", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    figures_read = json.loads(path.read_text())
+    assert list(figures_read) == ["turns", "framework", "model", "device", "versions"]
+    assert (figures_read["framework"], figures_read["model"], figures_read["device"]) == (framework, "scripted", "cpu")
+    assert len(figures_read["turns"]) >= 5
+    for turn in figures_read["turns"]:
+        assert list(turn) == [*TURN_KEYS, "identical"]
+        assert turn["identical"] is True
+        assert turn["tokens"] / turn["forward_passes"] > 10
+        assert 0.9 < turn["copied_share"] <= 1
+        assert 0 < turn["ttft_s"] <= turn["seconds"]
+    assert os.listdir(tmp_path) == ["figures.json"]
+    assert "identical to plain decoding" in result.output
+
+
+def test_the_demo_shows_each_answer_with_copied_text_in_colour(engine: Engine) -> None:
+    document = load_document("stock_table.csv")
+    console = Console(record=True, width=100, force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    chain = demo.Chain(engine, frameworks.ask_engine(engine), compare=False)
+    turns = chain.run(document, steps_for(document), console)
+    shown = console.export_text(styles=True)
+    assert turns[0].answer.text in re.sub(r"\x1b\[[\d;]*m", "", shown)
+    assert re.search(r"\x1b\[32m[^\x1b]*kettle,red,14,A3", shown)
+    console.file.close()
+
+
+def test_the_demo_exits_with_1_and_says_which_turn_differs(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = frameworks.ask_engine
+    calls = iter(range(100))
+
+    def sometimes_wrong(engine: Engine, drafter: Any = None) -> Any:
+        ask = real(engine, drafter)
+
+        def wrong(*arguments: Any) -> Answer:
+            answer = ask(*arguments)
+            return answer if next(calls) != 3 else Answer("other", 1, 1, 0.0, 0.1, 0.1, (1,))
+
+        return wrong if drafter else ask
+
+    monkeypatch.setattr(demo, "ask_engine", sometimes_wrong)
+    result = run("demo", "--framework", "engine")
+    assert result.exit_code == 1
+    assert "Turns [3] differ from plain decoding" in result.output
+
+
+def test_the_demo_writes_a_picture_of_what_it_showed(run: Callable[..., Result], tmp_path: Path) -> None:
+    result = run("demo", "--framework", "engine", "--svg", str(tmp_path / "demo.svg"))
+    assert result.exit_code == 0
+    picture = (tmp_path / "demo.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "speed-up" in picture
+
+
+def test_the_table_sums_tokens_and_times_and_divides_the_sums() -> None:
+    fast = Answer("x", tokens=90, forward_passes=3, copied_share=1.0, ttft_s=0.01, seconds=0.1, token_ids=(1,))
+    slow = Answer("x", tokens=10, forward_passes=2, copied_share=0.0, ttft_s=0.03, seconds=0.4, token_ids=(1,))
+    plain = Answer("x", tokens=90, forward_passes=90, copied_share=0.0, ttft_s=0.1, seconds=2.0, token_ids=(1,))
+    cells = figures([Turn("append", fast, plain, 3.0, 1.0, True), Turn("repeat", slow, plain, 2.0, 0.5, False)])
+    assert cells == {
+        "tokens": "100",
+        "forward passes": "5",
+        "tokens per pass": "20.0",
+        "copied": "90%",
+        "first token after": "20 ms",
+        "tokens per second": "200",
+        "time": "500 ms",
+        "plain decoding": "4.00 s",
+        "speed-up over plain": "8.0x",
+        "generate": "5.00 s",
+        "prompt lookup": "1.50 s",
+        "speed-up over lookup": "3.0x",
+        "identical to plain": "[green]yes[/]",
+        "identical to generate": "[bold red]NO[/]",
+    }
+
+
+def test_equal_texts_of_different_tokens_are_not_the_same_answer() -> None:
+    one = Answer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(1, 2))
+    assert not one.same_as(Answer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(3, 2)))
+    assert one.same_as(Answer("x", 2, 1, 0.0, 0.1, 0.1))
+    assert not one.same_as(Answer("x", 3, 1, 0.0, 0.1, 0.1))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--file", "missing.txt"], "Cannot read --file missing.txt: No such file"),
+        (["--file", "."], "Got --file ., which is a folder"),
+        (["--file", "binary.bin"], "binary.bin with a byte that is not UTF-8 at offset 1"),
+        (["--file", "zero.bin"], "zero.bin with a zero byte at offset 2"),
+        (["--file", "empty.txt"], "empty.txt, which holds no text"),
+        (["--file", "huge.txt"], "huge.txt of more than 1,000,000 bytes"),
+        (["--framework", "haystack"], "Got --framework haystack but expected one of engine, langchain, llama-index"),
+        (["--json", "no/such/folder.json"], "there is no folder no/such: create it first"),
+        (["--json", "."], "Got --json ., which is not a file"),
+        (["--svg", "no/such.svg"], "Got --svg no/such.svg but there is no folder no"),
+        (["--model", "./no-such-model"], "no-such-model"),
+        (["--device", "tpu"], "Got device='tpu'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary.bin").write_bytes(b"a\xff\x00")
+    (tmp_path / "zero.bin").write_bytes(b"ab\x00")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "huge.txt").write_text("a" * 1_000_001)
+    before = sorted(os.listdir())
+    result = CliRunner().invoke(app, ["demo", *words])
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(os.listdir()) == before
+
+
+def test_an_unknown_option_is_exit_code_2() -> None:
+    result = CliRunner().invoke(app, ["demo", "--bogus"])
+    assert result.exit_code == 2
+    assert "--bogus" in result.stderr
+
+
+@pytest.mark.parametrize("package", ["langchain_core", "llama_index.core"])
+def test_a_missing_framework_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    extra = {"langchain_core": "langchain", "llama_index.core": "llama-index"}[package]
+    monkeypatch.setattr(frameworks, "find_spec", lambda name: None if name == package else object())
+    result = CliRunner().invoke(app, ["demo", "--framework", extra])
+    assert result.exit_code == 2
+    assert f'pip install "copyspec[{extra}]"' in result.stderr
+
+
+def test_an_interrupted_demo_exits_with_130_and_writes_nothing(
+    run: Callable[..., Result], engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, shown = demo.show_on, iter(range(100))
+
+    def interrupt_later(console: Console) -> Any:
+        show = real(console)
+
+        def shows(segments: Any) -> None:
+            if next(shown) == 4:
+                raise KeyboardInterrupt
+            show(segments)
+
+        return shows
+
+    monkeypatch.setattr(demo, "show_on", interrupt_later)
+    result = run("demo", "--framework", "engine", "--json", str(tmp_path / "x.json"))
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted; nothing was written.\n"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_ends_the_real_command_with_130_and_no_traceback(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "copyspec_engine",
+        "demo",
+        "--framework",
+        "engine",
+        "--json",
+        str(tmp_path / "x.json"),
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        next(line for line in process.stdout if line.startswith("1. "))
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+        assert process.wait(timeout=30) == 130
+    assert "Traceback" not in errors
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("before")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half\ud800", "--json")
+    assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["x.json"]
+    with pytest.raises(ConfigError, match="Cannot write --json"):
+        write_text(tmp_path / "gone" / "x.json", "text", "--json")
+
+
+# Chat and info
+
+
+def test_chat_answers_shows_its_figures_and_saves_the_conversation(run: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "talk.md"
+    lines = ["/stats", "First line.\\nSecond", "again please, all of it", "/stats", f"/save {path}", "/help", "/quit"]
+    result = run("chat", input="\n".join(lines))
+    assert result.exit_code == 0, result.output
+    assert "No answer yet." in result.output
+    assert "per pass" in result.output
+    assert "/save PATH" in result.output
+    said = path.read_text()
+    assert [line for line in said.splitlines() if line.startswith("## ")] == ["## user", "## assistant"] * 2
+    assert said.count("First line.") == 3
+
+
+def test_chat_ends_with_its_input_and_refuses_a_bad_temperature(run: Callable[..., Result]) -> None:
+    assert run("chat", input="hello").exit_code == 0
+    result = run("chat", "--temperature", "-1")
+    assert result.exit_code == 2
+    assert "Got temperature=-1.0" in result.stderr
+
+
+def test_chat_keeps_going_after_a_message_that_does_not_fit(tmp_path: Path) -> None:
+    with scripted_engine(rewriter, EngineConfig(model="scripted", max_model_len=200)) as engine:
+        console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+        talk = chat.Chat(engine, SamplingParams(), console)
+        talk.say("x" * 300)
+        assert talk.messages == []
+        talk.say("short")
+        assert [message["content"] for message in talk.messages] == ["short", "short"]
+        talk.save(str(tmp_path))
+        shown = console.export_text()
+        console.file.close()
+    assert "holds 200" in shown
+    assert "is not a file" in shown
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_came(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: Console) -> Callable[[list[Segment]], None]:
+        def show(_: list[Segment]) -> None:
+            raise KeyboardInterrupt
+
+        return show
+
+    monkeypatch.setattr(chat, "show_on", interrupt)
+    talk = chat.Chat(engine, SamplingParams(), Console(quiet=True))
+    talk.say("hello")
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+def test_info_names_the_model_its_memory_and_the_versions(run: Callable[..., Result]) -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for text in ("scripted", "cpu", "32,000 tokens", "transformers version", "CPU threads"):
+        assert text in result.output
