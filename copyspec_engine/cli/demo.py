@@ -111,7 +111,7 @@ class Chain:
 
     def warm_up(self, document: Document) -> None:
         """Runs every lane once, untimed, in sessions that are then forgotten."""
-        messages = [_user(document.text), _user("Repeat the text.")]
+        messages = [_user(document.text), _user("Repeat the document.")]
         for ask, session_id in ((self._ask, "warm-up"), (self._plain, "warm-up, plain")):
             ask(messages, session_id, 32, _show_nothing)
             self._engine.forget(session_id)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from copyspec_engine import ConfigError, EngineInfo
@@ -61,7 +62,8 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
 
 def table(turns: Sequence[Turn]) -> Table:
     """A column per turn and one for all of them; speed-ups are ratios of wall-clock times."""
-    grid = Table(title="Each turn beside plain decoding of the same prompt", title_justify="left")
+    title = "Each turn beside plain decoding of the same prompt"
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
     grid.add_column("turn\n", no_wrap=True)
     for number, turn in enumerate(turns, 1):
         grid.add_column(f"{number}\n{turn.edit.replace('_', ' ')}", justify="right")
@@ -111,7 +113,7 @@ def _yes(same: bool) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
 
 
 def check_writable(path: Path, option: str) -> None:
