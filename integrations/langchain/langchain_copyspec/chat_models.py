@@ -69,7 +69,7 @@ class ChatCopySpec(CallOptions, BaseChatModel):
     """An engine to use, or the configuration of one to share: it decides `model`, `device` and `dtype`. Pickling keeps
     the configuration only."""
     streaming: bool = False
-    """Answer `invoke` through the stream, so that callbacks see each chunk."""
+    """True: `invoke` streams too, so that callbacks see each chunk. False, if given: nothing streams."""
 
     _instance_session_id: str = PrivateAttr(default_factory=lambda: f"instance-{uuid.uuid4().hex}")
 

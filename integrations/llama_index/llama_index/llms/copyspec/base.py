@@ -21,6 +21,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
+from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
@@ -112,10 +113,11 @@ class CopySpec(CallOptions, FunctionCallingLLM):
     @override
     def metadata(self) -> LLMMetadata:
         """What the model can do; loads it if no one has, as its context length is part of the answer."""
-        info = self._get_engine().info
+        context = self._get_engine().info.max_model_len
         return LLMMetadata(
-            context_window=info.max_model_len,
-            num_output=self.max_tokens or LLMMetadata().num_output,
+            context_window=context,
+            # LlamaIndex keeps this much of the context free of prompt; its own default may be more than there is.
+            num_output=self.max_tokens or min(DEFAULT_NUM_OUTPUTS, context // 4),
             is_chat_model=True,
             is_function_calling_model=False,
             model_name=self.model,

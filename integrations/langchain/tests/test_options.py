@@ -1,0 +1,150 @@
+"""Construction, bad input, pickling, and what LangChain asks about a model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+
+from copyspec_engine import AdaptiveDrafter, ConfigError, CopySpecDrafter, Engine, EngineConfig, NoDrafter
+from langchain_copyspec import ChatCopySpec
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def _no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(config: EngineConfig) -> Engine:
+        raise AssertionError(f"loaded {config.model}")
+
+    monkeypatch.setattr("langchain_copyspec.chat_models.shared_engine", load)
+
+
+@pytest.mark.usefixtures("_no_loading")
+def test_the_constructor_loads_nothing() -> None:
+    assert isinstance(ChatCopySpec(), BaseChatModel)
+    assert ChatCopySpec().model == "bundled"
+    assert ChatCopySpec(model="/no/such/folder").model == "/no/such/folder"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"seed": -3}, "seed=-3"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": "many"}, "max_tokens='many'"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["a"], "stop_sequences": ["b"]}, "both stop and stop_sequences"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"model": ""}, "model=''"),
+        ({"drafter": "fast"}, "drafter='fast'"),
+        ({"session_id": ""}, "session_id=''"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"max_retries": -1}, "max_retries=-1"),
+        ({"temprature": 1}, "unknown option temprature=1"),
+    ],
+)
+def test_a_bad_option_raises_by_name_and_value(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ChatCopySpec(**options)
+
+
+@pytest.mark.parametrize("stop", [{"stop": "x"}, {"stop": ["x"]}, {"stop_sequences": ["x"]}, {"stop_sequences": "x"}])
+def test_stop_has_two_names_and_may_be_one_text(stop: dict[str, Any]) -> None:
+    assert ChatCopySpec(**stop).stop == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "expected"),
+    [
+        ("adaptive", AdaptiveDrafter()),
+        ("copyspec", CopySpecDrafter()),
+        ("none", NoDrafter()),
+        (CopySpecDrafter(block=5), CopySpecDrafter(block=5)),
+        ({"name": "copyspec", "block": 5}, CopySpecDrafter(block=5)),
+    ],
+)
+def test_a_drafter_may_be_a_name_or_an_object(drafter: object, expected: object) -> None:
+    assert ChatCopySpec(drafter=drafter).drafter == expected
+
+
+def test_an_engine_decides_model_device_and_dtype(make_engine: MakeEngine) -> None:
+    engine = make_engine([], device="cpu")
+    llm = ChatCopySpec(engine=engine)
+    assert (llm.model, llm.device, llm.dtype) == ("scripted", "cpu", "auto")
+    with pytest.raises(ConfigError, match="model='other' but the engine has model='scripted'"):
+        ChatCopySpec(engine=engine, model="other")
+
+
+def test_an_engine_config_gives_every_engine_option() -> None:
+    config = EngineConfig(model="some/model", kv_cache_tokens=1000)
+    llm = ChatCopySpec(engine=config)
+    assert llm.model == "some/model"
+    assert llm._engine_config() == config
+
+
+def test_pickling_keeps_options_and_the_engines_config(make_engine: MakeEngine) -> None:
+    engine = make_engine([], max_model_len=512)
+    llm = ChatCopySpec(engine=engine, temperature=0.5, stop=["x"], drafter="copyspec", session_id="s")
+    loaded = pickle.loads(pickle.dumps(llm))
+    assert loaded._engine_config() == engine.config
+    assert loaded.engine == engine.config
+    assert (loaded.temperature, loaded.stop, loaded.drafter, loaded.session_id) == (0.5, ["x"], CopySpecDrafter(), "s")
+    assert loaded._instance_session_id == llm._instance_session_id
+
+
+def test_a_copy_shares_the_engine(make_engine: MakeEngine) -> None:
+    engine = make_engine([])
+    llm = ChatCopySpec(engine=engine)
+    assert copy.copy(llm).engine is engine
+    assert copy.deepcopy(llm).engine is engine
+    assert llm.model_copy(deep=True).engine is engine
+
+
+def test_what_identifies_a_model_is_what_decides_its_answer(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine([]), temperature=0.5, session_id="s", timeout=3, include_segments=True)
+    params = llm.asdict()
+    assert params["_type"] == "copyspec"
+    assert (params["model"], params["temperature"]) == ("scripted", 0.5)
+    assert not {"session_id", "timeout", "max_retries", "include_segments", "engine", "streaming"} & set(params)
+
+
+def test_the_conversation_is_no_part_of_cache_keys_and_traces() -> None:
+    llm = ChatCopySpec()
+    assert llm._get_llm_string(session_id="a") == llm._get_llm_string()
+    assert llm._get_llm_string(temperature=0.5) != llm._get_llm_string()
+    assert llm._get_llm_string(stop=["x"]) != llm._get_llm_string()
+    assert "session_id" not in llm._get_invocation_params(session_id="a")
+    assert "a" not in llm._get_ls_params(session_id="a").values()
+
+
+def test_traces_name_the_options_in_force() -> None:
+    llm = ChatCopySpec(temperature=0.5, max_tokens=7, stop=["x"])
+    params = llm._get_ls_params()
+    assert params == {
+        "ls_provider": "copyspec",
+        "ls_model_type": "chat",
+        "ls_model_name": "bundled",
+        "ls_temperature": 0.5,
+        "ls_max_tokens": 7,
+        "ls_stop": ["x"],
+    }
+    assert llm._get_ls_params(stop=["y"], temperature=0.7)["ls_stop"] == ["y"]
+
+
+def test_tools_are_refused_when_bound_and_when_called(echo: Engine) -> None:
+    llm = ChatCopySpec(engine=echo)
+    with pytest.raises(NotImplementedError, match="Got 1 tools but ChatCopySpec has no tool calling"):
+        llm.bind_tools([{"title": "add", "type": "object", "properties": {}}])
+    with pytest.raises(NotImplementedError, match="no structured output yet"):
+        llm.with_structured_output({"title": "Point", "type": "object", "properties": {}})
+    with pytest.raises(NotImplementedError, match="Got tools"):
+        llm.invoke("hi", tools=[{"type": "function"}])

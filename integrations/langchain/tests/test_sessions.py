@@ -1,0 +1,169 @@
+"""Which conversation a call belongs to, on every path that a config can take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+
+from copyspec_engine import Engine
+from langchain_copyspec import ChatCopySpec
+
+MakeEngine = Callable[..., Engine]
+
+THREAD: RunnableConfig = {"configurable": {"thread_id": "t-1"}}
+
+
+def session(message: Any) -> str:
+    return str(message.response_metadata["copyspec"]["session_id"])
+
+
+@pytest.fixture
+def llm(echo: Engine) -> ChatCopySpec:
+    return ChatCopySpec(engine=echo)
+
+
+async def test_a_thread_id_reaches_every_direct_path(llm: ChatCopySpec) -> None:
+    sessions = {
+        "invoke": session(llm.invoke("hi", THREAD)),
+        "ainvoke": session(await llm.ainvoke("hi", THREAD)),
+        "stream": session(list(llm.stream("hi", THREAD))[-1]),
+        "astream": session([chunk async for chunk in llm.astream("hi", THREAD)][-1]),
+        "batch": session(llm.batch(["hi"], THREAD)[0]),
+        "abatch": session((await llm.abatch(["hi"], THREAD))[0]),
+        "batch_as_completed": session(next(iter(llm.batch_as_completed(["hi"], THREAD)))[1]),
+        "bind": session(llm.bind(temperature=0).invoke("hi", THREAD)),
+        "with_config": session(llm.with_config(THREAD).invoke("hi")),
+        "with_retry": session(llm.with_retry().invoke("hi", THREAD)),
+        "streaming": session(ChatCopySpec(engine=llm.engine, streaming=True).invoke("hi", THREAD)),
+        "disable_streaming": session(
+            list(ChatCopySpec(engine=llm.engine, disable_streaming=True).stream("hi", THREAD))[-1]
+        ),
+    }
+    assert sessions == dict.fromkeys(sessions, "t-1")
+
+
+@pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+async def test_a_thread_id_reaches_event_streams(llm: ChatCopySpec) -> None:
+    events = [event async for event in llm.astream_events("hi", THREAD, version="v2")]
+    assert session(events[-1]["data"]["output"]) == "t-1"
+    assert session(llm.stream_events("hi", THREAD, version="v3").output) == "t-1"
+    stream = await llm.astream_events("hi", THREAD, version="v3")
+    assert session(await stream.output) == "t-1"
+
+
+async def test_a_thread_id_reaches_the_model_of_a_chain(llm: ChatCopySpec) -> None:
+    chain = ChatPromptTemplate.from_messages([("user", "{text}")]) | llm
+    assert session(chain.invoke({"text": "hi"}, THREAD)) == "t-1"
+    assert session(await chain.ainvoke({"text": "hi"}, THREAD)) == "t-1"
+    assert session(list(chain.stream({"text": "hi"}, THREAD))[-1]) == "t-1"
+    assert session([chunk async for chunk in chain.astream({"text": "hi"}, THREAD)][-1]) == "t-1"
+    events = [event async for event in (chain | StrOutputParser()).astream_events({"text": "hi"}, THREAD)]
+    outputs = [event["data"]["output"] for event in events if event["event"] == "on_chat_model_end"]
+    assert [session(output) for output in outputs] == ["t-1"]
+
+
+def test_a_thread_id_reaches_a_model_called_inside_a_function(llm: ChatCopySpec) -> None:
+    assert session(RunnableLambda(lambda text: llm.invoke(text)).invoke("hi", THREAD)) == "t-1"
+    generate = RunnableLambda(lambda text: llm.generate([[HumanMessage(text)]]).generations[0][0].message)
+    assert session(generate.invoke("hi", THREAD)) == "t-1"
+
+
+async def test_each_item_of_a_batch_has_its_own_conversation(llm: ChatCopySpec) -> None:
+    configs: list[RunnableConfig] = [{"configurable": {"thread_id": f"t-{number}"}} for number in range(3)]
+    assert [session(answer) for answer in llm.batch(["a", "b", "c"], configs)] == ["t-0", "t-1", "t-2"]
+    assert [session(answer) for answer in await llm.abatch(["a", "b", "c"], configs)] == ["t-0", "t-1", "t-2"]
+
+
+@pytest.mark.parametrize("name", ["thread_id", "session_id", "conversation_id"])
+@pytest.mark.parametrize("part", ["configurable", "metadata"])
+def test_three_names_in_two_parts_of_a_config_name_the_conversation(llm: ChatCopySpec, part: str, name: str) -> None:
+    assert session(llm.invoke("hi", {part: {name: "c"}})) == "c"  # type: ignore[misc]
+
+
+def test_the_order_is_keyword_config_field_instance(echo: Engine) -> None:
+    llm = ChatCopySpec(engine=echo, session_id="field")
+    assert session(llm.invoke("hi", THREAD, session_id="keyword")) == "keyword"
+    assert session(llm.bind(session_id="keyword").invoke("hi", THREAD)) == "keyword"
+    assert session(llm.invoke("hi", {**THREAD, "metadata": {"thread_id": "metadata"}})) == "t-1"
+    assert session(llm.invoke("hi")) == "field"
+    one, other = ChatCopySpec(engine=echo), ChatCopySpec(engine=echo)
+    assert session(one.invoke("hi")) == session(one.invoke("ho")) != session(other.invoke("hi"))
+
+
+def test_an_id_may_be_any_value_but_an_empty_one(llm: ChatCopySpec) -> None:
+    assert session(llm.invoke("hi", {"configurable": {"thread_id": 7}})) == "7"
+    assert session(llm.invoke("hi", {"configurable": {"thread_id": 0}})) == "0"
+    own = session(llm.invoke("hi"))
+    assert session(llm.invoke("hi", {"configurable": {"thread_id": ""}})) == own
+    assert session(llm.invoke("hi", {"configurable": {"thread_id": None}})) == own
+
+
+def graph_of(llm: ChatCopySpec) -> Any:
+    """Two nodes that call the model: one passes its config on, one leaves it to the context; one is async too."""
+
+    def draft(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
+        return {"messages": [llm.invoke(state["messages"], config)]}
+
+    def revise(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [llm.invoke([*state["messages"], ("user", "again")])]}
+
+    async def arevise(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
+        return {"messages": [await llm.ainvoke([*state["messages"], ("user", "again")], config)]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("draft", draft)
+    graph.add_node("revise", RunnableLambda(revise, arevise))
+    graph.add_edge(START, "draft")
+    graph.add_edge("draft", "revise")
+    return graph.compile(checkpointer=InMemorySaver())
+
+
+def answers(state: dict[str, Any]) -> list[AIMessage]:
+    return [message for message in state["messages"] if isinstance(message, AIMessage)]
+
+
+async def test_a_graphs_thread_is_the_conversation_of_its_nodes(llm: ChatCopySpec) -> None:
+    graph = graph_of(llm)
+    state = graph.invoke({"messages": [("user", "hi")]}, THREAD)
+    assert [session(answer) for answer in answers(state)] == ["t-1", "t-1"]
+    state = await graph.ainvoke({"messages": [("user", "hi")]}, {"configurable": {"thread_id": "t-2"}})
+    assert [session(answer) for answer in answers(state)] == ["t-2", "t-2"]
+    parts = graph.stream({"messages": [("user", "ho")]}, THREAD, stream_mode="messages")
+    last = [message for message, _ in parts if message.response_metadata.get("finish_reason")]
+    assert [session(message) for message in last] == ["t-1", "t-1"]
+
+
+def test_a_graphs_second_run_reuses_its_first(make_engine: MakeEngine) -> None:
+    text = "the quick brown fox jumps over the lazy dog, " * 5
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: text))
+    graph = graph_of(llm)
+    graph.invoke({"messages": [("user", "write")]}, THREAD)
+    second = answers(graph.invoke({"messages": [("user", "more")]}, THREAD))[-2]
+    assert second.usage_metadata is not None
+    assert second.usage_metadata["input_token_details"]["cache_read"] > len(text)
+    assert second.response_metadata["copyspec"]["copied_share"] > 0.5
+    other = answers(graph.invoke({"messages": [("user", "more")]}, {"configurable": {"thread_id": "t-2"}}))[0]
+    assert other.usage_metadata is not None
+    assert other.usage_metadata["input_token_details"]["cache_read"] < 40
+
+
+def test_parallel_nodes_share_the_conversation(llm: ChatCopySpec) -> None:
+    graph = StateGraph(MessagesState)
+    for number in range(4):
+
+        def node(state: MessagesState, number: int = number) -> dict[str, Any]:
+            return {"messages": [llm.invoke([("user", f"part {number}")])]}
+
+        graph.add_node(f"node-{number}", node)
+        graph.add_edge(START, f"node-{number}")
+    found = answers(graph.compile().invoke({"messages": []}, THREAD))
+    assert {answer.text for answer in found} == {f"PART {number}" for number in range(4)}
+    assert {session(answer) for answer in found} == {"t-1"}

@@ -1,0 +1,365 @@
+"""Calls: chat, complete, their streams and async forms say the same; options, stops, counts, errors, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import pytest
+from llama_index.core import PromptTemplate
+from llama_index.core.agent.workflow import ReActAgent
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.chat_engine import SimpleChatEngine
+from llama_index.core.llms import ChatMessage, ChatResponse, CompletionResponse
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.tools import FunctionTool
+from pydantic import BaseModel
+
+from copyspec_engine import ConfigError, ContextOverflowError, Engine, EngineConfig
+from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
+
+MakeEngine = Callable[..., Engine]
+Response = ChatResponse | CompletionResponse
+
+DOCUMENT = "".join(f"- item {number}: all work and no play makes a dull list\n" for number in range(12))
+
+
+def text_of(response: Response) -> str:
+    return response.text if isinstance(response, CompletionResponse) else response.message.content or ""
+
+
+async def read(stream: AsyncGenerator[Any, None]) -> list[Any]:
+    return [response async for response in stream]
+
+
+async def everyhow(llm: CopySpec | CopySpecCompletion, text: str, **options: Any) -> dict[str, list[Response]]:
+    """The responses of every method."""
+    messages = [ChatMessage(text)]
+    return {
+        "chat": [llm.chat(messages, **options)],
+        "achat": [await llm.achat(messages, **options)],
+        "stream_chat": list(llm.stream_chat(messages, **options)),
+        "astream_chat": await read(await llm.astream_chat(messages, **options)),
+        "complete": [llm.complete(text, **options)],
+        "acomplete": [await llm.acomplete(text, **options)],
+        "stream_complete": list(llm.stream_complete(text, **options)),
+        "astream_complete": await read(await llm.astream_complete(text, **options)),
+    }
+
+
+async def test_every_method_gives_the_same_answer(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: DOCUMENT), drafter="none")
+    for responses in (await everyhow(llm, "Repeat the list.")).values():
+        raw = responses[-1].raw
+        assert text_of(responses[-1]) == DOCUMENT
+        assert (raw["model"], raw["finish_reason"]) == ("scripted", "stop")
+        assert raw["usage"]["completion_tokens"] == len(DOCUMENT) + 1
+        assert raw["usage"]["total_tokens"] == raw["usage"]["prompt_tokens"] + len(DOCUMENT) + 1
+        assert raw["copyspec"]["num_forward_passes"] == len(DOCUMENT) + 1
+        assert raw["copyspec"]["copied_share"] == 0
+
+
+async def test_streams_carry_the_text_so_far_and_what_is_new(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: DOCUMENT))
+    for name, responses in (await everyhow(llm, f"Repeat:\n{DOCUMENT}")).items():
+        if "stream" not in name:
+            continue
+        assert len(responses) > 1
+        text = ""
+        for response in responses:
+            text += response.delta or ""
+            assert text_of(response) == text
+            assert "".join(segment["text"] for segment in response.raw["copyspec"]["segments"]) == response.delta
+        assert ["usage" in response.raw for response in responses] == [False] * (len(responses) - 1) + [True]
+
+
+async def test_segments_of_a_whole_answer_are_the_answer(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: "Here it is:\n" + DOCUMENT))
+    for response in (llm.complete(f"Repeat:\n{DOCUMENT}"), await llm.acomplete(f"Repeat:\n{DOCUMENT}")):
+        segments = response.raw["copyspec"]["segments"]
+        assert "".join(segment["text"] for segment in segments) == response.text
+        assert {segment["copied"] for segment in segments} == {True, False}
+
+
+async def test_an_empty_answer_is_an_answer(make_engine: MakeEngine) -> None:
+    for responses in (await everyhow(CopySpec(engine=make_engine(lambda prompt: "")), "hi")).values():
+        assert [text_of(response) for response in responses] == [""]
+
+
+async def test_a_second_turn_reuses_the_prefix_and_copies(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: DOCUMENT))
+    first = await llm.achat([ChatMessage("Write the list.")])
+    second = await llm.achat([ChatMessage("Write the list."), first.message, ChatMessage("Again.")])
+    assert text_of(second) == DOCUMENT
+    assert first.raw["usage"]["cached_tokens"] == 0
+    assert second.raw["usage"]["cached_tokens"] >= first.raw["usage"]["total_tokens"] - 1
+    assert second.raw["copyspec"]["copied_share"] > 0.5
+    assert second.raw["copyspec"]["tokens_per_forward"] > 2
+
+
+async def test_the_order_of_conversations_is_keyword_field_instance(echo: Engine) -> None:
+    def session(response: Response) -> str:
+        return str(response.raw["copyspec"]["session_id"])
+
+    llm = CopySpec(engine=echo, session_id="field")
+    for responses in (await everyhow(llm, "hi", session_id="keyword")).values():
+        assert {session(response) for response in responses} == {"keyword"}
+    for responses in (await everyhow(llm, "hi")).values():
+        assert {session(response) for response in responses} == {"field"}
+    one, other = CopySpec(engine=echo), CopySpec(engine=echo)
+    assert session(one.complete("hi")) == session(one.complete("ho")) != session(other.complete("hi"))
+
+
+async def test_stop_ends_every_method_before_the_stop_text(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: DOCUMENT))
+    for responses in (await everyhow(llm, "Repeat the list.", stop="item 3")).values():
+        assert text_of(responses[-1]) == DOCUMENT.partition("item 3")[0]
+
+
+def test_options_of_a_call_replace_the_fields(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: "x" * 50), max_tokens=5)
+    assert llm.complete("go").text == "x" * 5
+    response = llm.complete("go", max_tokens=7, drafter="none")
+    assert response.text == "x" * 7
+    assert response.raw["finish_reason"] == "length"
+    assert llm.complete("go", max_tokens=None).text == "x" * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -1}, "temperature=-1"),
+        ({"max_token": 3}, "unknown option max_token=3"),
+        ({"drafter": "fast"}, "drafter='fast'"),
+        ({"session_id": 3}, "session_id=3"),
+    ],
+)
+async def test_a_bad_option_of_a_call_raises_by_name_and_value(echo: Engine, options: Any, named: str) -> None:
+    llm = CopySpec(engine=echo)
+    with pytest.raises(ConfigError, match=named):
+        llm.chat([ChatMessage("hi")], **options)
+    with pytest.raises(ConfigError, match=named):
+        await llm.astream_complete("hi", **options)
+
+
+async def test_bad_messages_raise(echo: Engine) -> None:
+    with pytest.raises(ConfigError, match="no messages"):
+        CopySpec(engine=echo).chat([])
+    with pytest.raises(ConfigError, match="no messages"):
+        await CopySpec(engine=echo).achat([])
+
+
+async def test_a_prompt_beyond_the_context_raises(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(["never"], max_model_len=64))
+    with pytest.raises(ContextOverflowError, match="holds 64"):
+        llm.complete("x" * 100)
+    with pytest.raises(ContextOverflowError, match="holds 64"):
+        await llm.achat([ChatMessage("x" * 100)])
+    with pytest.raises(ContextOverflowError, match="holds 64"):
+        list(llm.stream_complete("x" * 100))
+
+
+def test_a_prompt_is_a_user_message_unless_it_is_formatted(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: prompt))
+    assert llm.complete("hi").text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert llm.complete("hi", formatted=True).text == "hi"
+
+
+async def test_tools_are_refused(echo: Engine) -> None:
+    llm = CopySpec(engine=echo)
+    tool = FunctionTool.from_defaults(lambda a: a, name="same", description="gives it back")
+    with pytest.raises(NotImplementedError, match="Got 1 tools but CopySpec has no tool calling"):
+        llm.chat_with_tools([tool], "hi")
+    with pytest.raises(NotImplementedError, match="no tool calling"):
+        await llm.achat_with_tools([tool], "hi")
+    with pytest.raises(NotImplementedError, match="Got tools"):
+        llm.chat([ChatMessage("hi")], tools=[{}])
+    with pytest.raises(NotImplementedError, match="no tool calling"):
+        llm.get_tool_calls_from_response(llm.chat([ChatMessage("hi")]))
+
+
+# Concurrency
+
+
+async def test_concurrent_calls_get_their_own_answers(echo: Engine) -> None:
+    llm = CopySpec(engine=echo)
+    responses = await asyncio.gather(*(llm.acomplete(f"question {number}") for number in range(8)))
+    assert [response.text for response in responses] == [f"QUESTION {number}" for number in range(8)]
+
+
+@pytest.mark.parametrize("how", ["achat", "acomplete", "astream_chat", "astream_complete"])
+async def test_the_event_loop_goes_on_while_the_model_loads(
+    monkeypatch: pytest.MonkeyPatch, echo: Engine, how: str
+) -> None:
+    def load_slowly(config: EngineConfig) -> Engine:
+        time.sleep(0.5)
+        return echo
+
+    monkeypatch.setattr("llama_index.llms.copyspec.base.shared_engine", load_slowly)
+    llm = CopySpec()
+
+    async def call() -> str:
+        response = await getattr(llm, how)([ChatMessage("hi")] if "chat" in how else "hi")
+        return text_of((await read(response))[-1] if "stream" in how else response)
+
+    task = asyncio.ensure_future(call())
+    longest, last = 0.0, time.perf_counter()
+    while not task.done():
+        await asyncio.sleep(0.005)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    assert await task == "HI"
+    assert longest < 0.4
+
+
+class Cancels:
+    """Records which requests were running when they were cancelled."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.running: list[str] = []
+        self._cancel = engine.cancel
+        monkeypatch.setattr(engine, "cancel", self)
+
+    def __call__(self, request_id: str) -> bool:
+        running = self._cancel(request_id)
+        if running:
+            self.running.append(request_id)
+        return running
+
+    async def all_stopped(self) -> bool:
+        for _ in range(200):
+            if self.running and not any(self._cancel(request_id) for request_id in self.running):
+                return True
+            await asyncio.sleep(0.01)
+        return False
+
+
+@pytest.fixture
+def slow(make_engine: MakeEngine) -> Engine:
+    """Would take many seconds to answer."""
+    return make_engine(lambda prompt: "word " * 1500, drafter="none")
+
+
+async def test_closing_a_stream_cancels_its_request(slow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancels = Cancels(slow, monkeypatch)
+    responses = CopySpec(engine=slow).stream_complete("go")
+    next(responses)
+    responses.close()
+    assert await cancels.all_stopped()
+
+
+async def test_leaving_an_async_stream_cancels_its_request(slow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancels = Cancels(slow, monkeypatch)
+    async for _ in await CopySpec(engine=slow).astream_complete("go"):
+        break
+    assert await cancels.all_stopped()
+
+
+@pytest.mark.parametrize("how", ["acomplete", "astream_complete"])
+async def test_cancelling_the_task_cancels_its_request(slow: Engine, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    cancels = Cancels(slow, monkeypatch)
+    llm = CopySpec(engine=slow)
+
+    async def call() -> None:
+        if how == "acomplete":
+            await llm.acomplete("go")
+        else:
+            await read(await llm.astream_complete("go"))
+
+    task = asyncio.ensure_future(call())
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await cancels.all_stopped()
+
+
+# What LlamaIndex builds on
+
+
+def test_the_token_counter_reads_the_engines_counts(echo: Engine) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda text: [])
+    llm = CopySpec(engine=echo, callback_manager=CallbackManager([counter]))
+    usage = llm.chat([ChatMessage("hi")]).raw["usage"]
+    assert counter.prompt_llm_token_count == usage["prompt_tokens"]
+    assert counter.completion_llm_token_count == usage["completion_tokens"]
+    for response in llm.stream_chat([ChatMessage("hi")]):
+        last = response
+    assert counter.total_llm_token_count == usage["total_tokens"] + last.raw["usage"]["total_tokens"]
+
+
+async def test_predict_goes_through_chat_with_the_system_prompt(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: prompt), system_prompt="be brief")
+    rendered = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    prompt = PromptTemplate("{word}")
+    assert llm.predict(prompt, word="hi") == rendered
+    assert await llm.apredict(prompt, word="hi") == rendered
+    assert "".join(llm.stream(prompt, word="hi")) == rendered
+    assert "".join([text async for text in await llm.astream(prompt, word="hi")]) == rendered
+
+
+async def test_structured_prediction_goes_through_the_prompt(make_engine: MakeEngine) -> None:
+    class Point(BaseModel):
+        x: int
+        y: int
+
+    llm = CopySpec(engine=make_engine(lambda prompt: '{"x": 1, "y": 2}'))
+    assert llm.structured_predict(Point, PromptTemplate("a point")) == Point(x=1, y=2)
+    assert await llm.astructured_predict(Point, PromptTemplate("a point")) == Point(x=1, y=2)
+
+
+def memory_of(llm: CopySpec) -> ChatMemoryBuffer:
+    """A memory without the default one's database, whose open connection warns in whichever test comes next."""
+    return ChatMemoryBuffer.from_defaults(llm=llm)
+
+
+async def test_a_chat_engine_keeps_one_conversation(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: DOCUMENT))
+    chat_engine = SimpleChatEngine.from_defaults(llm=llm, memory=memory_of(llm))
+    assert str(chat_engine.chat("Write the list.")) == DOCUMENT
+    response = await chat_engine.achat("Again.")
+    assert str(response) == DOCUMENT
+    stream = chat_engine.stream_chat("Again.")
+    assert "".join(stream.response_gen) == DOCUMENT
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LlamaIndex's workflows list pydantic's old names
+async def test_a_react_agent_calls_a_tool_through_text(make_engine: MakeEngine) -> None:
+    replies = [
+        'Thought: I need to use a tool.\nAction: add\nAction Input: {"a": 1, "b": 2}',
+        "Thought: I can answer without using any more tools.\nAnswer: three",
+    ]
+    llm = CopySpec(engine=make_engine(replies))
+    add = FunctionTool.from_defaults(lambda a, b: a + b, name="add", description="adds two numbers")
+    assert str(await ReActAgent(tools=[add], llm=llm).run("1 + 2?", memory=memory_of(llm))) == "three"
+
+
+# Raw text
+
+
+async def test_completion_sends_the_prompt_as_it_is(make_engine: MakeEngine) -> None:
+    llm = CopySpecCompletion(llm=CopySpec(engine=make_engine(lambda prompt: prompt)))
+    assert not llm.metadata.is_chat_model
+    for name, responses in (await everyhow(llm, "hi")).items():
+        assert text_of(responses[-1]) == ("user: hi\nassistant: " if "chat" in name else "hi")
+        assert responses[-1].raw["usage"]["prompt_tokens"] == len(text_of(responses[-1]))
+
+
+def test_completion_uses_its_own_prompt_functions(make_engine: MakeEngine) -> None:
+    llm = CopySpecCompletion(
+        llm=CopySpec(engine=make_engine(lambda prompt: prompt)), completion_to_prompt=lambda prompt: f"<{prompt}>"
+    )
+    assert llm.complete("hi").text == "<hi>"
+    assert llm.complete("hi", formatted=True).text == "hi"
+    with pytest.raises(ConfigError, match="unknown option max_token=3"):
+        llm.complete("hi", max_token=3)
+
+
+def test_completion_counts_each_call_once(make_engine: MakeEngine) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda text: [])
+    llm = CopySpecCompletion(
+        llm=CopySpec(engine=make_engine(lambda prompt: "yes")), callback_manager=CallbackManager([counter])
+    )
+    assert llm.complete("hi").raw["usage"]["total_tokens"] == counter.total_llm_token_count
