@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from copyspec_engine import Engine
+
+MakeEngine = Callable[..., Engine]
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_snippets_run_as_they_stand(monkeypatch: pytest.MonkeyPatch, make_engine: MakeEngine) -> None:
+    notes = "# Notes\n- Ann books the room\n- Bo brings the slides\n- Cy orders lunch\n"
+    engine = make_engine(lambda prompt: notes)
+    monkeypatch.setattr("llama_index.llms.copyspec.base.shared_engine", lambda config: engine)
+    snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(snippets) >= 5
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(compile(snippet, str(README), "exec"), names)
