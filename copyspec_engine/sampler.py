@@ -48,6 +48,7 @@ def filtered_probabilities(logits: torch.Tensor, params: SamplingParams) -> torc
         before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier tokens: the first token is always kept
         ordered = ordered.masked_fill(before >= params.top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return probabilities
 
 

@@ -195,7 +195,10 @@ def test_requests_in_flight_together_answer_as_if_alone(make_engine: MakeEngine)
     handles = [
         engine.submit(
             GenerationRequest(
-                prompt_token_ids=prompt, drafter=drafter, session_id=rng.choice("ab"), sampling=SamplingParams(**sampling)
+                prompt_token_ids=prompt,
+                drafter=drafter,
+                session_id=rng.choice("ab"),
+                sampling=SamplingParams(**sampling),
             )
         )
         for prompt, sampling, drafter in cases

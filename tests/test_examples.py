@@ -1,0 +1,31 @@
+"""Every example runs offline on the bundled model and does what it says."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXPECTED = {
+    "engine_quickstart.py": ["checksum = yes", "port = 9000", "copied"],
+    "langchain_rewrite_chain.py": ["DRAFT, not yet approved\n# Weekly planning", "Next meeting: Thursday"],
+    "llama_index_chat.py": ["ladle,copper,21,C2,12.30,Ostrow", "tokens per forward pass"],
+    "self_refine_loop.py": ["Local news\nThe ferry", "For three decades", "Reporting by our harbour correspondent."],
+}
+
+
+def test_every_example_is_run_here() -> None:
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(EXPECTED)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_example_runs_and_shows_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    shown = capsys.readouterr().out
+    for text in EXPECTED[name]:
+        assert text in shown
+    for figure in re.findall(r"([\d.]+) tokens per forward pass", shown):
+        assert float(figure) > 5
