@@ -1,0 +1,35 @@
+"""A document rewritten step by step with a LangChain chain; the thread keeps every version as a source to copy from.
+
+Run: python examples/langchain_rewrite_chain.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableConfig
+
+from langchain_copyspec import ChatCopySpec
+
+DOCUMENT = Path(__file__).parent / "documents" / "meeting_notes.md"
+STEPS = (
+    "Append this line:\n- Oskar brings the projector.",
+    'Replace "Wednesday" with "Thursday".',
+    "Prepend this line:\nDRAFT, not yet approved",
+)
+
+
+def main() -> None:
+    prompt = ChatPromptTemplate.from_messages([("human", "{document}"), ("human", "{instruction}")])
+    chain = prompt | ChatCopySpec() | StrOutputParser()
+    thread: RunnableConfig = {"configurable": {"thread_id": "minutes"}}
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for instruction in STEPS:
+        text = chain.invoke({"document": text, "instruction": instruction}, config=thread)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

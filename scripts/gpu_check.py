@@ -1,0 +1,177 @@
+"""Checks on a GPU: tests marked `gpu`, token equality with `generate`, and the demo's figures on the bundled model.
+
+Run by scripts/gpu_check.sh. With `--device cpu` the same code runs on a machine without a GPU, so that a test can hold
+it to its word; the tests marked `gpu` are then left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("torch", "transformers", "pydantic", "numpy", "rich", "pytest")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "mixtral")
+DRAFTERS = ("none", "adaptive", "copyspec")
+TURNS, NEW_TOKENS = 3, 48
+PROMPT = tuple(b"the cat sat on the mat; the cat ate the rat; the dog sat on the log; " * 2)
+FEEDBACK = tuple(b" again, but with the dog; ")
+TEST_SECONDS = 240
+
+Report = dict[str, Any]
+
+
+def main() -> int:
+    """Runs every check that fits the device and writes one JSON file; returns the exit code."""
+    options = _options()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"Error: {sys.executable} has no {', '.join(missing)}: install them, or set PYTHON=", file=sys.stderr)
+        return 2
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("Error: no CUDA GPU here (torch.cuda.is_available() is False). Try --device cpu", file=sys.stderr)
+        return 2
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    report: Report = {"device": options.device, **_environment(), "checks": {}}
+    for name, check in _checks(options).items():
+        print(f"==> {name}", flush=True)
+        start = time.perf_counter()
+        result = check()
+        report["checks"][name] = {**result, "seconds": round(time.perf_counter() - start, 2)}
+        print(f"    {'ok' if result['ok'] else 'FAILED'}, {time.perf_counter() - start:.1f} s", flush=True)
+    report["ok"] = all(result["ok"] for result in report["checks"].values())
+    (options.out_dir / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"{'All checks passed' if report['ok'] else 'SOMETHING FAILED'}: {options.out_dir / 'gpu_check.json'}")
+    return 0 if report["ok"] else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--skip-demo", action="store_true")
+    return parser.parse_args()
+
+
+def _checks(options: argparse.Namespace) -> dict[str, Callable[[], Report]]:
+    checks: dict[str, Callable[[], Report]] = {
+        f"equal to generate in float32: {name}": lambda name=name: _equality(name, options.device)
+        for name in options.architectures
+    }
+    if options.device == "cuda":
+        checks["tests marked gpu"] = lambda: _gpu_tests(options.out_dir)
+    if not options.skip_demo:
+        checks["demo in float32"] = lambda: _demo(options.device, options.out_dir)
+    return checks
+
+
+def _environment() -> Report:
+    import torch
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"gpu": gpu, "cuda": torch.version.cuda, "versions": versions, "threads": torch.get_num_threads()}
+
+
+# Equality
+
+
+def _equality(name: str, device: str) -> Report:
+    """Three turns in one session, for each drafter: the same tokens as `generate` with the whole prompt each time."""
+    from tests.conftest import build_model
+
+    reference = build_model(name).to(device)
+    differing, forward_passes = [], {}
+    for drafter in DRAFTERS:
+        passes = 0
+        for turn, (got, expected, num_passes) in enumerate(_turns(name, device, drafter, reference), 1):
+            passes += num_passes
+            if got != expected:
+                differing.append({"drafter": drafter, "turn": turn, "got": got, "expected": expected})
+        forward_passes[drafter] = passes
+    return {"ok": not differing, "forward_passes": forward_passes, "differing": differing}
+
+
+def _turns(name: str, device: str, drafter: str, reference: Any) -> Iterator[tuple[list[int], list[int], int]]:  # noqa: ANN401
+    from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
+    from copyspec_engine.model_runner import prepare
+    from copyspec_engine.testing import ByteTokenizer
+    from tests.conftest import STEP_COST, build_model
+
+    config = EngineConfig(model=f"tiny-{name}", device=device, step_cost=STEP_COST, max_prefill_tokens=37)
+    loaded = prepare(build_model(name).to(device), ByteTokenizer(), config)  # type: ignore[arg-type]
+    prompt = PROMPT
+    with Engine(config, model=loaded) as engine:
+        for _ in range(TURNS):
+            request = GenerationRequest(
+                prompt_token_ids=prompt,
+                drafter=drafter,
+                session_id="chat",
+                sampling=SamplingParams(max_tokens=NEW_TOKENS),
+            )
+            output = engine.generate(request)
+            yield list(output.token_ids), _generate(reference, prompt), output.draft_stats.num_forward_passes
+            prompt = (*prompt, *output.token_ids, *FEEDBACK)
+
+
+def _generate(model: Any, prompt: tuple[int, ...]) -> list[int]:  # noqa: ANN401 - any decoder
+    import torch
+
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+# Tests and demo
+
+
+def _gpu_tests(out_dir: Path) -> Report:
+    """`pytest -m gpu` without the project's settings, whose plugins may not be installed here."""
+    words = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", str(ROOT), "--import-mode=importlib"]
+    log = out_dir / "gpu_tests.txt"
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(
+                [*words, "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                timeout=TEST_SECONDS,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    lines = log.read_text(encoding="utf-8").strip().splitlines()
+    return {"ok": code == 0, "exit_code": code, "last_line": lines[-1] if lines else ""}
+
+
+def _demo(device: str, out_dir: Path) -> Report:
+    """The main job on the bundled model with its peers, through the engine alone."""
+    from rich.console import Console
+
+    from copyspec_engine import EngineConfig
+    from copyspec_engine.cli.demo import DemoOptions, run_demo
+
+    path = out_dir / "demo_float32.json"
+    config = EngineConfig(device=device, dtype="float32")
+    code = run_demo(DemoOptions(config, framework="engine", compare=True, json_path=path), Console(width=100))
+    return {"ok": code == 0, "exit_code": code, "figures": json.loads(path.read_text(encoding="utf-8"))}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
