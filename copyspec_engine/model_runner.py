@@ -179,7 +179,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         ModelLoadError: the folder or name does not exist, cannot be read, or does not fit in memory.
         UnsupportedModelError: not a decoder, or one whose passes over our KV differ from its own.
     """
-    path = str(bundled_model_path()) if config.model == BUNDLED_MODEL else config.model
+    path = str(bundled_model_path()) if config.model == BUNDLED_MODEL else os.path.expanduser(config.model)
     device = _resolve_device(config.device)
     try:
         hf_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
@@ -247,7 +247,7 @@ def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 def _load_failure(name: str, path: str, error: Exception) -> str:
     """One line that says what to do about a model that could not be loaded."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    looks_local = os.path.sep in path or path.startswith(".")
+    looks_local = path.startswith((".", os.path.sep)) or path.count("/") > 1
     if looks_local and not os.path.isdir(path):
         return (
             f"Got model={name!r} but there is no such folder: check the path, or give a hub name such as "

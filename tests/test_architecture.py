@@ -1,0 +1,77 @@
+"""Imports point one way: L0 <- L1 <- L2 <- L3 <- L4, and torch stays out of the lower two."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "copyspec_engine"
+LEVELS = {
+    0: {"errors", "config", "outputs"},
+    1: {"copy_index", "memory", "sequence", "drafter", "kv_pool", "scheduler", "verify"},
+    2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
+    3: {"engine"},
+    4: {"testing", "cli", "__main__"},
+}
+LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
+MAY_IMPORT_TRANSFORMERS = {"attention", "model_runner", "tokenizer", "bundled", "cli/compare"}
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Full dotted names of everything that a file imports, wherever the import stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def parts() -> list[tuple[str, Path]]:
+    """(module or subpackage, file) of the engine package."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return [(f.relative_to(PACKAGE).parts[0].removesuffix(".py"), f) for f in files if f != PACKAGE / "__init__.py"]
+
+
+def test_every_module_has_a_level() -> None:
+    assert {name for name, _ in parts()} == set(LEVEL_OF)
+
+
+def test_imports_never_point_upwards() -> None:
+    for name, path in parts():
+        for imported in modules_imported(path):
+            pieces = imported.split(".")
+            if pieces[0] == "copyspec_engine" and len(pieces) > 1 and pieces[1] in LEVEL_OF:
+                assert LEVEL_OF[pieces[1]] <= LEVEL_OF[name], f"{path.name} imports {imported}"
+
+
+def test_the_lower_levels_know_neither_torch_nor_transformers() -> None:
+    for name, path in parts():
+        tops = {imported.split(".")[0] for imported in modules_imported(path)}
+        if LEVEL_OF[name] <= 1:
+            assert not tops & {"torch", "transformers", "tokenizers"}, path.name
+        where = name if name != "cli" else f"cli/{path.stem}"
+        if "transformers" in tops:
+            assert where in MAY_IMPORT_TRANSFORMERS, path.name
+
+
+def test_outer_code_uses_public_names_only() -> None:
+    import copyspec_engine
+
+    outer = [PACKAGE / "cli", ROOT / "integrations", ROOT / "examples"]
+    public = {f"copyspec_engine.{name}" for name in copyspec_engine.__all__} | {"copyspec_engine"}
+    for path in (file for folder in outer for file in sorted(folder.rglob("*.py")) if "tests" not in file.parts):
+        inside = "cli" if PACKAGE / "cli" in path.parents else ""
+        for imported in modules_imported(path):
+            pieces = imported.split(".")
+            if pieces[0] != "copyspec_engine" or pieces[1:2] == [inside]:
+                continue
+            assert imported in public or pieces[1] in ("bundled", "testing"), f"{path} imports {imported}"
+
+
+def test_the_integrations_do_not_import_each_other() -> None:
+    for name, other in (("langchain", "llama_index.llms.copyspec"), ("llama_index", "langchain_copyspec")):
+        for path in (ROOT / "integrations" / name).rglob("*.py"):
+            assert not any(imported.startswith(other) for imported in modules_imported(path)), path

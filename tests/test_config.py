@@ -1,0 +1,71 @@
+"""A bad value is refused with its name, the value and what was expected."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from copyspec_engine import (
+    AdaptiveDrafter,
+    ConfigError,
+    CopySpecDrafter,
+    EngineConfig,
+    GenerationRequest,
+    NoDrafter,
+    SamplingParams,
+)
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "says"),
+    [
+        (SamplingParams, {"temperature": -1}, "Got temperature=-1 but expected greater than or equal to 0"),
+        (SamplingParams, {"temperature": float("nan")}, "temperature=nan"),
+        (SamplingParams, {"top_p": 0}, "top_p=0"),
+        (SamplingParams, {"top_k": 0}, "top_k=0"),
+        (SamplingParams, {"seed": -5}, "seed=-5"),
+        (SamplingParams, {"max_tokens": 0}, "max_tokens=0"),
+        (SamplingParams, {"stop": ("",)}, "at least one character"),
+        (SamplingParams, {"temprature": 1}, "unknown option temprature=1 for SamplingParams"),
+        (EngineConfig, {"drafter": "fast"}, "drafter='fast' but expected one of adaptive, copyspec, none"),
+        (EngineConfig, {"dtype": "int4"}, "dtype='int4'"),
+        (EngineConfig, {"device": "tpu"}, "device='tpu'"),
+        (EngineConfig, {"model": ""}, "model=''"),
+        (EngineConfig, {"max_running": 0}, "max_running=0"),
+        (EngineConfig, {"step_cost": ((2, 1.0), (3, 1.0))}, "starting at 1 token"),
+        (EngineConfig, {"step_cost": ((1, 1.0), (3, 0.0))}, "positive seconds"),
+        (CopySpecDrafter, {"block": 0}, "block=0"),
+        (AdaptiveDrafter, {"max_draft_tokens": 0}, "max_draft_tokens=0"),
+        (NoDrafter, {"block": 3}, "unknown option block=3"),
+        (GenerationRequest, {}, "Got no input but expected exactly one of"),
+        (GenerationRequest, {"prompt": "a", "messages": MESSAGES}, "Got messages and prompt"),
+        (GenerationRequest, {"messages": []}, "empty messages"),
+        (GenerationRequest, {"prompt": ""}, "empty prompt"),
+        (GenerationRequest, {"prompt": "a", "tools": ({},)}, "tools without messages"),
+        (GenerationRequest, {"prompt": "a", "session_id": ""}, "session_id=''"),
+    ],
+)
+def test_bad_values_are_named(make: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**options)
+    assert says in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_options_are_frozen_hashable_and_picklable() -> None:
+    config = EngineConfig(model="m", drafter="copyspec")
+    assert config.drafter == CopySpecDrafter()
+    assert hash(config) == hash(EngineConfig(model="m", drafter=CopySpecDrafter()))
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.model = "other"  # type: ignore[misc]
+
+
+def test_the_defaults_are_greedy_and_adaptive() -> None:
+    assert EngineConfig().drafter == AdaptiveDrafter()
+    assert SamplingParams().temperature == 0.0
+    assert (CopySpecDrafter().min_match_tokens, CopySpecDrafter().block) == (3, 10)

@@ -1,0 +1,357 @@
+"""Front doors: streams, cancelling, failures that stay alone, shutting down, sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from copyspec_engine import (
+    ConfigError,
+    ContextOverflowError,
+    Engine,
+    EngineConfig,
+    EngineStoppedError,
+    GenerationRequest,
+    RequestFailedError,
+    SamplingParams,
+    shared_engine,
+)
+from copyspec_engine.drafter import DraftTree
+from copyspec_engine.scheduler import ScheduledBatch
+from copyspec_engine.testing import ScriptedRunner, scripted_engine
+from tests.conftest import assert_all_slots_free
+
+DOCUMENT = "".join(f"line {i}: value {i * i}\n" for i in range(20))
+
+
+def ask(text: str, **options: object) -> GenerationRequest:
+    return GenerationRequest(messages=({"role": "user", "content": text},), **options)
+
+
+@pytest.fixture
+def endless() -> Iterator[Engine]:
+    """An engine whose every answer is long, so that there is time to interrupt it."""
+    with scripted_engine(lambda _prompt: "abcdefg hijk " * 200, EngineConfig(drafter="none")) as engine:
+        yield engine
+        assert_all_slots_free(engine)
+
+
+@pytest.fixture
+def echo() -> Iterator[Engine]:
+    """An engine that repeats the last user message."""
+
+    def reply(prompt: str) -> str:
+        return prompt.rsplit("<|im_start|>user\n", 1)[1].split("<|im_end|>")[0]
+
+    with scripted_engine(reply) as engine:
+        yield engine
+        assert_all_slots_free(engine)
+
+
+def test_stream_joined_equals_generate(echo: Engine) -> None:
+    chunks = list(echo.stream(ask(DOCUMENT)))
+    output = echo.generate(ask(DOCUMENT))
+    assert "".join(chunk.text for chunk in chunks) == output.text == DOCUMENT
+    assert tuple(token for chunk in chunks for token in chunk.token_ids) == output.token_ids
+    assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert "".join(segment.text for segment in output.segments) == output.text
+
+
+def test_async_equals_sync(echo: Engine) -> None:
+    async def both() -> tuple[str, str]:
+        streamed = "".join([chunk.text async for chunk in echo.astream(ask(DOCUMENT))])
+        return streamed, (await echo.agenerate(ask(DOCUMENT))).text
+
+    assert asyncio.run(both()) == (DOCUMENT, DOCUMENT)
+
+
+def test_counts_add_up(echo: Engine) -> None:
+    output = echo.generate(ask(DOCUMENT))
+    stats = output.draft_stats
+    assert output.usage.completion_tokens == len(output.token_ids) == len(DOCUMENT) + 1
+    assert stats.num_accepted_tokens == sum(stats.accepted_lengths)
+    assert stats.num_forward_passes == len(stats.accepted_lengths)
+    assert stats.num_accepted_tokens + stats.num_forward_passes >= output.usage.completion_tokens
+    assert stats.num_draft_tokens >= stats.num_accepted_tokens
+    assert output.tokens_per_forward > 10
+    assert output.copied_share > 0.9
+    assert 0 < output.timing.queue_s <= output.timing.ttft_s <= output.timing.total_s
+
+
+def test_the_second_turn_reads_only_its_new_tokens_and_copies_from_the_first(echo: Engine) -> None:
+    first = echo.generate(ask(DOCUMENT, session_id="s"))
+    history = [
+        {"role": "user", "content": DOCUMENT},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "thanks"},
+    ]
+    second = echo.generate(GenerationRequest(messages=tuple(history), session_id="s"))
+    assert second.usage.cached_tokens in (first.usage.total_tokens, first.usage.total_tokens - 1)
+    assert second.text == "thanks"
+
+
+def test_a_text_that_is_no_longer_in_the_prompt_is_copied_from_the_session() -> None:
+    with scripted_engine([DOCUMENT, DOCUMENT, DOCUMENT]) as engine:
+        engine.generate(ask("write it", session_id="s"))
+        remembered = engine.generate(ask("again", session_id="s"))
+        stranger = engine.generate(ask("again", session_id="other"))
+        assert remembered.text == stranger.text == DOCUMENT
+        assert remembered.tokens_per_forward > 2 * stranger.tokens_per_forward
+
+
+def test_sessions_never_draft_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "the secret code is 7391-4456-2210"
+    with scripted_engine(lambda prompt: secret if "tell" in prompt else "the secret code is unknown") as engine:
+        engine.generate(ask("tell", session_id="a"))
+        proposed: list[int] = []
+        propose = engine._drafter.propose
+        monkeypatch.setattr(
+            engine._drafter, "propose", lambda sequence: (d := propose(sequence), proposed.extend(d.tokens))[0]
+        )
+        engine.generate(ask("what is the secret code", session_id="b"))
+        assert "7391" not in engine.decode(proposed)
+
+
+def test_closing_a_stream_cancels_the_request(endless: Engine) -> None:
+    stream = endless.stream(ask("go"))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 10
+    while endless._requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert_all_slots_free(endless)
+
+
+def test_cancel_keeps_what_was_written_and_frees_every_slot(endless: Engine) -> None:
+    handle = endless.submit(ask("go", request_id="r", session_id="s"))
+    chunks = iter(handle)
+    text = next(chunks).text + next(chunks).text
+    assert endless.cancel("r")
+    rest = list(chunks)
+    output = rest[-1].output
+    assert output is not None
+    assert output.finish_reason == "cancelled"
+    assert output.text.startswith(text)
+    assert not endless.cancel("r")
+    assert_all_slots_free(endless)
+
+
+def test_a_waiting_request_can_be_cancelled() -> None:
+    with scripted_engine(lambda _: "x" * 3000, EngineConfig(max_running=1, drafter="none")) as engine:
+        first = engine.submit(ask("a", request_id="first"))
+        second = engine.submit(ask("b", request_id="second"))
+        assert engine.cancel("second")
+        output = second.result()
+        assert (output.finish_reason, output.text) == ("cancelled", "")
+        engine.cancel("first")
+        assert first.result().finish_reason == "cancelled"
+        assert_all_slots_free(engine)
+
+
+def test_a_cancelled_task_cancels_its_request(endless: Engine) -> None:
+    async def run() -> None:
+        async def consume() -> None:
+            async for _ in endless.astream(ask("go")):
+                pass
+
+        task = asyncio.create_task(consume())
+        while not endless._requests:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        for _ in range(1000):
+            if not endless._requests:
+                return
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    assert_all_slots_free(endless)
+
+
+def test_the_event_loop_goes_on_while_tokens_are_made(endless: Engine) -> None:
+    async def run() -> int:
+        ticks = 0
+        task = asyncio.create_task(endless.agenerate(ask("go", sampling=SamplingParams(max_tokens=300))))
+        while not task.done():
+            ticks += 1
+            await asyncio.sleep(0)
+        assert (await task).usage.completion_tokens == 300
+        return ticks
+
+    assert asyncio.run(run()) > 20
+
+
+def test_a_request_that_fails_takes_nobody_with_it() -> None:
+    class Moody(ScriptedRunner):
+        def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> list[torch.Tensor]:
+            for row in batch.rows:
+                if row.sequence.request.request_id == "bad" and len(row.sequence.token_ids) > 40:
+                    raise torch.OutOfMemoryError("no memory left on the device")
+            return super().forward(batch, drafts)
+
+    with scripted_engine(lambda _: DOCUMENT, EngineConfig(drafter="none")) as engine:
+        engine._model.runner = Moody(lambda _: DOCUMENT)
+        good = [engine.submit(ask("x", request_id=f"good{i}")) for i in range(2)]
+        bad = engine.submit(ask("x", request_id="bad"))
+        late = engine.submit(ask("x", request_id="late"))
+        with pytest.raises(RequestFailedError, match="no memory left") as caught:
+            bad.result()
+        assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+        assert [handle.result().text for handle in (*good, late)] == [DOCUMENT] * 3
+        assert_all_slots_free(engine)
+
+
+def test_an_error_that_stops_the_loop_reaches_current_and_later_callers(caplog: pytest.LogCaptureFixture) -> None:
+    with scripted_engine(lambda _: "x" * 500, EngineConfig(drafter="none")) as engine:
+        handle = engine.submit(ask("go"))
+        next(iter(handle))
+        engine._scheduler.schedule = None  # type: ignore[method-assign,assignment]
+        with pytest.raises(EngineStoppedError, match="its loop failed with TypeError") as caught:
+            handle.result()
+        assert isinstance(caught.value.cause, TypeError)
+        engine._thread.join()
+        with pytest.raises(EngineStoppedError, match="TypeError"):
+            engine.generate(ask("again"))
+        with pytest.raises(EngineStoppedError):
+            engine.forget("s")
+    assert "loop failed" in caplog.text
+
+
+def test_closing_ends_unfinished_requests_and_refuses_new_ones(endless: Engine) -> None:
+    handle = endless.submit(ask("go"))
+    next(iter(handle))
+    endless.close()
+    with pytest.raises(EngineStoppedError, match="it was closed"):
+        list(handle)
+    with pytest.raises(EngineStoppedError):
+        endless.generate(ask("again"))
+    endless.close()
+    with scripted_engine([]) as engine:  # the fixture checks the slots of an engine whose requests are over
+        endless._pool, endless._sessions = engine._pool, engine._sessions
+
+
+@pytest.mark.parametrize(
+    ("options", "sampling", "says"),
+    [
+        ({"max_model_len": 100}, {"max_tokens": 90}, "the model's context holds 100"),
+        ({"max_model_len": 20}, {}, "the model's context holds 20"),
+        ({"kv_cache_tokens": 64}, {"max_tokens": 60}, "the KV pool"),
+    ],
+)
+def test_a_request_that_cannot_fit_is_refused_before_any_work(
+    options: dict[str, int], sampling: dict[str, int], says: str
+) -> None:
+    with scripted_engine(["never"], EngineConfig(**options)) as engine:
+        with pytest.raises(ContextOverflowError, match=says) as caught:
+            engine.submit(ask("hello", sampling=SamplingParams(**sampling)))
+        assert caught.value.num_tokens > caught.value.max_tokens
+        assert engine._model.runner.num_forward_passes == 0  # type: ignore[attr-defined]
+
+
+def test_an_answer_ends_where_the_context_ends() -> None:
+    with scripted_engine(["x" * 500], EngineConfig(max_model_len=100)) as engine:
+        output = engine.generate(ask("go"))
+        assert output.finish_reason == "length"
+        assert output.usage.total_tokens == 100
+
+
+def test_requests_wait_for_slots_and_old_sessions_make_room() -> None:
+    with scripted_engine(lambda _: "y" * 30, EngineConfig(kv_cache_tokens=200, max_model_len=150)) as engine:
+        handles = [
+            engine.submit(ask("go", session_id=f"s{i}", sampling=SamplingParams(max_tokens=60))) for i in range(8)
+        ]
+        assert [handle.result().text for handle in handles] == ["y" * 30] * 8
+        assert engine._sessions.num_cached_slots < 200
+        assert_all_slots_free(engine)
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    with scripted_engine(["a"]) as engine:
+        with pytest.raises(ConfigError, match="prompt_token_ids with 999 but expected ids from 0 to 257"):
+            engine.submit(GenerationRequest(prompt_token_ids=(1, 999)))
+        with pytest.raises(ConfigError, match="a message"):
+            engine.submit(GenerationRequest(messages=({"content": "no role"},)))
+
+
+def test_a_request_id_that_is_running_is_refused(endless: Engine) -> None:
+    handle = endless.submit(ask("x", request_id="twice"))
+    with pytest.raises(ConfigError, match="request_id='twice'"):
+        endless.submit(ask("x", request_id="twice"))
+    endless.cancel("twice")
+    handle.result()
+
+
+def test_forgetting_a_session_erases_texts_and_kv() -> None:
+    with scripted_engine([DOCUMENT, DOCUMENT]) as engine:
+        engine.generate(ask("x", session_id="s"))
+        assert engine.forget("s")
+        assert not engine.forget("s")
+        assert engine._pool.num_free == engine._pool.num_slots
+        assert engine.generate(ask("x", session_id="s")).usage.cached_tokens == 0
+
+
+def converse(engine: Engine, seed: int) -> None:
+    """A few turns of a client that cancels some requests and walks away from others."""
+    rng = random.Random(seed)
+    for turn in range(4):
+        request = ask(f"{seed} {turn} " * 9, session_id=f"s{seed % 5}", request_id=f"{seed}-{turn}")
+        for count, _ in enumerate(engine.stream(request)):
+            if rng.random() < 0.03:
+                engine.cancel(request.request_id)
+            if count > 150 and rng.random() < 0.1:
+                break
+
+
+def test_many_threads_and_random_cancels_leave_every_slot_free() -> None:
+    config = EngineConfig(kv_cache_tokens=4000, max_model_len=1000, max_running=5)
+    with scripted_engine(lambda prompt: prompt[-200:] * 2, config) as engine:
+        with ThreadPoolExecutor(16) as clients:
+            for done in [clients.submit(converse, engine, seed) for seed in range(16)]:
+                done.result()
+        deadline = time.monotonic() + 10
+        while engine._requests and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert_all_slots_free(engine)
+
+
+def test_equal_configs_share_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    import copyspec_engine.engine as module
+
+    made: list[EngineConfig] = []
+
+    def build(config: EngineConfig) -> Engine:
+        made.append(config)
+        time.sleep(0.05)
+        return scripted_engine(["a", "b"], config)
+
+    monkeypatch.setattr(module, "Engine", build)
+    found: list[Engine] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(shared_engine(EngineConfig(model="shared")))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(engine) for engine in found}) == 1
+    assert len(made) == 1
+    found[0].close()
+    again = shared_engine(EngineConfig(model="shared"))
+    assert again is not found[0]
+    again.close()
+
+
+def test_info_says_what_is_loaded(make_engine: Callable[..., Engine]) -> None:
+    info = make_engine("qwen3").info
+    assert info.architecture == "Qwen3ForCausalLM"
+    assert (info.device, info.dtype, info.max_model_len) == ("cpu", "float32", 512)
+    assert info.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, keys and values, kv heads, head_dim, bytes
+    assert set(info.versions) == {"copyspec", "python", "torch", "transformers"}
