@@ -111,8 +111,7 @@ def test_a_copy_shares_the_engine(make_engine: MakeEngine) -> None:
 
 def test_what_identifies_a_model_is_what_decides_its_answer(make_engine: MakeEngine) -> None:
     llm = ChatCopySpec(engine=make_engine([]), temperature=0.5, session_id="s", timeout=3, include_segments=True)
-    params = llm.asdict()
-    assert params["_type"] == "copyspec"
+    params = llm._identifying_params
     assert (params["model"], params["temperature"]) == ("scripted", 0.5)
     assert not {"session_id", "timeout", "max_retries", "include_segments", "engine", "streaming"} & set(params)
 
