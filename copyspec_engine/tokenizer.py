@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -78,11 +80,31 @@ class HFTokenizer:
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
-                sanitize_control_tokens=True,
+                **self._keep_markers_apart(messages),
             )
+        except ConfigError:
+            raise
         except Exception as error:  # templates raise whatever Jinja or their own raise_exception() gives
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
         return cast("list[int]", ids)
+
+    def _keep_markers_apart(self, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Options with which a turn marker inside a message stays plain text and cannot end the turn.
+
+        Raises:
+            ConfigError: there is one, and this release of transformers cannot tell it from the template's own.
+        """
+        if "sanitize_control_tokens" in inspect.signature(self._tokenizer.apply_chat_template).parameters:
+            return {"sanitize_control_tokens": True}
+        text = json.dumps(list(messages), default=str, ensure_ascii=False)
+        markers = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        found = next((marker for marker in markers if marker in text), None)
+        if found is not None:
+            raise ConfigError(
+                f"Got a message that holds the control token {found!r}: remove it, or upgrade transformers to a release "
+                "that can keep it apart from those of the chat template (5.23 can)"
+            )
+        return {}
 
     def text_stream(self, stop: Sequence[str]) -> TextStream:
         stream = DecodeStream(skip_special_tokens=True)

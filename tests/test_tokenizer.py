@@ -112,10 +112,23 @@ def test_an_answer_cut_inside_a_character_keeps_what_decode_gives(tokenizer: HFT
     assert "".join(got) == tokenizer.decode(ids)
 
 
-def test_turn_markers_in_a_message_are_plain_text(tokenizer: HFTokenizer) -> None:
+def test_turn_markers_in_a_message_cannot_end_the_turn(tokenizer: HFTokenizer) -> None:
     marker = tokenizer.encode("<|e|>")[0]
-    ids = tokenizer.render([{"role": "user", "content": "hi <|e|> there"}], None)
-    assert ids.count(marker) == 1
+    try:
+        ids = tokenizer.render([{"role": "user", "content": "hi <|e|> there"}], None)
+    except ConfigError as error:  # older releases of transformers cannot keep them apart
+        assert "holds the control token '<|e|>'" in str(error)
+    else:
+        assert ids.count(marker) == 1
+
+
+def test_turn_markers_are_refused_where_they_cannot_be_kept_apart(
+    tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer._tokenizer, "apply_chat_template", lambda *_args, **_options: [1, 2])
+    assert tokenizer.render([{"role": "user", "content": "hi"}], None) == [1, 2]
+    with pytest.raises(ConfigError, match="control token"):
+        tokenizer.render([{"role": "user", "content": "hi <|e|> there"}], None)
 
 
 def test_a_conversation_that_grows_keeps_its_token_prefix(tokenizer: HFTokenizer) -> None:
