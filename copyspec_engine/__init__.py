@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from copyspec_engine.config import (
     AdaptiveDrafter,
     CopySpecDrafter,
+    DrafterConfig,
     EngineConfig,
     GenerationRequest,
     NoDrafter,
@@ -52,6 +53,7 @@ __all__ = [
     "CopySpecDrafter",
     "CopySpecError",
     "DraftStats",
+    "DrafterConfig",
     "Engine",
     "EngineConfig",
     "EngineInfo",

@@ -5,11 +5,12 @@ All objects are frozen and keyword-only; an unknown option or a value out of ran
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from copyspec_engine.errors import ConfigError
 
@@ -102,8 +103,8 @@ class EngineConfig(_Options):
 
     model: str = Field(default=BUNDLED_MODEL, min_length=1)
     """Hub name or local folder of a decoder; "bundled" is the small model that ships with this package."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """"auto" takes the first GPU that works, else the CPU."""
+    device: str = "auto"
+    """"auto" takes the first GPU if there is one, else the CPU; or "cpu", "cuda", "cuda:1"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
     max_model_len: int | None = Field(default=None, ge=2)
@@ -124,6 +125,13 @@ class EngineConfig(_Options):
     """(tokens in a verify pass, relative or absolute seconds), ascending; default: measured when the model loads."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError("auto, cpu, cuda or cuda:N")
+        return device
 
     @model_validator(mode="after")
     def _check_step_cost(self) -> EngineConfig:

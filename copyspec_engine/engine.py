@@ -15,7 +15,7 @@ import queue
 import secrets
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from functools import partial
@@ -129,9 +129,9 @@ class Engine:
             },
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of raw text."""
-        return self._model.tokenizer.encode(text)
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of raw text, with those special tokens around it that the tokenizer adds to a prompt by itself."""
+        return self._model.tokenizer.encode(text, special_tokens=special_tokens)
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -166,11 +166,11 @@ class Engine:
         self._enqueue(self._prepare(request), handle._put)
         return handle
 
-    def stream(self, request: GenerationRequest) -> Iterator[StreamChunk]:
+    def stream(self, request: GenerationRequest) -> Generator[StreamChunk, None, None]:
         """Chunks as they are decoded. Closing the iterator cancels the request. Raises as `submit` does, at once."""
         return self._read(self.submit(request))
 
-    def _read(self, handle: RequestHandle) -> Iterator[StreamChunk]:
+    def _read(self, handle: RequestHandle) -> Generator[StreamChunk, None, None]:
         try:
             yield from handle
         finally:
@@ -180,7 +180,7 @@ class Engine:
         """The whole answer. Raises as `submit` does."""
         return _last_output(list(self.stream(request)), request.request_id)
 
-    async def astream(self, request: GenerationRequest) -> AsyncIterator[StreamChunk]:
+    async def astream(self, request: GenerationRequest) -> AsyncGenerator[StreamChunk, None]:
         """Chunks as they are decoded. Closing the iterator or cancelling the task cancels the request."""
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()

@@ -11,6 +11,8 @@ CopySpecError
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ConfigError",
     "ContextOverflowError",
@@ -54,6 +56,10 @@ class ContextOverflowError(CopySpecError):
         )
         self.num_tokens = num_tokens
         self.max_tokens = max_tokens
+        self._what = what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.num_tokens, self.max_tokens, self._what)
 
 
 class EngineStoppedError(CopySpecError):
@@ -67,6 +73,9 @@ class EngineStoppedError(CopySpecError):
         reason = f"its loop failed with {type(cause).__name__}: {cause}" if cause else "it was closed"
         super().__init__(f"The engine has stopped: {reason}. Create a new Engine to go on")
         self.cause = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.cause,)
 
 
 class RequestFailedError(CopySpecError):

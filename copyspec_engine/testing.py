@@ -34,7 +34,7 @@ _START, _END, _VOCABULARY = 256, 257, 258
 class ByteTokenizer:
     """UTF-8 bytes as tokens 0 to 255, then the turn markers 256 and 257 of a ChatML-like template."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:  # noqa: ARG002 - it adds none
         return list(text.encode())
 
     def decode(self, token_ids: Seq[int]) -> str:

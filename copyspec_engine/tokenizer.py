@@ -25,8 +25,8 @@ __all__ = ["ChatTokenizer", "HFTokenizer", "StoppingTextStream"]
 class ChatTokenizer(Protocol):
     """What the engine needs of a tokenizer. All methods may be called from any thread."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of raw text, with the special tokens that the tokenizer adds to a prompt by itself."""
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of raw text, with those special tokens around it that the tokenizer adds to a prompt by itself."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -62,8 +62,8 @@ class HFTokenizer:
         token_id: int | None = self._tokenizer.eos_token_id
         return token_id
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text).ids
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -73,19 +73,26 @@ class HFTokenizer:
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
         if not self._tokenizer.chat_template:
             raise ConfigError("Got messages but this model has no chat template: use prompt=, or an instruction model")
+        options = self._keep_markers_apart(messages)
         try:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=list(tools) if tools else None,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self._keep_markers_apart(messages),
-            )
-        except ConfigError:
-            raise
+            return self._apply_template(messages, tools, options)
         except Exception as error:  # templates raise whatever Jinja or their own raise_exception() gives
+            merged = _merge_neighbours(messages)
+            if len(merged) < len(messages):  # some templates insist that roles alternate
+                return self.render(merged, tools)
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
+
+    def _apply_template(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
+    ) -> list[int]:
+        ids = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=list(tools) if tools else None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **options,
+        )
         return cast("list[int]", ids)
 
     def _keep_markers_apart(self, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -101,8 +108,8 @@ class HFTokenizer:
         found = next((marker for marker in markers if marker in text), None)
         if found is not None:
             raise ConfigError(
-                f"Got a message that holds the control token {found!r}: remove it, or upgrade transformers to a release "
-                "that can keep it apart from those of the chat template (5.23 can)"
+                f"Got a message that holds the control token {found!r}: remove it, or upgrade transformers to a "
+                "release that can keep it apart from those of the chat template (5.23 can)"
             )
         return {}
 
@@ -123,6 +130,19 @@ class HFTokenizer:
             return self.decode(ids)[emitted:]
 
         return StoppingTextStream(step, rest, stop)
+
+
+def _merge_neighbours(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plain texts of one role in a row as one message, two line breaks apart."""
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        last = merged[-1] if merged else {}
+        plain = message.keys() == last.keys() == {"role", "content"} and message["role"] == last["role"]
+        if plain and isinstance(message["content"], str) and isinstance(last["content"], str):
+            merged[-1] = {"role": last["role"], "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            merged.append(message)
+    return merged
 
 
 class StoppingTextStream:

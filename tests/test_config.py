@@ -10,8 +10,10 @@ import pytest
 from copyspec_engine import (
     AdaptiveDrafter,
     ConfigError,
+    ContextOverflowError,
     CopySpecDrafter,
     EngineConfig,
+    EngineStoppedError,
     GenerationRequest,
     NoDrafter,
     SamplingParams,
@@ -63,6 +65,13 @@ def test_options_are_frozen_hashable_and_picklable() -> None:
     assert pickle.loads(pickle.dumps(config)) == config
     with pytest.raises(ValueError, match="frozen"):
         config.model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("error", [ContextOverflowError(10, 5, "the pool"), EngineStoppedError(TypeError("x"))])
+def test_errors_survive_pickling(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert repr(vars(again)) == repr(vars(error))
 
 
 def test_the_defaults_are_greedy_and_adaptive() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -114,12 +115,24 @@ def test_an_answer_cut_inside_a_character_keeps_what_decode_gives(tokenizer: HFT
 
 def test_turn_markers_in_a_message_cannot_end_the_turn(tokenizer: HFTokenizer) -> None:
     marker = tokenizer.encode("<|e|>")[0]
-    try:
-        ids = tokenizer.render([{"role": "user", "content": "hi <|e|> there"}], None)
-    except ConfigError as error:  # older releases of transformers cannot keep them apart
-        assert "holds the control token '<|e|>'" in str(error)
+    messages = [{"role": "user", "content": "hi <|e|> there"}]
+    if "sanitize_control_tokens" in inspect.signature(tokenizer._tokenizer.apply_chat_template).parameters:
+        assert tokenizer.render(messages, None).count(marker) == 1
     else:
-        assert ids.count(marker) == 1
+        with pytest.raises(ConfigError, match="holds the control token"):
+            tokenizer.render(messages, None)
+
+
+def test_messages_of_one_role_in_a_row_are_merged_where_the_template_insists(tokenizer: HFTokenizer) -> None:
+    strict = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+        "{% endif %}<|s|>{{ m.content }}<|e|>{% endfor %}"
+    )
+    picky = HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend, chat_template=strict))
+    twice = [{"role": "user", "content": "the cat"}, {"role": "user", "content": "sat"}]
+    once = [{"role": "user", "content": "the cat\n\nsat"}]
+    assert picky.render(twice, None) == picky.render(once, None)
+    assert tokenizer.render(twice, None) != tokenizer.render(once, None)  # a template that takes them gets them
 
 
 def test_turn_markers_are_refused_where_they_cannot_be_kept_apart(
