@@ -258,7 +258,7 @@ def test_an_interrupted_demo_exits_with_130_and_writes_nothing(
     monkeypatch.setattr(demo, "show_on", interrupt_later)
     result = run("demo", "--framework", "engine", "--json", str(tmp_path / "x.json"))
     assert result.exit_code == 130
-    assert result.stderr == "Interrupted; nothing was written.\n"
+    assert result.stderr == "Interrupted.\n"
     assert os.listdir(tmp_path) == []
 
 
@@ -301,15 +301,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_chat_answers_shows_its_figures_and_saves_the_conversation(run: Callable[..., Result], tmp_path: Path) -> None:
     path = tmp_path / "talk.md"
-    lines = ["/stats", "First line.\\nSecond", "again please, all of it", "/stats", f"/save {path}", "/help", "/quit"]
-    result = run("chat", input="\n".join(lines))
+    lines = [
+        "/stats",
+        "/load service.ini",
+        "Append this line:\\",
+        "checksum = yes",
+        "again, all of it please",
+        "/stats",
+    ]
+    result = run("chat", input="\n".join([*lines, f"/save {path}", "/help", "/load nowhere", "/quit"]))
     assert result.exit_code == 0, result.output
-    assert "No answer yet." in result.output
-    assert "per pass" in result.output
-    assert "/save PATH" in result.output
+    for text in ("No answer yet.", "Loaded service.ini", "per pass", "/save PATH", "Cannot read /load nowhere"):
+        assert text in result.output
     said = path.read_text()
-    assert [line for line in said.splitlines() if line.startswith("## ")] == ["## user", "## assistant"] * 2
-    assert said.count("First line.") == 3
+    roles = [line.removeprefix("## ") for line in said.splitlines() if line.startswith("## ")]
+    assert roles == ["user", "user", "assistant", "user", "assistant"]
+    assert said.count("checksum = yes") == 3
 
 
 def test_chat_ends_with_its_input_and_refuses_a_bad_temperature(run: Callable[..., Result]) -> None:

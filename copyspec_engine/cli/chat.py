@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,18 @@ from copyspec_engine import (
     shared_engine,
 )
 from copyspec_engine.cli.demo import COPIED, show_on
+from copyspec_engine.cli.documents import load_document
 from copyspec_engine.cli.report import check_writable, write_text
 
 __all__ = ["run_chat"]
 
 SESSION = "copyspec chat"
-HELP = (
-    "/stats  figures of the answers so far\n/save PATH  write the conversation as Markdown\n/quit  leave (also Ctrl-D)"
-)
+HELP = """\
+A line that ends with \\ goes on in the next one.
+/load PATH  put a text file into the conversation, as a message of its own
+/stats      figures of the answers so far
+/save PATH  write the conversation as Markdown
+/quit       leave (also Ctrl-D)"""
 ReadLine = Callable[[str], str]
 """Prompts for one line, as `input` does: raises EOFError at the end of the input."""
 
@@ -62,6 +67,16 @@ class Chat:
         self.messages.append({"role": "assistant", "content": said})
         self.console.print()
 
+    def load(self, where: str) -> None:
+        """Puts a file into the conversation; the next message can ask about it."""
+        try:
+            document = load_document(where, option="/load")
+        except CopySpecError as error:
+            self.console.print(f"[red]{escape(str(error))}[/]")
+            return
+        self.messages.append({"role": "user", "content": document.text})
+        self.console.print(f"Loaded {escape(document.name)}, {len(document.text.split())} words. What about it?")
+
     def stats(self) -> None:
         """Prints a row per answer."""
         grid = Table("#", "prompt", "reused", "tokens", "passes", "per pass", "copied", "per s", "time")
@@ -79,7 +94,7 @@ class Chat:
 
     def save(self, where: str) -> None:
         """Writes the conversation, or says why it cannot."""
-        path = Path(where).expanduser()
+        path = Path(os.path.expanduser(where))
         parts = [f"## {message['role']}\n\n{message['content']}\n" for message in self.messages]
         try:
             check_writable(path, "/save")
@@ -94,11 +109,13 @@ def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, r
     """Talks until /quit or the end of the input; returns the exit code 0."""
     with console.status(f"Loading the model {config.model!r} ..."):
         engine = shared_engine(config)
-    console.print(f"[bold]{engine.info.model}[/] on {engine.info.device}. [{COPIED}]Copied text is green.[/]\n{HELP}")
+    console.print(f"[bold]{engine.info.model}[/] on {engine.info.device}. [{COPIED}]Copied text is green.[/]")
+    console.print(HELP, markup=False)
     chat = Chat(engine, sampling, console)
+    commands = {"/load": chat.load, "/save": chat.save}
     while True:
         try:
-            line = read_line("> ").strip()
+            line = _read_message(read_line)
         except EOFError:
             console.print()
             return 0
@@ -107,9 +124,17 @@ def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, r
             return 0
         if command == "/stats":
             chat.stats()
-        elif command == "/save" and argument:
-            chat.save(argument.strip())
+        elif command in commands and argument.strip():
+            commands[command](argument.strip())
         elif command.startswith("/"):
-            console.print(HELP)
+            console.print(HELP, markup=False)
         elif line:
             chat.say(line)
+
+
+def _read_message(read_line: ReadLine) -> str:
+    lines = [read_line("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(read_line("  "))
+    return "\n".join(lines).strip()

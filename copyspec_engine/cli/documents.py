@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def shipped_names() -> list[str]:
     return sorted(path.name for path in shipped_folder().iterdir() if path.suffix != ".json")
 
 
-def load_document(where: str | None) -> Document:
+def load_document(where: str | None, option: str = "--file") -> Document:
     """Reads a file, or one of the shipped documents by its bare name; None is the default document.
+
+    `option` is what the user wrote before the path; errors name it.
 
     Raises:
         ConfigError: the file is missing, unreadable, a folder, not text, too large or empty.
@@ -44,34 +47,33 @@ def load_document(where: str | None) -> Document:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except IsADirectoryError:
-        raise ConfigError(f"Got --file {path}, which is a folder: name a text file in it") from None
+        raise ConfigError(f"Got {option} {path}, which is a folder: name a text file in it") from None
     except OSError as error:
         raise ConfigError(
-            f"Cannot read --file {path}: {error.strerror or error}. Check the path, or name one of the shipped "
+            f"Cannot read {option} {path}: {error.strerror or error}. Check the path, or name one of the shipped "
             f"documents: {', '.join(shipped_names())}"
         ) from None
     if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"Got --file {path} of more than {MAX_FILE_BYTES:,} bytes: take a shorter text")
-    return Document(path.name, _decode(path, data), shipped=path.parent == shipped_folder())
+        raise ConfigError(f"Got {option} {path} of more than {MAX_FILE_BYTES:,} bytes: take a shorter text")
+    return Document(path.name, _decode(f"{option} {path}", data), shipped=path.parent == shipped_folder())
 
 
 def _find(where: str | None) -> Path:
-    name = where or DEFAULT_DOCUMENT
-    path = Path(name).expanduser()
-    if not path.exists() and name in shipped_names():
-        return shipped_folder() / name
-    return path if where else shipped_folder() / name
+    if where is None:
+        return shipped_folder() / DEFAULT_DOCUMENT
+    path = Path(os.path.expanduser(where))
+    return shipped_folder() / where if where in shipped_names() and not os.path.exists(path) else path
 
 
-def _decode(path: Path, data: bytes) -> str:
+def _decode(named: str, data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"Got --file {path} with a byte that is not UTF-8 at offset {error.start}: expected a text file in UTF-8"
+            f"Got {named} with a byte that is not UTF-8 at offset {error.start}: expected a text file in UTF-8"
         ) from None
     if "\0" in text:
-        raise ConfigError(f"Got --file {path} with a zero byte at offset {text.index(chr(0))}: expected a text file")
+        raise ConfigError(f"Got {named} with a zero byte at offset {text.index(chr(0))}: expected a text file")
     if not text.strip():
-        raise ConfigError(f"Got --file {path}, which holds no text: name a file with at least one line")
+        raise ConfigError(f"Got {named}, which holds no text: name a file with at least one line")
     return text.strip("\n")

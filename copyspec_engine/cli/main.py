@@ -123,7 +123,7 @@ def _exit_with(run: Callable[[], int]) -> None:
         errors.print(f"[red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
         code = BAD_INPUT
     except KeyboardInterrupt:
-        errors.print("Interrupted; nothing was written.")
+        errors.print("Interrupted.")
         code = INTERRUPTED
     raise typer.Exit(code)
 
