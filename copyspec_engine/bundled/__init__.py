@@ -1,6 +1,4 @@
-"""The small chat model that ships with the package."""
-
-from __future__ import annotations
+"""The small chat model that ships with the package; importing this module loads nothing heavy."""
 
 from pathlib import Path
 
@@ -8,5 +6,5 @@ __all__ = ["bundled_model_path"]
 
 
 def bundled_model_path() -> Path:
-    """Folder with the weights, tokenizer and chat template of the bundled model."""
-    return Path(__file__).parent / "model"
+    """Return the folder with the weights, tokenizer and chat template of the bundled model."""
+    return Path(__file__).resolve().parent / "model"
