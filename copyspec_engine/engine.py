@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 Sink = Callable[[StreamChunk | Exception], None]
 """Takes a request's chunks, or the error that ended it; called on the loop thread, must not block."""
 
+_Result = tuple[DraftTree, Verdict | None]
+"""A row's draft and what became of it; no verdict for a piece of the prompt."""
+
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -74,7 +77,7 @@ class RequestHandle:
 
 
 class Engine:
-    """Serves one model. Thread-safe; use it as a context manager or call `close` to free the model.
+    """Serves one model. Thread-safe; use it as a context manager or call `close` when done.
 
     Args:
         config: what to load; default: the bundled model.
@@ -220,7 +223,10 @@ class Engine:
         return done.result()
 
     def close(self) -> None:
-        """Stop the loop and free the model; unfinished requests raise EngineStoppedError. Safe to call twice."""
+        """Stop the loop; unfinished requests raise EngineStoppedError. Safe to call twice.
+
+        The model's memory is free once nobody holds the engine any more.
+        """
         self._closing = True
         self._commands.put(lambda: None)
         if threading.current_thread() is not self._thread:
@@ -273,36 +279,45 @@ class Engine:
     def step(self) -> list[StreamChunk]:
         """One forward pass for every running request. Loop thread only."""
         batch = self._scheduler.schedule()
-        try:
-            return self._advance(batch)
-        except Exception:
-            if not batch.rows:
-                raise
-            return [chunk for row in batch.rows for chunk in self._advance_alone(row)]
+        return [chunk for row, result in self._results(batch) if (chunk := self._commit(row, result))]
 
-    def _advance(self, batch: ScheduledBatch) -> list[StreamChunk]:
+    def _results(self, batch: ScheduledBatch) -> list[tuple[ScheduledRow, _Result | Exception]]:
+        """What each row's pass gives. If the step fails its rows are run one by one, so that only the culprit fails."""
+        try:
+            return list(zip(batch.rows, self._verify(batch), strict=True))
+        except Exception as error:
+            if len(batch.rows) <= 1:
+                return [(row, error) for row in batch.rows]
+            return [result for row in batch.rows for result in self._results(ScheduledBatch((row,)))]
+
+    def _verify(self, batch: ScheduledBatch) -> list[_Result]:
+        """Draft, run the model, sample, compare. Changes no request, so that it can be repeated."""
         drafts = [self._drafter.propose(row.sequence) if row.samples else DraftTree() for row in batch.rows]
         logits = self._model.runner.forward(batch, drafts)
         sampled = [_sample(*row) for row in zip(batch.rows, drafts, logits, strict=True)]
-        verdicts = [verify(*pair) if pair[1] else None for pair in zip(drafts, sampled, strict=True)]
-        self._learn(batch, drafts, verdicts)
-        return self._scheduler.commit(batch, drafts, verdicts)
+        return [
+            (draft, verify(draft, tokens) if tokens else None) for draft, tokens in zip(drafts, sampled, strict=True)
+        ]
 
-    def _advance_alone(self, row: ScheduledRow) -> list[StreamChunk]:
-        """Repeat a row of a failed step: nothing was committed, so it goes on if it works and fails alone if not."""
+    def _commit(self, row: ScheduledRow, result: _Result | Exception) -> StreamChunk | None:
+        """Take over a row's result, or end its request if the row failed."""
+        if isinstance(result, Exception):
+            self._fail(row.sequence, result)
+            return None
+        draft, verdict = result
+        if verdict is not None:
+            self._drafter.observe(row.sequence, draft, len(verdict.accepted))
         try:
-            return self._advance(ScheduledBatch((row,)))
+            return self._scheduler.commit(row, draft, verdict)
         except Exception as error:
-            self._scheduler.remove(row.sequence)
-            failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._deliver(row.sequence.request.request_id, failure)
-            return []
+            self._fail(row.sequence, error)
+            return None
 
-    def _learn(self, batch: ScheduledBatch, drafts: Seq[DraftTree], verdicts: Seq[Verdict | None]) -> None:
-        for row, draft, verdict in zip(batch.rows, drafts, verdicts, strict=True):
-            if verdict is not None:
-                self._drafter.observe(row.sequence, draft, len(verdict.accepted))
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._scheduler.remove(sequence)
+        failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        self._deliver(sequence.request.request_id, failure)
 
     def _loop(self) -> None:
         stopped = EngineStoppedError()
@@ -346,6 +361,9 @@ class Engine:
             self._stopped = reason
             waiting = list(self._requests.values())
             self._requests.clear()
+        with _registry_lock:
+            if _shared.get(self._config) is self:
+                del _shared[self._config]
         while not self._commands.empty():  # a `forget` may be waiting for its answer
             self._commands.get()()
         for sequence, sink in waiting:

@@ -100,17 +100,14 @@ class Scheduler:
         sequence.started_s = time.perf_counter()
         return True
 
-    def commit(self, batch: ScheduledBatch, drafts: Seq[DraftTree], verdicts: Seq[Verdict | None]) -> list[StreamChunk]:
-        """Take over a step's results; rows that only read prompt tokens have no verdict."""
-        chunks = []
-        for row, draft, verdict in zip(batch.rows, drafts, verdicts, strict=True):
-            sequence = row.sequence
-            sequence.num_computed += row.num_tokens
-            if verdict is None:
-                sequence.num_prefill_passes += 1
-                continue
-            chunks.append(self._append(sequence, draft, verdict))
-        return chunks
+    def commit(self, row: ScheduledRow, draft: DraftTree, verdict: Verdict | None) -> StreamChunk | None:
+        """Take over a row's results; one that only read prompt tokens has no verdict and nothing to tell."""
+        sequence = row.sequence
+        sequence.num_computed += row.num_tokens
+        if verdict is None:
+            sequence.num_prefill_passes += 1
+            return None
+        return self._append(sequence, draft, verdict)
 
     def _append(self, sequence: Sequence, draft: DraftTree, verdict: Verdict) -> StreamChunk:
         """Add sampled tokens until one of them ends the answer; what lies behind it is dropped, as if never drafted."""

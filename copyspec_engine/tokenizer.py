@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -56,6 +57,8 @@ class HFTokenizer:
             )
         self._tokenizer = tokenizer
         self._backend: Any = tokenizer.backend_tokenizer
+        # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
+        self._encoding = threading.Lock()
 
     @property
     def eos_token_id(self) -> int | None:
@@ -63,7 +66,8 @@ class HFTokenizer:
         return token_id
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
+        with self._encoding:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -85,14 +89,15 @@ class HFTokenizer:
     def _apply_template(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
     ) -> list[int]:
-        ids = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) if tools else None,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **options,
-        )
+        with self._encoding:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=list(tools) if tools else None,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **options,
+            )
         return cast("list[int]", ids)
 
     def _keep_markers_apart(self, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -160,3 +161,17 @@ def test_a_template_that_refuses_gives_a_clear_error(tokenizer: HFTokenizer) -> 
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend)
     with pytest.raises(ConfigError, match="no chat template"):
         HFTokenizer(without).render([{"role": "user", "content": "x"}], None)
+
+
+def test_many_threads_may_encode_render_and_stream_at_once(tokenizer: HFTokenizer) -> None:
+    text = "the dog sat on the mat 🙂 " * 20
+    expected = (tokenizer.encode(text), tokenizer.render([{"role": "user", "content": text}], None))
+
+    def work(_: int) -> bool:
+        ids = tokenizer.encode(text)
+        stream = tokenizer.text_stream(())
+        streamed = "".join(segment.text for token in ids for segment in stream.push(token, copied=False))
+        return (ids, tokenizer.render([{"role": "user", "content": text}], None), streamed) == (*expected, text)
+
+    with ThreadPoolExecutor(16) as threads:
+        assert all(threads.map(work, range(200)))
