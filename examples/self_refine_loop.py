@@ -17,8 +17,8 @@ MAX_ROUNDS = 6
 
 def criticise(draft: str) -> str | None:
     """What the next draft must do better, or None if nothing is left to say."""
-    if "thirty years" in draft:
-        return 'Replace "thirty years" with "three decades".'
+    if "thirty" in draft:
+        return 'Replace "thirty" with "forty".'
     if not draft.startswith("Local news"):
         return "Prepend this line:\nLocal news"
     if "correspondent" not in draft:

@@ -13,7 +13,7 @@ EXPECTED = {
     "engine_quickstart.py": ["checksum = yes", "port = 9000", "copied"],
     "langchain_rewrite_chain.py": ["DRAFT, not yet approved\n# Weekly planning", "Next meeting: Thursday"],
     "llama_index_chat.py": ["ladle,copper,21,C2,12.30,Ostrow", "tokens per forward pass"],
-    "self_refine_loop.py": ["Local news\nThe ferry", "For three decades", "Reporting by our harbour correspondent."],
+    "self_refine_loop.py": ["Local news\nThe ferry", "For forty years", "Reporting by our harbour correspondent."],
 }
 
 

@@ -7,6 +7,7 @@ that it reuses its KV as well, and who goes first alternates from turn to turn.
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = ["COPIED", "DemoOptions", "run_demo", "show_on"]
 COPIED = "green"
 """Colour of copied text, here and in `copyspec chat`."""
 A = TypeVar("A")
+PICTURE_TURNS, PICTURE_WIDTH = 2, 88
 ROOM_TOKENS = 64
 """Tokens that an answer may be longer than the text that it rewrites, besides a quarter of it."""
 
@@ -68,8 +70,27 @@ def run_demo(options: DemoOptions, console: Console) -> int:
         write_text(options.json_path, json.dumps(figures, indent=2) + "\n", "--json")
     code = _verdict(turns, console)
     if options.svg_path is not None:
-        write_text(options.svg_path, console.export_svg(title="copyspec demo"), "--svg")
+        write_text(options.svg_path, _picture(document, engine, options.framework, turns), "--svg")
     return code
+
+
+def _picture(document: Document, engine: Engine, framework: str, turns: Sequence[Turn]) -> str:
+    """The first turns and the table once more, as an SVG image of a terminal that wraps long lines."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=PICTURE_WIDTH, file=nowhere, highlight=False)
+        _introduce(console, document, engine, framework)
+        for number, turn in enumerate(turns[:PICTURE_TURNS], 1):
+            _head(console, number, turn.step)
+            console.print(Text.assemble(*((piece.text, COPIED if piece.copied else "") for piece in turn.pieces)))
+            console.print(_summary(turn), style="dim")
+        console.print("\n...\n")
+        console.print(table(turns))
+        return console.export_svg(title="copyspec demo")
+
+
+def _head(console: Console, number: int, step: EditStep) -> None:
+    console.print()
+    console.print(Text(f"{number}. {step.instruction}", style="bold cyan"))
 
 
 def _introduce(console: Console, document: Document, engine: Engine, framework: str) -> None:
@@ -123,10 +144,9 @@ class Chain:
     def run(self, document: Document, steps: Sequence[EditStep], console: Console) -> list[Turn]:
         messages: list[Message] = [_user(document.text)]
         text, turns = document.text, []
-        for number, step in enumerate(steps):
+        for number, step in enumerate(steps, 1):
             messages.append(_user(step.instruction))
-            console.print()
-            console.print(Text(f"{number + 1}. {step.instruction}", style="bold cyan"))
+            _head(console, number, step)
             turn = self._turn(number, step, messages, self._room(text), show_on(console))
             console.print()
             console.print(_summary(turn), style="dim")
@@ -139,14 +159,20 @@ class Chain:
         return len(self._engine.encode(text)) * 5 // 4 + ROOM_TOKENS
 
     def _turn(self, number: int, step: EditStep, messages: Sequence[Message], room: int, show: Show) -> Turn:
-        swap = number % 2 == 1
+        swap = number % 2 == 0
+        pieces: list[Segment] = []
+
+        def show_and_keep(segments: Sequence[Segment]) -> None:
+            pieces.extend(segments)
+            show(segments)
+
         answer, plain = _both(
-            lambda: self._ask(messages, self._session, room, show),
+            lambda: self._ask(messages, self._session, room, show_and_keep),
             lambda: self._plain(messages, f"{self._session}, plain", room, _show_nothing),
             swap=swap,
         )
         if self._peers is None:
-            return Turn(step.edit, answer, plain)
+            return Turn(step, tuple(pieces), answer, plain)
         peers = self._peers
         prompt_ids = self._engine.tokenize(_request(messages))
         greedy, lookup = _both(
@@ -154,7 +180,7 @@ class Chain:
         )
         exact = self._engine.info.dtype == "float32"
         same = greedy.token_ids == plain.token_ids if exact else None
-        return Turn(step.edit, answer, plain, greedy.seconds, lookup.seconds, same)
+        return Turn(step, tuple(pieces), answer, plain, greedy.seconds, lookup.seconds, same)
 
 
 def _summary(turn: Turn) -> str:

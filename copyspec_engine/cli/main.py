@@ -50,7 +50,7 @@ def demo(
         bool, typer.Option("--compare", help="Also run transformers generate and prompt lookup.")
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write what is shown to this file, as a picture.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of the first turns and the table.")] = None,
     model: Model = BUNDLED,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -64,7 +64,7 @@ def demo(
         config = _config(model, device, dtype)
         from copyspec_engine.cli.demo import DemoOptions, run_demo
 
-        return run_demo(DemoOptions(config, file, framework, compare, json, svg), _console(record=svg is not None))
+        return run_demo(DemoOptions(config, file, framework, compare, json, svg), _console())
 
     _exit_with(run)
 
@@ -110,8 +110,8 @@ def _config(model: str, device: str, dtype: DtypeName) -> EngineConfig:
     return EngineConfig(model=model, device=device, dtype=dtype)
 
 
-def _console(*, record: bool = False) -> Console:
-    return Console(record=record, highlight=False)
+def _console() -> Console:
+    return Console(highlight=False)
 
 
 def _exit_with(run: Callable[[], int]) -> None:

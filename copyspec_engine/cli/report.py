@@ -11,7 +11,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from copyspec_engine import ConfigError, EngineInfo
+from copyspec_engine import ConfigError, EngineInfo, Segment
+from copyspec_engine.cli.chain import EditStep
 from copyspec_engine.cli.frameworks import Answer
 
 __all__ = ["Turn", "as_json", "check_writable", "figures", "table", "write_text"]
@@ -21,7 +22,9 @@ __all__ = ["Turn", "as_json", "check_writable", "figures", "table", "write_text"
 class Turn:
     """One turn of the chain and the same turn without drafting; peers where they were asked for."""
 
-    edit: str
+    step: EditStep
+    pieces: tuple[Segment, ...]
+    """The answer as it was shown."""
     answer: Answer
     plain: Answer
     generate_s: float | None = None
@@ -66,7 +69,7 @@ def table(turns: Sequence[Turn]) -> Table:
     grid = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
     grid.add_column("turn\n", no_wrap=True)
     for number, turn in enumerate(turns, 1):
-        grid.add_column(f"{number}\n{turn.edit.replace('_', ' ')}", justify="right")
+        grid.add_column(f"{number}\n{turn.step.edit.replace('_', ' ')}", justify="right")
     grid.add_column("all\n", justify="right", style="bold")
     columns = [figures([turn]) for turn in turns] + [figures(turns)]
     for name in columns[0]:
