@@ -54,7 +54,9 @@ class CostCurve:
     def __init__(self, points: Seq[tuple[int, float]]) -> None:
         self.points = tuple(points)
         widths, seconds = np.array([w for w, _ in points], float), np.array([s for _, s in points], float)
-        seconds = np.maximum.accumulate(seconds)  # measured noise must not make a wider pass look cheaper
+        # A wider pass does all the work of a narrower one, and other load only ever adds time: where a wider one was
+        # quicker, the narrower one was disturbed.
+        seconds = np.minimum.accumulate(seconds[::-1])[::-1]
         slope = (seconds[-1] - seconds[0]) / (widths[-1] - widths[0])
         grid = np.arange(_MAX_WIDTH + 1, dtype=float)
         self._seconds = np.interp(grid, widths, seconds) + np.maximum(grid - widths[-1], 0) * slope

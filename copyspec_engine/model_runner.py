@@ -116,23 +116,24 @@ class ModelRunner:
             return slice(first, last + 1)
         return torch.from_numpy(slots).to(self._device)
 
-    def measure_step_cost(self, context: int, budget_s: float = 2.0) -> tuple[tuple[int, float], ...]:
-        """Least seconds of a few passes of 1, 2, 4, ... tokens behind `context` others; uses the pool's first slots.
+    def measure_step_cost(self, context: int, budget_s: float = 1.0) -> tuple[tuple[int, float], ...]:
+        """Least seconds of passes of 1, 2, 4, ... tokens behind `context` others; uses the pool's first slots.
 
-        Must run before any request: it writes over those slots. Repeats and widens while `budget_s` lasts.
+        Must run before any request: it writes over those slots. Goes round all widths for as long as `budget_s` lasts,
+        so that a burst of other load cannot spoil one of them; on a slow model it stops at narrow ones.
         """
         slots = np.arange(self._store.num_slots, dtype=np.int64)
-        points: list[tuple[int, float]] = []
         deadline = time.perf_counter() + budget_s
+        least: dict[int, float] = {}
         for width in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            if context + width > len(slots) or (len(points) >= 2 and time.perf_counter() > deadline):
+            if context + width > len(slots) or (len(least) >= 2 and time.perf_counter() > deadline):
                 break
-            # Other load only ever adds time, so the least is the best estimate; the first pass pays for set-up.
-            times = [self._time_pass(slots, context, width), self._time_pass(slots, context, width)]
-            while len(times) < 5 and sum(times) < budget_s / 8:
-                times.append(self._time_pass(slots, context, width))
-            points.append((width, min(times)))
-        return tuple(points)
+            self._time_pass(slots, context, width)  # the first pass of a width pays for set-up
+            least[width] = self._time_pass(slots, context, width)
+        while time.perf_counter() + sum(least.values()) < deadline:
+            for width, seconds in least.items():
+                least[width] = min(seconds, self._time_pass(slots, context, width))
+        return tuple(least.items())
 
     def _time_pass(self, slots: TokenArray, context: int, width: int) -> float:
         begin = time.perf_counter()
