@@ -130,4 +130,7 @@ def _exit_with(run: Callable[[], int]) -> None:
 
 def main() -> None:
     """The console script."""
+    # OpenMP reads this when torch is imported. Workers that spin while they wait starve whatever else runs here: on a
+    # machine with as many busy threads as cores every parallel region then takes a time slice.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
