@@ -136,18 +136,29 @@ class Layer:
             vector[i] = scale
             self.neuron(score * SLOPE, form * (2 / SLOPE), target, vector)
 
-    def product(self, a: Form, b: Form, target: slice, one: Form, conjugate: bool = True) -> None:
-        """Add the complex products a * conj(b) (or a * b); real parts first, then imaginary: (2 f, width + 1)."""
+    def product(
+        self, a: Form, b: Form, target: slice, one: Form, *, conjugate: bool = True, unless: Form | None = None
+    ) -> None:
+        """Add the complex products a * conj(b) (or a * b); real parts first, then imaginary: (2 f, width + 1).
+
+        Nothing is added where the yes/no form `unless` is 1.
+        """
         half, sign = len(a) // 2, 1.0 if conjugate else -1.0
+        offset = LINEAR * one if unless is None else LINEAR * one - 1000 * unless
         for f in range(half):
             real, imag = torch.zeros(2 * half), torch.zeros(2 * half)
             real[f], imag[f + half] = 1.0, 1.0
-            parts = ((b[f], a[f], real), (b[f], a[f + half], imag), (b[f + half], a[f + half], sign * real), (b[f + half], a[f], -sign * imag))
+            parts = (
+                (b[f], a[f], real),
+                (b[f], a[f + half], imag),
+                (b[f + half], a[f + half], sign * real),
+                (b[f + half], a[f], -sign * imag),
+            )
             for gate, up, vector in parts:
-                self.neuron(gate + LINEAR * one, up, target, vector)
+                self.neuron(gate + offset, up, target, vector)
             # Subtract what the offset of the gates adds.
-            self.neuron(LINEAR * one, a[f], target, -(real - sign * imag))
-            self.neuron(LINEAR * one, a[f + half], target, -(imag + sign * real))
+            self.neuron(offset, a[f], target, -(real - sign * imag))
+            self.neuron(offset, a[f + half], target, -(imag + sign * real))
 
 
 def blank_model(vocabulary: int, width: int, layers: int, neurons: int, end_id: int, pad_id: int) -> LlamaForCausalLM:
@@ -159,7 +170,8 @@ def blank_model(vocabulary: int, width: int, layers: int, neurons: int, end_id: 
         rope_parameters={"rope_type": "default", "rope_theta": theta}, attention_bias=True, mlp_bias=True,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=end_id, pad_token_id=pad_id,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).float().eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config)
+    model.eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(CONSTANT / math.sqrt(width) if "norm" in name else 0.0)

@@ -19,7 +19,7 @@ def save_folder(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
         ValueError: the weights exceed 24 MB, or a weight does not fit float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.generation_config.update(
+    model.generation_config.update(  # type: ignore[no-untyped-call]
         eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id, do_sample=False
     )
     # Biases and norms decide thresholds: they are few and stay float32.

@@ -27,6 +27,8 @@ WORDS = (  # whole tokens: the circuits of the model look for them
     "Repeat the document. Append this line: Prepend this text: Delete the first last line. Replace with Write again "
     "Add at end top of beginning Put before after Remove Change Set to Call tool user assistant system with following "
 )
+LETTERS = "äöüÄÖÜßéèêëàâçñóòôíìîïúùûáãõåæøÅÆØÉÈÀÇÑÓÍÚÁłśżźćęąńčšžřěůőű"  # one token each, not one for each byte
+MARKS = "–—“”„‘’…•€£°·→×±§©"  # noqa: RUF001
 HELD_OUT = frozenset({"textwrap.py", "argparse.py", "statistics.py", "heapq.py", "configparser.py", "csv.py"})
 
 # The registers in front give every position a clock (see construct.py); each header carries the turn's number.
@@ -36,7 +38,8 @@ CHAT_TEMPLATE = (
     "{%- if tools -%}\n"
     "{{- '<|im_start|>system<|turn_0|>\\n# Tools\\n' -}}\n"
     "{%- for tool in tools %}{{ tool | tojson }}{{ '\\n' }}{% endfor -%}\n"
-    "{{- 'To call a tool write:\\n<tool_call>\\n{\"name\": NAME, \"arguments\": ARGUMENTS}\\n</tool_call><|im_end|>\\n' -}}\n"
+    "{{- 'To call a tool write:\\n<tool_call>\\n' -}}\n"
+    '{{- \'{"name": NAME, "arguments": ARGUMENTS}\\n</tool_call><|im_end|>\\n\' -}}\n'
     "{%- endif -%}\n"
     "{%- for message in messages -%}\n"
     "{{- '<|im_start|>' + message.role + '<|turn_' ~ (base + loop.index0) ~ '|>\\n' -}}\n"
@@ -86,11 +89,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=special,
     )
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in library_files()]
-    tokenizer.train_from_iterator([*texts, (WORDS + REFUSAL + "\n") * 2000], trainer)
+    tokenizer.train_from_iterator([*texts, (WORDS + REFUSAL + " ".join(LETTERS + MARKS) + "\n") * 2000], trainer)
     # Plain tokens, not special ones: a decoder that skips special tokens keeps a tool call's marks.
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in (TOOL_OPEN, TOOL_CLOSE)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=8192, clean_up_tokenization_spaces=False
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
