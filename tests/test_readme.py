@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +50,10 @@ def test_every_option_of_the_demo_in_the_readme_exists(option: str) -> None:
     assert option in result.output
 
 
-def test_the_readme_holds_no_figure_without_its_command() -> None:
-    measured = README.split("## Measured")[1].split("\n## ")[0]
-    assert "<!-- figures -->" not in measured
-    assert re.search(r"`copyspec demo [^`]*--compare[^`]*`", measured)
-    assert "CPU" in measured
+def test_the_figures_stand_with_their_command_and_hardware() -> None:
+    measured = README.split("<!-- measured: begin -->\n")[1].split("<!-- measured: end -->")[0]
+    rows = [line for line in measured.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(shipped_names())
+    assert all(row.endswith("| yes |") for row in rows)
+    for text in ("`python scripts/measure_demo.py`", "CPU cores", "torch", "load average"):
+        assert text in measured

@@ -1,0 +1,92 @@
+"""Runs the demo with its peers on every shipped document and writes the README's table of figures.
+
+Run: python scripts/measure_demo.py [--readme]    (without --readme the table is only printed)
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+from pathlib import Path
+
+# Read by OpenMP when torch is imported, as in the `copyspec` command.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from rich.console import Console
+
+from copyspec_engine import EngineConfig, shared_engine
+from copyspec_engine.cli.chain import steps_for
+from copyspec_engine.cli.demo import Chain
+from copyspec_engine.cli.documents import load_document, shipped_names
+from copyspec_engine.cli.frameworks import ask_through
+from copyspec_engine.cli.report import figures
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+COLUMNS = {
+    "tokens": "tokens",
+    "forward passes": "forward passes",
+    "tokens per pass": "tokens per pass",
+    "time": "copyspec",
+    "plain decoding": "plain decoding",
+    "generate": "generate",
+    "prompt lookup": "prompt lookup",
+    "speed-up over plain": "over plain",
+    "speed-up over lookup": "over lookup",
+    "identical to plain": "identical",
+}
+
+
+def main() -> int:
+    """Measures, prints and, if asked, writes; exit code 1 if any turn differs."""
+    parser = argparse.ArgumentParser(description="Measures the demo on every shipped document.")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--framework", default="langchain")
+    options = parser.parse_args()
+    table, same = _measure(options.framework)
+    print(table)
+    if options.readme:
+        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+        README.write_text(before + BEGIN + table + END + rest.partition(END)[2], encoding="utf-8")
+    return 0 if same else 1
+
+
+def _measure(framework: str) -> tuple[str, bool]:
+    engine = shared_engine(EngineConfig(device="cpu"))
+    rows, same = [], True
+    for name in shipped_names():
+        document, console = load_document(name), Console(quiet=True)
+        chain = Chain(engine, ask_through(framework, engine), compare=True)
+        chain.warm_up(document)
+        turns = chain.run(document, steps_for(document), console)
+        cells = figures(turns)
+        same = same and all(turn.identical and turn.equals_generate for turn in turns)
+        values = [cells[key] for key in COLUMNS]
+        values[-1] = "yes" if all(turn.identical and turn.equals_generate for turn in turns) else "NO"
+        rows.append(f"| {name}, {len(turns)} turns | {' | '.join(values)} |\n")
+        print(rows[-1], end="", file=sys.stderr, flush=True)
+    head = f"| document | {' | '.join(COLUMNS.values())} |\n|---|{'---:|' * len(COLUMNS)}\n"
+    return f"{head}{''.join(rows)}\n{_conditions(framework)}\n", same
+
+
+def _conditions(framework: str) -> str:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return (
+        f"Measured on {datetime.date.today():%Y-%m-%d} with `python scripts/measure_demo.py` through {framework}, on "
+        f"{os.cpu_count()} CPU cores ({_processor()}), float32, Python {platform.python_version()}, torch "
+        f"{torch.__version__}; the load average was {load:.1f} at the end."
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
