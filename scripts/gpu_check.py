@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,13 @@ def _options() -> argparse.Namespace:
 
 def _checks(options: argparse.Namespace) -> dict[str, Callable[[], Report]]:
     checks: dict[str, Callable[[], Report]] = {
-        f"equal to generate in float32: {name}": lambda name=name: _equality(name, options.device)
+        f"equal to generate in float32: {name}": partial(_equality, name, options.device)
         for name in options.architectures
     }
     if options.device == "cuda":
-        checks["tests marked gpu"] = lambda: _gpu_tests(options.out_dir)
+        checks["tests marked gpu"] = partial(_gpu_tests, options.out_dir)
     if not options.skip_demo:
-        checks["demo in float32"] = lambda: _demo(options.device, options.out_dir)
+        checks["demo in float32"] = partial(_demo, options.device, options.out_dir)
     return checks
 
 
@@ -91,7 +92,7 @@ def _equality(name: str, device: str) -> Report:
     """Three turns in one session, for each drafter: the same tokens as `generate` with the whole prompt each time."""
     from tests.conftest import build_model
 
-    reference = build_model(name).to(device)
+    reference = _on(build_model(name), device)
     differing, forward_passes = [], {}
     for drafter in DRAFTERS:
         passes = 0
@@ -110,7 +111,7 @@ def _turns(name: str, device: str, drafter: str, reference: Any) -> Iterator[tup
     from tests.conftest import STEP_COST, build_model
 
     config = EngineConfig(model=f"tiny-{name}", device=device, step_cost=STEP_COST, max_prefill_tokens=37)
-    loaded = prepare(build_model(name).to(device), ByteTokenizer(), config)  # type: ignore[arg-type]
+    loaded = prepare(_on(build_model(name), device), ByteTokenizer(), config)  # type: ignore[arg-type]
     prompt = PROMPT
     with Engine(config, model=loaded) as engine:
         for _ in range(TURNS):
@@ -123,6 +124,10 @@ def _turns(name: str, device: str, drafter: str, reference: Any) -> Iterator[tup
             output = engine.generate(request)
             yield list(output.token_ids), _generate(reference, prompt), output.draft_stats.num_forward_passes
             prompt = (*prompt, *output.token_ids, *FEEDBACK)
+
+
+def _on(model: Any, device: str) -> Any:  # noqa: ANN401 - any decoder
+    return model.to(device)
 
 
 def _generate(model: Any, prompt: tuple[int, ...]) -> list[int]:  # noqa: ANN401 - any decoder
