@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from copyspec_engine import ConfigError, Engine, EngineConfig, SamplingParams, Segment
+from copyspec_engine import ConfigError, Engine, EngineConfig, SamplingParams, Segment, shared_engine
 from copyspec_engine.cli import chat, demo, frameworks, info
 from copyspec_engine.cli.chain import EditStep, steps_for
 from copyspec_engine.cli.documents import Document, load_document, shipped_names
@@ -158,6 +158,8 @@ def test_the_demo_writes_a_picture_of_what_it_showed(run: Callable[..., Result],
     assert picture.startswith("<svg")
     for text in ("speed-up", "Weekly&#160;planning", "slipway&#160;stays&#160;closed", "identical"):
         assert text in picture
+    assert "url(http" not in picture
+    assert "@font-face" not in picture
 
 
 def test_the_table_sums_tokens_and_times_and_divides_the_sums() -> None:
@@ -193,6 +195,37 @@ def test_equal_texts_of_different_tokens_are_not_the_same_answer() -> None:
     assert not one.same_as(Answer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(3, 2)))
     assert one.same_as(Answer("x", 2, 1, 0.0, 0.1, 0.1))
     assert not one.same_as(Answer("x", 3, 1, 0.0, 0.1, 0.1))
+
+
+# On the bundled model
+
+CPU_COST = ((1, 1.0), (16, 1.4), (64, 2.7), (256, 9.0))
+"""A quiet CPU's curve: drafts must not depend on how busy the test machine is."""
+
+
+@pytest.mark.parametrize("name", [*shipped_names(), "own.txt"])
+def test_the_bundled_model_does_every_step_of_the_shipped_chains_exactly(name: str) -> None:
+    document = load_document(name) if name in shipped_names() else Document(name, load_document("article.txt").text)
+    ask = frameworks.ask_engine(shared_engine(EngineConfig(device="cpu", step_cost=CPU_COST)))
+    text, messages, answers = document.text, [{"role": "user", "content": document.text}], []
+    for step in steps_for(document):
+        messages.append({"role": "user", "content": step.instruction})
+        answers.append(ask(messages, name, 800, lambda _: None))
+        text = step.apply(text)
+        assert answers[-1].text == text
+        messages.append({"role": "assistant", "content": text})
+    assert sum(a.tokens for a in answers) / sum(a.forward_passes for a in answers) >= 10
+
+
+def test_the_demo_beside_its_peers_gives_the_tokens_of_generate(tmp_path: Path) -> None:
+    own, path = tmp_path / "own.txt", tmp_path / "figures.json"
+    own.write_text("red apples\ngreen pears\nblue plums\n")
+    result = CliRunner().invoke(app, ["demo", "--device", "cpu", "--compare", "--file", str(own), "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    for turn in json.loads(path.read_text())["turns"]:
+        assert list(turn) == [*TURN_KEYS, *PEER_KEYS, "identical"]
+        assert turn["generate_seconds"] > 0 < turn["prompt_lookup_seconds"]
+    assert "identical to plain decoding and to generate" in result.output
 
 
 # Bad input

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def _picture(document: Document, engine: Engine, framework: str, turns: Sequence
             console.print(_summary(turn), style="dim")
         console.print("\n...\n")
         console.print(table(turns))
-        return console.export_svg(title="copyspec demo")
+        # Without the web fonts that Rich names: the picture needs nothing from elsewhere.
+        return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="copyspec demo"), flags=re.DOTALL)
 
 
 def _head(console: Console, number: int, step: EditStep) -> None:
