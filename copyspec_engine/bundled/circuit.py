@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 HEAD, HEADS, KV_HEADS, RATIO = 96, 8, 2, 4.0  # rotary pair k turns by RATIO**-k radians per token
 FIRST_STATIC = 9  # rotary pairs from here on stay put over 8,192 tokens: room for content
-CONSTANT = 256.0
+CONSTANT = 1024.0
 SLOPE, LINEAR = 20.0, 20.0  # gates: logistic units per step, and the offset at which silu is the identity
 
 Form = Tensor

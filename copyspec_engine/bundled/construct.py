@@ -32,6 +32,7 @@ from copyspec_engine.bundled.wires import (
     CODE,
     FOUND,
     KINDS,
+    LEFT,
     NEURONS,
     SLOTS,
     SPEEDS,
@@ -105,6 +106,9 @@ def _layer_0_attention(b: Builder) -> None:
         layer.output(head, code[:CODE], slice(start, start + CODE))
         at = b.wire("slot_quotes").start + back - 1
         layer.output(head, code[CODE:], slice(at, at + 1))
+        if 2 <= back < 2 + LEFT:
+            at = b.wire("slot_words").start + back - 2
+            layer.output(head, last[:1], slice(at, at + 1))
     layer.output(2, last[:1], b.wire("after_word"))
     layer.output(2, last[1:], b.wire("after_comma"))
 
@@ -165,6 +169,9 @@ def _layer_0_neurons(b: Builder) -> None:
         at = b.wire("found").start + (k - 1) * CODE
         layer.copy_if(inside, b.slot(k), slice(at, at + CODE))
         layer.neuron(inside * SLOPE, one * (2 / SLOPE), b.wire("found_length"), phase(k) - phase(k - 1))
+        if k <= LEFT + 1:  # "left" marks the place before the text, by its distance from the closing quote
+            places = torch.eye(LEFT + 2)
+            layer.neuron(inside * SLOPE, one * (2 / SLOPE), b.wire("left"), (places[k] - places[k - 1])[1 : LEFT + 1])
 
 
 def _layer_1(b: Builder) -> None:
@@ -177,6 +184,7 @@ def _layer_1(b: Builder) -> None:
     layer.key_pair(0, 5, one)
     clock, kind = layer.value(0, b.get("clock")), layer.value(0, b.get("trigger"))
     slots = layer.value(0, b.get("slots")[: FOUND * CODE])
+    words = layer.value(0, b.get("slot_words"))
     layer.query(0, turn, one[None])
     layer.output(0, clock, b.wire("start"))
     layer.query(1, own, b.get("turn") * 30)
@@ -189,6 +197,7 @@ def _layer_1(b: Builder) -> None:
     layer.query_pair(2, 5, 1j, 16000 * one)
     layer.query(2, null, (one - b.flag("value"))[None] * 4e5)
     layer.output(2, slots, b.wire("found"))
+    layer.output(2, words, b.wire("left"))
     # The source is the message before this one, or the one before that if the model only said what it can do.
     end = layer.keys(0, b.flag("is_end")[None])
     layer.query(3, own, turned(b.get("turn"), -1, TURN_ANGLES) * 30)
@@ -202,15 +211,16 @@ def _layer_1(b: Builder) -> None:
     layer.query(4, closing, one[None] * 8000)
     layer.query_pair(4, 4, -1j, 1920 * one)
     layer.query(4, null, (one - b.flag("is_end"))[None] * 4e5)
-    layer.output(4, layer.value(1, b.get("found")), b.wire("found"))
-    layer.output(4, layer.value(1, b.get("found_length")), b.wire("found_length"))
+    for name in ("found", "found_length", "left"):
+        layer.output(4, layer.value(1, b.get(name)), b.wire(name))
     layer.product(b.get("clock"), b.get("start"), b.wire("index"), one)
     for shift, refused in ((-1, one - b.flag("after_refusal")), (-2, b.flag("after_refusal"))):
         score = b.flag("is_end") + refused - 1.5 * one
         layer.copy_if(score, turned(b.get("turn"), shift, TURN_ANGLES), b.wire("source"))
     keep = b.kind("replace")
     layer.copy_if(one / 2 - keep, b.get("found_length"), b.wire("found_length"), -1.0)
-    layer.copy_if(one / 2 - keep - b.kind("set") - b.flag("value"), b.get("found"), b.wire("found"), -1.0)
+    for name in ("found", "left"):
+        layer.copy_if(one / 2 - keep - b.kind("set") - b.flag("value"), b.get(name), b.wire(name), -1.0)
 
 
 def construct(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:

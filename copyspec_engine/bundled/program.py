@@ -6,11 +6,12 @@ import cmath
 
 import torch
 
-from copyspec_engine.bundled.circuit import SLOPE, Form
+from copyspec_engine.bundled.circuit import SLOPE, Form, Layer
 from copyspec_engine.bundled.tokenizer_builder import END, REFUSAL, TOOL_CLOSE, TOOL_OPEN
 from copyspec_engine.bundled.wires import CIRCLES, CODE, FOUND, KINDS, SPEEDS, TURN_ANGLES, Builder, phase, turned
 
 STRENGTH, SOURCE, FAR = 60000.0, 30000.0, 4e5  # marks, turns, and what beats both
+LEFT_PAIRS = (8, 7)
 MIDDLE = cmath.exp(-1j * SPEEDS[5] * 700)  # prefer-the-first is monotone for sources of 0 to 2,000 tokens
 
 
@@ -22,35 +23,54 @@ def _value_end(b: Builder) -> Form:
     return _content_break(b) + b.flag("is_end") + b.flag("closing")
 
 
+def _left_keys(b: Builder, layer: Layer, group: int, name: str) -> None:
+    """Tell whether a word goes on before a text of one, two or three tokens; slow pairs hardly turn within a source."""
+    forms = b.get(name)
+    for pair, form in zip(LEFT_PAIRS, forms[1:], strict=True):
+        layer.key_pair(group, pair, form)
+    b.left_rows[group] = layer.keys(group, forms[:1])
+
+
+def _left_query(b: Builder, layer: Layer, head: int) -> None:
+    forms = b.get("left") * -12000.0
+    for pair, form in zip(LEFT_PAIRS, forms[1:], strict=True):
+        layer.query_pair(head, pair, 1, form)
+    layer.query(head, b.left_rows[head // 4], forms[:1])
+
+
 def _layer_2_source(b: Builder) -> None:
     """Heads 0 to 2 look at messages before this one, and value ends at the value before them."""
     layer, one, kinds = b.layers[2], b.one, b.kind(*KINDS)
     layer.key_pair(0, 5, one)
     turn = layer.keys(0, b.get("turn"))
-    marks = layer.keys(0, torch.stack([b.flag("is_end"), _content_break(b), b.flag("value"), b.flag("is_word")]))
+    # One row tells ends (1) from line breaks (-1): rows are scarce.
+    marks = layer.keys(0, torch.stack([b.flag("is_end") - _content_break(b), b.flag("value"), b.flag("is_word")]))
+    _left_keys(b, layer, 0, "slot_words")
     slots = layer.keys(0, b.get("slots")[: FOUND * CODE])
     null = layer.keys(0, b.flag("is_null")[None])
-    index, found = layer.value(0, b.get("index")), layer.value(0, b.get("found"))
+    index, found, left = (layer.value(0, b.get(name)) for name in ("index", "found", "left"))
     source = b.get("source") * SOURCE
     layer.query(0, turn, source)
-    layer.query(0, [marks[0], marks[1]], torch.stack([b.kind("append"), b.kind("last")]) * STRENGTH)
-    layer.query(0, marks[3:], b.kind("replace")[None] * -30000.0)
+    layer.query(0, marks[:1], (b.kind("append") - b.kind("last"))[None] * STRENGTH)
+    layer.query(0, marks[2:], b.kind("replace")[None] * -30000.0)
+    _left_query(b, layer, 0)
     layer.query(0, slots, b.get("found") * 40000)
     layer.query_pair(0, 5, 1j, b.kind("last") * 16000)
     layer.query_pair(0, 5, -1j * MIDDLE, b.kind("replace") * 5000)
     layer.query(0, null, (one - b.kind("append", "last", "replace"))[None] * FAR)
     layer.output(0, index, b.wire("base"))
     layer.query(1, turn, source)
-    layer.query(1, marks[1:2], one[None] * STRENGTH)
+    layer.query(1, marks[:1], one[None] * -STRENGTH)
     layer.query_pair(1, 5, -1j * MIDDLE, one * 16000)
     layer.query(1, null, (one - b.kind("first"))[None] * FAR)
     layer.output(1, index, b.wire("resume"), turned(torch.eye(2 * CIRCLES), -1))
     layer.query(2, turn, b.get("turn") * SOURCE)
-    layer.query(2, marks[2:3], one[None] * STRENGTH)
+    layer.query(2, marks[1:2], one[None] * STRENGTH)
     layer.query_pair(2, 5, 1j, one * 16000)
     layer.query(2, null, (one - _value_end(b) + kinds)[None] * FAR)
     layer.output(2, index, b.wire("found_length"))
     layer.output(2, found, b.wire("found"))
+    layer.output(2, left, b.wire("left"))
 
 
 def _layer_2_instruction(b: Builder) -> None:
@@ -58,7 +78,9 @@ def _layer_2_instruction(b: Builder) -> None:
     layer, one, kinds = b.layers[2], b.one, b.kind(*KINDS)
     layer.key_pair(1, 5, one)
     turn = layer.keys(1, b.get("turn"))
-    marks = layer.keys(1, torch.stack([b.get("trigger").sum(0), b.flag("is_end"), b.flag("closing"), b.flag("value")]))
+    ends = b.flag("is_end") - b.flag("closing")
+    marks = layer.keys(1, torch.stack([b.get("trigger").sum(0), ends, b.flag("value")]))
+    _left_keys(b, layer, 1, "left")
     null = layer.keys(1, b.flag("is_null")[None])
     found = layer.keys(1, b.get("found"))
     index = layer.value(1, b.get("index"))
@@ -75,12 +97,13 @@ def _layer_2_instruction(b: Builder) -> None:
         layer.query(head, null, (one - torch.stack(wanted).sum(0))[None] * FAR)
         layer.output(head, index, b.wire("from"), turned(torch.eye(2 * CIRCLES), shift))
     layer.query(6, turn, b.get("turn") * SOURCE)
-    layer.query(6, marks[1:3], torch.stack([kinds - quoted, quoted]) * STRENGTH)
+    layer.query(6, marks[1:2], (kinds - 2 * quoted)[None] * STRENGTH)
     layer.query_pair(6, 5, 1j, quoted * 16000)
     layer.query(6, null, (one - kinds)[None] * FAR)
     layer.output(6, index, b.wire("to"))
     layer.query(7, turn, b.get("source") * SOURCE)
-    layer.query(7, marks[3:], one[None] * STRENGTH)
+    layer.query(7, marks[2:], one[None] * STRENGTH)
+    _left_query(b, layer, 7)
     layer.query(7, found, b.get("found") * 40000)
     layer.query_pair(7, 5, -1j * MIDDLE, one * 5000)
     layer.query(7, null, (one - b.kind("set"))[None] * FAR)
@@ -107,6 +130,8 @@ def _layer_3(b: Builder) -> None:
     layer.key_pair(0, 5, one)
     turn, end = layer.keys(0, b.get("turn")), layer.keys(0, _value_end(b)[None])
     null, found = layer.keys(0, b.flag("is_null")[None]), layer.keys(0, b.get("found"))
+    left = layer.keys(0, b.get("left"))
+    layer.query(0, left, b.get("left") * -12000.0)
     layer.query(0, turn, b.get("source") * SOURCE)
     layer.query(0, end, one[None] * STRENGTH)
     layer.query(0, found, b.get("found") * 40000)
@@ -187,9 +212,9 @@ def _layer_5_neurons(b: Builder) -> None:
 
 def _say_at(b: Builder, place: int, condition: Form, token: str | int) -> None:
     """Where `condition` holds, let `token` be the one with index `place` of the answer."""
-    here = phase(place - 1) @ b.get("index") + 10 * condition
+    here = phase(place - 1) @ b.get("index") + 2 * condition
     code = b.codes[token] if isinstance(token, int) else b.code_of(token)
-    b.layers[5].when(here, 10 + CIRCLES - 0.245, 0.245, b.wire("code"), 20 * code, b.one)
+    b.layers[5].when(here, 2 + CIRCLES - 0.245, 0.245, b.wire("code"), 20 * code, b.one)
 
 
 def write_program(b: Builder) -> None:

@@ -16,8 +16,9 @@ from copyspec_engine.bundled.tokenizer_builder import (
     PAD,
 )  # fmt: skip
 
-WIDTH, LAYERS, NEURONS = 384, 6, 144
+WIDTH, LAYERS, NEURONS = 392, 6, 144
 CODE, SLOTS, FOUND, CIRCLES = 13, 6, 5, 6
+LEFT = 3  # a found text of up to so many tokens must start where a word starts
 CLOCK_STEP = 0.002  # how far a register's weight swings: small is exact, too small drowns in rounding
 KINDS = ("repeat", "say", "append", "prepend", "first", "last", "replace", "set", "call", "tool")
 TURN_ANGLES = (2.1, 2.6, 1.35, 0.43)  # radians per turn: 1..127 turns apart stay far apart
@@ -59,7 +60,13 @@ def make_layout() -> Layout:
         "is_word",
     )
     flags += ("is_comma", "is_solid", "after_word", "after_comma", "value")
-    sizes = dict.fromkeys(flags, 1) | {"code": CODE, "slots": SLOTS * CODE, "slot_quotes": SLOTS}
+    sizes = dict.fromkeys(flags, 1) | {
+        "code": CODE,
+        "slots": SLOTS * CODE,
+        "slot_quotes": SLOTS,
+        "slot_words": LEFT,
+        "left": LEFT,
+    }
     sizes |= {
         "turn_mark": 2 * len(TURN_ANGLES),
         "clock": 2 * CIRCLES,
@@ -86,6 +93,7 @@ class Builder:
         end_id, pad_id = self.id(END), self.id(PAD)
         self.model = blank_model(len(tokenizer), WIDTH, LAYERS, NEURONS, end_id, pad_id)
         self.codes = token_codes(len(tokenizer), seed)
+        self.left_rows: dict[int, list[int]] = {}
         self.layers = [Layer(self.model, i) for i in range(LAYERS)]
 
     def id(self, token: str) -> int:
