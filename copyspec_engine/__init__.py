@@ -32,6 +32,7 @@ from copyspec_engine.errors import (
     UnsupportedModelError,
     missing_extra,
 )
+from copyspec_engine.handle import RequestHandle
 from copyspec_engine.outputs import (
     DraftStats,
     EngineInfo,
@@ -44,7 +45,7 @@ from copyspec_engine.outputs import (
 )
 
 if TYPE_CHECKING:
-    from copyspec_engine.engine import Engine, RequestHandle, shared_engine
+    from copyspec_engine.engine import Engine, shared_engine
 
 __all__ = [
     "AdaptiveDrafter",
@@ -75,7 +76,7 @@ __all__ = [
     "shared_engine",
 ]
 
-_NEEDS_TORCH = ("Engine", "RequestHandle", "shared_engine")
+_NEEDS_TORCH = ("Engine", "shared_engine")
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything

@@ -50,7 +50,7 @@ def _explain(owner: str, error: ValidationError) -> str:
             lines.append(f"Got unknown option {name}={problem['input']!r} for {owner}: check the spelling")
         elif problem["type"] == "missing":
             lines.append(f"Got no {name} for {owner} but it is required")
-        elif not name:
+        elif not name or expected.startswith("Got "):  # the message of nested options or of a whole object
             lines.append(expected)
         else:
             lines.append(f"Got {name}={problem['input']!r} but expected {expected}")
@@ -81,6 +81,11 @@ class NoDrafter(_Options):
     name: Literal["none"] = "none"
 
 
+def _as_texts(value: object) -> object:
+    """One text as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 def drafter_from_name(value: object) -> object:
     """The drafter with default options for one of the names "adaptive", "copyspec" and "none"; else `value`."""
     if not isinstance(value, str):
@@ -109,7 +114,7 @@ class EngineConfig(_Options):
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus answer, in tokens; default and upper limit: the model's own context."""
-    kv_cache_tokens: int | None = Field(default=None, ge=2)
+    kv_cache_tokens: int | None = Field(default=None, ge=16)
     """Token slots in the KV pool; default: four contexts, at most a quarter of the free memory."""
     max_running: int = Field(default=16, ge=1, le=1024)
     """Requests that are decoded in turn; later ones wait."""
@@ -159,8 +164,8 @@ class SamplingParams(_Options):
     """Noise is a function of (seed, position): the same seed gives the same tokens. Default: a fresh random seed."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Most tokens to generate; default: up to the end of the context."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
+    stop: Annotated[tuple[str, ...], BeforeValidator(_as_texts)] = ()
+    """Texts that end the answer; they are not part of it. One text may be given by itself."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer besides the model's own end-of-sequence ids."""
     ignore_eos: bool = False

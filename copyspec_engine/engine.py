@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import importlib.metadata
 import logging
+import os
 import platform
 import queue
 import secrets
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from functools import partial
@@ -25,6 +27,7 @@ import torch
 from copyspec_engine.config import EngineConfig, GenerationRequest
 from copyspec_engine.drafter import CostCurve, Drafter, DraftTree
 from copyspec_engine.errors import ConfigError, ContextOverflowError, EngineStoppedError, RequestFailedError
+from copyspec_engine.handle import RequestHandle, Sink
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionStore
 from copyspec_engine.model_runner import LoadedModel, load_model
@@ -38,42 +41,10 @@ __all__ = ["Engine", "RequestHandle", "shared_engine"]
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[StreamChunk | Exception], None]
-"""Takes a request's chunks, or the error that ended it; called on the loop thread, must not block."""
-
 _Result = tuple[DraftTree, Verdict | None]
 """A row's draft and what became of it; no verdict for a piece of the prompt."""
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-class RequestHandle:
-    """A submitted request: iterate over its chunks, once, or wait for its `result`.
-
-    Raises, when read:
-        RequestFailedError: the request failed in the engine.
-        EngineStoppedError: the engine stopped before it was finished.
-    """
-
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-        self._items: queue.SimpleQueue[StreamChunk | Exception] = queue.SimpleQueue()
-
-    def _put(self, item: StreamChunk | Exception) -> None:
-        self._items.put(item)
-
-    def __iter__(self) -> Iterator[StreamChunk]:
-        while True:
-            item = self._items.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-            if item.is_last:
-                return
-
-    def result(self) -> GenerationOutput:
-        """The whole answer, once it is finished."""
-        return _last_output(list(self), self.request_id)
 
 
 class Engine:
@@ -96,11 +67,12 @@ class Engine:
             self._pool, self._sessions, self._config.max_running, self._config.max_prefill_tokens
         )
         self._drafter = Drafter(CostCurve(self._model.step_cost))
-        self._lock = threading.Lock()
+        # Reentrant: a forgotten handle is closed by the garbage collector, at any moment in any thread.
+        self._lock = threading.RLock()
         self._requests: dict[str, tuple[Sequence, Sink]] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopped: EngineStoppedError | None = None
-        self._closing = False
+        self._closing = self._stopped = False
+        self._stop_cause: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="copyspec-engine", daemon=True)
         self._thread.start()
         _open_engines.add(self)
@@ -165,30 +137,26 @@ class Engine:
             ContextOverflowError: it needs more tokens than the context or the KV pool holds.
             EngineStoppedError: the engine takes no more requests.
         """
-        handle = RequestHandle(request.request_id)
-        self._enqueue(self._prepare(request), handle._put)
+        handle, sequence = RequestHandle(request.request_id), self._prepare(request)
+        self._enqueue(sequence, handle.sink)
+        handle.on_close(partial(self._abandon, sequence))
         return handle
 
-    def stream(self, request: GenerationRequest) -> Generator[StreamChunk, None, None]:
-        """Chunks as they are decoded. Closing the iterator cancels the request. Raises as `submit` does, at once."""
-        return self._read(self.submit(request))
-
-    def _read(self, handle: RequestHandle) -> Generator[StreamChunk, None, None]:
-        try:
-            yield from handle
-        finally:
-            self.cancel(handle.request_id)
+    def stream(self, request: GenerationRequest) -> RequestHandle:
+        """Chunks as they are decoded; closing or dropping the iterator cancels. Raises as `submit` does, at once."""
+        return self.submit(request)
 
     def generate(self, request: GenerationRequest) -> GenerationOutput:
         """The whole answer. Raises as `submit` does."""
-        return _last_output(list(self.stream(request)), request.request_id)
+        with self.submit(request) as handle:
+            return handle.result()
 
     async def astream(self, request: GenerationRequest) -> AsyncGenerator[StreamChunk, None]:
         """Chunks as they are decoded. Closing the iterator or cancelling the task cancels the request."""
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
         sequence = await asyncio.to_thread(self._prepare, request)
-        self._enqueue(sequence, lambda item: _put_threadsafe(loop, items, item))
+        self._enqueue(sequence, partial(_put_threadsafe, loop, items))
         try:
             while True:
                 item = await items.get()
@@ -198,28 +166,32 @@ class Engine:
                 if item.is_last:
                     return
         finally:
-            self.cancel(request.request_id)
+            self._abandon(sequence)
 
     async def agenerate(self, request: GenerationRequest) -> GenerationOutput:
         """The whole answer, without blocking the event loop."""
-        chunks = [chunk async for chunk in self.astream(request)]
-        return _last_output(chunks, request.request_id)
+        async with contextlib.aclosing(self.astream(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.output is not None:
+                    return chunk.output
+        raise RequestFailedError(f"Request {request.request_id} ended without an answer")
 
     def cancel(self, request_id: str) -> bool:
-        """Stop a request at the next step; False if it is not running (any more)."""
+        """Stop a request at the next step; its reader gets what was written. False if it is not running (any more)."""
         with self._lock:
-            known = request_id in self._requests
-        if known:
-            self._commands.put(partial(self._cancel, request_id))
-        return known
+            entry = self._requests.get(request_id)
+        if entry is not None:
+            self._commands.put(partial(self._cancel, entry[0]))
+        return entry is not None
 
     def forget(self, session_id: str) -> bool:
         """Erase a session's texts and KV; False if there is none."""
+        if threading.current_thread() is self._thread:
+            return self._sessions.forget(session_id)
         done: Future[bool] = Future()
         with self._lock:
-            if self._stopped:
-                raise self._stopped
-            self._commands.put(lambda: done.set_result(self._sessions.forget(session_id)))
+            self._check_running()
+            self._commands.put(partial(_fulfil, done, partial(self._sessions.forget, session_id)))
         return done.result()
 
     def close(self) -> None:
@@ -267,19 +239,32 @@ class Engine:
     def _enqueue(self, sequence: Sequence, sink: Sink) -> None:
         request_id = sequence.request.request_id
         with self._lock:
-            if self._stopped or self._closing:
-                raise self._stopped or EngineStoppedError()
+            self._check_running()
             if request_id in self._requests:
                 raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
             self._requests[request_id] = (sequence, sink)
             self._commands.put(partial(self._scheduler.add, sequence))
 
+    def _check_running(self) -> None:
+        if self._stopped or self._closing:
+            raise EngineStoppedError(self._stop_cause)
+
+    def _abandon(self, sequence: Sequence) -> None:
+        """Nobody will read this request any more: free its id now and its slots at the next step."""
+        with self._lock:
+            entry = self._requests.get(sequence.request.request_id)
+            if entry is None or entry[0] is not sequence:
+                return
+            del self._requests[sequence.request.request_id]
+            self._commands.put(partial(self._cancel, sequence))
+
     # ---- the loop thread ---------------------------------------------------------------------------------------
 
-    def step(self) -> list[StreamChunk]:
-        """One forward pass for every running request. Loop thread only."""
+    def _step(self) -> None:
+        """One forward pass for every running request."""
         batch = self._scheduler.schedule()
-        return [chunk for row, result in self._results(batch) if (chunk := self._commit(row, result))]
+        for row, result in self._results(batch):
+            self._commit(row.sequence, row, result)
 
     def _results(self, batch: ScheduledBatch) -> list[tuple[ScheduledRow, _Result | Exception]]:
         """What each row's pass gives. If the step fails its rows are run one by one, so that only the culprit fails."""
@@ -299,38 +284,38 @@ class Engine:
             (draft, verify(draft, tokens) if tokens else None) for draft, tokens in zip(drafts, sampled, strict=True)
         ]
 
-    def _commit(self, row: ScheduledRow, result: _Result | Exception) -> StreamChunk | None:
-        """Take over a row's result, or end its request if the row failed."""
-        if isinstance(result, Exception):
-            self._fail(row.sequence, result)
-            return None
-        draft, verdict = result
-        if verdict is not None:
-            self._drafter.observe(row.sequence, draft, len(verdict.accepted))
+    def _commit(self, sequence: Sequence, row: ScheduledRow, result: _Result | Exception) -> None:
+        """Take over a row's result and tell its reader, or end its request if the row failed."""
         try:
-            return self._scheduler.commit(row, draft, verdict)
+            if isinstance(result, Exception):
+                raise result
+            draft, verdict = result
+            if verdict is not None:
+                self._drafter.observe(sequence, draft, len(verdict.accepted))
+            chunk = self._scheduler.commit(row, draft, verdict)
         except Exception as error:
-            self._fail(row.sequence, error)
-            return None
+            self._fail(sequence, error)
+        else:
+            if chunk is not None:
+                self._deliver(sequence, chunk)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self._scheduler.remove(sequence)
+        if self._scheduler.holds(sequence):
+            self._scheduler.remove(sequence)
         failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
         failure.__cause__ = error
-        self._deliver(sequence.request.request_id, failure)
+        self._deliver(sequence, failure)
 
     def _loop(self) -> None:
-        stopped = EngineStoppedError()
         try:
             while not self._closing:
                 self._run_commands()
                 if self._scheduler:
-                    for chunk in self.step():
-                        self._deliver(chunk.request_id, chunk)
-        except Exception as error:
+                    self._step()
+        except BaseException as error:  # whatever it was, callers must not wait for ever
             logger.exception("the engine's loop failed")
-            stopped = EngineStoppedError(error)
-        self._stop(stopped)
+            self._stop_cause = error
+        self._stop()
 
     def _run_commands(self) -> None:
         """Carry out what callers asked for; waits for something to do while nothing runs."""
@@ -339,26 +324,31 @@ class Engine:
         while not self._commands.empty():
             self._commands.get()()
 
-    def _cancel(self, request_id: str) -> None:
+    def _cancel(self, sequence: Sequence) -> None:
+        if not self._scheduler.holds(sequence):  # it finished first
+            return
+        try:
+            chunk = self._scheduler.cancel(sequence)
+        except Exception as error:
+            self._fail(sequence, error)
+        else:
+            self._deliver(sequence, chunk)
+
+    def _deliver(self, sequence: Sequence, item: StreamChunk | Exception) -> None:
+        """Give a request's reader an item, if it still has one."""
+        request_id, last = sequence.request.request_id, isinstance(item, Exception) or item.is_last
         with self._lock:
             entry = self._requests.get(request_id)
-        if entry is not None:
-            self._deliver(request_id, self._scheduler.cancel(entry[0]))
+            if entry is None or entry[0] is not sequence:
+                return
+            if last:
+                del self._requests[request_id]
+        if not _hand(entry[1], sequence, item) and not last:
+            self._abandon(sequence)
 
-    def _deliver(self, request_id: str, item: StreamChunk | Exception) -> None:
-        last = isinstance(item, Exception) or item.is_last
+    def _stop(self) -> None:
         with self._lock:
-            entry = self._requests.pop(request_id, None) if last else self._requests.get(request_id)
-        if entry is None:
-            return
-        if not _hand(entry[1], entry[0], item) and not last:
-            with self._lock:
-                self._requests.pop(request_id, None)
-            self._scheduler.cancel(entry[0])
-
-    def _stop(self, reason: EngineStoppedError) -> None:
-        with self._lock:
-            self._stopped = reason
+            self._stopped = True
             waiting = list(self._requests.values())
             self._requests.clear()
         with _registry_lock:
@@ -367,7 +357,7 @@ class Engine:
         while not self._commands.empty():  # a `forget` may be waiting for its answer
             self._commands.get()()
         for sequence, sink in waiting:
-            _hand(sink, sequence, reason)
+            _hand(sink, sequence, EngineStoppedError(self._stop_cause))
 
 
 def _hand(sink: Sink, sequence: Sequence, item: StreamChunk | Exception) -> bool:
@@ -392,11 +382,12 @@ def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[i
     return sample(logits, sequence.request.sampling, sequence.seed, positions)
 
 
-def _last_output(chunks: Seq[StreamChunk], request_id: str) -> GenerationOutput:
-    output = chunks[-1].output if chunks else None
-    if output is None:
-        raise RequestFailedError(f"request {request_id} ended without an answer: was it read twice?")
-    return output
+def _fulfil(done: Future[bool], work: Callable[[], bool]) -> None:
+    """Run `work` and hand its result or error to who waits for it."""
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)
 
 
 def _put_threadsafe(
@@ -416,9 +407,12 @@ def shared_engine(config: EngineConfig | None = None) -> Engine:
     with _registry_lock:
         lock = _shared_locks.setdefault(config, threading.Lock())
     with lock:
-        engine = _shared.get(config)
+        with _registry_lock:
+            engine = _shared.get(config)
         if engine is None or engine._stopped or engine._closing:
-            engine = _shared[config] = Engine(config)
+            engine = Engine(config)
+            with _registry_lock:
+                _shared[config] = engine
         return engine
 
 
@@ -427,3 +421,19 @@ def _close_all() -> None:
     """Let loop threads end before the interpreter takes their libraries away."""
     for engine in list(_open_engines):
         engine.close()
+
+
+def _after_fork() -> None:
+    """A forked child has no loop threads: its engines say so instead of waiting for ever, and locks start afresh."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    _shared.clear()
+    _shared_locks.clear()
+    for engine in list(_open_engines):
+        engine._lock = threading.RLock()
+        engine._stopped = engine._closing = True
+        engine._stop_cause = RuntimeError("the process was forked; create engines after the fork")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

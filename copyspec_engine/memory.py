@@ -88,6 +88,11 @@ class SessionStore:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def cached_tokens(self, session_id: str | None) -> TokenArray:
+        """The tokens whose KV a session holds; none if there is no such session. Does not count as use."""
+        session = self._sessions.get(session_id) if session_id is not None else None
+        return np.empty(0, dtype=np.int64) if session is None else session.cached_tokens
+
     def open(self, session_id: str | None) -> SessionMemory:
         """The session's memory, made when it is new; None is a memory for this one call."""
         if session_id is None:

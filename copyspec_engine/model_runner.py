@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,13 +24,16 @@ from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import DraftTree
-from copyspec_engine.errors import ModelLoadError, UnsupportedModelError
+from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
 
 __all__ = ["LoadedModel", "ModelRunner", "Runner", "load_model", "prepare"]
 
 logger = logging.getLogger(__name__)
+
+_loading = threading.Lock()
+"""transformers builds models under process-wide settings: two at once spoil each other."""
 
 
 class Runner(Protocol):
@@ -106,7 +111,7 @@ class ModelRunner:
             logits_to_keep=num_logits,
             kv_batch=kv_batch,
         )
-        logits: torch.Tensor = result.logits[0]  # (num_logits, vocabulary)
+        logits: torch.Tensor = result.logits[0, -num_logits:]  # some models give those of every token
         return logits
 
     def _index(self, slots: TokenArray) -> Slots:
@@ -116,17 +121,17 @@ class ModelRunner:
             return slice(first, last + 1)
         return torch.from_numpy(slots).to(self._device)
 
-    def measure_step_cost(self, context: int, budget_s: float = 1.0) -> tuple[tuple[int, float], ...]:
-        """Least seconds of passes of 1, 2, 4, ... tokens behind `context` others; uses the pool's first slots.
+    def measure_step_cost(self, context: int, room: int, budget_s: float = 1.0) -> tuple[tuple[int, float], ...]:
+        """Least seconds of passes of 1, 2, 4, ... tokens behind `context` others; uses the pool's first `room` slots.
 
         Must run before any request: it writes over those slots. Goes round all widths for as long as `budget_s` lasts,
         so that a burst of other load cannot spoil one of them; on a slow model it stops at narrow ones.
         """
-        slots = np.arange(self._store.num_slots, dtype=np.int64)
+        slots = np.arange(room, dtype=np.int64)
         deadline = time.perf_counter() + budget_s
         least: dict[int, float] = {}
         for width in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            if context + width > len(slots) or (len(least) >= 2 and time.perf_counter() > deadline):
+            if context + width > room or (len(least) >= 2 and time.perf_counter() > deadline):
                 break
             self._time_pass(slots, context, width)  # the first pass of a width pays for set-up
             least[width] = self._time_pass(slots, context, width)
@@ -183,33 +188,45 @@ def load_model(config: EngineConfig) -> LoadedModel:
     path = str(bundled_model_path()) if config.model == BUNDLED_MODEL else os.path.expanduser(config.model)
     device = _resolve_device(config.device)
     try:
-        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        _refuse_unsupported(config.model, hf_config)
-        tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code))
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_resolve_dtype(config.dtype, device), trust_remote_code=config.trust_remote_code
-        )
-        model = model.to(device).eval()  # type: ignore[arg-type]
-    except UnsupportedModelError:
+        with _loading:
+            return _load(path, device, config)
+    except CopySpecError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ModelLoadError(
-            f"{config.model} does not fit in the memory of {device}: use a smaller model, dtype='bfloat16' or another "
-            "device"
-        ) from error
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+            raise ModelLoadError(
+                f"{config.model} does not fit in the memory of {device}: use a smaller model, dtype='bfloat16' or "
+                "another device"
+            ) from error
         raise ModelLoadError(_load_failure(config.model, path, error)) from error
-    return prepare(model, tokenizer, config)
 
 
-def prepare(model: PreTrainedModel, tokenizer: HFTokenizer, config: EngineConfig) -> LoadedModel:
+def _load(path: str, device: torch.device, config: EngineConfig) -> LoadedModel:
+    trust = config.trust_remote_code
+    hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    _refuse_unsupported(config.model, hf_config)
+    tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=trust))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=_resolve_dtype(config.dtype, device), trust_remote_code=trust, output_loading_info=True
+    )
+    model, report = loaded
+    absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    if absent:
+        raise ModelLoadError(
+            f"{config.model} lacks {len(absent)} weights that its config asks for, or has them in another shape (the "
+            f"first: {absent[0]}): is the download complete?"
+        )
+    return prepare(model.to(device).eval(), tokenizer, config)
+
+
+def prepare(model: PreTrainedModel, tokenizer: ChatTokenizer, config: EngineConfig) -> LoadedModel:
     """Make a model that is in memory ready to serve (see `load_model`)."""
     bytes_per_token = _check_equivalence(model, config.model)
-    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32_768)
+    limit = _longest_context(model.config.get_text_config(), config.model)
     max_model_len = min(config.max_model_len or limit, limit)
-    num_slots = config.kv_cache_tokens or _default_slots(max_model_len, bytes_per_token, model.device)
+    num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token, model.device)
     runner = ModelRunner(model, num_slots)
-    cost = config.step_cost or runner.measure_step_cost(context=min(256, num_slots // 2))
+    room = min(num_slots, max_model_len)
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer,
@@ -222,7 +239,7 @@ def prepare(model: PreTrainedModel, tokenizer: HFTokenizer, config: EngineConfig
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
-        step_cost=cost,
+        step_cost=config.step_cost or runner.measure_step_cost(context=min(256, room // 2), room=room),
     )
 
 
@@ -260,7 +277,7 @@ def _load_failure(name: str, path: str, error: Exception) -> str:
     return f"Could not load model={name!r} from {where}: {type(error).__name__}: {reason}"
 
 
-_RECURRENT_LAYERS = ("linear_attention", "mamba", "ssm", "recurrent", "conv")
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def _refuse_unsupported(name: str, hf_config: Any) -> None:  # noqa: ANN401 - each architecture has its own config class
@@ -268,12 +285,31 @@ def _refuse_unsupported(name: str, hf_config: Any) -> None:  # noqa: ANN401 - ea
     if hf_config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder ({hf_config.model_type}): only decoders are served")
     text_config = hf_config.get_text_config()
-    layers = [str(kind) for kind in getattr(text_config, "layer_types", None) or ()]
-    recurrent = sorted({kind for kind in layers if any(word in kind for word in _RECURRENT_LAYERS)})
-    if recurrent:
+    others = sorted({str(kind) for kind in getattr(text_config, "layer_types", None) or ()} - _LAYER_TYPES)
+    if others:
         raise UnsupportedModelError(
-            f"{name} ({hf_config.model_type}) has {', '.join(recurrent)} layers, whose state cannot be rolled back"
+            f"{name} ({hf_config.model_type}) has {', '.join(others)} layers: only full and sliding-window attention "
+            "can be verified and rolled back token by token"
         )
+
+
+def _longest_context(text_config: Any, name: str) -> int:  # noqa: ANN401
+    """Tokens up to which the model reads a text in pieces as it reads it whole.
+
+    Long-context RoPE ("longrope") switches to other factors for a whole pass once its last position is beyond the
+    original context: tokens before it would then depend on what is read together with them. We stay below.
+    """
+    limit = int(getattr(text_config, "max_position_embeddings", None) or 32_768)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    for parameters in (rope, *(group for group in rope.values() if isinstance(group, dict))):
+        if parameters.get("rope_type") == "longrope":
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                text_config, "original_max_position_embeddings", None
+            )
+            if original and original < limit:
+                logger.warning("%s: context limited to %d tokens, below the switch of its longrope", name, original)
+                limit = int(original)
+    return limit
 
 
 def _check_equivalence(model: PreTrainedModel, name: str) -> int:
@@ -310,7 +346,7 @@ def _check_equivalence(model: PreTrainedModel, name: str) -> int:
     return runner.store.bytes_per_token
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: HFTokenizer) -> frozenset[int]:
+def _eos_token_ids(model: PreTrainedModel, tokenizer: ChatTokenizer) -> frozenset[int]:
     """End-of-sequence ids as `generate` takes them: generation config, else model config, else tokenizer."""
     for source in (model.generation_config, model.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
@@ -319,10 +355,29 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: HFTokenizer) -> frozenset[
     return frozenset()
 
 
-def _default_slots(max_model_len: int, bytes_per_token: int, device: torch.device) -> int:
-    """Four contexts, at most a quarter of the memory that is free, at least one context's worth of hope."""
+def _num_slots(wanted: int | None, max_model_len: int, bytes_per_token: int, device: torch.device) -> int:
+    """Slots of the KV pool: what was asked for, else four contexts or a quarter of the free memory if that is less.
+
+    Raises:
+        ModelLoadError: what was asked for is more than the free memory.
+    """
+    free = _free_bytes(device)
+    if wanted is None:
+        return max(min(4 * max_model_len, free // 4 // bytes_per_token), 256)
+    if wanted * bytes_per_token > free:
+        raise ModelLoadError(
+            f"Got kv_cache_tokens={wanted} but {wanted * bytes_per_token / 2**30:,.1f} GiB for them is more than the "
+            f"{free / 2**30:,.1f} GiB that are free on {device}"
+        )
+    return wanted
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that a KV pool can use; on a CPU what the kernel calls available, else half of the machine's memory."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(min(4 * max_model_len, free // 4 // bytes_per_token), 256)
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

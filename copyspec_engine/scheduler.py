@@ -62,10 +62,9 @@ class Scheduler:
         """Whether there is work."""
         return bool(self._waiting or self._running)
 
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """Running, then waiting requests."""
-        return (*self._running, *self._waiting)
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether a request is running or waiting."""
+        return sequence in self._running or sequence in self._waiting
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
@@ -82,12 +81,13 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Bind a request to its session's memory and reserve its KV slots; False if it has to wait for slots."""
-        session = self._sessions.open(sequence.request.session_id)
+        session_id = sequence.request.session_id
         # The last prompt token is always computed: its logits choose the first token of the answer.
-        prefix = common_prefix_length(sequence.token_ids[:-1], session.cached_tokens)
+        prefix = common_prefix_length(sequence.token_ids[:-1], self._sessions.cached_tokens(session_id))
         need = sequence.max_total_tokens - prefix
         if self._pool.num_free + self._sessions.num_cached_slots - prefix < need:
             return False
+        session = self._sessions.open(session_id)
         shared, rest = session.take_slots(prefix)
         self._pool.release(rest)
         while self._pool.num_free < need:

@@ -66,6 +66,9 @@ def _content_text(message: dict[str, Any]) -> str:
     """Content and tool calls as the template writes them."""
     content = message.get("content") or ""
     if not isinstance(content, str):
+        unreadable = [part for part in content if not isinstance(part, dict) or not isinstance(part.get("text"), str)]
+        if unreadable:
+            raise ConfigError(f"Got content {unreadable[0]!r} but the scripted model reads text only")
         content = "".join(part["text"] for part in content)
     calls = "".join("\n<tool_call>" + json.dumps(call) + "</tool_call>" for call in message.get("tool_calls") or ())
     return content + calls
@@ -108,7 +111,7 @@ class ScriptedRunner:
 
     def _script(self, sequence: Sequence) -> list[int]:
         request_id = sequence.request.request_id
-        if request_id not in self._scripts:
+        if len(sequence.token_ids) == sequence.num_prompt_tokens:  # its first step
             prompt = sequence.token_ids[: sequence.num_prompt_tokens]
             self._scripts[request_id] = [*self._reply(_prompt_text(prompt)).encode(), _END]
         return self._scripts[request_id]

@@ -120,21 +120,21 @@ class HFTokenizer:
 
     def text_stream(self, stop: Sequence[str]) -> TextStream:
         stream = DecodeStream(skip_special_tokens=True)
-        ids: list[int] = []
-        emitted = 0
+        pending: list[int] = []  # tokens that have given no text yet
 
         def step(token_id: int) -> str:
-            nonlocal emitted
-            ids.append(token_id)
-            piece: str = stream.step(self._backend, token_id) or ""
-            emitted += len(piece)
+            nonlocal stream
+            pending.append(token_id)
+            try:
+                piece: str = stream.step(self._backend, token_id) or ""
+            except Exception:  # it gives up on bytes that are no UTF-8, which some tokenizers can write
+                stream = DecodeStream(skip_special_tokens=True)
+                piece = self.decode(pending)
+            if piece:
+                pending.clear()
             return piece
 
-        def rest() -> str:
-            """What the stream still holds: the bytes of a character that never became whole."""
-            return self.decode(ids)[emitted:]
-
-        return StoppingTextStream(step, rest, stop)
+        return StoppingTextStream(step, lambda: self.decode(pending), stop)
 
 
 def _merge_neighbours(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

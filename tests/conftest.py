@@ -80,7 +80,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
     def make(name: str = "llama", *, seed: int = 1, **options: Any) -> Engine:
         config = EngineConfig(**{"model": f"tiny-{name}", "step_cost": STEP_COST, **options})
-        loaded = prepare(build_model(name, seed), ByteTokenizer(), config)  # type: ignore[arg-type]
+        loaded = prepare(build_model(name, seed), ByteTokenizer(), config)
         engines.append(Engine(config, model=loaded))
         return engines[-1]
 

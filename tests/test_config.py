@@ -32,6 +32,11 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (SamplingParams, {"seed": -5}, "seed=-5"),
         (SamplingParams, {"max_tokens": 0}, "max_tokens=0"),
         (SamplingParams, {"stop": ("",)}, "at least one character"),
+        (
+            GenerationRequest,
+            {"prompt": "a", "sampling": {"temperature": -1}},
+            "Got temperature=-1 but expected greater",
+        ),
         (SamplingParams, {"temprature": 1}, "unknown option temprature=1 for SamplingParams"),
         (EngineConfig, {"drafter": "fast"}, "drafter='fast' but expected one of adaptive, copyspec, none"),
         (EngineConfig, {"dtype": "int4"}, "dtype='int4'"),
@@ -77,4 +82,5 @@ def test_errors_survive_pickling(error: Exception) -> None:
 def test_the_defaults_are_greedy_and_adaptive() -> None:
     assert EngineConfig().drafter == AdaptiveDrafter()
     assert SamplingParams().temperature == 0.0
+    assert SamplingParams(stop="END").stop == ("END",)
     assert (CopySpecDrafter().min_match_tokens, CopySpecDrafter().block) == (3, 10)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +55,13 @@ def echo() -> Iterator[Engine]:
     with scripted_engine(reply) as engine:
         yield engine
         assert_all_slots_free(engine)
+
+
+def wait_until_idle(engine: Engine) -> bool:
+    deadline = time.monotonic() + 10
+    while (engine._requests or engine._scheduler) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not engine._requests and not engine._scheduler
 
 
 def test_stream_joined_equals_generate(echo: Engine) -> None:
@@ -122,11 +131,52 @@ def test_sessions_never_draft_from_each_other(monkeypatch: pytest.MonkeyPatch) -
 def test_closing_a_stream_cancels_the_request(endless: Engine) -> None:
     stream = endless.stream(ask("go"))
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 10
-    while endless._requests and time.monotonic() < deadline:
-        time.sleep(0.01)
+    stream.close()
+    assert wait_until_idle(endless)
     assert_all_slots_free(endless)
+
+
+def test_an_id_is_free_at_once_when_its_stream_is_closed(endless: Engine) -> None:
+    request = ask("go", request_id="same", sampling=SamplingParams(max_tokens=50))
+    with endless.stream(request) as stream:
+        next(stream)
+    assert endless.generate(request).usage.completion_tokens == 50
+
+
+def test_closing_a_finished_stream_leaves_a_new_request_of_its_id_alone(endless: Engine) -> None:
+    request = ask("go", request_id="same", sampling=SamplingParams(max_tokens=50))
+    old = endless.stream(request)
+    assert old.result().finish_reason == "length"
+    new = endless.stream(request)
+    old.close()
+    assert new.result().finish_reason == "length"
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_a_stream_that_was_never_read_is_cancelled(endless: Engine, how: str) -> None:
+    stream = endless.stream(ask("go"))
+    if how == "close":
+        stream.close()
+        assert list(stream) == []
+        with pytest.raises(RequestFailedError, match="closed before it was finished"):
+            stream.result()
+    del stream
+    assert wait_until_idle(endless)
+
+
+def test_a_result_may_be_asked_for_again(echo: Engine) -> None:
+    handle = echo.submit(ask("hello"))
+    chunks = list(handle)
+    assert handle.result() is handle.result() is chunks[-1].output
+    assert list(handle) == []
+
+
+def test_the_garbage_collector_may_close_a_handle_while_the_lock_is_held(endless: Engine) -> None:
+    """Past regression: an abandoned stream in a reference cycle deadlocked the thread that collected it."""
+    handle = endless.submit(ask("go"))
+    with endless._lock:
+        handle.close()
+    assert wait_until_idle(endless)
 
 
 def test_cancel_keeps_what_was_written_and_frees_every_slot(endless: Engine) -> None:
@@ -167,12 +217,9 @@ def test_a_cancelled_task_cancels_its_request(endless: Engine) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        for _ in range(1000):
-            if not endless._requests:
-                return
-            await asyncio.sleep(0.01)
 
     asyncio.run(run())
+    assert wait_until_idle(endless)
     assert_all_slots_free(endless)
 
 
@@ -223,6 +270,65 @@ def test_an_error_that_stops_the_loop_reaches_current_and_later_callers(caplog: 
         with pytest.raises(EngineStoppedError):
             engine.forget("s")
     assert "loop failed" in caplog.text
+
+
+def test_even_an_exit_inside_the_loop_reaches_the_callers(caplog: pytest.LogCaptureFixture) -> None:
+    def leave(_prompt: str) -> str:
+        raise SystemExit("from a reply")
+
+    with scripted_engine(leave) as engine, pytest.raises(EngineStoppedError, match="from a reply"):
+        engine.generate(ask("go"))
+    assert "loop failed" in caplog.text
+
+
+def test_an_error_while_cancelling_stays_with_its_request(endless: Engine) -> None:
+    good, bad = endless.submit(ask("a", request_id="good")), endless.submit(ask("b", request_id="bad"))
+    next(bad)
+    sequence = endless._requests["bad"][0]
+    sequence.text.flush = None  # type: ignore[method-assign,assignment]
+    endless.cancel("bad")
+    with pytest.raises(RequestFailedError, match="TypeError"):
+        bad.result()
+    assert next(good).token_ids
+    good.close()
+    assert wait_until_idle(endless)
+
+
+def test_a_session_can_be_forgotten_from_the_loop_thread() -> None:
+    found: list[bool] = []
+
+    def reply(prompt: str) -> str:
+        if "now" in prompt:
+            found.append(engine.forget("other"))
+        return "done"
+
+    with scripted_engine(reply) as engine:
+        engine.generate(ask("x", session_id="other"))
+        engine.generate(ask("now", session_id="mine"))
+        engine.generate(ask("now", session_id="mine"))
+    assert found == [True, False]
+
+
+def test_a_forked_child_is_told_instead_of_waiting_for_ever() -> None:
+    code = """
+import os, signal
+from copyspec_engine import EngineStoppedError, GenerationRequest
+from copyspec_engine.testing import scripted_engine
+engine = scripted_engine(["a", "b"])
+engine.generate(GenerationRequest(prompt="x"))
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    try:
+        engine.generate(GenerationRequest(prompt="x"))
+    except EngineStoppedError as error:
+        os._exit(0 if "forked" in str(error) else 3)
+    os._exit(4)
+status = os.waitpid(child, 0)[1]
+assert engine.generate(GenerationRequest(prompt="x")).text == "b"
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_closing_ends_unfinished_requests_and_refuses_new_ones(endless: Engine) -> None:
@@ -316,9 +422,7 @@ def test_many_threads_and_random_cancels_leave_every_slot_free() -> None:
         with ThreadPoolExecutor(16) as clients:
             for done in [clients.submit(converse, engine, seed) for seed in range(16)]:
                 done.result()
-        deadline = time.monotonic() + 10
-        while engine._requests and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert wait_until_idle(engine)
         assert_all_slots_free(engine)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -175,3 +176,18 @@ def test_many_threads_may_encode_render_and_stream_at_once(tokenizer: HFTokenize
 
     with ThreadPoolExecutor(16) as threads:
         assert all(threads.map(work, range(200)))
+
+
+def test_bytes_that_are_no_text_never_break_a_stream() -> None:
+    """Past regression: with byte-fallback decoders the library's stream raises after invalid UTF-8."""
+    pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "b"]
+    bpe = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    bpe.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe))
+    rng = random.Random(0)
+    for _ in range(300):
+        stream = tokenizer.text_stream(())
+        ids = [rng.choice([256, 257, 0xC3, 0xA9, 0xF0, 0x9F, 0x99]) for _ in range(rng.randrange(1, 20))]
+        got = [segment.text for token in ids for segment in stream.push(token, copied=False)]
+        got += [segment.text for segment in stream.flush()]
+        assert [c for c in "".join(got) if c in "ab"] == ["ab"[i - 256] for i in ids if i >= 256]

@@ -1,0 +1,80 @@
+"""A submitted request as its caller sees it."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+
+from copyspec_engine.errors import RequestFailedError
+from copyspec_engine.outputs import GenerationOutput, StreamChunk
+
+__all__ = ["RequestHandle", "Sink"]
+
+Sink = Callable[[StreamChunk | Exception], None]
+"""Takes a request's chunks, or the error that ended it; called on the loop thread, must not block."""
+
+
+class RequestHandle:
+    """A running request: an iterator over its chunks, and its `result`.
+
+    Whoever lets go of a handle, closes it or leaves its `with` block before the last chunk cancels the request.
+
+    Raises, when read:
+        RequestFailedError: the request failed in the engine.
+        EngineStoppedError: the engine stopped before it was finished.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._items: queue.SimpleQueue[StreamChunk | Exception | None] = queue.SimpleQueue()
+        self._last: StreamChunk | Exception | None = None
+        self._abandon: Callable[[], None] | None = None
+
+    @property
+    def sink(self) -> Sink:
+        """Where the engine puts chunks. It does not hold the handle, so that a forgotten one can be noticed."""
+        return self._items.put
+
+    def on_close(self, abandon: Callable[[], None]) -> None:
+        """Say how to stop the request when nobody will read on."""
+        self._abandon = abandon
+
+    def __iter__(self) -> RequestHandle:
+        return self
+
+    def __next__(self) -> StreamChunk:
+        if isinstance(self._last, Exception):
+            raise self._last
+        item = self._items.get() if self._last is None else None
+        if item is None:  # closed, or read to the end
+            self._items.put(None)
+            raise StopIteration
+        if isinstance(item, Exception) or item.is_last:
+            self._last, self._abandon = item, None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def result(self) -> GenerationOutput:
+        """The whole answer, once it is finished; may be asked for again."""
+        for _ in self:
+            pass
+        if isinstance(self._last, StreamChunk) and self._last.output is not None:
+            return self._last.output
+        raise RequestFailedError(f"Request {self.request_id} was closed before it was finished")
+
+    def close(self) -> None:
+        """Cancel the request unless it is finished; readers see the end of the stream."""
+        abandon, self._abandon = self._abandon, None
+        if abandon is not None:
+            abandon()
+            self._items.put(None)
+
+    def __enter__(self) -> RequestHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
