@@ -111,7 +111,7 @@ def _turns(name: str, device: str, drafter: str, reference: Any) -> Iterator[tup
     from tests.conftest import STEP_COST, build_model
 
     config = EngineConfig(model=f"tiny-{name}", device=device, step_cost=STEP_COST, max_prefill_tokens=37)
-    loaded = prepare(_on(build_model(name), device), ByteTokenizer(), config)  # type: ignore[arg-type]
+    loaded = prepare(_on(build_model(name), device), ByteTokenizer(), config)
     prompt = PROMPT
     with Engine(config, model=loaded) as engine:
         for _ in range(TURNS):

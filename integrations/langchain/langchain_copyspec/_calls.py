@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
 
@@ -82,16 +82,15 @@ def stream_call(engine: Engine, call: Call) -> Generator[StreamChunk, None, None
         for attempt in range(call.max_retries + 1):
             started = False
             try:
-                for chunk in engine.stream(request):
-                    deadline.check(chunk)
-                    started = True
-                    yield chunk
+                with engine.stream(request) as chunks:
+                    for chunk in chunks:
+                        deadline.check(chunk)
+                        started = True
+                        yield chunk
                 return
             except RequestFailedError:
                 if started or attempt == call.max_retries:
                     raise
-            finally:
-                engine.cancel(request.request_id)
 
 
 async def astream_call(engine: Engine, call: Call) -> AsyncGenerator[StreamChunk, None]:
@@ -101,13 +100,12 @@ async def astream_call(engine: Engine, call: Call) -> AsyncGenerator[StreamChunk
         for attempt in range(call.max_retries + 1):
             started = False
             try:
-                async for chunk in engine.astream(request):
-                    deadline.check(chunk)
-                    started = True
-                    yield chunk
+                async with aclosing(engine.astream(request)) as chunks:
+                    async for chunk in chunks:
+                        deadline.check(chunk)
+                        started = True
+                        yield chunk
                 return
             except RequestFailedError:
                 if started or attempt == call.max_retries:
                     raise
-            finally:
-                engine.cancel(request.request_id)

@@ -233,30 +233,36 @@ class Cancels:
         return False
 
 
+async def stopped_early(engine: Engine) -> bool:
+    """Whether the engine is idle within two seconds and has not written an answer of `slow` to its end."""
+    for _ in range(200):
+        if not engine._requests and not engine._scheduler:
+            return engine._model.runner.num_forward_passes < 7000  # type: ignore[attr-defined]
+        await asyncio.sleep(0.01)
+    return False
+
+
 @pytest.fixture
 def slow(make_engine: MakeEngine) -> Engine:
     """Would take many seconds to answer."""
     return make_engine(lambda prompt: "word " * 1500, drafter="none")
 
 
-async def test_closing_a_stream_cancels_its_request(slow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    cancels = Cancels(slow, monkeypatch)
+async def test_closing_a_stream_cancels_its_request(slow: Engine) -> None:
     chunks = ChatCopySpec(engine=slow).stream("go")
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
-    assert await cancels.all_stopped()
+    assert await stopped_early(slow)
 
 
-async def test_leaving_an_async_stream_cancels_its_request(slow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    cancels = Cancels(slow, monkeypatch)
+async def test_leaving_an_async_stream_cancels_its_request(slow: Engine) -> None:
     async for _ in ChatCopySpec(engine=slow).astream("go"):
         break
-    assert await cancels.all_stopped()
+    assert await stopped_early(slow)
 
 
 @pytest.mark.parametrize("how", ["ainvoke", "astream", "abatch", "chain"])
-async def test_cancelling_the_task_cancels_its_request(slow: Engine, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    cancels = Cancels(slow, monkeypatch)
+async def test_cancelling_the_task_cancels_its_request(slow: Engine, how: str) -> None:
     llm = ChatCopySpec(engine=slow)
 
     async def read() -> list[Any]:
@@ -273,7 +279,7 @@ async def test_cancelling_the_task_cancels_its_request(slow: Engine, monkeypatch
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await cancels.all_stopped()
+    assert await stopped_early(slow)
 
 
 # Time limits and retries

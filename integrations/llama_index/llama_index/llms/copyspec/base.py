@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing
 from typing import Any, Literal, TypeVar
 
 from llama_index.core.base.llms.types import (
@@ -213,23 +214,19 @@ class CopySpec(CallOptions, FunctionCallingLLM):
 
     def _parts(self, request: GenerationRequest, respond: Respond[Response]) -> Generator[Response, None, None]:
         engine, text = self._get_engine(), ""
-        try:
-            for chunk in engine.stream(request):
+        with engine.stream(request) as chunks:
+            for chunk in chunks:
                 text += chunk.text
                 if chunk.text or chunk.is_last:
                     yield respond(self.model, request.session_id, text, chunk)
-        finally:
-            engine.cancel(request.request_id)
 
     async def _aparts(self, request: GenerationRequest, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
         engine, text = await self._aget_engine(), ""
-        try:
-            async for chunk in engine.astream(request):
+        async with aclosing(engine.astream(request)) as chunks:
+            async for chunk in chunks:
                 text += chunk.text
                 if chunk.text or chunk.is_last:
                     yield respond(self.model, request.session_id, text, chunk)
-        finally:
-            engine.cancel(request.request_id)
 
     # Engine
 
