@@ -162,6 +162,20 @@ def test_the_demo_writes_a_picture_of_what_it_showed(run: Callable[..., Result],
     assert "@font-face" not in picture
 
 
+def test_brackets_in_a_file_or_model_name_are_shown_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "notes[/bold].txt"
+    path.write_text("one\ntwo\n")
+    with scripted_engine(rewriter, EngineConfig(model="my[/model]")) as engine:
+        for module in (demo, chat, info):
+            monkeypatch.setattr(module, "shared_engine", lambda _config: engine)
+        for words in (["demo", "--file", str(path)], ["info"], ["chat"]):
+            result = CliRunner().invoke(app, [*words, "--model", "my[/model]"], input="/quit")
+            assert result.exit_code == 0, result.output
+            assert "my[/model]" in result.output
+
+
 def test_the_table_sums_tokens_and_times_and_divides_the_sums() -> None:
     fast = Answer("x", tokens=90, forward_passes=3, copied_share=1.0, ttft_s=0.01, seconds=0.1, token_ids=(1,))
     slow = Answer("x", tokens=10, forward_passes=2, copied_share=0.0, ttft_s=0.03, seconds=0.4, token_ids=(1,))

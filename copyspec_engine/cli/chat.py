@@ -107,9 +107,9 @@ class Chat:
 
 def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, read_line: ReadLine = input) -> int:
     """Talks until /quit or the end of the input; returns the exit code 0."""
-    with console.status(f"Loading the model {config.model!r} ..."):
+    with console.status(f"Loading the model {escape(config.model)} ..."):
         engine = shared_engine(config)
-    console.print(f"[bold]{engine.info.model}[/] on {engine.info.device}. [{COPIED}]Copied text is green.[/]")
+    console.print(f"[bold]{escape(engine.info.model)}[/] on {engine.info.device}. [{COPIED}]Copied text is green.[/]")
     console.print(HELP, markup=False)
     chat = Chat(engine, sampling, console)
     commands = {"/load": chat.load, "/save": chat.save}

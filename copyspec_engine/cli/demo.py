@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, NoDrafter, Segment, shared_engine
@@ -58,7 +59,7 @@ def run_demo(options: DemoOptions, console: Console) -> int:
     for path, option in ((options.json_path, "--json"), (options.svg_path, "--svg")):
         if path is not None:
             check_writable(path, option)
-    with console.status(f"Loading the model {options.config.model!r} ..."):
+    with console.status(f"Loading the model {escape(options.config.model)} ..."):
         engine = shared_engine(options.config)
         chain = Chain(engine, ask_through(options.framework, engine), compare=options.compare)
         chain.warm_up(document)
@@ -67,8 +68,8 @@ def run_demo(options: DemoOptions, console: Console) -> int:
     console.print()
     console.print(table(turns))
     if options.json_path is not None:
-        figures = as_json(turns, options.framework, engine.info)
-        write_text(options.json_path, json.dumps(figures, indent=2) + "\n", "--json")
+        data = as_json(turns, options.framework, engine.info)
+        write_text(options.json_path, json.dumps(data, indent=2) + "\n", "--json")
     code = _verdict(turns, console)
     if options.svg_path is not None:
         write_text(options.svg_path, _picture(document, engine, options.framework, turns), "--svg")
@@ -99,8 +100,8 @@ def _introduce(console: Console, document: Document, engine: Engine, framework: 
     info = engine.info
     words = len(document.text.split())
     console.print(
-        f"[bold]{document.name}[/] ({words} words), rewritten through [bold]{framework}[/] with the model "
-        f"[bold]{info.model}[/] on {info.device} in {info.dtype}. [{COPIED}]Copied text is green.[/]",
+        f"[bold]{escape(document.name)}[/] ({words} words), rewritten through [bold]{framework}[/] with the model "
+        f"[bold]{escape(info.model)}[/] on {info.device} in {info.dtype}. [{COPIED}]Copied text is green.[/]",
         highlight=False,
     )
 

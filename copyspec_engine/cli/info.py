@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from copyspec_engine import EngineConfig, shared_engine
@@ -13,7 +14,7 @@ __all__ = ["run_info"]
 
 def run_info(config: EngineConfig, console: Console) -> int:
     """Loads the model and prints what it is, where it runs and what it takes; returns the exit code 0."""
-    with console.status(f"Loading the model {config.model!r} ..."):
+    with console.status(f"Loading the model {escape(config.model)} ..."):
         info = shared_engine(config).info
     slots = info.num_kv_slots
     rows = {
@@ -30,7 +31,7 @@ def run_info(config: EngineConfig, console: Console) -> int:
     }
     grid = Table(show_header=False, box=None)
     for name, value in rows.items():
-        grid.add_row(f"[bold]{name}[/]", value)
+        grid.add_row(f"[bold]{name}[/]", escape(value))
     console.print(grid)
     return 0
 
