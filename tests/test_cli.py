@@ -165,7 +165,7 @@ def test_the_demo_writes_a_picture_of_what_it_showed(run: Callable[..., Result],
 def test_brackets_in_a_file_or_model_name_are_shown_as_they_are(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = tmp_path / "notes[/bold].txt"
+    path = tmp_path / "notes[bold].txt"
     path.write_text("one\ntwo\n")
     with scripted_engine(rewriter, EngineConfig(model="my[/model]")) as engine:
         for module in (demo, chat, info):
@@ -174,6 +174,7 @@ def test_brackets_in_a_file_or_model_name_are_shown_as_they_are(
             result = CliRunner().invoke(app, [*words, "--model", "my[/model]"], input="/quit")
             assert result.exit_code == 0, result.output
             assert "my[/model]" in result.output
+            assert ("notes[bold].txt" in result.output) == ("demo" in words)
 
 
 def test_the_table_sums_tokens_and_times_and_divides_the_sums() -> None:
