@@ -24,7 +24,7 @@ def ask(engine: Engine, messages: list[dict[str, str]]) -> GenerationOutput:
 def main() -> None:
     messages = [{"role": "user", "content": DOCUMENT.read_text(encoding="utf-8")}]
     with Engine() as engine:
-        for instruction in ("Append this line:\nchecksum = yes", 'Replace "8077" with "9000".'):
+        for instruction in ("Append this line:\nchecksum = yes", 'Set "port" to "9000".'):
             messages.append({"role": "user", "content": instruction})
             output = ask(engine, messages)
             messages.append({"role": "assistant", "content": output.text})

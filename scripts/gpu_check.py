@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,12 @@ def main() -> int:
     for name, check in _checks(options).items():
         print(f"==> {name}", flush=True)
         start = time.perf_counter()
-        result = check()
+        try:
+            result = check()
+        except Exception:
+            # One check that breaks must not hide what the others found.
+            result = {"ok": False, "error": traceback.format_exc()}
+            print(result["error"], file=sys.stderr)
         report["checks"][name] = {**result, "seconds": round(time.perf_counter() - start, 2)}
         print(f"    {'ok' if result['ok'] else 'FAILED'}, {time.perf_counter() - start:.1f} s", flush=True)
     report["ok"] = all(result["ok"] for result in report["checks"].values())

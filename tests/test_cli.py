@@ -85,6 +85,7 @@ def test_a_file_of_the_same_name_as_a_shipped_document_gets_the_steps_for_any_te
         (EditStep("append", {"text": "z"}), "a = 1\nb = 2\nz"),
         (EditStep("prepend", {"text": "z"}), "z\na = 1\nb = 2"),
         (EditStep("replace", {"old": "2", "new": "3"}), "a = 1\nb = 3"),
+        (EditStep("set", {"key": "a", "value": "9"}), "a = 9\nb = 2"),
         (EditStep("delete_first", {}), "b = 2"),
         (EditStep("delete_last", {}), "a = 1"),
         (EditStep("repeat", {}), "a = 1\nb = 2"),

@@ -20,10 +20,16 @@ class Edit:
     apply: Callable[[str, Mapping[str, str]], str]
 
 
+def _set_value(text: str, named: Mapping[str, str]) -> str:
+    start = f"{named['key']} = "
+    return "\n".join(start + named["value"] if line.startswith(start) else line for line in text.split("\n"))
+
+
 EDITS = {
     "append": Edit("Append this line:\n{text}", lambda text, named: f"{text}\n{named['text']}"),
     "prepend": Edit("Prepend this line:\n{text}", lambda text, named: f"{named['text']}\n{text}"),
     "replace": Edit('Replace "{old}" with "{new}".', lambda text, named: text.replace(named["old"], named["new"])),
+    "set": Edit('Set "{key}" to "{value}".', _set_value),
     "delete_first": Edit("Delete the first line.", lambda text, _: text.partition("\n")[2]),
     "delete_last": Edit("Delete the last line.", lambda text, _: text.rpartition("\n")[0]),
     "repeat": Edit("Repeat the document.", lambda text, _: text),
