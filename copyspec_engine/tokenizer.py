@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -56,6 +57,7 @@ class HFTokenizer:
                 f"Got tokenizer {type(tokenizer).__name__} but expected a fast one (a tokenizer.json in the folder)"
             )
         self._tokenizer = tokenizer
+        self._tokenizer.model_max_length = sys.maxsize  # the engine checks lengths; no warning beside its error
         self._backend: Any = tokenizer.backend_tokenizer
         # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
         self._encoding = threading.Lock()
