@@ -41,7 +41,7 @@ from copyspec_engine.bundled.wires import (
     Builder,
     phase,
     turned,
-)  # fmt: skip
+)
 
 
 def _embed(b: Builder) -> None:

@@ -14,7 +14,7 @@ from copyspec_engine.bundled.circuit import RATIO, Form, Layer, Layout, blank_mo
 from copyspec_engine.bundled.tokenizer_builder import (
     END,
     PAD,
-)  # fmt: skip
+)
 
 WIDTH, LAYERS, NEURONS = 392, 6, 144
 CODE, SLOTS, FOUND, CIRCLES = 13, 6, 5, 6
