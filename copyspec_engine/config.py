@@ -142,11 +142,12 @@ class EngineConfig(_Options):
     def _check_step_cost(self) -> EngineConfig:
         points = self.step_cost
         if points is not None:
-            widths = [width for width, _ in points]
-            if len(points) < 2 or widths[0] != 1 or widths != sorted(set(widths)) or min(s for _, s in points) <= 0:
+            widths, seconds = [width for width, _ in points], [second for _, second in points]
+            ascending = widths == sorted(set(widths)) and seconds == sorted(seconds)
+            if len(points) < 2 or widths[0] != 1 or not ascending or seconds[0] <= 0:
                 raise ValueError(
-                    f"Got step_cost={points!r} but expected at least two (tokens, seconds) pairs in ascending order of "
-                    "tokens, starting at 1 token, with positive seconds"
+                    f"Got step_cost={points!r} but expected at least two (tokens, seconds) pairs in ascending order, "
+                    "starting at 1 token, with positive seconds"
                 )
         return self
 
@@ -188,11 +189,11 @@ class GenerationRequest(_Options):
     `messages` are chat-template dicts ({"role": ..., "content": ...}); `prompt` is raw text without a template.
     """
 
-    messages: tuple[dict[str, Any], ...] | None = None
-    tools: tuple[dict[str, Any], ...] | None = None
+    messages: Sequence[dict[str, Any]] | None = None
+    tools: Sequence[dict[str, Any]] | None = None
     """OpenAI-style function schemas for the chat template; only with `messages`."""
     prompt: str | None = None
-    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: Sequence[int] | None = None
     sampling: SamplingParams = SamplingParams()
     session_id: str | None = Field(default=None, min_length=1)
     """The conversation this call belongs to: its texts are copy sources, its KV prefix is reused."""

@@ -60,21 +60,26 @@ class Engine:
 
     def __init__(self, config: EngineConfig | None = None, *, model: LoadedModel | None = None) -> None:
         self._config = config or EngineConfig()
-        self._model = model or load_model(self._config)
-        self._pool = KVPool(self._model.num_slots)
-        self._sessions = SessionStore(self._config.max_sessions, self._config.max_session_tokens, self._pool.release)
-        self._scheduler = Scheduler(
-            self._pool, self._sessions, self._config.max_running, self._config.max_prefill_tokens
-        )
-        self._drafter = Drafter(CostCurve(self._model.step_cost))
         # Reentrant: a forgotten handle is closed by the garbage collector, at any moment in any thread.
         self._lock = threading.RLock()
         self._requests: dict[str, tuple[Sequence, Sink]] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = self._stopped = False
         self._stop_cause: BaseException | None = None
-        self._thread = threading.Thread(target=self._loop, name="copyspec-engine", daemon=True)
+        # The loop thread loads the model too: with OpenMP each thread that calls it keeps workers of its own, and two
+        # such teams on the same cores disturb each other, the measured step costs above all.
+        loaded: Future[LoadedModel] = Future()
+        load = partial(load_model, self._config) if model is None else lambda: model
+        self._thread = threading.Thread(target=self._run, args=(load, loaded), name="copyspec-engine", daemon=True)
         self._thread.start()
+        self._model = loaded.result()
+        self._pool = KVPool(self._model.num_slots)
+        self._sessions = SessionStore(self._config.max_sessions, self._config.max_session_tokens, self._pool.release)
+        self._scheduler = Scheduler(
+            self._pool, self._sessions, self._config.max_running, self._config.max_prefill_tokens
+        )
+        self._drafter = Drafter(CostCurve(self._model.step_cost))
+        self._commands.put(self._loop)
         _open_engines.add(self)
 
     # ---- front doors, any thread -------------------------------------------------------------------------------
@@ -97,7 +102,7 @@ class Engine:
             kv_bytes_per_token=model.kv_bytes_per_token,
             step_cost=model.step_cost,
             versions={
-                "copyspec": importlib.metadata.version("copyspec"),
+                "copyspec": _copyspec_version(),
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": importlib.metadata.version("transformers"),
@@ -260,6 +265,15 @@ class Engine:
 
     # ---- the loop thread ---------------------------------------------------------------------------------------
 
+    def _run(self, load: Callable[[], LoadedModel], loaded: Future[LoadedModel]) -> None:
+        """The thread's whole life: load, wait until the engine is put together, loop."""
+        try:
+            loaded.set_result(load())
+        except BaseException as error:
+            loaded.set_exception(error)
+        else:
+            self._commands.get()()
+
     def _step(self) -> None:
         """One forward pass for every running request."""
         batch = self._scheduler.schedule()
@@ -358,6 +372,13 @@ class Engine:
             self._commands.get()()
         for sequence, sink in waiting:
             _hand(sink, sequence, EngineStoppedError(self._stop_cause))
+
+
+def _copyspec_version() -> str:
+    try:
+        return importlib.metadata.version("copyspec")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _hand(sink: Sink, sequence: Sequence, item: StreamChunk | Exception) -> bool:

@@ -23,7 +23,7 @@ from copyspec_engine.attention import ATTENTION_NAME, KVBatch, KVStore, Slots, v
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
 from copyspec_engine.copy_index import TokenArray
-from copyspec_engine.drafter import DraftTree
+from copyspec_engine.drafter import DraftTree, undisturbed
 from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
@@ -138,7 +138,7 @@ class ModelRunner:
         while time.perf_counter() + sum(least.values()) < deadline:
             for width, seconds in least.items():
                 least[width] = min(seconds, self._time_pass(slots, context, width))
-        return tuple(least.items())
+        return undisturbed(tuple(least.items()))
 
     def _time_pass(self, slots: TokenArray, context: int, width: int) -> float:
         begin = time.perf_counter()

@@ -209,8 +209,7 @@ def test_the_table_sums_tokens_and_times_and_divides_the_sums() -> None:
 def test_equal_texts_of_different_tokens_are_not_the_same_answer() -> None:
     one = Answer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(1, 2))
     assert not one.same_as(Answer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(3, 2)))
-    assert one.same_as(Answer("x", 2, 1, 0.0, 0.1, 0.1))
-    assert not one.same_as(Answer("x", 3, 1, 0.0, 0.1, 0.1))
+    assert one.same_as(Answer("x", 2, 2, 0.5, 0.2, 0.3, token_ids=(1, 2)))
 
 
 # On the bundled model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from copyspec_engine import AdaptiveDrafter, CopySpecDrafter, GenerationRequest, NoDrafter
-from copyspec_engine.drafter import CostCurve, Drafter, DraftTree
+from copyspec_engine.drafter import CostCurve, Drafter, DraftTree, undisturbed
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.testing import ByteTokenizer
@@ -145,10 +145,20 @@ def test_survival_stays_a_probability_under_any_history() -> None:
     assert ((rates > 0) & (rates < 1)).all()
 
 
-def test_the_cost_curve_goes_through_its_points_and_never_falls() -> None:
-    curve = CostCurve([(1, 1.0), (2, 9.0), (4, 1.5), (8, 4.0)])  # the pass of 2 tokens was disturbed by other load
-    assert curve.seconds(1)[0] == 1.0
-    assert curve.seconds(2)[0] == 1.5
-    assert curve.seconds(8)[0] == 4.0
+def test_the_cost_curve_goes_through_its_points_and_beyond() -> None:
+    curve = CostCurve([(1, 1.0), (4, 1.5), (8, 4.0)])
+    assert curve.seconds(1, 8)[[0, 3, 7]].tolist() == [1.0, 1.5, 4.0]
     assert (curve.seconds(1, 500)[1:] >= curve.seconds(1, 500)[:-1]).all()
     assert curve.seconds(100)[0] > 4.0
+
+
+def test_measured_costs_are_cleared_of_other_load() -> None:
+    assert undisturbed([(1, 1.0), (2, 9.0), (4, 1.5), (8, 2.0)]) == ((1, 1.0), (2, 1.25), (4, 1.5), (8, 2.0))
+    assert undisturbed([(1, 5.0), (2, 1.0), (4, 1.0)]) == ((1, 1.0), (2, 1.0), (4, 1.0))
+
+
+def test_a_long_match_is_drafted_however_badly_costs_were_measured() -> None:
+    """Past regression: on a busy machine the measured curve kept everything from being drafted."""
+    wild = CostCurve(undisturbed([(1, 0.005), (2, 0.333), (4, 0.4), (8, 0.4), (16, 0.5), (32, 0.9), (64, 1.4)]))
+    text = list(range(300))
+    assert len(Drafter(wild).propose(sequence_of([*text, *text[:24]], AdaptiveDrafter()))) > 16

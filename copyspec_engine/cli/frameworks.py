@@ -43,14 +43,11 @@ class Answer:
     copied_share: float
     ttft_s: float
     seconds: float
-    token_ids: tuple[int, ...] | None = None
-    """None where the framework does not hand them on."""
+    token_ids: tuple[int, ...]
 
     def same_as(self, other: Answer) -> bool:
-        """Whether both are the same tokens; where ids are missing, the same text in the same number of tokens."""
-        if self.token_ids is not None and other.token_ids is not None:
-            return self.token_ids == other.token_ids
-        return (self.text, self.tokens) == (other.text, other.tokens)
+        """Whether both are the same tokens."""
+        return self.token_ids == other.token_ids
 
 
 class Ask(Protocol):
@@ -162,4 +159,5 @@ def _answer_of(text: str, tokens: int, stats: Mapping[str, Any]) -> Answer:
         copied_share=stats["copied_share"],
         ttft_s=stats["ttft_s"],
         seconds=stats["total_s"],
+        token_ids=tuple(stats["token_ids"]),
     )

@@ -120,6 +120,7 @@ def _stats(output: GenerationOutput) -> dict[str, Any]:
         "num_accepted_tokens": stats.num_accepted_tokens,
         "tokens_per_forward": output.tokens_per_forward,
         "copied_share": output.copied_share,
+        "token_ids": list(output.token_ids),
         "queue_s": output.timing.queue_s,
         "ttft_s": output.timing.ttft_s,
         "total_s": output.timing.total_s,
