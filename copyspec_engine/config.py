@@ -23,6 +23,7 @@ __all__ = [
     "NoDrafter",
     "SamplingParams",
     "drafter_from_name",
+    "explain_errors",
 ]
 
 BUNDLED_MODEL = "bundled"
@@ -37,11 +38,11 @@ class _Options(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self).__name__, error)) from None
+            raise ConfigError(explain_errors(type(self).__name__, error)) from None
 
 
-def _explain(owner: str, error: ValidationError) -> str:
-    """One line per problem: `Got temperature=-1 but expected ...`."""
+def explain_errors(owner: str, error: ValidationError) -> str:
+    """What pydantic found, in one line: `Got temperature=-1 but expected ...`."""
     lines = []
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("Drafter", "Validator()]")))

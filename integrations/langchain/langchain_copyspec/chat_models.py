@@ -24,9 +24,10 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, StreamChunk, shared_engine
+from copyspec_engine.adapters import adopt_engine, clear_errors
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_ai_message, to_ai_message_chunk, to_engine_messages
-from langchain_copyspec._options import CallOptions, adopt_engine, clear_errors, session_of
+from langchain_copyspec._options import CallOptions, session_of
 
 __all__ = ["ChatCopySpec"]
 

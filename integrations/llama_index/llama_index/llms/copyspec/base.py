@@ -31,8 +31,9 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 
 from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest, StreamChunk, shared_engine
+from copyspec_engine.adapters import adopt_engine, clear_errors
 from llama_index.llms.copyspec._convert import chat_response, completion_response, to_engine_messages
-from llama_index.llms.copyspec._options import CallOptions, adopt_engine, clear_errors, no_tools
+from llama_index.llms.copyspec._options import CallOptions, no_tools
 
 __all__ = ["CopySpec"]
 

@@ -1,0 +1,97 @@
+"""What integrations into other frameworks share: the options of a model and its calls, and the choice of engine.
+
+Public, so that an integration of one's own can stand on it as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from copyspec_engine.config import (
+    AdaptiveDrafter,
+    CopySpecDrafter,
+    EngineConfig,
+    NoDrafter,
+    SamplingParams,
+    explain_errors,
+)
+from copyspec_engine.engine import Engine
+from copyspec_engine.errors import ConfigError
+
+__all__ = ["AdapterOptions", "adopt_engine", "clear_errors"]
+
+
+class AdapterOptions(BaseModel):
+    """What may be set for a model and again for one call; None keeps the engine's default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    temperature: float | None = None
+    """0 (the default) is greedy decoding."""
+    top_p: float | None = None
+    """Keep the fewest tokens whose probabilities reach this sum, above 0 and up to 1 (the default)."""
+    top_k: int | None = None
+    """Keep this many of the most likely tokens, at least 1; default: all."""
+    seed: int | None = None
+    """The same seed gives the same answer; default: a fresh one for each call."""
+    max_tokens: int | None = None
+    """Most tokens to generate, at least 1; default: up to the end of the context."""
+    stop: list[str] | None = None
+    """Texts that end the answer and are not part of it; one string is accepted too."""
+    drafter: AdaptiveDrafter | CopySpecDrafter | NoDrafter | None = None
+    """Where drafts come from: "adaptive", "copyspec" or "none", or an object with options; default: the engine's."""
+    session_id: str | None = Field(default=None, min_length=1)
+    """The conversation, whose texts and KV cache are kept over calls; default: one for each instance."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stop(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {**options, "stop": [options["stop"]]} if isinstance(options.get("stop"), str) else options
+
+    @field_validator("drafter", mode="before")
+    @classmethod
+    def _drafter_of_name(cls, drafter: Any) -> Any:  # noqa: ANN401 - the engine's options check it
+        return None if drafter is None else EngineConfig(drafter=drafter).drafter
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> AdapterOptions:
+        self.sampling()
+        return self
+
+    def sampling(self) -> SamplingParams:
+        """The sampling options for the engine."""
+        names = ("temperature", "top_p", "top_k", "seed", "max_tokens")
+        values = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return SamplingParams(stop=tuple(self.stop or ()), **values)
+
+
+def adopt_engine(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with the model, device and dtype of the engine (or its config) in them, if there is one.
+
+    Raises:
+        ConfigError: one of the three is given too and differs.
+    """
+    engine = options.get("engine")
+    config = engine.config if isinstance(engine, Engine) else engine
+    if not isinstance(config, EngineConfig):
+        return options
+    adopted = {name: getattr(config, name) for name in ("model", "device", "dtype")}
+    for name, value in adopted.items():
+        if options.get(name, value) != value:
+            raise ConfigError(
+                f"Got {name}={options[name]!r} but the engine has {name}={value!r}: leave {name} out, or pass no engine"
+            )
+    return {**options, **adopted}
+
+
+@contextmanager
+def clear_errors(owner: str) -> Iterator[None]:
+    """Raise pydantic's validation errors as one `ConfigError` that names each option and its value."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError(explain_errors(owner, error)) from None
