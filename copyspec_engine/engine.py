@@ -25,24 +25,16 @@ from functools import partial
 import torch
 
 from copyspec_engine.config import EngineConfig, GenerationRequest
-from copyspec_engine.drafter import CostCurve, Drafter, DraftTree
+from copyspec_engine.core import EngineCore
 from copyspec_engine.errors import ConfigError, ContextOverflowError, EngineStoppedError, RequestFailedError
 from copyspec_engine.handle import RequestHandle, Sink
-from copyspec_engine.kv_pool import KVPool
-from copyspec_engine.memory import SessionStore
 from copyspec_engine.model_runner import LoadedModel, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
-from copyspec_engine.sampler import sample
-from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler
 from copyspec_engine.sequence import Sequence
-from copyspec_engine.verify import Verdict, verify
 
 __all__ = ["Engine", "RequestHandle", "shared_engine"]
 
 logger = logging.getLogger(__name__)
-
-_Result = tuple[DraftTree, Verdict | None]
-"""A row's draft and what became of it; no verdict for a piece of the prompt."""
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -73,12 +65,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, args=(load, loaded), name="copyspec-engine", daemon=True)
         self._thread.start()
         self._model = loaded.result()
-        self._pool = KVPool(self._model.num_slots)
-        self._sessions = SessionStore(self._config.max_sessions, self._config.max_session_tokens, self._pool.release)
-        self._scheduler = Scheduler(
-            self._pool, self._sessions, self._config.max_running, self._config.max_prefill_tokens
-        )
-        self._drafter = Drafter(CostCurve(self._model.step_cost))
+        self._core = EngineCore(self._model, self._config)
         self._commands.put(self._loop)
         _open_engines.add(self)
 
@@ -192,11 +179,11 @@ class Engine:
     def forget(self, session_id: str) -> bool:
         """Erase a session's texts and KV; False if there is none."""
         if threading.current_thread() is self._thread:
-            return self._sessions.forget(session_id)
+            return self._core.sessions.forget(session_id)
         done: Future[bool] = Future()
         with self._lock:
             self._check_running()
-            self._commands.put(partial(_fulfil, done, partial(self._sessions.forget, session_id)))
+            self._commands.put(partial(_fulfil, done, partial(self._core.sessions.forget, session_id)))
         return done.result()
 
     def close(self) -> None:
@@ -248,7 +235,7 @@ class Engine:
             if request_id in self._requests:
                 raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
             self._requests[request_id] = (sequence, sink)
-            self._commands.put(partial(self._scheduler.add, sequence))
+            self._commands.put(partial(self._core.scheduler.add, sequence))
 
     def _check_running(self) -> None:
         if self._stopped or self._closing:
@@ -274,58 +261,13 @@ class Engine:
         else:
             self._commands.get()()
 
-    def _step(self) -> None:
-        """One forward pass for every running request."""
-        batch = self._scheduler.schedule()
-        for row, result in self._results(batch):
-            self._commit(row.sequence, row, result)
-
-    def _results(self, batch: ScheduledBatch) -> list[tuple[ScheduledRow, _Result | Exception]]:
-        """What each row's pass gives. If the step fails its rows are run one by one, so that only the culprit fails."""
-        try:
-            return list(zip(batch.rows, self._verify(batch), strict=True))
-        except Exception as error:
-            if len(batch.rows) <= 1:
-                return [(row, error) for row in batch.rows]
-            return [result for row in batch.rows for result in self._results(ScheduledBatch((row,)))]
-
-    def _verify(self, batch: ScheduledBatch) -> list[_Result]:
-        """Draft, run the model, sample, compare. Changes no request, so that it can be repeated."""
-        drafts = [self._drafter.propose(row.sequence) if row.samples else DraftTree() for row in batch.rows]
-        logits = self._model.runner.forward(batch, drafts)
-        sampled = [_sample(*row) for row in zip(batch.rows, drafts, logits, strict=True)]
-        return [
-            (draft, verify(draft, tokens) if tokens else None) for draft, tokens in zip(drafts, sampled, strict=True)
-        ]
-
-    def _commit(self, sequence: Sequence, row: ScheduledRow, result: _Result | Exception) -> None:
-        """Take over a row's result and tell its reader, or end its request if the row failed."""
-        try:
-            if isinstance(result, Exception):
-                raise result
-            draft, verdict = result
-            if verdict is not None:
-                self._drafter.observe(sequence, draft, len(verdict.accepted))
-            chunk = self._scheduler.commit(row, draft, verdict)
-        except Exception as error:
-            self._fail(sequence, error)
-        else:
-            if chunk is not None:
-                self._deliver(sequence, chunk)
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        if self._scheduler.holds(sequence):
-            self._scheduler.remove(sequence)
-        failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
-        failure.__cause__ = error
-        self._deliver(sequence, failure)
-
     def _loop(self) -> None:
         try:
             while not self._closing:
                 self._run_commands()
-                if self._scheduler:
-                    self._step()
+                if self._core.scheduler:
+                    for sequence, item in self._core.step():
+                        self._deliver(sequence, item)
         except BaseException as error:  # whatever it was, callers must not wait for ever
             logger.exception("the engine's loop failed")
             self._stop_cause = error
@@ -333,20 +275,15 @@ class Engine:
 
     def _run_commands(self) -> None:
         """Carry out what callers asked for; waits for something to do while nothing runs."""
-        if not self._scheduler:
+        if not self._core.scheduler:
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
 
     def _cancel(self, sequence: Sequence) -> None:
-        if not self._scheduler.holds(sequence):  # it finished first
-            return
-        try:
-            chunk = self._scheduler.cancel(sequence)
-        except Exception as error:
-            self._fail(sequence, error)
-        else:
-            self._deliver(sequence, chunk)
+        item = self._core.cancel(sequence)
+        if item is not None:
+            self._deliver(sequence, item)
 
     def _deliver(self, sequence: Sequence, item: StreamChunk | Exception) -> None:
         """Give a request's reader an item, if it still has one."""
@@ -389,18 +326,6 @@ def _hand(sink: Sink, sequence: Sequence, item: StreamChunk | Exception) -> bool
         logger.warning("nobody reads request %s any more", sequence.request.request_id, exc_info=True)
         return False
     return True
-
-
-def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[int]:
-    """The target's token after the row's last token and after each draft node; nothing for a piece of the prompt."""
-    if not row.samples:
-        return []
-    sequence = row.sequence
-    depths = [0]
-    for parent in draft.parents:
-        depths.append(depths[parent + 1] + 1)
-    positions = [len(sequence.token_ids) + depth for depth in depths]
-    return sample(logits, sequence.request.sampling, sequence.seed, positions)
 
 
 def _fulfil(done: Future[bool], work: Callable[[], bool]) -> None:

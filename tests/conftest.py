@@ -91,7 +91,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
 def assert_all_slots_free(engine: Engine) -> None:
     """After every request is over, only the sessions hold KV."""
-    assert engine._pool.num_free + engine._sessions.num_cached_slots == engine._pool.num_slots
-    held = [slot for session in engine._sessions._sessions.values() for slot in session.cached_slots.tolist()]
+    assert engine._core.pool.num_free + engine._core.sessions.num_cached_slots == engine._core.pool.num_slots
+    held = [slot for session in engine._core.sessions._sessions.values() for slot in session.cached_slots.tolist()]
     assert len(held) == len(set(held))
     assert not engine._requests

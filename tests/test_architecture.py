@@ -11,7 +11,7 @@ LEVELS = {
     0: {"errors", "config", "outputs"},
     1: {"copy_index", "memory", "sequence", "drafter", "kv_pool", "scheduler", "verify", "handle"},
     2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
-    3: {"engine"},
+    3: {"core", "engine"},
     4: {"testing", "adapters", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}

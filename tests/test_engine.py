@@ -59,9 +59,9 @@ def echo() -> Iterator[Engine]:
 
 def wait_until_idle(engine: Engine) -> bool:
     deadline = time.monotonic() + 10
-    while (engine._requests or engine._scheduler) and time.monotonic() < deadline:
+    while (engine._requests or engine._core.scheduler) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return not engine._requests and not engine._scheduler
+    return not engine._requests and not engine._core.scheduler
 
 
 def test_stream_joined_equals_generate(echo: Engine) -> None:
@@ -120,9 +120,9 @@ def test_sessions_never_draft_from_each_other(monkeypatch: pytest.MonkeyPatch) -
     with scripted_engine(lambda prompt: secret if "tell" in prompt else "the secret code is unknown") as engine:
         engine.generate(ask("tell", session_id="a"))
         proposed: list[int] = []
-        propose = engine._drafter.propose
+        propose = engine._core.drafter.propose
         monkeypatch.setattr(
-            engine._drafter, "propose", lambda sequence: (d := propose(sequence), proposed.extend(d.tokens))[0]
+            engine._core.drafter, "propose", lambda sequence: (d := propose(sequence), proposed.extend(d.tokens))[0]
         )
         engine.generate(ask("what is the secret code", session_id="b"))
         assert "7391" not in engine.decode(proposed)
@@ -260,7 +260,7 @@ def test_an_error_that_stops_the_loop_reaches_current_and_later_callers(caplog: 
     with scripted_engine(lambda _: "x" * 500, EngineConfig(drafter="none")) as engine:
         handle = engine.submit(ask("go"))
         next(iter(handle))
-        engine._scheduler.schedule = None  # type: ignore[method-assign,assignment]
+        engine._core.scheduler.schedule = None  # type: ignore[method-assign,assignment]
         with pytest.raises(EngineStoppedError, match="its loop failed with TypeError") as caught:
             handle.result()
         assert isinstance(caught.value.cause, TypeError)
@@ -341,7 +341,7 @@ def test_closing_ends_unfinished_requests_and_refuses_new_ones(endless: Engine) 
         endless.generate(ask("again"))
     endless.close()
     with scripted_engine([]) as engine:  # the fixture checks the slots of an engine whose requests are over
-        endless._pool, endless._sessions = engine._pool, engine._sessions
+        endless._core.pool, endless._core.sessions = engine._core.pool, engine._core.sessions
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_requests_wait_for_slots_and_old_sessions_make_room() -> None:
             engine.submit(ask("go", session_id=f"s{i}", sampling=SamplingParams(max_tokens=60))) for i in range(8)
         ]
         assert [handle.result().text for handle in handles] == ["y" * 30] * 8
-        assert engine._sessions.num_cached_slots < 200
+        assert engine._core.sessions.num_cached_slots < 200
         assert_all_slots_free(engine)
 
 
@@ -400,7 +400,7 @@ def test_forgetting_a_session_erases_texts_and_kv() -> None:
         engine.generate(ask("x", session_id="s"))
         assert engine.forget("s")
         assert not engine.forget("s")
-        assert engine._pool.num_free == engine._pool.num_slots
+        assert engine._core.pool.num_free == engine._core.pool.num_slots
         assert engine.generate(ask("x", session_id="s")).usage.cached_tokens == 0
 
 

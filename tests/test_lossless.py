@@ -163,12 +163,12 @@ def test_draft_trees_with_wrong_branches_give_the_plain_tokens(make_engine: Make
     engine = make_engine(architecture)
     plain = run(engine, PROMPT, "none", max_tokens=60)
     for seed in range(3):
-        engine._drafter = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
+        engine._core.drafter = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
         drafted = run(engine, PROMPT, "adaptive", session="chat", max_tokens=60)
         assert same_answer(plain, drafted)
         assert drafted.tokens_per_forward > 1.5
         follow_up = (*PROMPT, *drafted.token_ids, *PROMPT[:20])
-        engine._drafter = OracleTrees((), seed)  # type: ignore[assignment]
+        engine._core.drafter = OracleTrees((), seed)  # type: ignore[assignment]
         reused = run(engine, follow_up, "none", session="chat")
         assert reused.usage.cached_tokens > len(PROMPT)
         assert same_answer(reused, run(engine, follow_up, "none"))
@@ -179,11 +179,11 @@ def test_scattered_slots_give_the_plain_tokens(make_engine: MakeEngine, architec
     engine = make_engine(architecture, kv_cache_tokens=1024)
     plain = run(engine, PROMPT, "none")
     taken = np.random.default_rng(0).permutation(1024)[:700]
-    engine._pool._free[taken] = False
-    engine._pool._num_free -= len(taken)
-    assert engine._pool._find_run(len(PROMPT)) is None
+    engine._core.pool._free[taken] = False
+    engine._core.pool._num_free -= len(taken)
+    assert engine._core.pool._find_run(len(PROMPT)) is None
     assert same_answer(plain, run(engine, PROMPT, "adaptive"))
-    engine._pool.release(taken)
+    engine._core.pool.release(taken)
     assert_all_slots_free(engine)
 
 
