@@ -207,3 +207,12 @@ def test_card_table_names_every_length() -> None:
     table = card_table({("repeat", 32): Score(exact=1, total=2)}, [Score(exact=2, total=2)], "run")
     assert "| repeat | 1/2 |" in table
     assert "| 2/2 |" in table
+
+
+@pytest.mark.parametrize(("old", "role"), [("user", "user"), ("assistant", "assistant")])
+def test_a_role_of_the_template_is_no_word_of_the_document(chat: Chat, old: str, role: str) -> None:
+    """Past regression: `user` in a user's document was found in the turn's header instead."""
+    document = "the user logs in\nthe admin waits\nassistant helps the user"
+    instruction = {"role": "user", "content": f'Replace "{old}" with "client".'}
+    answer = chat.answer([{"role": role, "content": document}, instruction], 200)
+    assert answer == document.replace(old, "client", 1)

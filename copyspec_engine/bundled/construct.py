@@ -65,11 +65,13 @@ def _embed(b: Builder) -> None:
     for turn, token in enumerate(TURNS):
         weight[b.id(token), wire("turn_number")] = turn / 8
         weight[b.id(token), wire("turn_mark")] = phase(turn, TURN_ANGLES)
+    # A turn token counts as part of a word, so that the role before it is no whole word that an edit could mean.
+    word_turns = set(turn_ids)
     for f, token in enumerate(REGISTERS[:-1]):
         weight[b.id(token), wire("clock").start + f] = 1.0
     for i in range(len(b.tokenizer)):
         text = str(b.tokenizer.decode([i]))
-        weight[i, wire("is_word")] = float(text.replace("_", "a").isalnum())
+        weight[i, wire("is_word")] = float(i in word_turns or text.replace("_", "a").isalnum())
         weight[i, wire("is_solid")] = float(
             i not in b.tokenizer.all_special_ids and not set(text) & set(" \t\n\r\"'=:")
         )
