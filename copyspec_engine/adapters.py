@@ -1,11 +1,11 @@
-"""What integrations into other frameworks share: the options of a model and its calls, and the choice of engine.
+"""What integrations into other frameworks share: options of a model and its calls, choice of engine, answer metadata.
 
 Public, so that an integration of one's own can stand on it as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,9 @@ from copyspec_engine.config import (
 )
 from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
+from copyspec_engine.outputs import GenerationOutput, Segment
 
-__all__ = ["AdapterOptions", "adopt_engine", "clear_errors"]
+__all__ = ["AdapterOptions", "adopt_engine", "answer_metadata", "clear_errors", "segment_metadata"]
 
 
 class AdapterOptions(BaseModel):
@@ -86,6 +87,28 @@ def adopt_engine(options: dict[str, Any]) -> dict[str, Any]:
                 f"Got {name}={options[name]!r} but the engine has {name}={value!r}: leave {name} out, or pass no engine"
             )
     return {**options, **adopted}
+
+
+def answer_metadata(output: GenerationOutput) -> dict[str, Any]:
+    """How an answer came about, as plain values for a framework's response metadata."""
+    stats = output.draft_stats
+    return {
+        "num_forward_passes": stats.num_forward_passes,
+        "num_prefill_passes": stats.num_prefill_passes,
+        "num_draft_tokens": stats.num_draft_tokens,
+        "num_accepted_tokens": stats.num_accepted_tokens,
+        "tokens_per_forward": output.tokens_per_forward,
+        "copied_share": output.copied_share,
+        "token_ids": list(output.token_ids),
+        "queue_s": output.timing.queue_s,
+        "ttft_s": output.timing.ttft_s,
+        "total_s": output.timing.total_s,
+    }
+
+
+def segment_metadata(segments: Iterable[Segment]) -> list[dict[str, Any]]:
+    """Pieces of a text and whether each was copied, as plain values."""
+    return [{"text": segment.text, "copied": segment.copied} for segment in segments]
 
 
 @contextmanager

@@ -91,8 +91,5 @@ def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[i
     if not row.samples:
         return []
     sequence = row.sequence
-    depths = [0]
-    for parent in draft.parents:
-        depths.append(depths[parent + 1] + 1)
-    positions = [len(sequence.token_ids) + depth for depth in depths]
+    positions = [len(sequence.token_ids) + depth for depth in (0, *draft.depths())]
     return sample(logits, sequence.request.sampling, sequence.seed, positions)

@@ -46,6 +46,13 @@ class DraftTree:
     def is_chain(self) -> bool:
         return self.parents == tuple(range(-1, len(self.tokens) - 1))
 
+    def depths(self) -> list[int]:
+        """Tokens from the sequence's last token down to each node, at least 1 each, shape (len,)."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -93,7 +93,7 @@ class ModelRunner:
         positions = torch.arange(context)
         visible = None
         if not draft.is_chain:
-            positions[base + pending :] = base + pending + torch.tensor(_depths(draft))
+            positions[base + pending :] = base + pending - 1 + torch.tensor(draft.depths())
             visible = visibility(draft.parents, pending, self._device)
         positions = positions.to(self._device)
         kv_batch = KVBatch(
@@ -150,14 +150,6 @@ def _vocab_size(model: PreTrainedModel) -> int:
     """Width of the logits, which may be padded beyond the tokenizer's vocabulary."""
     head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return int(head.weight.shape[0])  # type: ignore[index]
-
-
-def _depths(draft: DraftTree) -> list[int]:
-    """Depth of each node, 0 for those that follow the sequence's last token."""
-    depths: list[int] = []
-    for parent in draft.parents:
-        depths.append(0 if parent < 0 else depths[parent] + 1)
-    return depths
 
 
 @dataclass(slots=True)

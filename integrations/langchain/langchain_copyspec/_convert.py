@@ -23,6 +23,7 @@ from langchain_core.messages import (
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
 from copyspec_engine import ConfigError, GenerationOutput, Segment, StreamChunk
+from copyspec_engine.adapters import answer_metadata, segment_metadata
 from langchain_copyspec._calls import Call
 
 __all__ = ["PROVIDER", "to_ai_message", "to_ai_message_chunk", "to_engine_messages"]
@@ -105,7 +106,7 @@ def to_ai_message_chunk(chunk: StreamChunk, model: str, call: Call, *, first: bo
     segments = chunk.segments if call.include_segments else ()
     if chunk.output is None:
         if segments:
-            metadata["copyspec"] = {"segments": _segments(segments)}
+            metadata["copyspec"] = {"segments": segment_metadata(segments)}
         return AIMessageChunk(content=chunk.text, response_metadata=metadata)
     return AIMessageChunk(
         content=chunk.text,
@@ -126,24 +127,7 @@ def _usage(output: GenerationOutput) -> UsageMetadata:
 
 
 def _metadata(output: GenerationOutput, model: str, call: Call, segments: Sequence[Segment]) -> dict[str, Any]:
-    stats = output.draft_stats
-    copyspec: dict[str, Any] = {
-        "session_id": call.request.session_id,
-        "num_forward_passes": stats.num_forward_passes,
-        "num_prefill_passes": stats.num_prefill_passes,
-        "num_draft_tokens": stats.num_draft_tokens,
-        "num_accepted_tokens": stats.num_accepted_tokens,
-        "tokens_per_forward": output.tokens_per_forward,
-        "copied_share": output.copied_share,
-        "token_ids": list(output.token_ids),
-        "queue_s": output.timing.queue_s,
-        "ttft_s": output.timing.ttft_s,
-        "total_s": output.timing.total_s,
-    }
+    copyspec = {"session_id": call.request.session_id, **answer_metadata(output)}
     if segments:
-        copyspec["segments"] = _segments(segments)
+        copyspec["segments"] = segment_metadata(segments)
     return {"model_name": model, "finish_reason": output.finish_reason, "copyspec": copyspec}
-
-
-def _segments(segments: Sequence[Segment]) -> list[dict[str, Any]]:
-    return [{"text": segment.text, "copied": segment.copied} for segment in segments]

@@ -21,6 +21,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from copyspec_engine import ConfigError, GenerationOutput, StreamChunk
+from copyspec_engine.adapters import answer_metadata, segment_metadata
 
 __all__ = ["chat_response", "completion_response", "to_engine_messages"]
 
@@ -88,8 +89,7 @@ def _delta(last: StreamChunk | GenerationOutput) -> str | None:
 
 def _raw(model: str, session_id: str | None, last: StreamChunk | GenerationOutput) -> dict[str, Any]:
     """Metadata of a response; `segments` are the pieces of its delta, or of the whole answer if there is no delta."""
-    segments = [{"text": segment.text, "copied": segment.copied} for segment in last.segments]
-    copyspec: dict[str, Any] = {"session_id": session_id, "segments": segments}
+    copyspec: dict[str, Any] = {"session_id": session_id, "segments": segment_metadata(last.segments)}
     output = last.output if isinstance(last, StreamChunk) else last
     if output is None:
         return {"model": model, "copyspec": copyspec}
@@ -97,7 +97,7 @@ def _raw(model: str, session_id: str | None, last: StreamChunk | GenerationOutpu
         "model": model,
         "finish_reason": output.finish_reason,
         "usage": _usage(output),
-        "copyspec": {**copyspec, **_stats(output)},
+        "copyspec": {**copyspec, **answer_metadata(output)},
     }
 
 
@@ -108,20 +108,4 @@ def _usage(output: GenerationOutput) -> dict[str, int]:
         "cached_tokens": usage.cached_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
-    }
-
-
-def _stats(output: GenerationOutput) -> dict[str, Any]:
-    stats = output.draft_stats
-    return {
-        "num_forward_passes": stats.num_forward_passes,
-        "num_prefill_passes": stats.num_prefill_passes,
-        "num_draft_tokens": stats.num_draft_tokens,
-        "num_accepted_tokens": stats.num_accepted_tokens,
-        "tokens_per_forward": output.tokens_per_forward,
-        "copied_share": output.copied_share,
-        "token_ids": list(output.token_ids),
-        "queue_s": output.timing.queue_s,
-        "ttft_s": output.timing.ttft_s,
-        "total_s": output.timing.total_s,
     }
