@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
     0: {"errors", "config", "outputs"},
-    1: {"copy_index", "memory", "sequence", "drafter", "kv_pool", "scheduler", "verify", "handle"},
+    1: {"copy_index", "cost", "memory", "sequence", "drafter", "kv_pool", "scheduler", "verify", "handle"},
     2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
     4: {"testing", "adapters", "cli", "__main__"},
