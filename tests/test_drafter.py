@@ -145,18 +145,6 @@ def test_survival_stays_a_probability_under_any_history() -> None:
     assert ((rates > 0) & (rates < 1)).all()
 
 
-def test_the_cost_curve_goes_through_its_points_and_beyond() -> None:
-    curve = CostCurve([(1, 1.0), (4, 1.5), (8, 4.0)])
-    assert curve.seconds(1, 8)[[0, 3, 7]].tolist() == [1.0, 1.5, 4.0]
-    assert (curve.seconds(1, 500)[1:] >= curve.seconds(1, 500)[:-1]).all()
-    assert curve.seconds(100)[0] > 4.0
-
-
-def test_measured_costs_are_cleared_of_other_load() -> None:
-    assert undisturbed([(1, 1.0), (2, 9.0), (4, 1.5), (8, 2.0)]) == ((1, 1.0), (2, 1.25), (4, 1.5), (8, 2.0))
-    assert undisturbed([(1, 5.0), (2, 1.0), (4, 1.0)]) == ((1, 1.0), (2, 1.0), (4, 1.0))
-
-
 def test_a_long_match_is_drafted_however_badly_costs_were_measured() -> None:
     """Past regression: on a busy machine the measured curve kept everything from being drafted."""
     wild = CostCurve(undisturbed([(1, 0.005), (2, 0.333), (4, 0.4), (8, 0.4), (16, 0.5), (32, 0.9), (64, 1.4)]))
