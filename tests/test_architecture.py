@@ -12,7 +12,7 @@ LEVELS = {
     1: {"copy_index", "cost", "memory", "sequence", "drafter", "kv_pool", "scheduler", "verify", "handle"},
     2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
-    4: {"testing", "adapters", "cli", "__main__"},
+    4: {"testing", "adapters", "replay", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 MAY_IMPORT_TRANSFORMERS = {"attention", "model_runner", "tokenizer", "bundled", "cli/compare"}

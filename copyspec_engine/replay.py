@@ -1,0 +1,325 @@
+r"""Recorded conversations replayed through a drafter: what its drafts would have saved, without a model.
+
+A recorded assistant message stands for the model's output, so a draft is accepted along the path that equals the
+record. Under greedy decoding that is what the engine would have accepted, had its model written these answers.
+
+A message is read as the tokens of `<|im_start|>role\n`, its text and `<|im_end|>\n`; tool calls follow the text as
+JSON. The prompt of a call ends with the assistant's `<|im_start|>assistant\n`, and the call writes all the rest.
+
+Not covered: sampling noise, grammars, prefill (the pass that reads a prompt is the first to verify a draft), batching.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import time
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from copyspec_engine.bundled import bundled_model_path
+from copyspec_engine.cost import CostCurve
+from copyspec_engine.drafter import DraftTree
+from copyspec_engine.errors import ConfigError
+from copyspec_engine.verify import verify
+
+__all__ = [
+    "Begin",
+    "Call",
+    "CallDrafter",
+    "History",
+    "Message",
+    "Tally",
+    "calls_of",
+    "load_conversations",
+    "load_cost_curve",
+    "load_tokenizer",
+    "replay",
+]
+
+MAX_CONTEXT = 24_000
+"""A conversation is cut behind the message that takes it over this many tokens."""
+ROOM = 4096
+"""Levels that a draft may have: nobody knows how long the answer will get, so every drafter gets the same."""
+END_OF_RECORD = -1
+"""What verification samples behind the last recorded token: no draft holds it."""
+
+COSTS = {"gpu": 0.002, "cpu": 0.10}
+"""Cost of one more token in a pass, as a share of a pass of one token, by the name of the cost model."""
+
+History = Literal["full", "last-turn", "evaluator-optimizer"]
+"""What a call's prompt holds of the messages before it.
+
+full: all of them. last-turn: the system message and the last message that is not the model's own.
+evaluator-optimizer: the task (the first user message) and the last message that is not the model's own.
+"""
+
+
+class CallDrafter(Protocol):
+    """The drafter of one call; made with the call's prompt."""
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        """The draft behind the tokens known so far, at most `room` levels deep; asking again changes nothing."""
+
+    def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
+        """A pass accepted these nodes of `draft` and wrote `tokens`: theirs, then one of the model's own."""
+
+    def finish(self) -> None:
+        """The call is over."""
+
+
+Begin = Callable[[Sequence[int]], CallDrafter]
+"""Opens a call of one conversation on its prompt; what it keeps between calls is that conversation's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One recorded message in tokens: the template's head with the role, then the text up to the next message."""
+
+    role: str
+    head: tuple[int, ...]
+    body: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One model call: what it read and what it wrote."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a folder with a `tokenizer.json`, or the bundled model's for "bundled".
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    folder = bundled_model_path() if name == "bundled" else Path(name)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"Got tokenizer {name} but there is no file {path}: name a folder that holds tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        raise ConfigError(f"Got tokenizer {name} but {path} is no tokenizer: {error}") from None
+
+
+def load_cost_curve(name: str) -> CostCurve:
+    """The cost of a pass by its tokens: "gpu" is 1 + 0.002 k for k draft nodes, "cpu" is 1 + 0.10 k, or a JSON file.
+
+    The file holds measured [[tokens, seconds], ...] from 1 token on.
+
+    Raises:
+        ConfigError: no such name or file, or the file holds no curve.
+    """
+    if name in COSTS:
+        return CostCurve(((1, 1.0), (1001, 1.0 + 1000 * COSTS[name])))
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"Got cost model {name} but expected {', '.join(COSTS)} or a JSON file [[tokens, seconds], ...]"
+        )
+    try:
+        points = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Got cost model {name}, which is not JSON: {error}") from None
+    if not _is_curve(points):
+        raise ConfigError(
+            f"Got {json.dumps(points)[:80]} in cost model {name} but expected at least two pairs [tokens, seconds] in "
+            "ascending order, starting at 1 token, with positive seconds"
+        )
+    return CostCurve(tuple((int(tokens), float(seconds)) for tokens, seconds in points))
+
+
+def _is_curve(points: object) -> bool:
+    if not isinstance(points, list) or len(points) < 2:
+        return False
+    for pair in points:
+        if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float)):
+            return False
+    widths, seconds = [pair[0] for pair in points], [pair[1] for pair in points]
+    ascending = widths == sorted(set(widths)) and seconds == sorted(seconds)
+    return widths[0] == 1 and ascending and seconds[0] > 0 and all(map(math.isfinite, seconds))
+
+
+def load_conversations(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[tuple[Message, ...]]:
+    """The first conversations of a transcript, up to the one that brings their answers to `max_tokens` tokens.
+
+    A transcript is JSON lines, gzipped if its name ends with .gz: {"messages": [{"role", "content", "tool_calls"?}]}.
+
+    Raises:
+        ConfigError: it cannot be read, or a line is no conversation, or there is no answer to replay.
+    """
+    conversations, answered = [], 0
+    for messages in read_transcript(path):
+        conversation = tuple(_in_tokens(messages, tokenizer))
+        conversations.append(conversation)
+        answered += sum(len(message.body) for message in conversation if message.role == "assistant")
+        if answered >= max_tokens:
+            break
+    if not answered:
+        raise ConfigError(f"Got transcript {path} without an assistant message: there is nothing to replay")
+    return conversations
+
+
+def read_transcript(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The messages of one conversation after the other, as they are recorded.
+
+    Raises:
+        ConfigError: see `load_conversations`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"Got transcript {path} but there is no such file")
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _messages(json.loads(line), f"{path} line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"Cannot read transcript {path}: {error}") from None
+    except ValueError as error:  # of JSON or of UTF-8
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"Got transcript {path} line {number or 1}, which is not JSON: {error}") from None
+
+
+def _messages(record: object, where: str) -> list[dict[str, Any]]:
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(
+            f'Got {where} without messages but expected {{"messages": [{{"role": ..., "content": ...}}]}}'
+        )
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ConfigError(f"Got message {json.dumps(message)[:80]} in {where} but expected an object with a role")
+    return messages
+
+
+def _in_tokens(messages: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[Message]:
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    total = 0
+    for message in messages:
+        text = message.get("content") or ""
+        text = text if isinstance(text, str) else json.dumps(text)
+        if message.get("tool_calls"):
+            text += "\n" + json.dumps(message["tool_calls"])
+        head, body = encode(f"<|im_start|>{message['role']}\n"), encode(text + "<|im_end|>\n")
+        yield Message(message["role"], head, body)
+        total += len(head) + len(body)
+        if total > MAX_CONTEXT:
+            return
+
+
+def calls_of(conversation: Sequence[Message], history: History) -> Iterator[Call]:
+    """The calls that wrote a conversation's assistant messages, in order; see `History` for their prompts."""
+    for position, message in enumerate(conversation):
+        if message.role == "assistant":
+            kept = _kept(conversation[:position], history)
+            prompt = [token for earlier in kept for token in (*earlier.head, *earlier.body)]
+            yield Call((*prompt, *message.head), message.body)
+
+
+def _kept(earlier: Sequence[Message], history: History) -> Sequence[Message]:
+    if history == "full":
+        return earlier
+    asked = [message for message in earlier if message.role not in ("assistant", "system")]
+    if history == "last-turn":
+        return [*(message for message in earlier if message.role == "system"), *asked[-1:]]
+    task = next((message for message in asked if message.role == "user"), None)
+    return [task, *(message for message in asked[-1:] if message is not task)] if task else asked[-1:]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts over every pass of a replay."""
+
+    tokens: int = 0
+    """Answer tokens written."""
+    tokens_read: int = 0
+    """Prompt and answer tokens of all calls; a prompt that repeats the call before it counts again."""
+    accepted: int = 0
+    """Draft nodes on accepted paths."""
+    passes: Counter[int] = field(default_factory=Counter)
+    """Forward passes by the number of draft nodes in them."""
+    propose_ns: array[int] = field(default_factory=lambda: array("q"))
+    """Nanoseconds of each `propose`."""
+    observe_ns: array[int] = field(default_factory=lambda: array("q"))
+    """Nanoseconds of each `observe`."""
+    call_ns: int = 0
+    """Nanoseconds of opening and finishing calls."""
+
+    def figures(self, cost: CostCurve) -> dict[str, float]:
+        """The replay in figures; the keys are documented in benchmarks/README.md."""
+        passes, nodes = self.passes.total(), sum(width * count for width, count in self.passes.items())
+        plain = float(cost.seconds(1)[0])
+        modelled = sum(count * float(cost.seconds(1 + width)[0]) / plain for width, count in self.passes.items())
+        index_ns = self.call_ns + sum(self.observe_ns)
+        return {
+            "tokens": self.tokens,
+            "tokens_per_forward": round(self.tokens / passes, 4),
+            "draft_nodes": round(nodes / passes, 3),
+            "accepted_share": round(self.accepted / nodes, 4) if nodes else 0.0,
+            "modelled_speedup": round(self.tokens / modelled, 4),
+            "propose_us_p50": _percentile_us(self.propose_ns, 50),
+            "propose_us_p99": _percentile_us(self.propose_ns, 99),
+            "observe_us_p50": _percentile_us(self.observe_ns, 50),
+            "index_ms": round(index_ns / 1e6 / self.tokens_read * 100_000, 3),
+        }
+
+
+def _percentile_us(nanoseconds: array[int], percent: float) -> float:
+    return round(float(np.percentile(np.frombuffer(nanoseconds, dtype=np.int64), percent)) / 1000, 2)
+
+
+def replay(begin: Begin, calls: Iterable[Call], tally: Tally) -> None:
+    """Write the answers of one conversation's calls with the drafts of `begin`'s drafters; adds to `tally`."""
+    clock = time.perf_counter_ns
+    for call in calls:
+        start = clock()
+        drafter = begin(call.prompt_ids)
+        tally.call_ns += clock() - start
+        _write(drafter, call.answer_ids, tally)
+        start = clock()
+        drafter.finish()
+        tally.call_ns += clock() - start
+        tally.tokens += len(call.answer_ids)
+        tally.tokens_read += len(call.prompt_ids) + len(call.answer_ids)
+
+
+def _write(drafter: CallDrafter, answer: Sequence[int], tally: Tally) -> None:
+    clock, done = time.perf_counter_ns, 0
+    while done < len(answer):
+        start = clock()
+        draft = drafter.propose(1, ROOM)
+        tally.propose_ns.append(clock() - start)
+        accepted, tokens = accept(draft, answer, done)
+        start = clock()
+        drafter.observe(draft, accepted, tokens)
+        tally.observe_ns.append(clock() - start)
+        tally.passes[len(draft)] += 1
+        tally.accepted += len(accepted)
+        done += len(tokens)
+
+
+def accept(draft: DraftTree, answer: Sequence[int], done: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(accepted nodes, tokens written) by a pass behind the first `done` tokens of `answer`.
+
+    The tokens are those of the nodes and the record's next one, which is missing only where the record ends.
+    """
+    levels = (0, *draft.depths())
+    sampled = [answer[done + level] if done + level < len(answer) else END_OF_RECORD for level in levels]
+    accepted, tokens = verify(draft, sampled)
+    return accepted, tokens[:-1] if tokens[-1] == END_OF_RECORD else tokens
