@@ -1,4 +1,4 @@
-"""Settings of every test run: no model hub, and GPU tests skipped where there is no GPU."""
+"""Settings of every test run: no model hub, a cache of its own, and GPU tests skipped where there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # workers that spin make tests crawl where cores are shared
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_test_writes_to_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["COPYSPEC_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

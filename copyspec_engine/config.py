@@ -10,7 +10,16 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from copyspec_engine.errors import ConfigError
 
@@ -127,8 +136,11 @@ class EngineConfig(_Options):
     """Conversations remembered; the least recently used one is forgotten first."""
     max_session_tokens: int = Field(default=1_000_000, ge=64)
     """Tokens that one conversation's memory may hold; the oldest texts go first."""
-    step_cost: tuple[tuple[int, float], ...] | None = None
-    """(tokens in a verify pass, relative or absolute seconds), ascending; default: measured when the model loads."""
+    step_cost: tuple[tuple[int, FiniteFloat], ...] | None = None
+    """(tokens in a verify pass, relative or absolute seconds), ascending; default: measured, see `calibrate`."""
+    calibrate: Literal["cached", "always"] = "cached"
+    """Where `step_cost` is not given: "cached" measures it at the first load of a model on a device, keeps it under
+    COPYSPEC_CACHE_DIR (default: the user's cache folder) and only checks it later; "always" takes seconds each time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 

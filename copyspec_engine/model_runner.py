@@ -6,24 +6,29 @@ the logits that it gives in one piece by itself: that is checked once when it lo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from copyspec_engine import calibration
 from copyspec_engine.attention import ATTENTION_NAME, KVBatch, KVStore, Slots, visibility
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
 from copyspec_engine.copy_index import TokenArray
-from copyspec_engine.drafter import DraftTree, undisturbed
+from copyspec_engine.cost import Points, undisturbed
+from copyspec_engine.drafter import DraftTree
 from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
@@ -31,6 +36,10 @@ from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
 __all__ = ["LoadedModel", "ModelRunner", "Runner", "load_model", "prepare"]
 
 logger = logging.getLogger(__name__)
+
+STEP_WIDTHS = (1, 16, 64, 4, 2, 8, 32, 256, 128)
+"""Tokens of the passes that are measured, from coarse to fine."""
+_CALIBRATION_CONTEXT = 256
 
 _loading = threading.Lock()
 """transformers builds models under process-wide settings: two at once spoil each other."""
@@ -121,29 +130,45 @@ class ModelRunner:
             return slice(first, last + 1)
         return torch.from_numpy(slots).to(self._device)
 
-    def measure_step_cost(self, context: int, room: int, budget_s: float = 1.0) -> tuple[tuple[int, float], ...]:
-        """Least seconds of passes of 1, 2, 4, ... tokens behind `context` others; uses the pool's first `room` slots.
+    def measure_step_cost(
+        self, context: int, room: int, widths: Sequence[int] = STEP_WIDTHS, budget_s: float = 1.0
+    ) -> Points:
+        """Least seconds of passes of `widths` tokens behind `context` others; uses the pool's first `room` slots.
 
         Must run before any request: it writes over those slots. Goes round all widths for as long as `budget_s` lasts,
-        so that a burst of other load cannot spoil one of them; on a slow model it stops at narrow ones.
+        so that a burst of other load cannot spoil one of them. On a slow model it stops at the first few, at least two,
+        which is why `widths` go from coarse to fine.
         """
         slots = np.arange(room, dtype=np.int64)
+        self._time_pass(slots, context, 1)  # the first pass of all makes the KV tensors
         deadline = time.perf_counter() + budget_s
         least: dict[int, float] = {}
-        for width in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            if context + width > room or (len(least) >= 2 and time.perf_counter() > deadline):
+        for width in (width for width in widths if context + width <= room):
+            if len(least) >= 2 and time.perf_counter() > deadline:
                 break
-            self._time_pass(slots, context, width)  # the first pass of a width pays for set-up
-            least[width] = self._time_pass(slots, context, width)
+            seconds = self._time_pass(slots, context, width)
+            if self._device.type == "cuda" or seconds < budget_s / 10:  # a width's first pass pays for set-up
+                seconds = self._time_pass(slots, context, width)
+            least[width] = seconds
         while time.perf_counter() + sum(least.values()) < deadline:
             for width, seconds in least.items():
                 least[width] = min(seconds, self._time_pass(slots, context, width))
-        return undisturbed(tuple(least.items()))
+        return undisturbed(sorted(least.items()))
 
     def _time_pass(self, slots: TokenArray, context: int, width: int) -> float:
-        begin = time.perf_counter()
+        clock = _clock(self._device)
+        begin = clock()
         self.run(slots, context, [0] * width, DraftTree(), num_logits=width).argmax(-1).tolist()
-        return time.perf_counter() - begin
+        return clock() - begin
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """The clock for a pass: on a CPU that of this thread's own work, which stands still while others have the core.
+
+    The calling thread does its share of every parallel region, so that its work takes as long as the pass would on a
+    machine that does nothing else. Windows counts it in steps of 16 ms, which is too coarse.
+    """
+    return time.thread_time if device.type == "cpu" and os.name == "posix" else time.perf_counter
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
@@ -231,8 +256,40 @@ def prepare(model: PreTrainedModel, tokenizer: ChatTokenizer, config: EngineConf
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
-        step_cost=config.step_cost or runner.measure_step_cost(context=min(256, room // 2), room=room),
+        step_cost=config.step_cost or _measured_cost(runner, model, config, room),
     )
+
+
+def _measured_cost(runner: ModelRunner, model: PreTrainedModel, config: EngineConfig, room: int) -> Points:
+    """What passes cost here: from the cache, or measured and kept there (see `EngineConfig.calibrate`)."""
+    context = min(_CALIBRATION_CONTEXT, room // 2)
+    measure = partial(runner.measure_step_cost, context, room)
+    facts = _cost_facts(model, config.model, context, min(room - context, max(STEP_WIDTHS)))
+    if config.calibrate == "always":
+        points = measure(budget_s=5.0)
+        calibration.keep(facts, points)
+        return points
+    return calibration.kept_or_measured(facts, measure, check=partial(measure, budget_s=0.1))
+
+
+def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int) -> dict[str, str]:
+    """Everything that the cost of a pass depends on; weights only by their shapes and type, not by their values."""
+    device = model.device
+    on_gpu = device.type == "cuda"
+    return {
+        "model": name,
+        "architecture": type(model).__name__,
+        "config": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
+        "parameters": str(sum(parameter.numel() for parameter in model.parameters())),
+        "device": torch.cuda.get_device_name(device) if on_gpu else calibration.cpu_name(),
+        "threads": "" if on_gpu else f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": ATTENTION_NAME,
+        "context": str(context),
+        "max_width": str(max_width),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _resolve_device(device: str) -> torch.device:

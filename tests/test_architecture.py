@@ -9,7 +9,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
     0: {"errors", "config", "outputs"},
-    1: {"copy_index", "cost", "memory", "sequence", "drafter", "kv_pool", "scheduler", "verify", "handle"},
+    1: {
+        "calibration",
+        "copy_index",
+        "cost",
+        "memory",
+        "sequence",
+        "drafter",
+        "kv_pool",
+        "scheduler",
+        "verify",
+        "handle",
+    },
     2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
     4: {"testing", "adapters", "replay", "cli", "__main__"},

@@ -45,6 +45,8 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (EngineConfig, {"max_running": 0}, "max_running=0"),
         (EngineConfig, {"step_cost": ((2, 1.0), (3, 1.0))}, "starting at 1 token"),
         (EngineConfig, {"step_cost": ((1, 1.0), (3, 0.0))}, "positive seconds"),
+        (EngineConfig, {"step_cost": ((1, 1.0), (3, float("inf")))}, "finite number"),
+        (EngineConfig, {"calibrate": "never"}, "calibrate='never' but expected 'cached' or 'always'"),
         (CopySpecDrafter, {"block": 0}, "block=0"),
         (AdaptiveDrafter, {"max_draft_tokens": 0}, "max_draft_tokens=0"),
         (NoDrafter, {"block": 3}, "unknown option block=3"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
 from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError, model_runner
 from copyspec_engine.attention import KVStore, visibility
@@ -194,6 +199,121 @@ def test_costs_are_measured_from_one_token_up() -> None:
     assert widths[:4] == [1, 2, 4, 8]
     assert widths[-1] <= 150  # a pass never reaches beyond the context
     assert all(seconds > 0 for _, seconds in loaded.step_cost)
+
+
+class SlowPasses:
+    """Stands in for a runner's passes: each takes this many seconds, on a clock that only they move."""
+
+    def __init__(self, seconds: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.widths: list[int] = []
+        self._seconds = seconds
+        monkeypatch.setattr(ModelRunner, "_time_pass", lambda _runner, _slots, _context, width: self._pass(width))
+        monkeypatch.setattr(model_runner, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def _pass(self, width: int) -> float:
+        seconds = self._seconds(width)
+        self.widths.append(width)
+        self.now += seconds
+        return seconds
+
+
+def bare_runner() -> ModelRunner:
+    return ModelRunner(build_model("llama"), num_slots=512)
+
+
+def test_a_slow_model_is_measured_at_a_few_widths_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past regression: a slope between passes of one and two tokens said nothing about drafts of dozens."""
+    passes = SlowPasses(lambda width: 1.0 + 0.1 * width, monkeypatch)
+    points = bare_runner().measure_step_cost(context=200, room=512)
+    assert [width for width, _ in points] == [1, 16]
+    assert passes.widths == [1, 1, 16], "nothing slow is run twice"
+
+
+def test_a_quick_model_is_measured_over_and_over_for_as_long_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = SlowPasses(lambda width: 0.001 + 0.0001 * width, monkeypatch)
+    points = bare_runner().measure_step_cost(context=200, room=512, budget_s=0.5)
+    assert points == tuple((width, 0.001 + 0.0001 * width) for width in (1, 2, 4, 8, 16, 32, 64, 128, 256))
+    assert 0.4 < passes.now < 0.51
+    assert passes.widths.count(128) > 5
+
+
+def test_the_least_of_several_passes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    SlowPasses(lambda width: 0.01 * (1 + 0.01 * width) * rng.choice([1.0, 1.0, 3.0]), monkeypatch)
+    points = bare_runner().measure_step_cost(context=200, room=512, budget_s=5.0)
+    assert dict(points) == pytest.approx({width: 0.01 * (1 + 0.01 * width) for width, _ in points})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="counts a thread's work too coarsely")
+def test_time_that_other_programs_take_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past regression: costs measured on a busy machine kept everything from being drafted."""
+    run = ModelRunner.run
+
+    def interrupted(runner: ModelRunner, *args: Any, **options: Any) -> torch.Tensor:
+        time.sleep(0.05)
+        return run(runner, *args, **options)
+
+    monkeypatch.setattr(ModelRunner, "run", interrupted)
+    points = bare_runner().measure_step_cost(context=200, room=512, widths=(1, 2), budget_s=0.0)
+    assert all(0 < seconds < 0.05 for _, seconds in points)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The budgets of all measurements, which are faked and give another curve each time; the cache is empty."""
+    monkeypatch.setenv("COPYSPEC_CACHE_DIR", str(tmp_path / "cache"))
+    budgets: list[float] = []
+
+    def measure(
+        _runner: ModelRunner, _context: int, _room: int, widths: tuple[int, ...] = (1, 64), budget_s: float = 1.0
+    ) -> tuple[tuple[int, float], ...]:
+        budgets.append(budget_s)
+        return tuple((width, 0.01 * len(budgets) * (1 + 0.01 * width)) for width in widths)
+
+    monkeypatch.setattr(ModelRunner, "measure_step_cost", measure)
+    return budgets
+
+
+def step_cost(model: PreTrainedModel | None = None, **options: Any) -> tuple[tuple[int, float], ...]:
+    config = EngineConfig(**{"model": "m", **options})
+    return prepare(model or build_model("llama"), ByteTokenizer(), config).step_cost
+
+
+def test_costs_are_measured_at_the_first_load_and_checked_at_later_ones(measured: list[float]) -> None:
+    first = step_cost()
+    assert step_cost() == step_cost() == first
+    assert measured == [1.0, 0.1, 0.1]
+
+
+def test_costs_are_measured_with_care_and_kept_if_asked_for(measured: list[float]) -> None:
+    first, second = step_cost(), step_cost(calibrate="always")
+    assert first != second
+    assert step_cost() == second
+    assert measured == [1.0, 5.0, 0.1]
+
+
+def test_given_costs_are_used_and_leave_the_cache_alone(measured: list[float], tmp_path: Path) -> None:
+    for calibrate in ("cached", "always"):
+        assert step_cost(step_cost=STEP_COST, calibrate=calibrate) == STEP_COST
+    assert not measured
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_size_type_or_thread_count_is_measured_by_itself(measured: list[float]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        step_cost()
+        step_cost(build_model("llama").bfloat16())
+        step_cost(build_model("qwen2"))
+        step_cost(max_model_len=300)
+        torch.set_num_threads(threads + 1)
+        step_cost()
+    finally:
+        torch.set_num_threads(threads)
+    assert measured == [1.0] * 5
+    step_cost(build_model("llama", seed=7))  # other weights of the same shapes
+    assert measured == [1.0] * 5 + [0.1]
 
 
 def test_a_tree_node_sees_its_ancestors_only() -> None:
