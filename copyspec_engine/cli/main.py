@@ -103,6 +103,31 @@ def info(model: Model = BUNDLED, device: Device = "auto", dtype: Dtype = "auto")
     _exit_with(run)
 
 
+@app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(help='Hub name or local folder; "bundled" is the small model that comes along.')
+    ] = BUNDLED,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Annotated[
+        Path | None, typer.Option(help="Write [[tokens, seconds], ...] to this file, as a cost model for bench drafts.")
+    ] = None,
+) -> None:
+    """Measure what a pass costs by its tokens, and keep it for later loads on this machine.
+
+    Loading a model does the same in a hurry. Exit code 1 if the measured costs cannot be kept.
+    """
+
+    def run() -> int:
+        config = _config(model, device, dtype)
+        from copyspec_engine.cli.calibrate import CalibrateOptions, run_calibrate
+
+        return run_calibrate(CalibrateOptions(config, json), _console())
+
+    _exit_with(run)
+
+
 def _config(model: str, device: str, dtype: DtypeName) -> EngineConfig:
     if model == BUNDLED:
         # It loads in a moment, so that a progress bar is only noise. tqdm reads this when it is imported.
