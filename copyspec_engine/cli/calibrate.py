@@ -39,7 +39,8 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> int:
         engine = Engine(options.config.model_copy(update={"calibrate": "always"}))
     with engine:
         info = engine.info
-    console.print(_table(info))
+    heading = f"Cost of a pass of {info.model} on {info.device} in {info.dtype}"
+    console.print(escape(heading), _table(info), sep="\n")
     if options.json:
         write_text(options.json, json.dumps(info.step_cost) + "\n", "--json")
         console.print(f"Points written to {escape(str(options.json))}.", soft_wrap=True)
@@ -57,8 +58,7 @@ def kept_curve_of(info: EngineInfo) -> KeptCurve | None:
 
 
 def _table(info: EngineInfo) -> Table:
-    title = f"{info.model} on {info.device} in {info.dtype}: a pass by its tokens"
-    grid = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
+    grid = Table(box=box.SIMPLE)
     for heading in ("tokens", "ms", "passes of one token"):
         grid.add_column(heading, justify="right")
     single = info.step_cost[0][1]
