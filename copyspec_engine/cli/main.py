@@ -1,4 +1,4 @@
-"""The `copyspec` command: its options, and every expected error as one line and an exit code.
+"""The `copyspec` command and its options.
 
 The commands import their modules when they run, so that `--help` need not wait for torch.
 """
@@ -6,23 +6,19 @@ The commands import their modules when they run, so that `--help` need not wait 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from copyspec_engine import CopySpecError, EngineConfig, SamplingParams
+from copyspec_engine import EngineConfig, SamplingParams
 from copyspec_engine.cli.documents import shipped_names
+from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.frameworks import FRAMEWORKS
 
 __all__ = ["app", "main"]
 
 BUNDLED = "bundled"
-BAD_INPUT = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,9 +60,9 @@ def demo(
         config = _config(model, device, dtype)
         from copyspec_engine.cli.demo import DemoOptions, run_demo
 
-        return run_demo(DemoOptions(config, file, framework, compare, json, svg), _console())
+        return run_demo(DemoOptions(config, file, framework, compare, json, svg), console())
 
-    _exit_with(run)
+    exit_with(run)
 
 
 @app.command()
@@ -85,9 +81,9 @@ def chat(
         from copyspec_engine.cli.chat import run_chat
 
         sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
-        return run_chat(config, sampling, _console())
+        return run_chat(config, sampling, console())
 
-    _exit_with(run)
+    exit_with(run)
 
 
 @app.command()
@@ -98,9 +94,9 @@ def info(model: Model = BUNDLED, device: Device = "auto", dtype: Dtype = "auto")
         config = _config(model, device, dtype)
         from copyspec_engine.cli.info import run_info
 
-        return run_info(config, _console())
+        return run_info(config, console())
 
-    _exit_with(run)
+    exit_with(run)
 
 
 @app.command()
@@ -123,9 +119,9 @@ def calibrate(
         config = _config(model, device, dtype)
         from copyspec_engine.cli.calibrate import CalibrateOptions, run_calibrate
 
-        return run_calibrate(CalibrateOptions(config, json), _console())
+        return run_calibrate(CalibrateOptions(config, json), console())
 
-    _exit_with(run)
+    exit_with(run)
 
 
 def _config(model: str, device: str, dtype: DtypeName) -> EngineConfig:
@@ -133,24 +129,6 @@ def _config(model: str, device: str, dtype: DtypeName) -> EngineConfig:
         # It loads in a moment, so that a progress bar is only noise. tqdm reads this when it is imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
     return EngineConfig(model=model, device=device, dtype=dtype)
-
-
-def _console() -> Console:
-    return Console(highlight=False)
-
-
-def _exit_with(run: Callable[[], int]) -> None:
-    """Ends the program with what `run` returns; an expected error is one line on standard error."""
-    errors = Console(stderr=True, highlight=False)
-    try:
-        code = run()
-    except CopySpecError as error:
-        errors.print(f"[red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
-        code = BAD_INPUT
-    except KeyboardInterrupt:
-        errors.print("Interrupted.")
-        code = INTERRUPTED
-    raise typer.Exit(code)
 
 
 def main() -> None:

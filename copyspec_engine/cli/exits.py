@@ -1,0 +1,35 @@
+"""How a command ends: every expected error as one line and an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from copyspec_engine import CopySpecError
+
+__all__ = ["console", "exit_with"]
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def console() -> Console:
+    """Standard output, as every command prints to it."""
+    return Console(highlight=False)
+
+
+def exit_with(run: Callable[[], int]) -> None:
+    """Ends the program with what `run` returns; an expected error is one line on standard error."""
+    errors = Console(stderr=True, highlight=False)
+    try:
+        code = run()
+    except CopySpecError as error:
+        errors.print(f"[red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        errors.print("Interrupted.")
+        code = INTERRUPTED
+    raise typer.Exit(code)
