@@ -5,6 +5,7 @@ CopySpecError
 ├── ModelLoadError                  weights or tokenizer could not be read, or do not fit in memory
 ├── UnsupportedModelError           the model loads, but its architecture cannot be served losslessly
 ├── ContextOverflowError            prompt plus requested output exceed the context or the KV pool
+├── MemoryFileError                 the file given as memory_path cannot be used, read or written
 ├── EngineStoppedError              the engine was closed, or its loop died (`cause` says of what)
 └── RequestFailedError              one request failed in its forward pass; the engine goes on
 """
@@ -18,6 +19,7 @@ __all__ = [
     "ContextOverflowError",
     "CopySpecError",
     "EngineStoppedError",
+    "MemoryFileError",
     "ModelLoadError",
     "RequestFailedError",
     "UnsupportedModelError",
@@ -60,6 +62,10 @@ class ContextOverflowError(CopySpecError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.num_tokens, self.max_tokens, self._what)
+
+
+class MemoryFileError(CopySpecError):
+    """The memory file cannot be used; the message names the file and what to do. The file is never overwritten."""
 
 
 class EngineStoppedError(CopySpecError):

@@ -14,6 +14,7 @@ LEVELS = {
         "copy_index",
         "cost",
         "memory",
+        "memory_file",
         "sequence",
         "drafter",
         "kv_pool",
