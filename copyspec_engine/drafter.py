@@ -1,25 +1,31 @@
-"""Which tokens to propose for verification, and how many.
+"""Which tokens to propose for verification, and how many: one object for each call, in one of three ways.
 
-A draft is worth what it saves: its length is chosen so that expected accepted tokens, less the measured cost of
-verifying them, is largest. There is no fixed block: after a long match drafts are long, on fresh text there are none.
-
-Not covered: trees with several branches, and finding the source again after an edit.
+"adaptive" grows a tree of copies from the conversation's memory by expected value (growth.py), "copyspec" is the
+published algorithm, "none" proposes nothing. All learn or keep what they need in `observe`; `propose` changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from copyspec_engine.config import AdaptiveDrafter, CopySpecDrafter
-from copyspec_engine.copy_index import MAX_MATCH_TOKENS, CopyIndex, EarliestIndex
-from copyspec_engine.cost import CostCurve, undisturbed
-from copyspec_engine.sequence import Sequence
+from copyspec_engine.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig
+from copyspec_engine.copy_index import OVERLAP, EarliestIndex, Span
+from copyspec_engine.cost import CostCurve
+from copyspec_engine.growth import PARENT, SOURCE, TOKEN, find_root, follow, grow, make_call, make_scratch, walk
+from copyspec_engine.memory import SessionMemory
+from copyspec_engine.survival import DECLARED, STARTED, blend, fresh_survival, learn_pace, learn_paths
 
-__all__ = ["CostCurve", "DraftTree", "Drafter", "undisturbed"]
+__all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients"]
+
+_MAX_NODES = 1024
+_REGION = 2048
+"""Tokens of memory that a call in flight holds for its answer at a time."""
+_SHARED = 0.05
+"""How far what a call has learnt moves what later conversations start from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,14 @@ class DraftTree:
 
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
-    match_length: int = 0
-    """Tokens that matched before the draft; decides how far the draft is trusted."""
+    probabilities: tuple[float, ...] = ()
+    """How likely each node was held to be; empty if nobody asked."""
+    sources: tuple[int, ...] = ()
+    """The position in the memory's index that each node was copied from, 0 for a frequent token without a source."""
 
     @classmethod
-    def chain(cls, tokens: Seq[int], match_length: int) -> DraftTree:
-        return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)), match_length)
+    def chain(cls, tokens: Seq[int]) -> DraftTree:
+        return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)))
 
     @property
     def is_chain(self) -> bool:
@@ -54,117 +62,224 @@ class DraftTree:
         return len(self.tokens)
 
 
-@dataclass(slots=True)
-class _Survival:
-    """How often a drafted token was right, by the number of tokens that had matched before it, learnt online.
+class Drafter(Protocol):
+    """Drafts for one call. Only one thread at a time may use it and the others of its policy."""
 
-    Starts from rates seen over recorded chats; each bucket forgets slowly, so that it follows the workload.
-    """
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        """The draft behind the text known so far. Asking again gives the same.
 
-    hits: npt.NDArray[np.float64] = field(init=False)
-    trials: npt.NDArray[np.float64] = field(init=False)
+        Args:
+            num_pending: tokens that the same pass reads anyway, at least 1.
+            room: most nodes, and so the deepest level; at least 0.
+        """
 
-    _PRIOR_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    _PRIOR_RATES = (0.25, 0.45, 0.6, 0.7, 0.8, 0.86, 0.91, 0.94, 0.96, 0.975, 0.985, 0.992)
-    _PRIOR_WEIGHT = 8.0
-    _MAX_TRIALS = 400.0
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        """Take in what a step gave.
 
-    def __post_init__(self) -> None:
-        prior = np.interp(np.arange(MAX_MATCH_TOKENS + 1), self._PRIOR_LENGTHS, self._PRIOR_RATES)
-        self.hits, self.trials = prior * self._PRIOR_WEIGHT, np.full(len(prior), self._PRIOR_WEIGHT)
+        Args:
+            draft: what was proposed for it.
+            accepted: its nodes on the accepted path, from the root down.
+            tokens: what was written: their tokens and usually one more.
+        """
 
-    def rates(self, match_length: int, count: int) -> npt.NDArray[np.float64]:
-        """Probability that each of `count` draft tokens is right, given that those before it are, shape (count,)."""
-        lengths = np.minimum(np.arange(match_length, match_length + count), MAX_MATCH_TOKENS)
-        rates: npt.NDArray[np.float64] = (self.hits / self.trials)[lengths]
-        return rates
-
-    def learn(self, match_length: int, num_accepted: int, num_drafted: int) -> None:
-        """Count each accepted token as right and the first refused one as wrong; those behind it say nothing."""
-        seen = min(num_accepted + 1, num_drafted)
-        lengths = np.minimum(np.arange(match_length, match_length + seen), MAX_MATCH_TOKENS)
-        np.add.at(self.trials, lengths, 1.0)
-        np.add.at(self.hits, lengths[:num_accepted], 1.0)
-        full = self.trials > self._MAX_TRIALS
-        self.hits[full] /= 2
-        self.trials[full] /= 2
+    def finish(self) -> None:
+        """The call is over, however it ended: its texts stay in the memory."""
 
 
-class Drafter:
-    """Proposes one draft per sequence and learns from what was accepted.
+@dataclass(frozen=True, slots=True)
+class Ingredients:
+    """What takes part in adaptive drafts; for measuring what each part gives."""
+
+    longest_match: bool = True
+    """Off: only matches of one and two tokens."""
+    agreement: bool = True
+    """Off: nothing is made of other matches that go on with the same token or with another one."""
+    tree: bool = True
+    """Off: one candidate at each place."""
+    resync: bool = True
+    """Off: a source is not followed over an edit."""
+    start: bool = True
+    """Off: an answer's first token comes from matches only, like any other."""
+
+
+class DraftingPolicy:
+    """Begins drafters; holds what all conversations share: the cost of a pass, and what survival starts from.
 
     Args:
-        cost: measured seconds of a forward pass by width.
+        cost: cost of a forward pass by its tokens.
+        weights: what survival starts from; default: fitted to recorded conversations.
     """
 
-    _RATE_STEP = 0.05
-    """Weight of the newest step in a sequence's running means."""
+    def __init__(self, cost: CostCurve, weights: Seq[float] | None = None) -> None:
+        unit = float(cost.seconds(1)[0])
+        self.cost = CostCurve([(width, seconds / unit) for width, seconds in cost.points])
+        self.survival = fresh_survival(weights)
+        self.scratch = make_scratch(_MAX_NODES)
 
-    def __init__(self, cost: CostCurve) -> None:
-        self._cost = cost
-        self._survival = _Survival()
+    def begin(
+        self,
+        options: DrafterConfig,
+        memory: SessionMemory,
+        prompt_ids: Seq[int],
+        eos_token_ids: frozenset[int] = frozenset(),
+        prediction_ids: Seq[int] = (),
+        ingredients: Ingredients | None = None,
+    ) -> Drafter:
+        """A drafter for one call.
 
-    def propose(self, sequence: Sequence) -> DraftTree:
-        """The draft for a sequence whose pending tokens all go into this step; empty where copying does not pay."""
-        room = sequence.max_draft_tokens
-        if room <= 0 or sequence.drafter.name == "none":
+        Args:
+            options: which way, with its options.
+            memory: the conversation's texts; the prompt is added to them.
+            prompt_ids: the call's prompt, not empty.
+            eos_token_ids: nothing is drafted behind one of these.
+            prediction_ids: a text that the answer is expected to repeat in large part.
+            ingredients: parts of adaptive drafting to leave out.
+        """
+        if isinstance(options, AdaptiveDrafter):
+            ingredients = ingredients or Ingredients()
+            return _AdaptiveDrafter(self, options, memory, prompt_ids, eos_token_ids, prediction_ids, ingredients)
+        if isinstance(options, CopySpecDrafter):
+            return _BlockDrafter(options, memory, prompt_ids, eos_token_ids)
+        return _NoDrafter(memory, prompt_ids)
+
+
+class _AdaptiveDrafter:
+    """Copies from the memory, as a tree whose nodes are each worth their time."""
+
+    def __init__(
+        self,
+        policy: DraftingPolicy,
+        options: AdaptiveDrafter,
+        memory: SessionMemory,
+        prompt_ids: Seq[int],
+        eos_token_ids: frozenset[int],
+        prediction_ids: Seq[int],
+        ingredients: Ingredients,
+    ) -> None:
+        self._policy, self._memory, self._index = policy, memory, memory.index
+        self._most = options.max_draft_tokens
+        self._eos = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._ingredients = np.array([getattr(ingredients, part.name) for part in fields(ingredients)], dtype=np.bool_)
+        if memory.survival is None:
+            memory.survival = policy.survival.copy()
+        self._survival = memory.survival
+        self._call = make_call()
+        starts = memory.add_prompt(prompt_ids)
+        hypotheses = [(position, STARTED) for position in starts]
+        if len(prediction_ids):
+            predicted = memory.add_prediction(prediction_ids)
+            hypotheses.insert(0, (predicted, DECLARED))
+        room = len(self._call.starts)
+        for row, hypothesis in enumerate(hypotheses[:room]):
+            self._call.starts[row] = hypothesis
+        self._call.sizes[2] = len(hypotheses[:room])
+        follow(self._index.arrays, self._call, np.asarray(prompt_ids[-len(self._call.tail) :], dtype=np.int64))
+        if len(prediction_ids):
+            self._call.alignments[0] = predicted, 0, 0
+        self._first = self._answer = self._open(_REGION)
+        self._call.sizes[3] = self._answer.stop
+        find_root(self._index.arrays, self._call, self._ingredients, True)
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        most = min(self._most, room)
+        if most <= 0:
             return DraftTree()
-        if sequence.drafter.name == "copyspec":
-            return self._propose_block(sequence, sequence.drafter, room)
-        return self._propose_adaptive(sequence, sequence.drafter, room)
+        cost, scratch = self._policy.cost, self._policy.scratch
+        count = grow(
+            self._index.arrays,
+            self._survival,
+            scratch,
+            self._call,
+            cost.marginal(num_pending, most),
+            cost.seconds(num_pending, most + 1),
+            self._eos,
+            self._ingredients,
+        )
+        nodes = scratch.nodes[1 : count + 1]
+        return DraftTree(
+            tuple(nodes[:, TOKEN].tolist()),
+            tuple(nodes[:, PARENT].tolist()),
+            tuple(scratch.probabilities[1 : count + 1].tolist()),
+            tuple(nodes[:, SOURCE].tolist()),
+        )
 
-    def _propose_block(self, sequence: Sequence, options: CopySpecDrafter, room: int) -> DraftTree:
-        if sequence.earliest is None:
-            sequence.earliest = EarliestIndex(options.min_match_tokens)
-        position = sequence.earliest.find(sequence.token_ids)
-        if position is None:
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
+        probabilities = np.asarray(draft.probabilities, dtype=np.float64)
+        cost, survival, arrays = self._policy.cost, self._survival, self._index.arrays
+        pace = survival.pace[0] / survival.pace[1]
+        least = pace * float(cost.marginal(1, 1)[0])
+        walk(
+            arrays,
+            survival,
+            self._policy.scratch,
+            self._call,
+            written,
+            probabilities[nodes],
+            least,
+            self._ingredients,
+        )
+        learn_paths(survival, probabilities, nodes)
+        learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]))
+        self._index.touch([draft.sources[node] for node in accepted[-1:]])
+        follow(arrays, self._call, written)
+        if not self._index.write(self._answer, written):
+            self._index.close(self._answer)
+            self._answer = self._open(max(_REGION, OVERLAP + len(written)))
+            self._index.write(self._answer, written)
+        self._call.sizes[3] = self._answer.stop
+        find_root(self._index.arrays, self._call, self._ingredients, False)
+
+    def finish(self) -> None:
+        self._index.close(self._answer)
+        self._memory.add_answer(self._first)
+        blend(self._policy.survival, self._survival, _SHARED)
+
+    def _open(self, size: int) -> Span:
+        """A part of the memory for the answer, or for what comes now of it."""
+        span = self._memory.open_answer(size)
+        self._index.write(span, self._call.tail[: min(OVERLAP, int(self._call.sizes[0]))][::-1], context=True)
+        return span
+
+
+class _BlockDrafter:
+    """The published algorithm (arXiv 2502.08923, section 3), over this call's own tokens."""
+
+    def __init__(
+        self, options: CopySpecDrafter, memory: SessionMemory, prompt_ids: Seq[int], eos_token_ids: frozenset[int]
+    ) -> None:
+        self._options, self._memory, self._eos = options, memory, eos_token_ids
+        self._token_ids = list(prompt_ids)
+        self._earliest = EarliestIndex(options.min_match_tokens)
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        position = self._earliest.find(self._token_ids)
+        if position is None or room <= 0:
             return DraftTree()
-        tokens = sequence.token_ids[position : position + min(options.block, room)]
-        return DraftTree.chain(tokens, options.min_match_tokens)
+        tokens = self._token_ids[position : position + min(self._options.block, room)]
+        return DraftTree.chain(_until_end(tokens, self._eos))
 
-    def _propose_adaptive(self, sequence: Sequence, options: AdaptiveDrafter, room: int) -> DraftTree:
-        found = self._longest_match(sequence)
-        if found is None:
-            return DraftTree()
-        source, position, length = found
-        most = min(options.max_draft_tokens, room)
-        count = self._best_length(sequence, length, most)
-        tokens = source.read(position, count)
-        return DraftTree.chain(_until_end(tokens, sequence.eos_token_ids), length)
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        self._token_ids += tokens
 
-    @staticmethod
-    def _longest_match(sequence: Sequence) -> tuple[CopyIndex, int, int] | None:
-        """(source, position, match length): this call's own texts win over earlier calls' when equally long."""
-        best: tuple[CopyIndex, int, int] | None = None
-        for source in (sequence.index_new_tokens(), sequence.session.texts if sequence.session else None):
-            match = source.longest_match(sequence.token_ids) if source else None
-            if source and match and (best is None or match.length > best[2]):
-                best = (source, match.position, match.length)
-        return best
+    def finish(self) -> None:
+        self._memory.remember(self._token_ids)
 
-    def _best_length(self, sequence: Sequence, match_length: int, most: int) -> int:
-        """The draft length whose expected tokens, less the time they cost at the going rate, is largest."""
-        expected = np.concatenate(([0.0], np.cumprod(self._survival.rates(match_length, most)).cumsum()))
-        cost = self._cost.seconds(sequence.num_pending, most + 1)
-        return int((expected - self._going_rate(sequence) * cost).argmax())
 
-    def _going_rate(self, sequence: Sequence) -> float:
-        """Tokens per second that this call gets out of its steps; a longer draft must do better than that."""
-        if not sequence.mean_step_cost:
-            return 1.0 / float(self._cost.seconds(1)[0])
-        return sequence.mean_step_tokens / sequence.mean_step_cost
+class _NoDrafter:
+    """Plain decoding, which only remembers."""
 
-    def observe(self, sequence: Sequence, draft: DraftTree, num_accepted: int) -> None:
-        """Learn from one verified draft; called before its tokens are appended to the sequence."""
-        if sequence.drafter.name != "adaptive":
-            return
-        if draft:
-            self._survival.learn(draft.match_length, num_accepted, len(draft))
-        cost = float(self._cost.seconds(1 + len(draft))[0])
-        if not sequence.mean_step_cost:  # a call starts out from the pace of plain decoding
-            sequence.mean_step_tokens, sequence.mean_step_cost = 1.0, float(self._cost.seconds(1)[0])
-        sequence.mean_step_tokens += self._RATE_STEP * (num_accepted + 1 - sequence.mean_step_tokens)
-        sequence.mean_step_cost += self._RATE_STEP * (cost - sequence.mean_step_cost)
+    def __init__(self, memory: SessionMemory, prompt_ids: Seq[int]) -> None:
+        self._memory, self._token_ids = memory, list(prompt_ids)
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        return DraftTree()
+
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        self._token_ids += tokens
+
+    def finish(self) -> None:
+        self._memory.remember(self._token_ids)
 
 
 def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> list[int]:
