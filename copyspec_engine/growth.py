@@ -64,6 +64,7 @@ _PENDING = 4096
 _ROOT_STEPS, _INNER_STEPS = 32, 6
 _LOOK = 3.0
 """A place inside the tree is looked up anew if it is at least this many times as likely as a node must be."""
+_SHORT_LENGTH = 2
 _SURE_LENGTH = 16
 """With a match this long nothing shorter is looked up inside the tree."""
 _NUM_ALIGNMENTS = 2
@@ -134,6 +135,8 @@ class Scratch(NamedTuple):
     """Those of the place that was looked at last: token, pointer, source, features."""
     log_odds: npt.NDArray[np.float64]
     """Of these candidates."""
+    hazards: npt.NDArray[np.float64]
+    """The same as probabilities."""
     suffix: Table
     """Tokens before a place, last one first."""
     waiting: Table
@@ -165,6 +168,7 @@ def make_scratch(max_nodes: int) -> Scratch:
         groups=np.zeros((2, _POINTERS), dtype=np.int64),
         candidates=np.zeros((_CANDIDATES, _FEATURES + NUM_FEATURES), dtype=np.int64),
         log_odds=np.zeros(_CANDIDATES),
+        hazards=np.zeros(_CANDIDATES),
         suffix=np.zeros(MAX_MATCH_TOKENS, dtype=np.int64),
         waiting=np.zeros((_PENDING, 3), dtype=np.int64),
         keys=np.zeros(_PENDING),
@@ -473,7 +477,7 @@ def _add_frequent(
     total: int,
     weights: npt.NDArray[np.float64],
     candidates: Table,
-    log_odds: npt.NDArray[np.float64],
+    hazards: npt.NDArray[np.float64],
     count: int,
     probability: float,
     least: float,
@@ -487,8 +491,7 @@ def _add_frequent(
         bucket = 0
         while bucket < NUM_FREQUENCIES - 1 and times << (bucket + 4) < total:  # from 1/16 down
             bucket += 1
-        odds = weights[BY_FREQUENCY + bucket]
-        chance = hazard(odds)
+        chance = hazard(weights[BY_FREQUENCY + bucket])
         if probability * chance <= least:
             break
         known = False
@@ -497,7 +500,7 @@ def _add_frequent(
                 known = True
                 break
         if not known:
-            candidates[count, 0], candidates[count, 2], log_odds[count] = token, 0, odds
+            candidates[count, 0], candidates[count, 2], hazards[count] = token, 0, chance
             candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = BY_FREQUENCY + bucket, -1
             probability *= 1.0 - chance
             count += 1
@@ -523,6 +526,9 @@ def _candidates(
         longest = 0
         for i in range(count):
             longest = max(longest, pointers[i, LENGTH])
+        if longest <= _SHORT_LENGTH and probability < 2.0 * least:
+            nodes[slot, POINTERS] = 0
+            return 0  # nothing behind a match this short is likely enough
         if longest < _SURE_LENGTH and probability > _LOOK * least and ingredients[LONGEST_MATCH]:
             suffix, matched = scratch.suffix, count
             size = _suffix_at(nodes, suffix, call.tail, call.sizes[0], slot)
@@ -553,11 +559,15 @@ def _candidates(
         ingredients[AGREEMENT],
     )
     if not ingredients[TREE]:
-        return min(count, 1)
+        count = min(count, 1)
+    hazards = scratch.hazards
     for j in range(count):
-        probability *= 1.0 - hazard(log_odds[j])
+        hazards[j] = hazard(log_odds[j])
+        probability *= 1.0 - hazards[j]
+    if not ingredients[TREE]:
+        return count
     total = max(arrays.total[0], 1)
-    return _add_frequent(arrays.frequent, total, weights, candidates, log_odds, count, probability, least)
+    return _add_frequent(arrays.frequent, total, weights, candidates, hazards, count, probability, least)
 
 
 # ---- the heap of waiting candidates --------------------------------------------------------------------------------
@@ -588,6 +598,14 @@ def _pop(keys: npt.NDArray[np.float64], heap: npt.NDArray[np.int64], size: int) 
         keys[i], heap[i] = keys[below], heap[below]
         i = below
     keys[i], heap[i] = key, item
+
+
+@compiled
+def _is_in(token: int, tokens: Table) -> bool:
+    for other in tokens:
+        if other == token:
+            return True
+    return False
 
 
 # ---- growth --------------------------------------------------------------------------------------------------------
@@ -621,25 +639,25 @@ def grow(
     """
     pace = _MARGIN * (survival.pace[0] / survival.pace[1]) ** _DRAWN
     ring, bounds, nodes, pointers = arrays.tokens, arrays.bounds, scratch.nodes, scratch.pointers
-    keys, heap, waiting, most = scratch.keys, scratch.heap, scratch.waiting, len(marginal)
+    keys, heap, waiting, hazards = scratch.keys, scratch.heap, scratch.waiting, scratch.hazards
+    candidates, paths, most = scratch.candidates, survival.paths, len(marginal)
     slot = seen = size = best = 0
     probability, gain, best_gain = 1.0, 0.0, 0.0
     _enter_root(scratch, call)
     while slot < most:
         least = pace * marginal[slot]
-        if slot == 0 or not np.any(eos_token_ids == nodes[slot, TOKEN]):
+        if slot == 0 or not _is_in(nodes[slot, TOKEN], eos_token_ids):
             count = _candidates(arrays, survival, scratch, call, slot, probability, least, ingredients)
             for j in range(count):
-                chance = hazard(scratch.log_odds[j])
-                likely = probability * chance
-                probability *= 1.0 - chance
-                if calibrated(survival.paths, likely) > least and seen < len(waiting):
+                likely = probability * hazards[j]
+                probability *= 1.0 - hazards[j]
+                if likely > least and calibrated(paths, likely) > least and seen < len(waiting):
                     waiting[seen, 0] = slot
-                    waiting[seen, 1], waiting[seen, 2] = scratch.candidates[j, 0], scratch.candidates[j, 2]
+                    waiting[seen, 1], waiting[seen, 2] = candidates[j, 0], candidates[j, 2]
                     _push(keys, heap, size, likely, seen)
                     seen += 1
                     size += 1
-        if size == 0 or calibrated(survival.paths, keys[0]) <= least:
+        if size == 0 or calibrated(paths, keys[0]) <= least:
             break
         probability, row = keys[0], heap[0]
         _pop(keys, heap, size)
@@ -647,7 +665,7 @@ def grow(
         slot += 1
         _enter(ring, bounds, nodes, pointers, waiting[row, 0], slot, waiting[row, 1])
         nodes[slot, SOURCE], scratch.probabilities[slot] = waiting[row, 2], probability
-        gain += calibrated(survival.paths, probability)
+        gain += calibrated(paths, probability)
         if gain - pace * (seconds[slot] - seconds[0]) > best_gain:
             best_gain, best = gain - pace * (seconds[slot] - seconds[0]), slot
     return best
