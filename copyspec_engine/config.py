@@ -68,11 +68,11 @@ def explain_errors(owner: str, error: ValidationError) -> str:
 
 
 class AdaptiveDrafter(_Options):
-    """Draft the continuation of the longest, most recent match, as long as the measured cost of a step allows."""
+    """Draft a tree of copies from all that the conversation has said, as far as each token is worth its time."""
 
     name: Literal["adaptive"] = "adaptive"
-    max_draft_tokens: int = Field(default=192, ge=1, le=1024)
-    """Most tokens drafted in one step."""
+    max_draft_tokens: int = Field(default=1024, ge=1, le=1024)
+    """Most tokens drafted in one step, on all branches together."""
 
 
 class CopySpecDrafter(_Options):
@@ -134,8 +134,12 @@ class EngineConfig(_Options):
     """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec" or "none"."""
     max_sessions: int = Field(default=256, ge=1)
     """Conversations remembered; the least recently used one is forgotten first."""
-    max_session_tokens: int = Field(default=1_000_000, ge=64)
-    """Tokens that one conversation's memory may hold; the oldest texts go first."""
+    max_session_tokens: int = Field(default=1_000_000, ge=4096)
+    """Tokens that one conversation's memory may hold, about 60 bytes each; texts not used for long go first."""
+    max_pools: int = Field(default=16, ge=1)
+    """Shared pools remembered; the least recently used one is forgotten first."""
+    max_pool_tokens: int = Field(default=4_000_000, ge=4096)
+    """Tokens that one shared pool may hold, about 60 bytes each; texts not used for long go first."""
     step_cost: tuple[tuple[int, FiniteFloat], ...] | None = None
     """(tokens in a verify pass, relative or absolute seconds), ascending; default: measured, see `calibrate`."""
     calibrate: Literal["cached", "always"] = "cached"
@@ -210,6 +214,9 @@ class GenerationRequest(_Options):
     sampling: SamplingParams = SamplingParams()
     session_id: str | None = Field(default=None, min_length=1)
     """The conversation this call belongs to: its texts are copy sources, its KV prefix is reused."""
+    memory_pool: str | None = Field(default=None, min_length=1)
+    """Copy from and add to the texts of this shared pool instead of the session's own. Everyone who names the pool can
+    tell from the speed of an answer what is in it; default: no session draws on another's texts."""
     drafter: DrafterConfig | None = None
     """Overrides the engine's drafter for this call."""
     request_id: str = Field(default_factory=_request_id, min_length=1)

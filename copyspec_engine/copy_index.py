@@ -393,10 +393,10 @@ class CopyIndex:
         return self._place(Span(kind), size)
 
     def write(self, span: Span, tokens: Sequence[int] | TokenArray, *, context: bool = False) -> bool:
-        """Add tokens to an open text; False if it has no room for them or has been forgotten: open another one."""
+        """Add tokens to an open text; False if it has no room for them: open another one."""
         added = np.asarray(tokens, dtype=np.int64)
         stop = span.stop + len(added)
-        if not self.holds(span) or stop > span.limit:
+        if not self.has_room(span, len(added)):
             return False
         if len(added) == 0:
             return True
@@ -410,6 +410,10 @@ class CopyIndex:
             _count(self.arrays, added)
         span.stop = stop
         return True
+
+    def has_room(self, span: Span, count: int) -> bool:
+        """Whether an open text can take `count` more tokens; not if it has been forgotten."""
+        return self.holds(span) and span.stop + count <= span.limit
 
     def close(self, span: Span) -> None:
         """The text is complete; unused room at the end of the ring is given back."""

@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from copyspec_engine.config import EngineConfig
-from copyspec_engine.drafter import CostCurve, Drafter, DraftTree
+from copyspec_engine.config import AdaptiveDrafter, EngineConfig
+from copyspec_engine.cost import CostCurve
+from copyspec_engine.drafter import DraftingPolicy, DraftTree
 from copyspec_engine.errors import RequestFailedError
 from copyspec_engine.kv_pool import KVPool
-from copyspec_engine.memory import SessionStore
+from copyspec_engine.memory import SessionMemory
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import StreamChunk
 from copyspec_engine.sampler import sample
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler
 from copyspec_engine.sequence import Sequence
+from copyspec_engine.sessions import SessionStore
 from copyspec_engine.verify import Verdict, verify
 
-__all__ = ["EngineCore"]
+__all__ = ["EngineCore", "warm_up"]
+
+logger = logging.getLogger(__name__)
 
 _Result = tuple[DraftTree, Verdict | None]
 """A row's draft and what became of it; no verdict for a piece of the prompt."""
 
 
 class EngineCore:
-    """A model with its KV pool, memory, queue and drafter, and the step that moves every running request on."""
+    """A model with its KV pool, memory, queue and drafting, and the step that moves every running request on."""
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.pool = KVPool(model.num_slots)
-        self.sessions = SessionStore(config.max_sessions, config.max_session_tokens, self.pool.release)
+        self.sessions = SessionStore(config, self.pool.release)
         self.scheduler = Scheduler(self.pool, self.sessions, config.max_running, config.max_prefill_tokens)
-        self.drafter = Drafter(CostCurve(model.step_cost))
+        self.policy = DraftingPolicy(CostCurve(model.step_cost))
 
     def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
+        self.scheduler.admit()
+        begun = [(sequence, self._begin_drafting(sequence)) for sequence in list(self.scheduler.running)]
         batch = self.scheduler.schedule()
-        items = [(row.sequence, self._commit(row, result)) for row, result in self._results(batch)]
-        return [(sequence, item) for sequence, item in items if item is not None]
+        done = [(row.sequence, self._commit(row, result)) for row, result in self._results(batch)]
+        return [(sequence, item) for sequence, item in (*begun, *done) if item is not None]
+
+    def _begin_drafting(self, sequence: Sequence) -> Exception | None:
+        """Give a request that has none its drafter, or end the request if that fails."""
+        if sequence.drafter is not None or sequence.memory is None:
+            return None
+        try:
+            sequence.drafter = self.policy.begin(
+                sequence.drafting,
+                sequence.memory,
+                sequence.token_ids,
+                sequence.eos_token_ids,
+                sequence.prediction_ids,
+            )
+        except Exception as error:
+            return self._fail(sequence, error)
+        return None
 
     def _results(self, batch: ScheduledBatch) -> list[tuple[ScheduledRow, _Result | Exception]]:
         """What each row's pass gives. If the step fails its rows are run one by one, so that only the culprit fails."""
@@ -49,7 +73,7 @@ class EngineCore:
 
     def _verify(self, batch: ScheduledBatch) -> list[_Result]:
         """Draft, run the model, sample, compare. Changes no request, so that it can be repeated."""
-        drafts = [self.drafter.propose(row.sequence) if row.samples else DraftTree() for row in batch.rows]
+        drafts = [_propose(row) for row in batch.rows]
         logits = self.model.runner.forward(batch, drafts)
         sampled = [_sample(*row) for row in zip(batch.rows, drafts, logits, strict=True)]
         return [
@@ -61,10 +85,7 @@ class EngineCore:
         try:
             if isinstance(result, Exception):
                 raise result
-            draft, verdict = result
-            if verdict is not None:
-                self.drafter.observe(row.sequence, draft, len(verdict.accepted))
-            return self.scheduler.commit(row, draft, verdict)
+            return self.scheduler.commit(row, *result)
         except Exception as error:
             return self._fail(row.sequence, error)
 
@@ -77,13 +98,45 @@ class EngineCore:
         except Exception as error:
             return self._fail(sequence, error)
 
+    def forget(self, session_id: str) -> bool:
+        """Erase a session (see `SessionStore.forget`); calls of it in flight go on and keep nothing."""
+        try:
+            for sequence in self.scheduler.running:
+                if sequence.request.session_id == session_id:
+                    self.scheduler.detach(sequence)
+        finally:
+            found = self.sessions.forget(session_id)
+        return found
+
     def _fail(self, sequence: Sequence, error: Exception) -> RequestFailedError:
         """Take a request off; only its own reader hears of the error."""
-        if self.scheduler.holds(sequence):
-            self.scheduler.remove(sequence)
+        try:
+            if self.scheduler.holds(sequence):
+                self.scheduler.remove(sequence)
+        except Exception:
+            logger.exception("request %s failed, and so did its drafter's end", sequence.request.request_id)
         failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
         failure.__cause__ = error
         return failure
+
+
+def warm_up() -> None:
+    """Load the compiled code of drafting, or compile it: once after an installation that takes about 15 seconds."""
+    policy, memory = DraftingPolicy(CostCurve(((1, 1.0), (64, 1.1)))), SessionMemory(4096)
+    prompt = [*range(200), *range(100)]
+    for _ in range(2):
+        drafter = policy.begin(AdaptiveDrafter(), memory, prompt, prediction_ids=range(50, 150))
+        draft = drafter.propose(1, 64)
+        drafter.observe(draft, (), (0,))
+        drafter.finish()
+
+
+def _propose(row: ScheduledRow) -> DraftTree:
+    """What to verify behind the row's last token; nothing behind a piece of the prompt."""
+    sequence = row.sequence
+    if not row.samples or sequence.drafter is None:
+        return DraftTree()
+    return sequence.drafter.propose(row.num_tokens, sequence.max_draft_tokens)
 
 
 def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[int]:

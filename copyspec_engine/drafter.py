@@ -222,11 +222,11 @@ class _AdaptiveDrafter:
         learn_paths(survival, probabilities, nodes)
         learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]))
         self._index.touch([draft.sources[node] for node in accepted[-1:]])
-        follow(arrays, self._call, written)
-        if not self._index.write(self._answer, written):
+        if not self._index.has_room(self._answer, len(written)):
             self._index.close(self._answer)
             self._answer = self._open(max(_REGION, OVERLAP + len(written)))
-            self._index.write(self._answer, written)
+        follow(self._index.arrays, self._call, written)
+        self._index.write(self._answer, written)
         self._call.sizes[3] = self._answer.stop
         find_root(self._index.arrays, self._call, self._ingredients, False)
 

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 
 from copyspec_engine.config import EngineConfig, GenerationRequest
-from copyspec_engine.core import EngineCore
+from copyspec_engine.core import EngineCore, warm_up
 from copyspec_engine.errors import ConfigError, ContextOverflowError, EngineStoppedError, RequestFailedError
 from copyspec_engine.handle import RequestHandle, Sink
 from copyspec_engine.model_runner import LoadedModel, load_model
@@ -179,11 +179,11 @@ class Engine:
     def forget(self, session_id: str) -> bool:
         """Erase a session's texts and KV; False if there is none."""
         if threading.current_thread() is self._thread:
-            return self._core.sessions.forget(session_id)
+            return self._core.forget(session_id)
         done: Future[bool] = Future()
         with self._lock:
             self._check_running()
-            self._commands.put(partial(_fulfil, done, partial(self._core.sessions.forget, session_id)))
+            self._commands.put(partial(_fulfil, done, partial(self._core.forget, session_id)))
         return done.result()
 
     def close(self) -> None:
@@ -223,7 +223,7 @@ class Engine:
             num_prompt_tokens=len(token_ids),
             max_total_tokens=wanted if params.max_tokens else limit,
             eos_token_ids=eos | frozenset(params.stop_token_ids),
-            drafter=request.drafter or self._config.drafter,
+            drafting=request.drafter or self._config.drafter,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=model.tokenizer.text_stream(params.stop),
         )
@@ -255,6 +255,7 @@ class Engine:
     def _run(self, load: Callable[[], LoadedModel], loaded: Future[LoadedModel]) -> None:
         """The thread's whole life: load, wait until the engine is put together, loop."""
         try:
+            warm_up()
             loaded.set_result(load())
         except BaseException as error:
             loaded.set_exception(error)

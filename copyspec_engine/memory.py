@@ -1,24 +1,28 @@
-"""What a conversation remembers between calls: its texts as copy sources, and the KV of its last call.
+"""What a conversation remembers of its texts: those of every prompt and answer, each stored once.
 
-A `SessionMemory` outlives the call. Its texts are those of every prompt and answer of the session, each stored once:
-a call adds only what is new behind the longest common prefix with the call before it. One session never sees another.
+A prompt adds only those stretches that the memory does not hold yet, wherever they stand, so that a history that is
+trimmed, summarised or rearranged loses no source.
 
-Not covered: persistence and shared pools.
+Not covered: whose memory it is, for how long, and keeping it on disk (sessions.py).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from copyspec_engine.copy_index import ORDERS, CopyIndex, TokenArray
+from copyspec_engine.copy_index import CopyIndex, Span, TokenArray
+from copyspec_engine.memory_file import SavedSegment
+from copyspec_engine.survival import Survival
 
-__all__ = ["SessionMemory", "SessionStore", "common_prefix_length"]
+__all__ = ["ANSWER", "DECLARED_TEXT", "PROMPT", "SessionMemory", "common_prefix_length"]
 
-_OVERLAP = ORDERS[0]
-"""Tokens repeated before a new text, so that runs across its beginning can match."""
+PROMPT, ANSWER, DECLARED_TEXT = 0, 1, 2
+"""Kinds of texts."""
+
+_STARTS = 4
+"""Answers and new texts whose beginnings are kept in mind."""
 
 
 def common_prefix_length(a: Sequence[int] | TokenArray, b: Sequence[int] | TokenArray) -> int:
@@ -29,99 +33,116 @@ def common_prefix_length(a: Sequence[int] | TokenArray, b: Sequence[int] | Token
 
 
 class SessionMemory:
-    """The texts of one conversation, and the KV slots of its last finished call."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._last_call: TokenArray = np.empty(0, dtype=np.int64)
-        self.texts = CopyIndex()
-        """Prompts and answers of finished calls."""
-        self.cached_tokens: TokenArray = np.empty(0, dtype=np.int64)
-        """The tokens whose KV is in `cached_slots`, in order."""
-        self.cached_slots: TokenArray = np.empty(0, dtype=np.int64)
-
-    def begin_call(self, prompt_ids: Sequence[int]) -> CopyIndex:
-        """A fresh index for one call, holding the part of its prompt that the session has not seen yet."""
-        seen = common_prefix_length(prompt_ids, self._last_call)
-        live = CopyIndex()
-        live.extend(prompt_ids[max(seen - _OVERLAP, 0) :])
-        return live
-
-    def end_call(self, live: CopyIndex, token_ids: Sequence[int]) -> None:
-        """Keep the texts of a call; its index `live` becomes part of the session's, the oldest texts make room."""
-        new = live.tokens
-        # A call that goes on where the last one ended repeats its last tokens: they stand there already.
-        overlap = min(_OVERLAP, len(new), len(self.texts))
-        if overlap and np.array_equal(self.texts.tokens[-overlap:], new[:overlap]):
-            new = new[overlap:]
-        self.texts.extend(new)
-        self._last_call = np.asarray(token_ids, dtype=np.int64)
-        if len(self.texts) > self._max_tokens:
-            recent = self.texts.tokens[-self._max_tokens // 2 :].copy()
-            self.texts = CopyIndex()
-            self.texts.extend(recent)
-
-    def take_slots(self, prefix: int) -> tuple[TokenArray, TokenArray]:
-        """Hand over the cached KV: the slots of the first `prefix` tokens, and the rest, which nobody needs now."""
-        slots = self.cached_slots
-        self.keep_slots(slots[:0], slots[:0])
-        return slots[:prefix], slots[prefix:]
-
-    def keep_slots(self, token_ids: Sequence[int] | TokenArray, slots: TokenArray) -> None:
-        """Become the owner of a finished call's KV."""
-        self.cached_tokens, self.cached_slots = np.asarray(token_ids, dtype=np.int64), slots
-
-
-class SessionStore:
-    """The sessions that are remembered, least recently used first.
+    """The texts that one conversation has added to an index, and what was learnt about copying them.
 
     Args:
-        max_sessions: the least recently used session is forgotten beyond this number.
-        max_tokens: tokens of text that one session keeps.
-        release: called with KV slots that a forgotten session owned.
+        max_tokens: tokens of text to keep; see `CopyIndex`.
+        index: texts shared with other conversations; default: an index of its own.
+        owner: its name in a memory file; None: it is not kept there.
     """
 
-    def __init__(self, max_sessions: int, max_tokens: int, release: Callable[[TokenArray], None]) -> None:
-        self._max_sessions, self._max_tokens, self._release = max_sessions, max_tokens, release
-        self._sessions: OrderedDict[str, SessionMemory] = OrderedDict()
+    def __init__(self, max_tokens: int, index: CopyIndex | None = None, owner: str | None = None) -> None:
+        self.index = CopyIndex(max_tokens) if index is None else index
+        self.owner = owner
+        self.survival: Survival | None = None
+        """Set by the first adaptive call."""
+        self._spans: list[Span] = []
+        self._answers: list[Span] = []
+        self._saved: dict[Span, int] = {}
+        """Texts that are in the memory file, and their numbers there."""
+        self._next_number = self._num_calls = 0
 
-    def __len__(self) -> int:
-        return len(self._sessions)
+    # ---- for drafters ----------------------------------------------------------------------------------------------
 
-    def cached_tokens(self, session_id: str | None) -> TokenArray:
-        """The tokens whose KV a session holds; none if there is no such session. Does not count as use."""
-        session = self._sessions.get(session_id) if session_id is not None else None
-        return np.empty(0, dtype=np.int64) if session is None else session.cached_tokens
+    def add_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
+        """Keep what is new in a prompt; positions where an answer to it may start, the likeliest first."""
+        self._forget_what_is_gone()
+        new = self._add(self.index.append_unseen(prompt_ids, PROMPT))
+        recent = [span for span in reversed(self._answers) if self.index.holds(span)]
+        return [span.first_indexed for span in (*recent, *reversed(new[-_STARTS:]))]
 
-    def open(self, session_id: str | None) -> SessionMemory:
-        """The session's memory, made when it is new; None is a memory for this one call."""
-        if session_id is None:
-            return SessionMemory(self._max_tokens)
-        session = self._sessions.pop(session_id, None) or SessionMemory(self._max_tokens)
-        self._sessions[session_id] = session
-        if len(self._sessions) > self._max_sessions:
-            self.forget(next(iter(self._sessions)))
-        return session
+    def add_prediction(self, token_ids: Sequence[int]) -> int:
+        """Keep a text that an answer is expected to repeat; the position where it begins."""
+        for span in reversed(self._spans):
+            is_prediction = span.kind == DECLARED_TEXT and self.index.holds(span)
+            if is_prediction and np.array_equal(self.index.tokens_of(span), token_ids):
+                return span.first_indexed
+        return self._add([self.index.append(token_ids, DECLARED_TEXT)])[0].first_indexed
 
-    def holds(self, session_id: str | None, session: SessionMemory) -> bool:
-        """Whether `session` is still the memory of `session_id` (it may have been forgotten during a call)."""
-        return session_id is not None and self._sessions.get(session_id) is session
+    def open_answer(self, size: int) -> Span:
+        """Room for an answer, or a further part of one, that is written bit by bit."""
+        return self._add([self.index.open(size, ANSWER)])[0]
 
-    def forget(self, session_id: str) -> bool:
-        """Drop a session's texts and KV; False if there is none."""
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            self._release(session.take_slots(0)[1])
-        return session is not None
+    def add_answer(self, span: Span) -> None:
+        """An answer is complete."""
+        self._answers = [*self._answers, span][-_STARTS:]
+
+    def remember(self, token_ids: Sequence[int]) -> None:
+        """Keep what is new in a finished call's prompt and answer."""
+        self._add(self.index.append_unseen(token_ids, PROMPT))
+
+    def _add(self, spans: list[Span]) -> list[Span]:
+        self._spans += spans
+        return spans
+
+    # ---- for whoever keeps it --------------------------------------------------------------------------------------
+
+    def begin_call(self) -> None:
+        """A call is going to use this memory, until `end_call`."""
+        self._num_calls += 1
+
+    def end_call(self) -> None:
+        """After a memory's last call in flight nothing stays open, not even what a drafter that failed has left."""
+        self._num_calls -= 1
+        if not self._num_calls:
+            for span in self._spans:
+                if span.is_open:
+                    self.index.close(span)
 
     @property
-    def num_cached_slots(self) -> int:
-        """KV slots that sessions hold for their next call."""
-        return sum(len(session.cached_slots) for session in self._sessions.values())
+    def is_idle_and_empty(self) -> bool:
+        """No call uses this memory, and the index holds nothing of it."""
+        return not self._num_calls and not any(map(self.index.holds, self._spans))
 
-    def evict_slots(self) -> None:
-        """Free the KV (not the texts) of the least recently used session that has any."""
-        for session in self._sessions.values():
-            if len(session.cached_slots):
-                self._release(session.take_slots(0)[1])
-                return
+    def erase(self) -> None:
+        """Take this conversation's texts out of the index, and forget what was learnt from them."""
+        self.index.erase(self._spans)
+        self.survival = None
+        self._spans, self._answers, self._saved = [], [], {}
+
+    def changes(self) -> tuple[dict[Span, SavedSegment], dict[Span, int]]:
+        """What is to be saved: complete texts that are not in the file yet; and the numbers of those forgotten."""
+        self._forget_what_is_gone()
+        complete = [span for span in self._spans if not span.is_open and span.stop > span.first_indexed]
+        new = [span for span in complete if span not in self._saved]
+        added = {
+            span: SavedSegment(number, span.kind, self.index.tokens_of(span).astype(np.int32))
+            for number, span in enumerate(new, self._next_number)
+        }
+        return added, {span: number for span, number in self._saved.items() if not self.index.holds(span)}
+
+    def mark_saved(self, added: Mapping[Span, SavedSegment], removed: Iterable[Span] = ()) -> None:
+        """These `changes` are in the file."""
+        for span, segment in added.items():
+            self._saved[span] = segment.number
+            self._next_number = segment.number + 1
+        for span in removed:
+            del self._saved[span]
+
+    def restore(self, segments: Sequence[SavedSegment], vocab_size: int) -> None:
+        """Take in what was saved, oldest first, into a memory without texts.
+
+        Raises:
+            ValueError: a text holds something else than ids from 0 to `vocab_size` - 1; nothing is taken in then.
+        """
+        for segment in segments:
+            if len(segment.tokens) and not 0 <= segment.tokens.min() <= segment.tokens.max() < vocab_size:
+                raise ValueError(f"Got saved text {segment.number} with ids outside of 0 to {vocab_size - 1}")
+        for segment in segments:
+            span = self._add([self.index.append(segment.tokens.astype(np.int64), segment.kind)])[0]
+            self.mark_saved({span: segment})
+            if segment.kind == ANSWER:
+                self.add_answer(span)
+
+    def _forget_what_is_gone(self) -> None:
+        self._spans = [span for span in self._spans if self.index.holds(span)]

@@ -17,9 +17,10 @@ import numpy as np
 
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.kv_pool import KVPool
-from copyspec_engine.memory import SessionMemory, SessionStore, common_prefix_length
+from copyspec_engine.memory import SessionMemory, common_prefix_length
 from copyspec_engine.outputs import FinishReason, GenerationOutput, Segment, StreamChunk
 from copyspec_engine.sequence import Sequence
+from copyspec_engine.sessions import SessionStore
 from copyspec_engine.verify import Verdict
 
 __all__ = ["ScheduledBatch", "ScheduledRow", "Scheduler"]
@@ -47,7 +48,7 @@ class Scheduler:
 
     Args:
         pool: the KV slots.
-        sessions: what conversations remember.
+        sessions: what is remembered between calls.
         max_running: requests admitted at once.
         max_prefill_tokens: prompt tokens of one row in one step.
     """
@@ -56,32 +57,36 @@ class Scheduler:
         self._pool, self._sessions = pool, sessions
         self._max_running, self._max_prefill_tokens = max_running, max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self.running: list[Sequence] = []
+        """Admitted, and not over yet."""
 
     def __bool__(self) -> bool:
         """Whether there is work."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self.running)
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether a request is running or waiting."""
-        return sequence in self._running or sequence in self._waiting
+        return sequence in self.running or sequence in self._waiting
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 
+    def admit(self) -> None:
+        """Take in waiting requests, as many as fit."""
+        while self._waiting and len(self.running) < self._max_running and self._admit(self._waiting[0]):
+            self.running.append(self._waiting.popleft())
+
     def schedule(self) -> ScheduledBatch:
-        """Admit what fits, then give every running request its part of the next step."""
-        while self._waiting and len(self._running) < self._max_running and self._admit(self._waiting[0]):
-            self._running.append(self._waiting.popleft())
+        """Give every running request its part of the next step."""
         rows = []
-        for sequence in self._running:
+        for sequence in self.running:
             count = min(sequence.num_pending, self._max_prefill_tokens)
             rows.append(ScheduledRow(sequence, count, samples=count == sequence.num_pending))
         return ScheduledBatch(tuple(rows))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Bind a request to its session's memory and reserve its KV slots; False if it has to wait for slots."""
-        session_id = sequence.request.session_id
+        session_id, pool = sequence.request.session_id, sequence.request.memory_pool
         # The last prompt token is always computed: its logits choose the first token of the answer.
         prefix = common_prefix_length(sequence.token_ids[:-1], self._sessions.cached_tokens(session_id))
         need = sequence.max_total_tokens - prefix
@@ -93,12 +98,16 @@ class Scheduler:
         while self._pool.num_free < need:
             self._sessions.evict_slots()
         new = self._pool.allocate(need, after=int(shared[-1]) if prefix else None)
-        sequence.session, sequence.live = session, session.begin_call(sequence.token_ids)
-        sequence.num_indexed = sequence.num_prompt_tokens
+        sequence.session = session
+        self._use(sequence, session.memory if pool is None else self._sessions.open_pool(pool, session_id))
         sequence.slots = np.concatenate((shared, new))
         sequence.num_computed = sequence.num_cached_tokens = prefix
         sequence.started_s = time.perf_counter()
         return True
+
+    def _use(self, sequence: Sequence, memory: SessionMemory) -> None:
+        memory.begin_call()
+        sequence.memory = memory
 
     def commit(self, row: ScheduledRow, draft: DraftTree, verdict: Verdict | None) -> StreamChunk | None:
         """Take over a row's results; one that only read prompt tokens has no verdict and nothing to tell."""
@@ -124,14 +133,16 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 segments += sequence.text.flush()
                 break
-        kept = verdict.accepted[:taken]
+        kept, tokens = verdict.accepted[:taken], verdict.tokens[:taken]
         _keep_nodes(sequence, kept)
         sequence.num_draft_tokens += len(draft)
         sequence.num_copied_tokens += len(kept)
         sequence.accepted_lengths.append(len(kept))
+        if sequence.drafter is not None:
+            sequence.drafter.observe(draft, kept, tokens)
         if sequence.finish_reason is not None:
             self.remove(sequence)
-        return _chunk(sequence, verdict.tokens[:taken], segments)
+        return _chunk(sequence, tokens, segments)
 
     def cancel(self, sequence: Sequence) -> StreamChunk:
         """Stop a waiting or running request; what it has written so far is its answer."""
@@ -145,20 +156,41 @@ class Scheduler:
         if sequence in self._waiting:
             self._waiting.remove(sequence)
             return
-        self._running.remove(sequence)
-        session = sequence.session
-        if session is None:
-            raise ValueError(f"Got request {sequence.request.request_id} but expected an admitted one")
-        if not self._sessions.holds(sequence.request.session_id, session):
+        self.running.remove(sequence)
+        try:
+            self._stop_drafting(sequence)
+        finally:
+            self._hand_over_slots(sequence)
+
+    def detach(self, sequence: Sequence) -> None:
+        """Take what a running request has read and written out of its memory; from now on it has one of its own."""
+        memory = sequence.memory
+        try:
+            self._stop_drafting(sequence)
+        finally:
+            if memory is not None:
+                memory.erase()
+            self._use(sequence, self._sessions.open(None).memory)
+
+    def _stop_drafting(self, sequence: Sequence) -> None:
+        """Finish a request's drafter and save its texts; whatever happens, nothing stays open in the memory."""
+        drafter, memory = sequence.drafter, sequence.memory
+        sequence.drafter = sequence.memory = None
+        try:
+            if drafter is not None:
+                drafter.finish()
+        finally:
+            if memory is not None:
+                memory.end_call()
+                self._sessions.save(memory)
+
+    def _hand_over_slots(self, sequence: Sequence) -> None:
+        """The session keeps the KV of its last call, instead of that of the call before."""
+        session, computed = sequence.session, sequence.num_computed
+        if session is None or not session.is_kept:
             self._pool.release(sequence.slots)
             return
-        session.end_call(sequence.index_new_tokens(), sequence.token_ids)
-        self._hand_over_slots(sequence, session)
-
-    def _hand_over_slots(self, sequence: Sequence, session: SessionMemory) -> None:
-        """The session keeps the KV of its last call, instead of that of the call before."""
         self._pool.release(session.take_slots(0)[1])
-        computed = sequence.num_computed
         self._pool.release(sequence.slots[computed:])
         session.keep_slots(sequence.token_ids[:computed], sequence.slots[:computed])
 

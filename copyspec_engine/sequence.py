@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from copyspec_engine.config import DrafterConfig, GenerationRequest
-from copyspec_engine.copy_index import CopyIndex, EarliestIndex, TokenArray
+from copyspec_engine.copy_index import TokenArray
+from copyspec_engine.drafter import Drafter
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.outputs import DraftStats, FinishReason, Segment, Timing, Usage
+from copyspec_engine.sessions import Session
 
 __all__ = ["Sequence", "TextStream"]
 
@@ -45,18 +48,18 @@ class Sequence:
     """The sequence ends when it has this many tokens."""
     eos_token_ids: frozenset[int]
     """Sampling one of these ends the answer."""
-    drafter: DrafterConfig
+    drafting: DrafterConfig
     seed: int
     text: TextStream
+    prediction_ids: Seq[int] = ()
+    """A text that the answer is expected to repeat."""
 
-    session: SessionMemory | None = None
+    session: Session | None = None
     """Set at admission, with the fields down to `slots`."""
-    live: CopyIndex | None = None
-    """This call's own new tokens: the unseen part of the prompt and the answer as far as it is indexed."""
-    num_indexed: int = 0
-    """Tokens of this call that are in `live` or in the session's texts."""
-    earliest: EarliestIndex | None = None
-    """Reference mode's index, over this call only."""
+    memory: SessionMemory | None = None
+    """The session's own, or its part of the pool that the request names."""
+    drafter: Drafter | None = None
+    """Begun right after admission; finished when the request ends."""
     slots: TokenArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """The KV slot of each token, shape (max_total_tokens,); the first `num_computed` are filled."""
     num_computed: int = 0
@@ -68,21 +71,10 @@ class Sequence:
     num_prefill_passes: int = 0
     num_draft_tokens: int = 0
     num_copied_tokens: int = 0
-    mean_step_tokens: float = 0.0
-    """Running means over this call's steps, from which the drafter knows the going rate of tokens per second."""
-    mean_step_cost: float = 0.0
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
-
-    def index_new_tokens(self) -> CopyIndex:
-        """`live`, brought up to date with what has been sampled since; only then does indexing cost anything."""
-        if self.live is None:
-            raise ValueError(f"Got request {self.request.request_id} but expected an admitted one")
-        self.live.extend(self.token_ids[self.num_indexed :])
-        self.num_indexed = len(self.token_ids)
-        return self.live
 
     @property
     def num_pending(self) -> int:
@@ -91,7 +83,7 @@ class Sequence:
 
     @property
     def max_draft_tokens(self) -> int:
-        """Draft tokens that fit: one more token is sampled behind the last accepted one."""
+        """Draft nodes that fit, of whatever shape: each takes a slot, and one more token is sampled behind them."""
         return self.max_total_tokens - len(self.token_ids) - 1
 
     def usage(self) -> Usage:

@@ -1,4 +1,4 @@
-"""Drafts are real continuations, as long as they pay; the reference mode follows the publication to the letter."""
+"""A call's drafter from begin to finish; the reference mode follows the publication to the letter."""
 
 from __future__ import annotations
 
@@ -7,44 +7,49 @@ from typing import Any
 
 import pytest
 
-from copyspec_engine import AdaptiveDrafter, CopySpecDrafter, GenerationRequest, NoDrafter
-from copyspec_engine.drafter import CostCurve, Drafter, DraftTree, undisturbed
+from copyspec_engine import AdaptiveDrafter, CopySpecDrafter, NoDrafter
+from copyspec_engine.cost import CostCurve
+from copyspec_engine.drafter import Drafter, DraftingPolicy, DraftTree
 from copyspec_engine.memory import SessionMemory
-from copyspec_engine.sequence import Sequence
-from copyspec_engine.testing import ByteTokenizer
 
 FLAT = CostCurve([(1, 1.0), (256, 1.0)])
-GPU = CostCurve([(1, 1.002), (256, 1.512)])
-MIXED = CostCurve([(1, 1.0), (256, 6.1)])
-CPU = CostCurve([(1, 1.1), (256, 26.6)])
 END = 257
+ROOM = 1000
 
 
-def sequence_of(tokens: list[int], drafter: Any, session: SessionMemory | None = None, **options: Any) -> Sequence:
-    sequence = Sequence(
-        request=GenerationRequest(prompt_token_ids=tokens),
-        token_ids=list(tokens),
-        num_prompt_tokens=len(tokens),
-        max_total_tokens=options.get("max_total_tokens", len(tokens) + 1000),
-        eos_token_ids=frozenset({END}),
-        drafter=drafter,
-        seed=0,
-        text=ByteTokenizer().text_stream(()),
-    )
-    sequence.session = session or SessionMemory(10_000)
-    sequence.live = sequence.session.begin_call(tokens)
-    sequence.num_indexed = len(tokens)
-    sequence.num_computed = len(tokens) - 1
-    return sequence
+def begin(options: Any, prompt: list[int], memory: SessionMemory | None = None) -> Drafter:
+    return DraftingPolicy(FLAT).begin(options, memory or SessionMemory(100_000), prompt, frozenset({END}))
 
 
-def append(sequence: Sequence, *tokens: int) -> None:
-    sequence.token_ids += tokens
-    sequence.num_computed += len(tokens)
+def write(drafter: Drafter, answer: list[int]) -> list[DraftTree]:
+    """Write an answer with the drafter's drafts, which are given back; then finish."""
+    drafts, done = [], 0
+    while done < len(answer):
+        draft = drafter.propose(1, ROOM)
+        nodes, at = [], -1
+        while done + len(nodes) < len(answer):
+            token = answer[done + len(nodes)]
+            ways = zip(draft.parents, draft.tokens, strict=True)
+            at = next((node for node, way in enumerate(ways) if way == (at, token)), -2)
+            if at < 0:
+                break
+            nodes.append(at)
+        tokens = answer[done : done + len(nodes) + 1]
+        drafter.observe(draft, nodes, tokens)
+        drafts.append(draft)
+        done += len(tokens)
+    drafter.finish()
+    return drafts
 
 
-def test_plain_decoding_drafts_nothing() -> None:
-    assert Drafter(FLAT).propose(sequence_of([1, 2, 3] * 9, NoDrafter())) == DraftTree()
+def texts(memory: SessionMemory) -> list[list[int]]:
+    return [memory.index.tokens_of(span).tolist() for span in memory.index.spans]
+
+
+def test_plain_decoding_drafts_nothing_but_remembers() -> None:
+    memory = SessionMemory(1000)
+    assert set(write(begin(NoDrafter(), [1, 2, 3] * 9, memory), [1, 2, 3])) == {DraftTree()}
+    assert texts(memory) == [[1, 2, 3] * 10]
 
 
 def reference_draft(tokens: list[int], gamma: int, block: int) -> list[int]:
@@ -58,95 +63,80 @@ def reference_draft(tokens: list[int], gamma: int, block: int) -> list[int]:
 @pytest.mark.parametrize(("gamma", "block"), [(3, 10), (1, 4), (5, 2)])
 def test_reference_mode_copies_a_fixed_block_from_the_earliest_match(gamma: int, block: int) -> None:
     rng = random.Random(gamma)
-    drafter = Drafter(FLAT)
     for _ in range(100):
-        sequence = sequence_of(
-            [rng.randrange(4) for _ in range(rng.randrange(1, 60))],
-            CopySpecDrafter(min_match_tokens=gamma, block=block),
-        )
+        tokens = [rng.randrange(4) for _ in range(rng.randrange(1, 60))]
+        drafter = begin(CopySpecDrafter(min_match_tokens=gamma, block=block), tokens)
         for _ in range(10):
-            draft = drafter.propose(sequence)
-            assert list(draft.tokens) == reference_draft(sequence.token_ids, gamma, block)
+            draft = drafter.propose(1, ROOM)
+            assert list(draft.tokens) == reference_draft(tokens, gamma, block)
             assert draft.is_chain
-            append(sequence, rng.randrange(4))
+            tokens.append(rng.randrange(4))
+            drafter.observe(draft, (), tokens[-1:])
+
+
+def test_reference_mode_stops_at_the_end_of_an_answer_and_at_the_room_that_is_left() -> None:
+    tokens = [1, 2, 3, 4, 5, END, 6, 7, 1, 2, 3]
+    drafter = begin(CopySpecDrafter(), tokens)
+    assert drafter.propose(1, ROOM).tokens == (4, 5, END)
+    assert drafter.propose(1, 1).tokens == (4,)
+    assert drafter.propose(1, 0) == DraftTree()
 
 
 def test_reference_mode_does_not_see_earlier_calls() -> None:
-    session = SessionMemory(1000)
-    live = session.begin_call([1, 2, 3, 4, 5, 6])
-    session.end_call(live, [1, 2, 3, 4, 5, 6])
-    assert not Drafter(FLAT).propose(sequence_of([9, 1, 2, 3], CopySpecDrafter(), session))
-    assert Drafter(FLAT).propose(sequence_of([9, 1, 2, 3], AdaptiveDrafter(), session)).tokens[:3] == (4, 5, 6)
+    memory = SessionMemory(10_000)
+    write(begin(NoDrafter(), [1, 2, 3, 4, 5, 6], memory), [7])
+    assert not begin(CopySpecDrafter(), [9, 1, 2, 3], memory).propose(1, ROOM)
+    assert begin(AdaptiveDrafter(), [9, 1, 2, 3], memory).propose(1, ROOM).tokens[:3] == (4, 5, 6)
 
 
-def test_drafts_grow_with_the_length_of_the_match() -> None:
-    text = list(range(300))
-    lengths = []
-    for matched in (2, 4, 8, 16, 48):
-        draft = Drafter(MIXED).propose(sequence_of([*text, *text[:matched]], AdaptiveDrafter()))
-        assert list(draft.tokens) == text[matched : matched + len(draft)]
-        lengths.append(len(draft))
-    assert lengths == sorted(lengths)
-    assert lengths[0] < lengths[-1]
+@pytest.mark.parametrize("options", [AdaptiveDrafter(), CopySpecDrafter(), NoDrafter()])
+def test_a_finished_call_leaves_its_prompt_and_its_answer_in_the_memory(options: Any) -> None:
+    memory = SessionMemory(100_000)
+    write(begin(options, list(range(100)), memory), list(range(200, 300)))
+    for run in (range(50, 80), range(250, 280)):
+        match = memory.index.longest_match(run)
+        assert match is not None
+        assert match.length == 30
+        assert memory.index.read(match.position, 3).tolist() == [run[-1] + 1, run[-1] + 2, run[-1] + 3]
+    assert not any(span.is_open for span in memory.index.spans)
 
 
-def test_drafts_are_shorter_where_verification_is_dear() -> None:
-    tokens = [*range(300), *range(12)]
-    cheap = Drafter(GPU).propose(sequence_of(tokens, AdaptiveDrafter()))
-    dear = Drafter(CPU).propose(sequence_of(tokens, AdaptiveDrafter()))
-    assert 0 < len(dear) < len(cheap)
+def test_an_answer_longer_than_a_region_of_the_memory_is_kept_whole() -> None:
+    memory = SessionMemory(100_000)
+    drafter = begin(AdaptiveDrafter(), [1, 2, 3], memory)
+    for token in range(1000, 7000):
+        drafter.observe(DraftTree(), (), (token,))
+    drafter.finish()
+    for at in (1500, 3040, 3050, 5100, 6990):
+        match = memory.index.longest_match(range(at - 20, at))
+        assert match is not None
+        assert match.length == 20
+        assert memory.index.read(match.position, 1).tolist() == [at]
+    assert not any(span.is_open for span in memory.index.spans)
 
 
-def test_fresh_text_is_not_drafted() -> None:
-    assert not Drafter(FLAT).propose(sequence_of(list(range(100)), AdaptiveDrafter()))
+def test_two_calls_of_a_conversation_at_the_same_time_keep_both_answers() -> None:
+    memory = SessionMemory(100_000)
+    first, second = begin(AdaptiveDrafter(), [1, 2, 3], memory), begin(AdaptiveDrafter(), [4, 5, 6], memory)
+    for i in range(5000):
+        first.observe(DraftTree(), (), (10_000 + i,))
+        second.observe(DraftTree(), (), (20_000 + i,))
+    second.finish()
+    first.finish()
+    for start in (10_000, 20_000):
+        match = memory.index.longest_match(range(start + 4000, start + 4040))
+        assert match is not None
+        assert match.length == 40
+    assert not any(span.is_open for span in memory.index.spans)
 
 
-def test_this_calls_text_wins_over_an_earlier_call_with_an_equal_match() -> None:
-    session = SessionMemory(1000)
-    live = session.begin_call([1, 2, 3, 50, 51, 52])
-    session.end_call(live, [1, 2, 3, 50, 51, 52])
-    draft = Drafter(FLAT).propose(sequence_of([0, 1, 2, 3, 60, 61, 0, 1, 2, 3], AdaptiveDrafter(), session))
-    assert draft.tokens[:2] == (60, 61)
-
-
-def test_nothing_is_drafted_past_the_end_of_an_answer_or_the_room_that_is_left() -> None:
-    tokens = [1, 2, 3, 4, 5, END, 6, 7, 1, 2, 3]
-    draft = Drafter(FLAT).propose(sequence_of(tokens, AdaptiveDrafter()))
-    assert draft.tokens == (4, 5, END)
-    short = sequence_of(tokens, AdaptiveDrafter(), max_total_tokens=len(tokens) + 2)
-    assert Drafter(FLAT).propose(short).tokens == (4,)
-    full = sequence_of(tokens, AdaptiveDrafter(), max_total_tokens=len(tokens) + 1)
-    assert not Drafter(FLAT).propose(full)
-
-
-def test_refused_drafts_get_shorter_and_accepted_ones_longer_again() -> None:
-    text = list(range(400))
-    sequence = sequence_of([*text, *text[:4]], AdaptiveDrafter())
-    drafter = Drafter(MIXED)
-    first = drafter.propose(sequence)
-    for _ in range(60):
-        drafter.observe(sequence, drafter.propose(sequence), num_accepted=0)
-    worse = drafter.propose(sequence)
-    assert len(worse) < len(first)
-    for _ in range(200):
-        trial = DraftTree.chain(text[4:24], match_length=4)
-        drafter.observe(sequence, trial, num_accepted=20)
-    assert len(drafter.propose(sequence)) > len(worse)
-
-
-def test_survival_stays_a_probability_under_any_history() -> None:
-    rng = random.Random(0)
-    drafter, sequence = Drafter(CPU), sequence_of([1, 2, 3], AdaptiveDrafter())
-    for _ in range(5000):
-        size = rng.randrange(1, 200)
-        accepted = rng.choice([0, size, rng.randrange(size + 1)])
-        drafter.observe(sequence, DraftTree.chain([0] * size, rng.randrange(2, 64)), accepted)
-    rates = drafter._survival.rates(1, 100)
-    assert ((rates > 0) & (rates < 1)).all()
-
-
-def test_a_long_match_is_drafted_however_badly_costs_were_measured() -> None:
-    """Past regression: on a busy machine the measured curve kept everything from being drafted."""
-    wild = CostCurve(undisturbed([(1, 0.005), (2, 0.333), (4, 0.4), (8, 0.4), (16, 0.5), (32, 0.9), (64, 1.4)]))
-    text = list(range(300))
-    assert len(Drafter(wild).propose(sequence_of([*text, *text[:24]], AdaptiveDrafter()))) > 16
+def test_a_conversation_starts_from_what_others_have_learnt() -> None:
+    """Only numbers go from one conversation to the next, and slowly."""
+    policy, rng = DraftingPolicy(CostCurve([(1, 1.0), (256, 6.0)])), random.Random(0)
+    before = policy.survival.copy()
+    memory = SessionMemory(100_000)
+    noise = [rng.randrange(5) for _ in range(300)]
+    write(policy.begin(AdaptiveDrafter(), memory, noise), [rng.randrange(5) for _ in range(300)])
+    assert memory.survival is not None
+    there, here = abs(policy.survival.weights - before.weights), abs(memory.survival.weights - before.weights)
+    assert 0 < there.sum() < here.sum()

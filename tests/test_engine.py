@@ -116,19 +116,6 @@ def test_a_text_that_is_no_longer_in_the_prompt_is_copied_from_the_session() -> 
         assert remembered.tokens_per_forward > 2 * stranger.tokens_per_forward
 
 
-def test_sessions_never_draft_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    secret = "the secret code is 7391-4456-2210"
-    with scripted_engine(lambda prompt: secret if "tell" in prompt else "the secret code is unknown") as engine:
-        engine.generate(ask("tell", session_id="a"))
-        proposed: list[int] = []
-        propose = engine._core.drafter.propose
-        monkeypatch.setattr(
-            engine._core.drafter, "propose", lambda sequence: (d := propose(sequence), proposed.extend(d.tokens))[0]
-        )
-        engine.generate(ask("what is the secret code", session_id="b"))
-        assert "7391" not in engine.decode(proposed)
-
-
 def test_closing_a_stream_cancels_the_request(endless: Engine) -> None:
     stream = endless.stream(ask("go"))
     next(stream)

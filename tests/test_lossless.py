@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,7 @@ from copyspec_engine import (
     GenerationRequest,
     SamplingParams,
 )
-from copyspec_engine.drafter import DraftTree
-from copyspec_engine.sequence import Sequence
+from copyspec_engine.drafter import Drafter, DraftTree
 from tests.conftest import END, assert_all_slots_free, build_model
 
 MakeEngine = Callable[..., Engine]
@@ -141,13 +141,18 @@ class OracleTrees:
 
     def __init__(self, answer: tuple[int, ...], seed: int) -> None:
         self._answer, self._rng = answer, random.Random(seed)
+        self._done = 0
 
-    def propose(self, sequence: Sequence) -> DraftTree:
-        done = len(sequence.token_ids) - sequence.num_prompt_tokens
-        right = list(self._answer[done : done + self._rng.randrange(1, 6)])
+    def begin(self, *_: object) -> Drafter:
+        """As `DraftingPolicy.begin`."""
+        self._done = 0
+        return self
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        right = list(self._answer[self._done : self._done + self._rng.randrange(1, 6)])
         tokens, parents = [], []
         at = -1
-        for token in right[: sequence.max_draft_tokens // 3]:
+        for token in right[: room // 3]:
             wrong = [(self._rng.randrange(256), at), (self._rng.randrange(256), len(tokens))]
             nodes = [*wrong, (token, at)]
             tokens += [node[0] for node in nodes]
@@ -155,20 +160,23 @@ class OracleTrees:
             at = len(tokens) - 1
         return DraftTree(tuple(tokens), tuple(parents))
 
-    def observe(self, *_: object) -> None:
-        """Nothing to learn."""
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        self._done += len(tokens)
+
+    def finish(self) -> None:
+        """Nothing to keep."""
 
 
 def test_draft_trees_with_wrong_branches_give_the_plain_tokens(make_engine: MakeEngine, architecture: str) -> None:
     engine = make_engine(architecture)
     plain = run(engine, PROMPT, "none", max_tokens=60)
     for seed in range(3):
-        engine._core.drafter = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
+        engine._core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
         drafted = run(engine, PROMPT, "adaptive", session="chat", max_tokens=60)
         assert same_answer(plain, drafted)
         assert drafted.tokens_per_forward > 1.5
         follow_up = (*PROMPT, *drafted.token_ids, *PROMPT[:20])
-        engine._core.drafter = OracleTrees((), seed)  # type: ignore[assignment]
+        engine._core.policy = OracleTrees((), seed)  # type: ignore[assignment]
         reused = run(engine, follow_up, "none", session="chat")
         assert reused.usage.cached_tokens > len(PROMPT)
         assert same_answer(reused, run(engine, follow_up, "none"))

@@ -11,7 +11,7 @@ def test_no_draft_gives_the_one_sampled_token() -> None:
 
 
 def test_a_chain_is_kept_up_to_the_first_difference_and_gives_a_bonus_token() -> None:
-    draft = DraftTree.chain([5, 6, 7], match_length=3)
+    draft = DraftTree.chain([5, 6, 7])
     assert verify(draft, [5, 6, 9, 4]) == ((0, 1), (5, 6, 9))
     assert verify(draft, [5, 6, 7, 8]) == ((0, 1, 2), (5, 6, 7, 8))
     assert verify(draft, [1, 6, 7, 8]) == ((), (1,))
@@ -26,5 +26,5 @@ def test_a_tree_is_followed_down_the_branch_that_agrees() -> None:
 
 
 def test_a_token_after_a_refused_node_never_counts() -> None:
-    draft = DraftTree.chain([5, 6], match_length=2)
+    draft = DraftTree.chain([5, 6])
     assert verify(draft, [4, 6, 6]).tokens == (4,)

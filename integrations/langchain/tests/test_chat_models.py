@@ -170,7 +170,8 @@ async def test_segments_are_the_answer_in_pieces(make_engine: MakeEngine) -> Non
     for answer in (await everyhow(llm, f"Repeat:\n{DOCUMENT}")).values():
         segments = answer.response_metadata["copyspec"]["segments"]
         assert "".join(segment["text"] for segment in segments) == answer.text
-        assert {segment["copied"] for segment in segments} == {True, False}
+    segments = llm.invoke(f"Repeat:\n{DOCUMENT}", session_id="new").response_metadata["copyspec"]["segments"]
+    assert {segment["copied"] for segment in segments} == {True, False}
     assert "segments" not in llm.invoke("hi", include_segments=False).response_metadata["copyspec"]
 
 

@@ -17,7 +17,7 @@ from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel
 
-from copyspec_engine import ConfigError, ContextOverflowError, Engine, EngineConfig
+from copyspec_engine import AdaptiveDrafter, ConfigError, ContextOverflowError, Engine, EngineConfig
 from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
 
 MakeEngine = Callable[..., Engine]
@@ -62,7 +62,7 @@ async def test_every_method_gives_the_same_answer(make_engine: MakeEngine) -> No
 
 
 async def test_streams_carry_the_text_so_far_and_what_is_new(make_engine: MakeEngine) -> None:
-    llm = CopySpec(engine=make_engine(lambda prompt: DOCUMENT))
+    llm = CopySpec(engine=make_engine(lambda prompt: DOCUMENT), drafter=AdaptiveDrafter(max_draft_tokens=32))
     for name, responses in (await everyhow(llm, f"Repeat:\n{DOCUMENT}")).items():
         if "stream" not in name:
             continue
