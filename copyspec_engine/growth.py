@@ -508,6 +508,41 @@ def _add_frequent(
 
 
 @compiled
+def _complete(
+    arrays: IndexArrays,
+    scratch: Scratch,
+    call: Call,
+    slot: int,
+    probability: float,
+    least: float,
+    ingredients: npt.NDArray[np.bool_],
+) -> int:
+    """Add to the pointers that a node has from its parent, where that can matter; how many it has then."""
+    nodes, pointers, bounds = scratch.nodes, scratch.pointers[slot], arrays.bounds
+    count = nodes[slot, POINTERS]
+    longest = 0
+    for i in range(count):
+        longest = max(longest, pointers[i, LENGTH])
+    if longest <= _SHORT_LENGTH and probability < 2.0 * least:
+        return 0  # nothing behind a match this short is likely enough
+    if longest < _SURE_LENGTH and probability > _LOOK * least and ingredients[LONGEST_MATCH]:
+        suffix, matched = scratch.suffix, count
+        size = _suffix_at(nodes, suffix, call.tail, call.sizes[0], slot)
+        count = find_matches(
+            arrays.tokens, arrays.heads, arrays.previous, bounds, suffix, size, pointers, count, _MATCHES, _INNER_STEPS
+        )
+        for i in range(matched, count):
+            pointers[i, ORIGIN] = MATCHED
+    if ingredients[RESYNC]:
+        for row in range(_NUM_ALIGNMENTS):
+            at, age = nodes[slot, AT + 2 * row], nodes[slot, AGE + 2 * row]
+            if age >= 0 and age <= _INNER_AGE:
+                last = nodes[slot, TOKEN]
+                count = _add_edits(arrays.tokens, bounds, pointers, count, at, age, last, scratch.suffix, 0)
+    return count
+
+
+@compiled
 def _candidates(
     arrays: IndexArrays,
     survival: Survival,
@@ -519,33 +554,12 @@ def _candidates(
     ingredients: npt.NDArray[np.bool_],
 ) -> int:
     """The candidates behind a place that is reached with `probability`, best first; how many there are."""
-    ring, bounds, nodes, weights = arrays.tokens, arrays.bounds, scratch.nodes, survival.weights
-    candidates, log_odds, pointers = scratch.candidates, scratch.log_odds, scratch.pointers[slot]
-    count = nodes[slot, POINTERS]
+    nodes, weights, pointers = scratch.nodes, survival.weights, scratch.pointers[slot]
+    candidates, log_odds, hazards = scratch.candidates, scratch.log_odds, scratch.hazards
     if slot > 0:
-        longest = 0
-        for i in range(count):
-            longest = max(longest, pointers[i, LENGTH])
-        if longest <= _SHORT_LENGTH and probability < 2.0 * least:
-            nodes[slot, POINTERS] = 0
-            return 0  # nothing behind a match this short is likely enough
-        if longest < _SURE_LENGTH and probability > _LOOK * least and ingredients[LONGEST_MATCH]:
-            suffix, matched = scratch.suffix, count
-            size = _suffix_at(nodes, suffix, call.tail, call.sizes[0], slot)
-            count = find_matches(
-                ring, arrays.heads, arrays.previous, bounds, suffix, size, pointers, count, _MATCHES, _INNER_STEPS
-            )
-            for i in range(matched, count):
-                pointers[i, ORIGIN] = MATCHED
-        if ingredients[RESYNC]:
-            for row in range(_NUM_ALIGNMENTS):
-                at, age = nodes[slot, AT + 2 * row], nodes[slot, AGE + 2 * row]
-                if age >= 0 and age <= _INNER_AGE:
-                    last = nodes[slot, TOKEN]
-                    count = _add_edits(ring, bounds, pointers, count, at, age, last, scratch.suffix, 0)
-        nodes[slot, POINTERS] = count
-    num_pointers = count
-    count = _group(ring, bounds, pointers, num_pointers, scratch.groups, candidates)
+        nodes[slot, POINTERS] = _complete(arrays, scratch, call, slot, probability, least, ingredients)
+    num_pointers = nodes[slot, POINTERS]
+    count = _group(arrays.tokens, arrays.bounds, pointers, num_pointers, scratch.groups, candidates)
     _rank(
         weights,
         pointers,
@@ -560,7 +574,6 @@ def _candidates(
     )
     if not ingredients[TREE]:
         count = min(count, 1)
-    hazards = scratch.hazards
     for j in range(count):
         hazards[j] = hazard(log_odds[j])
         probability *= 1.0 - hazards[j]
