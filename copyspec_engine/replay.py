@@ -21,21 +21,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.cost import CostCurve
-from copyspec_engine.drafter import DraftTree
+from copyspec_engine.drafter import Drafter, DraftTree
 from copyspec_engine.errors import ConfigError
 from copyspec_engine.verify import verify
 
 __all__ = [
     "Begin",
     "Call",
-    "CallDrafter",
     "History",
     "Message",
     "Tally",
@@ -64,20 +63,7 @@ evaluator-optimizer: the task (the first user message) and the last message that
 """
 
 
-class CallDrafter(Protocol):
-    """The drafter of one call; made with the call's prompt."""
-
-    def propose(self, num_pending: int, room: int) -> DraftTree:
-        """The draft behind the tokens known so far, at most `room` levels deep; asking again changes nothing."""
-
-    def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
-        """A pass accepted these nodes of `draft` and wrote `tokens`: theirs, then one of the model's own."""
-
-    def finish(self) -> None:
-        """The call is over."""
-
-
-Begin = Callable[[Sequence[int]], CallDrafter]
+Begin = Callable[[Sequence[int]], Drafter]
 """Opens a call of one conversation on its prompt; what it keeps between calls is that conversation's memory."""
 
 
@@ -266,7 +252,6 @@ class Tally:
         passes, nodes = self.passes.total(), sum(width * count for width, count in self.passes.items())
         plain = float(cost.seconds(1)[0])
         modelled = sum(count * float(cost.seconds(1 + width)[0]) / plain for width, count in self.passes.items())
-        index_ns = self.call_ns + sum(self.observe_ns)
         return {
             "tokens": self.tokens,
             "tokens_per_forward": round(self.tokens / passes, 4),
@@ -276,7 +261,7 @@ class Tally:
             "propose_us_p50": _percentile_us(self.propose_ns, 50),
             "propose_us_p99": _percentile_us(self.propose_ns, 99),
             "observe_us_p50": _percentile_us(self.observe_ns, 50),
-            "index_ms": round(index_ns / 1e6 / self.tokens_read * 100_000, 3),
+            "index_ms": round(self.call_ns / 1e6 / self.tokens_read * 100_000, 3),
         }
 
 
@@ -299,7 +284,7 @@ def replay(begin: Begin, calls: Iterable[Call], tally: Tally) -> None:
         tally.tokens_read += len(call.prompt_ids) + len(call.answer_ids)
 
 
-def _write(drafter: CallDrafter, answer: Sequence[int], tally: Tally) -> None:
+def _write(drafter: Drafter, answer: Sequence[int], tally: Tally) -> None:
     clock, done = time.perf_counter_ns, 0
     while done < len(answer):
         start = clock()

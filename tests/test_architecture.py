@@ -28,7 +28,7 @@ LEVELS = {
     },
     2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
-    4: {"testing", "adapters", "replay", "cli", "__main__"},
+    4: {"testing", "adapters", "replay", "peers", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 MAY_IMPORT_TRANSFORMERS = {"attention", "model_runner", "tokenizer", "bundled", "cli/compare"}
@@ -84,9 +84,14 @@ def test_outer_code_uses_public_names_only() -> None:
             pieces = imported.split(".")
             if pieces[0] != "copyspec_engine" or pieces[1:2] == [inside]:
                 continue
-            assert imported in public or pieces[1] in ("adapters", "bundled", "calibration", "testing"), (
-                f"{path} imports {imported}"
-            )
+            assert imported in public or pieces[1] in (
+                "adapters",
+                "bundled",
+                "calibration",
+                "peers",
+                "replay",
+                "testing",
+            ), f"{path} imports {imported}"
 
 
 def test_the_integrations_do_not_import_each_other() -> None:

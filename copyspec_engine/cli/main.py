@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from copyspec_engine import EngineConfig, SamplingParams
+from copyspec_engine.cli.bench import bench
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.frameworks import FRAMEWORKS
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Local language models that copy from the conversation: the same answers in fewer forward passes.",
 )
+app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -1,0 +1,131 @@
+"""`copyspec bench`: the options of the measurements that need no model."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+from copyspec_engine import ConfigError
+from copyspec_engine.cli.exits import console, exit_with
+
+__all__ = ["bench"]
+
+bench = typer.Typer(no_args_is_help=True, help="Measure drafting on recorded conversations; no model is loaded.")
+
+
+class _ManyValues(TyperCommand):
+    """Lets an option that may be repeated take its values in a row: `--transcripts A B C`.
+
+    Keeps the words of the command line in the context, for the record of a measurement.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer and click differ on the type
+        ctx.meta["command"] = shlex.join([*ctx.command_path.split(), *args])
+        repeatable = {flag for option in self.params if getattr(option, "multiple", False) for flag in option.opts}
+        words: list[str] = []
+        flag = None
+        for word in args:
+            if word.startswith("-"):
+                flag = word if word in repeatable else None
+            elif flag and words[-1] != flag:
+                words.append(flag)
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def _check_count(option: str, value: int, most: int = 10**9) -> None:
+    if not 1 <= value <= most:
+        raise ConfigError(f"Got {option} {value} but expected 1 to {most}")
+
+
+MOST_MEMORY = 20_000_000
+"""Tokens of memory that a measurement may fill; ten million is what a session is built for."""
+
+Transcripts = Annotated[
+    list[Path],
+    typer.Option(
+        metavar="FILE...",
+        help='Recorded conversations, JSON lines {"messages": [{"role", "content"}]}, gzipped if named .gz.',
+    ),
+]
+TokenizerDir = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR",
+        help='Folder with the tokenizer.json of the model whose answers are replayed; "bundled" is the small one that '
+        "comes along.",
+    ),
+]
+JsonPath = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures to this file.")]
+
+
+@bench.command(cls=_ManyValues)
+def drafts(
+    context: typer.Context,
+    transcripts: Transcripts,
+    tokenizer: TokenizerDir,
+    drafters: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Names with commas between them; default: ours and every installed peer."),
+    ] = None,
+    cost_model: Annotated[
+        str,
+        typer.Option(
+            metavar="gpu|cpu|FILE",
+            help="Cost of a pass with k draft tokens: gpu is 1 + 0.002 k, cpu is 1 + 0.10 k, a JSON file holds "
+            "measured \\[\\[tokens, seconds], ...].",
+        ),
+    ] = "gpu",
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens replayed of each file.")] = 15_000,
+    history: Annotated[
+        Literal["full", "last-turn", "evaluator-optimizer"],
+        typer.Option(
+            help="What prompts hold: everything before, the last turn only, or the task and the last message."
+        ),
+    ] = "full",
+    ingredients: Annotated[
+        bool, typer.Option("--ingredients", help="Also replay ours with each ingredient switched off in turn.")
+    ] = False,
+    json: JsonPath = None,
+) -> None:
+    """Replay conversations through every drafter: tokens per forward pass, modelled speed and time spent drafting."""
+
+    def run() -> int:
+        _check_count("--max-tokens", max_tokens)
+        from copyspec_engine.cli.bench_drafts import DraftsOptions, run_drafts
+
+        options = DraftsOptions(
+            tuple(transcripts), tokenizer, drafters, cost_model, max_tokens, history, ingredients, json
+        )
+        return run_drafts(options, context.meta["command"], console())
+
+    exit_with(run)
+
+
+@bench.command(cls=_ManyValues)
+def propose(
+    context: typer.Context,
+    transcripts: Transcripts,
+    tokenizer: TokenizerDir,
+    memory_tokens: Annotated[
+        list[int], typer.Option(metavar="N...", help="Tokens in the conversation's memory, one table row each.")
+    ] = [16_000, 1_000_000],  # noqa: B006 - read only
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens replayed at each size.")] = 5_000,
+    json: JsonPath = None,
+) -> None:
+    """Fill a memory with the transcripts' text, repeated if need be, and time drafts and indexing at each size."""
+
+    def run() -> int:
+        _check_count("--max-tokens", max_tokens)
+        for size in memory_tokens:
+            _check_count("--memory-tokens", size, MOST_MEMORY)
+        from copyspec_engine.cli.bench_propose import ProposeOptions, run_propose
+
+        options = ProposeOptions(tuple(memory_tokens), tuple(transcripts), tokenizer, max_tokens, json)
+        return run_propose(options, context.meta["command"], console())
+
+    exit_with(run)

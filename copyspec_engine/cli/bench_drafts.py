@@ -1,0 +1,161 @@
+"""`copyspec bench drafts`: recorded conversations through every drafter, side by side."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from copyspec_engine import ConfigError
+from copyspec_engine.cli.bench_report import comparison, comparison_table, ingredient_table, source_table
+from copyspec_engine.cli.report import check_writable, write_text
+from copyspec_engine.peers import INGREDIENTS, OURS, PEERS, contestant, installed
+from copyspec_engine.replay import (
+    History,
+    Message,
+    Tally,
+    calls_of,
+    load_conversations,
+    load_cost_curve,
+    load_tokenizer,
+    replay,
+)
+
+__all__ = ["DraftsOptions", "machine", "run_drafts", "sources", "versions"]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftsOptions:
+    """The command's options."""
+
+    transcripts: tuple[Path, ...]
+    tokenizer: str
+    drafters: str | None
+    cost_model: str
+    max_tokens: int
+    history: History
+    ingredients: bool
+    json: Path | None
+
+
+def run_drafts(options: DraftsOptions, command: str, console: Console) -> int:
+    """Replays, prints the tables and writes the file; returns the exit code 0.
+
+    Raises:
+        CopySpecError: an option or a file cannot work, or a drafter that was named is not installed.
+    """
+    if options.json:
+        check_writable(options.json, "--json")
+    cost = load_cost_curve(options.cost_model)
+    names = _names(options, console)
+    for name in names:  # whatever is wrong with one is said now, not after minutes
+        contestant(name, cost)()
+    loaded = sources(options.transcripts, options.tokenizer, options.max_tokens, console)
+    results = _replay_all(loaded, names, options, console)
+    for source in loaded:
+        console.print(source_table(source, [row for row in results if row["source"] == source]))
+    compared = comparison(results)
+    if compared:
+        console.print(comparison_table(compared, options.cost_model))
+    if OURS in names and any(name in INGREDIENTS for name in names):
+        for figure in ("tokens_per_forward", "modelled_speedup"):
+            console.print(ingredient_table(results, figure))
+    if options.json:
+        record = {
+            "results": results,
+            "comparison": compared,
+            "cost_model": options.cost_model,
+            "history": options.history,
+            "max_tokens": options.max_tokens,
+            "tokenizer": options.tokenizer,
+            "command": command,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        write_text(options.json, json.dumps(record, indent=1) + "\n", "--json")
+        console.print(f"Wrote {escape(str(options.json))}", soft_wrap=True)
+    return 0
+
+
+def _names(options: DraftsOptions, console: Console) -> list[str]:
+    """The drafters to replay, each once; of the default ones those that are installed."""
+    if options.drafters is not None:
+        names = [name.strip() for name in options.drafters.split(",")]
+    elif options.ingredients:
+        names = [OURS]
+    else:
+        names = ["none", *PEERS, OURS]
+        if options.history != "full":
+            names.append("adaptive-no-memory")
+        for name in [name for name in names if not installed(name)]:
+            console.print(f'Left out {name}: arctic-inference is not installed. Run: pip install "copyspec\\[bench]"')
+            names.remove(name)
+    if options.ingredients:
+        names += [OURS, *INGREDIENTS]
+    return list(dict.fromkeys(names))
+
+
+def sources(
+    paths: Sequence[Path], tokenizer: str, max_tokens: int, console: Console
+) -> dict[str, list[tuple[Message, ...]]]:
+    """The conversations of each file, by its name without endings, or by its path where two share a name.
+
+    Raises:
+        ConfigError: a file or the tokenizer cannot be read, or a file is given twice.
+    """
+    stems = [path.name.split(".")[0] for path in paths]
+    names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Got transcript {name} twice but expected each file once")
+    encoder = load_tokenizer(tokenizer)
+    with console.status("Reading the transcripts ..."):
+        return {name: load_conversations(path, encoder, max_tokens) for name, path in zip(names, paths, strict=True)}
+
+
+def _replay_all(
+    loaded: Mapping[str, Sequence[tuple[Message, ...]]], names: Sequence[str], options: DraftsOptions, console: Console
+) -> list[dict[str, Any]]:
+    cost, results = load_cost_curve(options.cost_model), []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("conversations"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(names) * sum(map(len, loaded.values())))
+        for source, conversations in loaded.items():
+            for name in names:
+                progress.update(task, description=f"{source} {name}")
+                # What compiles or loads on the first call is no part of a measurement.
+                replay(contestant(name, cost)(), islice(calls_of(conversations[0], options.history), 1), Tally())
+                drafter, tally = contestant(name, cost), Tally()
+                for conversation in conversations:
+                    replay(drafter(), calls_of(conversation, options.history), tally)
+                    progress.advance(task)
+                results.append({"source": source, "drafter": name, **tally.figures(cost)})
+    return results
+
+
+def versions() -> dict[str, str]:
+    """The versions that figures depend on."""
+    packages = ("copyspec", "tokenizers", "numpy", "numba", "arctic-inference")
+    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> dict[str, str | int]:
+    """What the times were measured on."""
+    return {"system": platform.platform(), "cpu_cores": os.cpu_count() or 0}
