@@ -16,6 +16,7 @@ from copyspec_engine.config import (
     CopySpecDrafter,
     EngineConfig,
     NoDrafter,
+    Prediction,
     SamplingParams,
     explain_errors,
 )
@@ -47,6 +48,10 @@ class AdapterOptions(BaseModel):
     """Where drafts come from: "adaptive", "copyspec" or "none", or an object with options; default: the engine's."""
     session_id: str | None = Field(default=None, min_length=1)
     """The conversation, whose texts and KV cache are kept over calls; default: one for each instance."""
+    memory_pool: str | None = Field(default=None, min_length=1)
+    """A pool of texts that several conversations copy from and add to; default: each has only its own."""
+    prediction: Prediction | None = None
+    """A text that the answer will repeat in large part; {"type": "content", "content": ...} is accepted too."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,6 +73,15 @@ class AdapterOptions(BaseModel):
         names = ("temperature", "top_p", "top_k", "seed", "max_tokens")
         values = {name: value for name in names if (value := getattr(self, name)) is not None}
         return SamplingParams(stop=tuple(self.stop or ()), **values)
+
+    def request_options(self) -> dict[str, Any]:
+        """The options of a `GenerationRequest` besides its input and its session."""
+        return {
+            "sampling": self.sampling(),
+            "memory_pool": self.memory_pool,
+            "prediction": self.prediction,
+            "drafter": self.drafter,
+        }
 
 
 def adopt_engine(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Numba's `njit` with types kept, and with machine code that is kept for later processes.
 
+Compiling everything takes about fifteen seconds. The code is kept beside the sources, or in the user's cache folder
+where that one is read-only; where neither can be written, every process compiles anew.
+
 Numba judges by the file that holds a function whether kept machine code still fits. These functions call each other
 across files and contain each other's constants, so here all of those files count.
 """
@@ -11,34 +14,36 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from numba import njit
 
-__all__ = ["compiled"]
+__all__ = ["SOURCES", "compiled"]
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("compiled.py", "copy_index.py", "growth.py", "survival.py")
+SOURCES = ("compiled.py", "copy_index.py", "growth.py", "survival.py")
+"""Files with compiled functions."""
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def compiled(function: _Function) -> _Function:
     """Compile a function at its first call with each type of arguments."""
-    dispatcher: Any = njit(cache=True, nogil=True)(function)
     try:
-        # (time, size) of one file in Numba's own terms
-        dispatcher._cache._cache_file._source_stamp = _stamp()
-    except AttributeError:
+        kept: Any = njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder can be written
+        return cast(_Function, njit(nogil=True)(function))
+    file = getattr(kept._cache, "_cache_file", object())
+    if not hasattr(file, "_source_stamp"):
         logger.warning("this version of Numba keeps machine code elsewhere; drafting is compiled anew in each process")
-        dispatcher = njit(nogil=True)(function)
-    compiled_function: _Function = dispatcher
-    return compiled_function
+        return cast(_Function, njit(nogil=True)(function))
+    file._source_stamp = _stamp()  # in Numba's own terms the digest of one file
+    return cast(_Function, kept)
 
 
 @cache
 def _stamp() -> str:
     """Digest of all files with compiled functions."""
     folder = Path(__file__).parent
-    return hashlib.blake2b(b"".join((folder / name).read_bytes() for name in _SOURCES)).hexdigest()
+    return hashlib.blake2b(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()

@@ -30,6 +30,7 @@ __all__ = [
     "EngineConfig",
     "GenerationRequest",
     "NoDrafter",
+    "Prediction",
     "SamplingParams",
     "drafter_from_name",
     "explain_errors",
@@ -111,6 +112,25 @@ DrafterConfig = Annotated[
     BeforeValidator(drafter_from_name),
 ]
 """A drafter object, or its name as a string."""
+
+
+def _predicted_text(value: object) -> object:
+    """The text of an OpenAI `prediction` object; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    content = value.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if value.keys() != {"type", "content"} or value["type"] != "content" or not isinstance(parts, list):
+        raise ValueError('a text, or {"type": "content", "content": ...} with a text or a list of text parts')
+    if not all(
+        isinstance(part, dict) and part.get("type") == "text" and type(part.get("text")) is str for part in parts
+    ):
+        raise ValueError('parts of the form {"type": "text", "text": ...}')
+    return "".join(part["text"] for part in parts)
+
+
+Prediction = Annotated[str, BeforeValidator(_predicted_text)]
+"""A text, or {"type": "content", "content": ...} as for OpenAI: with a text or a list of text parts."""
 
 
 class EngineConfig(_Options):
@@ -217,6 +237,9 @@ class GenerationRequest(_Options):
     memory_pool: str | None = Field(default=None, min_length=1)
     """Copy from and add to the texts of this shared pool instead of the session's own. Everyone who names the pool can
     tell from the speed of an answer what is in it; default: no session draws on another's texts."""
+    prediction: Prediction | None = None
+    """A text that the answer will repeat in large part, the file to be changed, say. It is copied from wherever the
+    model agrees with it, and never changes the answer."""
     drafter: DrafterConfig | None = None
     """Overrides the engine's drafter for this call."""
     request_id: str = Field(default_factory=_request_id, min_length=1)

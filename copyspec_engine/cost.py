@@ -38,7 +38,6 @@ class CostCurve:
         self._end, self._end_seconds = points[-1]
         self._tail = max((self._end_seconds - seconds) / (self._end - width) for width, seconds in points[:-1])
         self._grid = self._at(np.arange(_MAX_WIDTH + 1))
-        self._grid.flags.writeable = False
         self._hulls: dict[int, npt.NDArray[np.float64]] = {}
 
     def seconds(self, width: int, count: int = 1) -> npt.NDArray[np.float64]:
@@ -67,6 +66,7 @@ class CostCurve:
     def _at(self, widths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         inside = np.interp(widths, [w for w, _ in self.points], [s for _, s in self.points])
         seconds: npt.NDArray[np.float64] = inside + np.maximum(widths - self._end, 0) * self._tail
+        seconds.flags.writeable = False
         return seconds
 
     def _hull(self, width: int, count: int) -> npt.NDArray[np.float64]:

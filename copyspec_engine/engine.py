@@ -226,6 +226,7 @@ class Engine:
             drafting=request.drafter or self._config.drafter,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=model.tokenizer.text_stream(params.stop),
+            prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),
         )
 
     def _enqueue(self, sequence: Sequence, sink: Sink) -> None:

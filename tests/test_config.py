@@ -56,6 +56,13 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (GenerationRequest, {"prompt": ""}, "empty prompt"),
         (GenerationRequest, {"prompt": "a", "tools": ({},)}, "tools without messages"),
         (GenerationRequest, {"prompt": "a", "session_id": ""}, "session_id=''"),
+        (GenerationRequest, {"prompt": "a", "memory_pool": ""}, "memory_pool=''"),
+        (GenerationRequest, {"prompt": "a", "prediction": 5}, "prediction=5"),
+        (GenerationRequest, {"prompt": "a", "prediction": {"type": "file", "content": "x"}}, "expected a text, or {"),
+        (GenerationRequest, {"prompt": "a", "prediction": {"type": "content"}}, "expected a text, or {"),
+        (GenerationRequest, {"prompt": "a", "prediction": {"type": "content", "content": ["x"]}}, "expected parts of"),
+        (EngineConfig, {"max_session_tokens": 100}, "max_session_tokens=100"),
+        (EngineConfig, {"max_pools": 0}, "max_pools=0"),
     ],
 )
 def test_bad_values_are_named(make: Any, options: dict[str, Any], says: str) -> None:
@@ -79,6 +86,14 @@ def test_errors_survive_pickling(error: Exception) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
     assert repr(vars(again)) == repr(vars(error))
+
+
+@pytest.mark.parametrize(
+    "content", ["ab\n", [{"type": "text", "text": "a"}, {"type": "text", "text": "b\n"}]], ids=["text", "parts"]
+)
+def test_a_prediction_may_have_openais_form(content: object) -> None:
+    assert GenerationRequest(prompt="x", prediction={"type": "content", "content": content}).prediction == "ab\n"
+    assert GenerationRequest(prompt="x", prediction="ab\n").prediction == "ab\n"
 
 
 def test_the_defaults_are_greedy_and_adaptive() -> None:

@@ -119,13 +119,11 @@ class ChatCopySpec(CallOptions, BaseChatModel):
 
     @override
     def _get_invocation_params(self, stop: list[str] | None = None, **options: Any) -> dict[str, Any]:
-        options.pop("session_id", None)
-        return super()._get_invocation_params(stop=self.stop if stop is None else stop, **options)
+        return super()._get_invocation_params(stop=self.stop if stop is None else stop, **_deciding(options))
 
     @override
     def _get_llm_string(self, stop: list[str] | None = None, **options: Any) -> str:
-        options.pop("session_id", None)
-        return super()._get_llm_string(stop=stop, **options)
+        return super()._get_llm_string(stop=stop, **_deciding(options))
 
     @override
     def get_token_ids(self, text: str) -> list[int]:
@@ -285,9 +283,8 @@ class ChatCopySpec(CallOptions, BaseChatModel):
         chosen = self.for_call(stop, {**options, "session_id": session_id or self._instance_session_id})
         request = GenerationRequest(
             messages=to_engine_messages(messages),
-            sampling=chosen.sampling(),
             session_id=chosen.session_id,
-            drafter=chosen.drafter,
+            **chosen.request_options(),
         )
         return Call(request, chosen.timeout, chosen.max_retries, chosen.include_segments)
 
@@ -311,6 +308,11 @@ class ChatCopySpec(CallOptions, BaseChatModel):
     async def _aget_engine(self) -> Engine:
         """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
         return self.engine if isinstance(self.engine, Engine) else await asyncio.to_thread(self._get_engine)
+
+
+def _deciding(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call without those that only decide what it may copy, which never changes an answer."""
+    return {name: value for name, value in options.items() if name not in ("session_id", "memory_pool", "prediction")}
 
 
 def _with_session(config: RunnableConfig | None, options: dict[str, Any]) -> dict[str, Any]:

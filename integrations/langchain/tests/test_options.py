@@ -47,6 +47,8 @@ def test_the_constructor_loads_nothing() -> None:
         ({"model": ""}, "model=''"),
         ({"drafter": "fast"}, "drafter='fast'"),
         ({"session_id": ""}, "session_id=''"),
+        ({"memory_pool": ""}, "memory_pool=''"),
+        ({"prediction": {"type": "image"}}, "prediction=.* but expected a text, or"),
         ({"timeout": 0}, "timeout=0"),
         ({"max_retries": -1}, "max_retries=-1"),
         ({"temprature": 1}, "unknown option temprature=1"),
@@ -121,7 +123,9 @@ def test_the_conversation_is_no_part_of_cache_keys_and_traces() -> None:
     assert llm._get_llm_string(session_id="a") == llm._get_llm_string()
     assert llm._get_llm_string(temperature=0.5) != llm._get_llm_string()
     assert llm._get_llm_string(stop=["x"]) != llm._get_llm_string()
+    assert llm._get_llm_string(prediction="text", memory_pool="team") == llm._get_llm_string()
     assert "session_id" not in llm._get_invocation_params(session_id="a")
+    assert "prediction" not in llm._get_invocation_params(prediction="text")
     assert "a" not in llm._get_ls_params(session_id="a").values()
 
 

@@ -18,6 +18,8 @@ from langchain_copyspec import ChatCopySpec
 
 MakeEngine = Callable[..., Engine]
 
+TEXT = " ".join(f"{number * 7919 % 9973:04d}" for number in range(60))
+"""A text that does not repeat itself."""
 THREAD: RunnableConfig = {"configurable": {"thread_id": "t-1"}}
 
 
@@ -167,3 +169,24 @@ def test_parallel_nodes_share_the_conversation(llm: ChatCopySpec) -> None:
     found = answers(graph.compile().invoke({"messages": []}, THREAD))
     assert {answer.text for answer in found} == {f"PART {number}" for number in range(4)}
     assert {session(answer) for answer in found} == {"t-1"}
+
+
+@pytest.mark.parametrize("prediction", [TEXT, {"type": "content", "content": TEXT}], ids=["text", "openai"])
+async def test_an_answer_is_copied_from_its_prediction(make_engine: MakeEngine, prediction: object) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: TEXT))
+    plain = llm.invoke("hi", session_id="a")
+    predicted = llm.invoke("hi", session_id="b", prediction=prediction)
+    again = await llm.bind(prediction=prediction).ainvoke("hi", session_id="c")
+    passes = [answer.response_metadata["copyspec"]["num_forward_passes"] for answer in (plain, predicted, again)]
+    assert plain.text == predicted.text == again.text == TEXT
+    assert passes[1] == passes[2] < passes[0] / 2
+
+
+async def test_conversations_that_name_a_pool_copy_from_each_other(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: TEXT))
+    alone = llm.invoke("hi", session_id="a").response_metadata["copyspec"]["num_forward_passes"]
+    llm.invoke("hi", session_id="b", memory_pool="team")
+    shared = (await llm.ainvoke("hi", session_id="c", memory_pool="team")).response_metadata["copyspec"]
+    stranger = llm.invoke("hi", session_id="d").response_metadata["copyspec"]
+    assert shared["num_forward_passes"] < alone / 2
+    assert stranger["num_forward_passes"] > alone / 2

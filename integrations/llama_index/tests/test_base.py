@@ -26,6 +26,10 @@ Response = ChatResponse | CompletionResponse
 DOCUMENT = "".join(f"- item {number}: all work and no play makes a dull list\n" for number in range(12))
 
 
+NUMBERS = " ".join(f"{number * 7919 % 9973:04d}" for number in range(60))
+"""A text that does not repeat itself."""
+
+
 def text_of(response: Response) -> str:
     return response.text if isinstance(response, CompletionResponse) else response.message.content or ""
 
@@ -77,7 +81,8 @@ async def test_streams_carry_the_text_so_far_and_what_is_new(make_engine: MakeEn
 
 async def test_segments_of_a_whole_answer_are_the_answer(make_engine: MakeEngine) -> None:
     llm = CopySpec(engine=make_engine(lambda prompt: "Here it is:\n" + DOCUMENT))
-    for response in (llm.complete(f"Repeat:\n{DOCUMENT}"), await llm.acomplete(f"Repeat:\n{DOCUMENT}")):
+    prompt = f"Repeat:\n{DOCUMENT}"
+    for response in (llm.complete(prompt, session_id="a"), await llm.acomplete(prompt, session_id="b")):
         segments = response.raw["copyspec"]["segments"]
         assert "".join(segment["text"] for segment in segments) == response.text
         assert {segment["copied"] for segment in segments} == {True, False}
@@ -97,6 +102,18 @@ async def test_a_second_turn_reuses_the_prefix_and_copies(make_engine: MakeEngin
     assert second.raw["usage"]["cached_tokens"] >= first.raw["usage"]["total_tokens"] - 1
     assert second.raw["copyspec"]["copied_share"] > 0.5
     assert second.raw["copyspec"]["tokens_per_forward"] > 2
+
+
+@pytest.mark.parametrize("options", [{"prediction": NUMBERS}, {"memory_pool": "team"}], ids=["prediction", "pool"])
+async def test_an_answer_is_copied_from_its_prediction_or_a_shared_pool(
+    make_engine: MakeEngine, options: dict[str, Any]
+) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: NUMBERS))
+    plain = llm.complete("hi", session_id="a")
+    llm.complete("hi", session_id="b", **options)
+    copied = await llm.acomplete("hi", session_id="c", **options)
+    assert text_of(copied) == text_of(plain) == NUMBERS
+    assert copied.raw["copyspec"]["num_forward_passes"] < plain.raw["copyspec"]["num_forward_passes"] / 2
 
 
 async def test_the_order_of_conversations_is_keyword_field_instance(echo: Engine) -> None:

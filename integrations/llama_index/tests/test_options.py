@@ -48,6 +48,8 @@ def test_the_constructor_and_traces_load_nothing() -> None:
         ({"model": ""}, "model=''"),
         ({"drafter": "fast"}, "drafter='fast'"),
         ({"session_id": ""}, "session_id=''"),
+        ({"memory_pool": ""}, "memory_pool=''"),
+        ({"prediction": {"type": "image"}}, "prediction=.* but expected a text, or"),
         ({"temprature": 1}, "unknown option temprature=1"),
     ],
 )

@@ -199,11 +199,7 @@ class CopySpec(CallOptions, FunctionCallingLLM):
 
     def _request_options(self, options: dict[str, Any]) -> dict[str, Any]:
         chosen = self.for_call(options)
-        return {
-            "sampling": chosen.sampling(),
-            "session_id": chosen.session_id or self._instance_session_id,
-            "drafter": chosen.drafter,
-        }
+        return {"session_id": chosen.session_id or self._instance_session_id, **chosen.request_options()}
 
     def _whole(self, request: GenerationRequest, respond: Respond[Response]) -> Response:
         output = self._get_engine().generate(request)

@@ -1,0 +1,106 @@
+"""Compiled code is loaded before the first call and is never that of other sources; not keeping it only costs time."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import copyspec_engine
+from copyspec_engine.compiled import SOURCES
+
+PACKAGE = Path(copyspec_engine.__file__).parent
+
+NO_CALL_COMPILES = """
+from numba.core.dispatcher import Dispatcher
+from copyspec_engine import EngineConfig, GenerationRequest, copy_index, growth, survival
+from copyspec_engine.core import warm_up
+from copyspec_engine.testing import scripted_engine
+
+functions = {f for m in (copy_index, growth, survival) for f in vars(m).values() if isinstance(f, Dispatcher)}
+
+def compiled():
+    return {f.py_func.__name__: list(f.signatures) for f in functions}
+
+warm_up()
+before = compiled()
+assert before["grow"] and before["walk"]
+config = EngineConfig(model="scripted", max_prefill_tokens=4000, max_session_tokens=4096, max_model_len=6000)
+with scripted_engine(lambda prompt: prompt[-700:], config) as engine:
+    for turn in range(6):
+        text = f"{turn} some text to copy from, turn {turn}; " * 90
+        engine.generate(GenerationRequest(prompt=text, session_id="a", prediction=text[:turn]))
+        engine.generate(GenerationRequest(prompt=text, session_id="b", memory_pool="p", drafter="copyspec"))
+        engine.generate(GenerationRequest(prompt=text, drafter="none"))
+    engine.forget("b")
+    assert engine.generate(GenerationRequest(prompt=text, session_id="a")).copied_share > 0.5
+after = compiled()
+assert after == before, {name: after[name] for name in after if after[name] != before[name]}
+"""
+
+
+def test_no_call_waits_for_a_compiler() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", NO_CALL_COMPILES], check=True, timeout=300)
+
+
+def test_every_module_with_compiled_code_decides_whether_kept_code_is_used() -> None:
+    with_code = set()
+    for path in PACKAGE.glob("*.py"):
+        functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
+        decorators = [decorator for function in functions for decorator in function.decorator_list]
+        if any(isinstance(decorator, ast.Name) and decorator.id == "compiled" for decorator in decorators):
+            with_code.add(path.name)
+    assert with_code <= set(SOURCES)
+
+
+SMALL = """
+from compiled import compiled
+
+@compiled
+def inner(x):
+    return x + {number}
+
+"""
+OUTER = """
+from compiled import compiled
+from survival import inner
+
+@compiled
+def outer(x):
+    return inner(x)
+
+print(outer(1), sum(outer.stats.cache_hits.values()))
+"""
+
+
+def run_small(folder: Path, number: int, **environment: str) -> list[str]:
+    """Call a compiled function whose callee, in another module, adds `number`; what it gives and its cache hits."""
+    (folder / "survival.py").write_text(SMALL.format(number=number), encoding="utf-8")
+    (folder / "growth.py").write_text(OUTER, encoding="utf-8")
+    (folder / "copy_index.py").touch()
+    shutil.copy(PACKAGE / "compiled.py", folder)
+    done = subprocess.run(
+        [sys.executable, str(folder / "growth.py")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_kept_code_is_used_until_a_function_that_it_calls_changes(tmp_path: Path) -> None:
+    """Numba by itself goes on using code that was compiled with an earlier version of another module."""
+    assert run_small(tmp_path, 10) == ["11", "0"]
+    assert run_small(tmp_path, 10) == ["11", "1"]
+    assert run_small(tmp_path, 20) == ["21", "0"]
+
+
+def test_code_that_cannot_be_kept_is_compiled_each_time(tmp_path: Path) -> None:
+    (tmp_path / "__pycache__").touch()  # no folder can be made here, not even by root
+    nowhere = str(tmp_path / "__pycache__" / "home")
+    for _ in range(2):
+        assert run_small(tmp_path, 10, HOME=nowhere, XDG_CACHE_HOME=nowhere, LOCALAPPDATA=nowhere) == ["11", "0"]
