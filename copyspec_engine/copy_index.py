@@ -36,7 +36,7 @@ __all__ = [
 
 TokenArray = npt.NDArray[np.int64]
 
-ORDERS = np.array([16, 8, 6, 4, 3, 2, 1], dtype=np.int64)
+ORDERS = np.array([16, 8, 4, 2, 1], dtype=np.int64)
 """Lengths of the token runs that are hashed, longest first."""
 
 MAX_MATCH_TOKENS = 48
@@ -320,7 +320,7 @@ def _unseen(arrays: IndexArrays, tokens: npt.NDArray[np.int64], spans: npt.NDArr
 class CopyIndex:
     """The texts of one conversation in a ring of tokens, with hash chains over their 1- to 16-token runs.
 
-    Cost: about 0.2 us a token to append; lookups do not depend on the size; about 60 bytes a token of capacity, which
+    Cost: about 0.2 us a token to append; lookups do not depend on the size; 44 bytes a token of capacity, which
     is the next power of two.
 
     When more than `max_tokens` are held, whole texts are forgotten, the least recently used first: the ring is swept
@@ -514,9 +514,11 @@ class CopyIndex:
         while capacity < size:
             capacity *= 2
         shift = 1 - begin if renumber else 0
-        self.arrays = _empty_arrays(capacity)._replace(counts=old.counts, frequent=old.frequent, total=old.total)
-        self.arrays.bounds[:] = begin + shift, end + shift
         held = old.tokens[np.arange(begin, end) & (len(old.tokens) - 1)]
+        counts, frequent, total = old.counts, old.frequent, old.total
+        del old, self.arrays  # a large ring need not be there twice
+        self.arrays = _empty_arrays(capacity)._replace(counts=counts, frequent=frequent, total=total)
+        self.arrays.bounds[:] = begin + shift, end + shift
         self.arrays.tokens[self._slots(begin + shift, end + shift)] = held
         for span in self._spans:
             span.start += shift

@@ -54,15 +54,15 @@ from copyspec_engine.survival import (
 
 __all__ = ["Call", "Scratch", "find_root", "follow", "grow", "make_call", "make_scratch", "walk"]
 
-_MATCHES = 32
-"""Pointers that come from matches, at one place."""
+_MATCHES, _INNER_MATCHES = 24, 8
+"""Pointers that come from matches, at the root and inside the tree."""
 _POINTERS = _MATCHES + 10
 _STARTS = 8
 _CANDIDATES = _POINTERS + FREQUENT
 _PENDING = 4096
 """Candidates waiting to become nodes."""
-_ROOT_STEPS, _INNER_STEPS = 32, 6
-_LOOK = 3.0
+_ROOT_STEPS, _INNER_STEPS = 32, 4
+_LOOK = 6.0
 """A place inside the tree is looked up anew if it is at least this many times as likely as a node must be."""
 _SHORT_LENGTH = 2
 _SURE_LENGTH = 16
@@ -529,7 +529,16 @@ def _complete(
         suffix, matched = scratch.suffix, count
         size = _suffix_at(nodes, suffix, call.tail, call.sizes[0], slot)
         count = find_matches(
-            arrays.tokens, arrays.heads, arrays.previous, bounds, suffix, size, pointers, count, _MATCHES, _INNER_STEPS
+            arrays.tokens,
+            arrays.heads,
+            arrays.previous,
+            bounds,
+            suffix,
+            size,
+            pointers,
+            count,
+            _INNER_MATCHES,
+            _INNER_STEPS,
         )
         for i in range(matched, count):
             pointers[i, ORIGIN] = MATCHED
