@@ -100,13 +100,23 @@ class EngineCore:
 
     def forget(self, session_id: str) -> bool:
         """Erase a session (see `SessionStore.forget`); calls of it in flight go on and keep nothing."""
+        for sequence in self.scheduler.running:
+            if sequence.request.session_id == session_id:
+                self._detach(sequence)
+        return self.sessions.forget(session_id)
+
+    def forget_pool(self, name: str) -> bool:
+        """Erase a shared pool, as `forget` does a session."""
+        for sequence in self.scheduler.running:
+            if sequence.request.memory_pool == name:
+                self._detach(sequence)
+        return self.sessions.forget_pool(name)
+
+    def _detach(self, sequence: Sequence) -> None:
         try:
-            for sequence in self.scheduler.running:
-                if sequence.request.session_id == session_id:
-                    self.scheduler.detach(sequence)
-        finally:
-            found = self.sessions.forget(session_id)
-        return found
+            self.scheduler.detach(sequence)
+        except Exception:  # of a drafter that is gone now; the request gets a new one
+            logger.exception("the drafter of request %s did not end well", sequence.request.request_id)
 
     def _fail(self, sequence: Sequence, error: Exception) -> RequestFailedError:
         """Take a request off; only its own reader hears of the error."""

@@ -177,13 +177,28 @@ class Engine:
         return entry is not None
 
     def forget(self, session_id: str) -> bool:
-        """Erase a session's texts and KV; False if there is none."""
+        """Erase a session's texts, in memory, in shared pools and on disk, and its KV; False if there was nothing.
+
+        A call of the session that is in flight goes on and keeps nothing.
+
+        Raises:
+            MemoryFileError: the texts are erased in memory, but not on disk. Call again to try again.
+            EngineStoppedError: the engine was closed.
+        """
+        return self._on_loop(partial(self._core.forget, session_id))
+
+    def forget_pool(self, name: str) -> bool:
+        """Erase the texts of a shared pool, in memory and on disk; False if there is none. Raises as `forget` does."""
+        return self._on_loop(partial(self._core.forget_pool, name))
+
+    def _on_loop(self, work: Callable[[], bool]) -> bool:
+        """The result of `work`, done by the loop thread between two steps."""
         if threading.current_thread() is self._thread:
-            return self._core.forget(session_id)
+            return work()
         done: Future[bool] = Future()
         with self._lock:
             self._check_running()
-            self._commands.put(partial(_fulfil, done, partial(self._core.forget, session_id)))
+            self._commands.put(partial(_fulfil, done, work))
         return done.result()
 
     def close(self) -> None:

@@ -163,13 +163,15 @@ class Scheduler:
             self._hand_over_slots(sequence)
 
     def detach(self, sequence: Sequence) -> None:
-        """Take what a running request has read and written out of its memory; from now on it has one of its own."""
+        """Take a running request out of its memory, which is erased; it gets another one that ends with it."""
         memory = sequence.memory
+        if memory is None:
+            return
+        memory.owner = None  # nothing of it is saved any more
         try:
             self._stop_drafting(sequence)
         finally:
-            if memory is not None:
-                memory.erase()
+            memory.erase()
             self._use(sequence, self._sessions.open(None).memory)
 
     def _stop_drafting(self, sequence: Sequence) -> None:

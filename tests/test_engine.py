@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from copyspec_engine import (
     SamplingParams,
     shared_engine,
 )
-from copyspec_engine.drafter import DraftTree
+from copyspec_engine.drafter import Drafter, DraftTree
+from copyspec_engine.memory import SessionMemory
 from copyspec_engine.scheduler import ScheduledBatch
 from copyspec_engine.testing import ScriptedRunner, scripted_engine
 from tests.conftest import assert_all_slots_free
@@ -242,6 +244,115 @@ def test_a_request_that_fails_takes_nobody_with_it() -> None:
         assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
         assert [handle.result().text for handle in (*good, late)] == [DOCUMENT] * 3
         assert_all_slots_free(engine)
+
+
+class WatchedDrafter:
+    """A drafter that counts how often it is finished, notes what it observes, and may fail in one of its methods."""
+
+    def __init__(self, drafter: Drafter, fails: str) -> None:
+        self._drafter, self._fails = drafter, fails
+        self.num_finished = 0
+        self.observed: list[tuple[DraftTree, Sequence[int], Sequence[int]]] = []
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        self._may_fail("propose")
+        return self._drafter.propose(num_pending, room)
+
+    def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
+        self._may_fail("observe")
+        self.observed.append((draft, accepted, tokens))
+        self._drafter.observe(draft, accepted, tokens)
+
+    def finish(self) -> None:
+        self.num_finished += 1
+        self._may_fail("finish")
+        self._drafter.finish()
+
+    def _may_fail(self, method: str) -> None:
+        if self._fails == method:
+            raise ArithmeticError(f"from {method}")
+
+
+def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> list[WatchedDrafter]:
+    """All drafters that an engine begins from now on; those of prompts with "bad" in them fail."""
+    watched: list[WatchedDrafter] = []
+    begin = engine._core.policy.begin
+
+    def watched_begin(options: Any, memory: SessionMemory, prompt_ids: Sequence[int], *rest: Any) -> Drafter:
+        drafter = begin(options, memory, prompt_ids, *rest)
+        is_bad = "bad" in engine.decode(prompt_ids)
+        if is_bad and fails == "begin":
+            raise ArithmeticError("from begin")
+        watched.append(WatchedDrafter(drafter, fails if is_bad else ""))
+        return watched[-1]
+
+    monkeypatch.setattr(engine._core.policy, "begin", watched_begin)
+    return watched
+
+
+def open_spans(engine: Engine) -> list[Any]:
+    sessions = [session for session in engine._core.sessions._sessions.values() if session is not None]
+    return [span for session in sessions for span in session.memory.index.spans if span.is_open]
+
+
+@pytest.mark.parametrize("drafter", ["adaptive", "copyspec", "none"])
+def test_a_drafter_sees_what_was_kept_and_is_finished_once(
+    echo: Engine, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    watched = watch(echo, monkeypatch)
+    stops = [(), ("value 9\n",), ("lin",), ("7: v",), ("ne 12: value 144",)]
+    outputs = [
+        echo.generate(
+            ask(DOCUMENT, session_id="s", drafter=drafter, sampling=SamplingParams(stop=stop, max_tokens=most))
+        )
+        for stop in stops
+        for most in (None, 60, 1)
+    ]
+    for output, seen in zip(outputs, watched, strict=True):
+        assert seen.num_finished == 1
+        assert tuple(token for _, _, tokens in seen.observed for token in tokens) == output.token_ids
+        for draft, accepted, tokens in seen.observed:
+            assert [draft.tokens[node] for node in accepted] == list(tokens[: len(accepted)])
+            assert len(tokens) - len(accepted) in (0, 1)
+    if drafter == "adaptive":
+        cut = [len(seen.observed[-1][1]) == len(seen.observed[-1][2]) for seen in watched]
+        assert any(cut)  # some answers ended inside an accepted draft
+
+
+def test_a_drafter_is_finished_once_when_its_request_is_cancelled_or_dropped(
+    endless: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = watch(endless, monkeypatch)
+    for session in ("a", "b"):
+        first = endless.submit(ask("go", request_id="first", session_id=session, drafter="adaptive"))
+        second = endless.submit(ask("go", session_id=session))
+        next(first)
+        next(second)
+        assert len(open_spans(endless)) >= 1
+        endless.cancel("first")
+        second.close()
+        first.result()
+        assert wait_until_idle(endless)
+        assert open_spans(endless) == []
+    assert [seen.num_finished for seen in watched] == [1] * 4
+
+
+@pytest.mark.parametrize("method", ["begin", "propose", "observe", "finish"])
+def test_a_drafter_that_fails_ends_its_own_request_alone(
+    echo: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    watched = watch(echo, monkeypatch, fails=method)
+    good = [echo.submit(ask(f"{DOCUMENT} {i}", session_id=f"good{i}")) for i in range(2)]
+    bad = echo.submit(ask("bad", session_id="s"))
+    late = echo.submit(ask(DOCUMENT, session_id="s"))
+    with pytest.raises(RequestFailedError, match=f"from {method}") as caught:
+        bad.result()
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+    assert [handle.result().text for handle in (*good, late)] == [f"{DOCUMENT} 0", f"{DOCUMENT} 1", DOCUMENT]
+    assert echo.generate(ask(DOCUMENT, session_id="s")).tokens_per_forward > 10
+    assert [seen.num_finished for seen in watched] == [1] * len(watched)
+    assert open_spans(echo) == []
+    assert_all_slots_free(echo)
 
 
 def test_an_error_that_stops_the_loop_reaches_current_and_later_callers(caplog: pytest.LogCaptureFixture) -> None:
