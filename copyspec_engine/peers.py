@@ -40,35 +40,36 @@ Contestant = Callable[[], Begin]
 """Opens a conversation. What a drafter learns over conversations lives here; a session's texts live in `Begin`."""
 
 
-def contestant(name: str, cost: CostCurve) -> Contestant:
+def contestant(name: str, cost: CostCurve, end: int | None = None) -> Contestant:
     """A fresh drafter that has learnt nothing yet.
 
     Args:
         name: one of `OURS`, `PEERS`, `INGREDIENTS` and "none".
         cost: what a pass costs; only ours looks at it.
+        end: the token that ends an answer; nobody drafts behind it.
 
     Raises:
         ConfigError: no such name.
         CopySpecError: it needs a package that is not installed.
     """
     if name == "none":
-        return _policy(NoDrafter(), cost)
+        return _policy(NoDrafter(), cost, end)
     if name == "copyspec":
-        return _policy(CopySpecDrafter(), cost)
+        return _policy(CopySpecDrafter(), cost, end)
     if name == "copyspec-64":
-        return _policy(CopySpecDrafter(block=64), cost)
+        return _policy(CopySpecDrafter(block=64), cost, end)
     if name == "prompt-lookup":
-        return lambda: PromptLookup
+        return lambda: _ending(PromptLookup, end)
     if name == "arctic":
-        return lambda: ArcticConversation(max_spec_tokens=64, max_spec_factor=1.0).begin
+        return lambda: _ending(ArcticConversation(max_spec_tokens=64, max_spec_factor=1.0).begin, end)
     if name == "arctic-tuned":
-        return lambda: ArcticConversation(max_spec_tokens=192, max_spec_factor=4.0).begin
+        return lambda: _ending(ArcticConversation(max_spec_tokens=192, max_spec_factor=4.0).begin, end)
     if name == "adaptive-no-memory":
-        return _policy(AdaptiveDrafter(), cost, remember=False)
+        return _policy(AdaptiveDrafter(), cost, end, remember=False)
     if name in INGREDIENTS:
-        return _policy(AdaptiveDrafter(), cost, Ingredients(**{INGREDIENTS[name]: False}))
+        return _policy(AdaptiveDrafter(), cost, end, Ingredients(**{INGREDIENTS[name]: False}))
     if name == OURS:
-        return _policy(AdaptiveDrafter(), cost)
+        return _policy(AdaptiveDrafter(), cost, end)
     raise ConfigError(f"Got drafter {name!r} but expected one of {', '.join(('none', *PEERS, OURS, *INGREDIENTS))}")
 
 
@@ -78,31 +79,64 @@ def installed(name: str) -> bool:
 
 
 def _policy(
-    options: DrafterConfig, cost: CostCurve, ingredients: Ingredients | None = None, *, remember: bool = True
+    options: DrafterConfig,
+    cost: CostCurve,
+    end: int | None,
+    ingredients: Ingredients | None = None,
+    *,
+    remember: bool = True,
 ) -> Contestant:
-    policy = DraftingPolicy(cost)
+    policy, eos = DraftingPolicy(cost), frozenset() if end is None else frozenset((end,))
 
     def conversation() -> Begin:
         memory = SessionMemory(MEMORY_TOKENS)
 
         def begin(prompt_ids: Sequence[int]) -> Drafter:
             session = memory if remember else SessionMemory(MEMORY_TOKENS)
-            return policy.begin(options, session, prompt_ids, ingredients=ingredients)
+            return policy.begin(options, session, prompt_ids, eos, ingredients=ingredients)
 
         return begin
 
     return conversation
 
 
+def _ending(begin: Begin, end: int | None) -> Begin:
+    """The same drafters, whose drafts end where the answer must."""
+    return lambda prompt_ids: _Ending(begin(prompt_ids), end)
+
+
+class _Ending:
+    """A drafter without what it drafts behind the end of an answer."""
+
+    def __init__(self, drafter: Drafter, end: int | None) -> None:
+        self._drafter, self._end = drafter, end
+        self.observe, self.finish = drafter.observe, drafter.finish
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        draft = self._drafter.propose(num_pending, room)
+        if self._end not in draft.tokens:
+            return draft
+        kept: dict[int, int] = {-1: -1}  # a node's number before, and now; none behind an end
+        tokens: list[int] = []
+        parents: list[int] = []
+        for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+            if parent in kept and (parent < 0 or draft.tokens[parent] != self._end):
+                kept[node] = len(tokens)
+                tokens.append(token)
+                parents.append(kept[parent])
+        return DraftTree(tuple(tokens), tuple(parents))
+
+
 class Session:
     """One conversation of ours whose memory can be weighed."""
 
-    def __init__(self, cost: CostCurve) -> None:
+    def __init__(self, cost: CostCurve, end: int | None = None) -> None:
         self._policy, self._memory = DraftingPolicy(cost), SessionMemory(MEMORY_TOKENS)
+        self._eos = frozenset() if end is None else frozenset((end,))
 
     def begin(self, prompt_ids: Sequence[int]) -> Drafter:
         """Open the conversation's next call."""
-        return self._policy.begin(AdaptiveDrafter(), self._memory, prompt_ids)
+        return self._policy.begin(AdaptiveDrafter(), self._memory, prompt_ids, self._eos)
 
     @property
     def num_tokens(self) -> int:

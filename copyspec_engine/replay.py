@@ -3,8 +3,9 @@ r"""Recorded conversations replayed through a drafter: what its drafts would hav
 A recorded assistant message stands for the model's output, so a draft is accepted along the path that equals the
 record. Under greedy decoding that is what the engine would have accepted, had its model written these answers.
 
-A message is read as the tokens of `<|im_start|>role\n`, its text and `<|im_end|>\n`; tool calls follow the text as
-JSON. The prompt of a call ends with the assistant's `<|im_start|>assistant\n`, and the call writes all the rest.
+A message is read as the tokens of `<|im_start|>role\n`, its text, `<|im_end|>` and a line end; tool calls follow the
+text as JSON. The prompt of a call ends with the assistant's `<|im_start|>assistant\n`; the call writes the text and
+`<|im_end|>`, behind which no drafter drafts, as in an engine that knows how answers end.
 
 Not covered: sampling noise, grammars, prefill (the pass that reads a prompt is the first to verify a draft), batching.
 """
@@ -39,6 +40,7 @@ __all__ = [
     "Message",
     "Tally",
     "calls_of",
+    "end_token",
     "load_conversations",
     "load_cost_curve",
     "load_tokenizer",
@@ -49,6 +51,7 @@ MAX_CONTEXT = 24_000
 """A conversation is cut behind the message that takes it over this many tokens."""
 ROOM = 4096
 """Levels that a draft may have: nobody knows how long the answer will get, so every drafter gets the same."""
+END_OF_MESSAGE = "<|im_end|>"
 END_OF_RECORD = -1
 """What verification samples behind the last recorded token: no draft holds it."""
 
@@ -69,11 +72,17 @@ Begin = Callable[[Sequence[int]], Drafter]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One recorded message in tokens: the template's head with the role, then the text up to the next message."""
+    """One recorded message in tokens: the template's head with the role, the text and its end, and the line end."""
 
     role: str
     head: tuple[int, ...]
     body: tuple[int, ...]
+    tail: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All of them in order."""
+        return (*self.head, *self.body, *self.tail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,12 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
         raise ConfigError(f"Got tokenizer {name} but {path} is no tokenizer: {error}") from None
+
+
+def end_token(tokenizer: Tokenizer) -> int | None:
+    """The token that ends a message, if the tokenizer has one for it."""
+    token: int | None = tokenizer.token_to_id(END_OF_MESSAGE)
+    return token
 
 
 def load_cost_curve(name: str) -> CostCurve:
@@ -202,9 +217,9 @@ def _in_tokens(messages: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Iter
         text = text if isinstance(text, str) else json.dumps(text)
         if message.get("tool_calls"):
             text += "\n" + json.dumps(message["tool_calls"])
-        head, body = encode(f"<|im_start|>{message['role']}\n"), encode(text + "<|im_end|>\n")
-        yield Message(message["role"], head, body)
-        total += len(head) + len(body)
+        head, body, tail = encode(f"<|im_start|>{message['role']}\n"), encode(text + END_OF_MESSAGE), encode("\n")
+        yield Message(message["role"], head, body, tail)
+        total += len(head) + len(body) + len(tail)
         if total > MAX_CONTEXT:
             return
 
@@ -214,7 +229,7 @@ def calls_of(conversation: Sequence[Message], history: History) -> Iterator[Call
     for position, message in enumerate(conversation):
         if message.role == "assistant":
             kept = _kept(conversation[:position], history)
-            prompt = [token for earlier in kept for token in (*earlier.head, *earlier.body)]
+            prompt = [token for earlier in kept for token in earlier.token_ids]
             yield Call((*prompt, *message.head), message.body)
 
 

@@ -51,6 +51,7 @@ __all__ = [
     "blend",
     "calibrated",
     "depth_bucket",
+    "first_guess",
     "fresh_survival",
     "hazard",
     "learn_outcome",
@@ -131,6 +132,23 @@ def _fitted_weights() -> tuple[float, ...]:
     if len(stored["weights"]) != NUM_WEIGHTS:
         raise ValueError(f"Got {len(stored['weights'])} weights in survival.json but expected {NUM_WEIGHTS}")
     return tuple(stored["weights"])
+
+
+def first_guess() -> list[float]:
+    """Weights to start fitting from: a copy that has gone on for n tokens ends at the next one with about 1.2 / n."""
+    weights = np.zeros(NUM_WEIGHTS)
+    for i, length in enumerate(_LENGTHS):
+        for j, depth in enumerate(_DEPTHS):
+            chance = max(1 - 1.2 / (1.15 * length + 1.3 * depth + 1.3), 0.08)
+            weights[BY_MATCH + i * NUM_DEPTHS + j] = np.log(chance / (1 - chance))
+    agreements, ranks = (0, 0.3, 0.6, 0.3, -0.3, -1), (0, -0.5, -0.8, -1, -1.2)
+    origins = (0, 0.2, 1, 0.5, 0.3, 1, 0.5, 1.5, 0.5, 2, 4)
+    weights[BY_AGREEMENT:BY_ORIGIN] = np.repeat(agreements, NUM_LENGTHS)
+    weights[BY_ORIGIN:BY_RANK] = np.repeat(origins, NUM_DEPTHS)
+    weights[BY_RANK:BY_SHARE] = ranks
+    weights[BY_FREQUENCY:] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
+    guess: list[float] = weights.tolist()
+    return guess
 
 
 def fresh_survival(weights: Sequence[float] | None = None) -> Survival:

@@ -103,7 +103,7 @@ def test_max_tokens_limits_the_conversations(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     assert drafts("--transcripts", CHATS, "--drafters", "none", "--max-tokens", "1", "--json", out).exit_code == 0
     (row,) = record(out)["results"]
-    assert row["tokens"] == 555
+    assert row["tokens"] == 552
 
 
 def test_ingredients_are_switched_off_in_turn(tmp_path: Path) -> None:

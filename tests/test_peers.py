@@ -241,3 +241,15 @@ def test_a_proposal_can_be_repeated(name: str) -> None:
     first: DraftTree = drafter.propose(1, ROOM)
     assert len(first) > 0
     assert drafter.propose(1, ROOM) == first
+
+
+@pytest.mark.parametrize("name", ["copyspec", "prompt-lookup", "arctic", "adaptive"])
+def test_nobody_drafts_behind_the_end_of_an_answer(name: str) -> None:
+    if not installed(name):
+        pytest.skip("arctic-inference is not installed")
+    end, text = 9, [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13]
+    drafter = contestant(name, COST, end)()((*text, *text, *text[:4]))
+    draft = drafter.propose(1, ROOM)
+    children = {draft.tokens[parent] for parent in draft.parents if parent >= 0}
+    assert {5, 6} <= set(draft.tokens)
+    assert end not in children

@@ -37,7 +37,7 @@ def tokenizer() -> Tokenizer:
 
 
 def texts(conversation: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
-    return [tokenizer.decode((*m.head, *m.body), skip_special_tokens=False) for m in conversation]
+    return [tokenizer.decode(m.token_ids, skip_special_tokens=False) for m in conversation]
 
 
 # Reading

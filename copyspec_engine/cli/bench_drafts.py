@@ -25,6 +25,7 @@ from copyspec_engine.replay import (
     Message,
     Tally,
     calls_of,
+    end_token,
     load_conversations,
     load_cost_curve,
     load_tokenizer,
@@ -126,7 +127,7 @@ def sources(
 def _replay_all(
     loaded: Mapping[str, Sequence[tuple[Message, ...]]], names: Sequence[str], options: DraftsOptions, console: Console
 ) -> list[dict[str, Any]]:
-    cost, results = load_cost_curve(options.cost_model), []
+    cost, end, results = load_cost_curve(options.cost_model), end_token(load_tokenizer(options.tokenizer)), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("conversations"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(names) * sum(map(len, loaded.values())))
@@ -134,8 +135,8 @@ def _replay_all(
             for name in names:
                 progress.update(task, description=f"{source} {name}")
                 # What compiles or loads on the first call is no part of a measurement.
-                replay(contestant(name, cost)(), islice(calls_of(conversations[0], options.history), 1), Tally())
-                drafter, tally = contestant(name, cost), Tally()
+                replay(contestant(name, cost, end)(), islice(calls_of(conversations[0], options.history), 1), Tally())
+                drafter, tally = contestant(name, cost, end), Tally()
                 for conversation in conversations:
                     replay(drafter(), calls_of(conversation, options.history), tally)
                     progress.advance(task)

@@ -22,7 +22,7 @@ from rich.table import Table
 from copyspec_engine.cli.bench_drafts import machine, sources, versions
 from copyspec_engine.cli.report import check_writable, write_text
 from copyspec_engine.peers import OURS, Session
-from copyspec_engine.replay import Call, Message, Tally, calls_of, load_cost_curve, replay
+from copyspec_engine.replay import Call, Message, Tally, calls_of, end_token, load_cost_curve, load_tokenizer, replay
 
 __all__ = ["ProposeOptions", "run_propose"]
 
@@ -57,11 +57,12 @@ def run_propose(options: ProposeOptions, command: str, console: Console) -> int:
     if options.json:
         check_writable(options.json, "--json")
     loaded = sources(options.transcripts, options.tokenizer, ALL, console)
+    end = end_token(load_tokenizer(options.tokenizer))
     replayed, filler = _split(list(chain.from_iterable(loaded.values())), options.max_tokens)
     results = []
     for size in options.memory_tokens:
         with console.status(f"Measuring with {size:,} tokens of memory ..."):
-            results.append(_measure(size, replayed, filler))
+            results.append(_measure(size, replayed, filler, end))
     console.print(_table(results))
     if options.json:
         record = {
@@ -90,11 +91,13 @@ def _split(conversations: list[Conversation], max_tokens: int) -> tuple[list[Con
     return shuffled[:count], shuffled[count:] or shuffled
 
 
-def _measure(size: int, replayed: Sequence[Conversation], filler: Sequence[Conversation]) -> dict[str, Any]:
+def _measure(
+    size: int, replayed: Sequence[Conversation], filler: Sequence[Conversation], end: int | None
+) -> dict[str, Any]:
     cost = load_cost_curve("gpu")
     replay(Session(cost).begin, [Call((1, 2), (3,))], Tally())  # compiles what is not compiled yet
     index_ms = [_index_ms(Session(cost), filler) for _ in range(INDEX_REPEATS)]
-    session = Session(cost)
+    session = Session(cost, end)
     gc.collect()
     tracemalloc.start()
     _fill(session, size, filler)
@@ -142,7 +145,7 @@ def _pieced(tokens: Sequence[int], order: random.Random) -> Iterator[list[int]]:
 
 
 def _tokens(conversation: Conversation) -> list[int]:
-    return [token for message in conversation for token in (*message.head, *message.body)]
+    return [token for message in conversation for token in message.token_ids]
 
 
 def _index_ms(session: Session, filler: Sequence[Conversation]) -> float:

@@ -1,0 +1,95 @@
+"""Fits the weights that survival starts from, by replaying recorded conversations: writes survival.json.
+
+    python scripts/fit_survival.py TRANSCRIPTS... --tokenizer DIR --skip-tokens 15000 --out survival.json
+
+Every conversation is replayed under one of two cost curves, drawn at random, while one set of weights learns from all
+of them, online as in the engine. What is written is their mean over all epochs but the first. `--skip-tokens` leaves
+the first conversations of each file out, so that they can be measured with weights that have not seen them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from copyspec_engine.config import AdaptiveDrafter
+from copyspec_engine.drafter import Drafter, DraftingPolicy
+from copyspec_engine.memory import SessionMemory
+from copyspec_engine.replay import (
+    Message,
+    Tally,
+    calls_of,
+    end_token,
+    load_conversations,
+    load_cost_curve,
+    load_tokenizer,
+    replay,
+)
+from copyspec_engine.survival import Survival, first_guess
+
+MAX_SESSION_TOKENS = 1_000_000
+
+
+def main() -> None:
+    """Parse the arguments, fit, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("transcripts", nargs="+", type=Path)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument(
+        "--skip-tokens", type=int, default=0, help="answer tokens at the start of each file to leave out"
+    )
+    parser.add_argument("--max-tokens", type=int, default=60_000, help="answer tokens of each file to read")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(args.tokenizer)
+    work: list[tuple[str, Sequence[Message]]] = []
+    for path in args.transcripts:
+        seen = 0
+        for conversation in load_conversations(path, tokenizer, args.max_tokens):
+            seen += sum(len(message.body) for message in conversation if message.role == "assistant")
+            if seen > args.skip_tokens:
+                work.append((path.name, conversation))
+    weights = fit(work, end_token(tokenizer), args.epochs, args.seed)
+    args.out.write_text(json.dumps({"weights": np.round(weights, 3).tolist()}) + "\n", encoding="utf-8")
+    print(f"{len(work)} conversations, {args.epochs} epochs: wrote {args.out}")
+
+
+def fit(
+    work: Sequence[tuple[str, Sequence[Message]]], end: int | None, epochs: int, seed: int
+) -> npt.NDArray[np.float64]:
+    """Mean weights after replaying (source, conversation) pairs; the pace is learnt for each source and curve."""
+    random = np.random.default_rng(seed)
+    eos = frozenset() if end is None else frozenset((end,))
+    policies = {name: DraftingPolicy(load_cost_curve(name), first_guess()) for name in ("gpu", "cpu")}
+    weights = policies["gpu"].survival.weights
+    states: dict[tuple[str, str], Survival] = {}
+    total, count = np.zeros_like(weights), 0
+    for epoch in range(epochs):
+        for place in random.permutation(len(work)):
+            source, conversation = work[place]
+            curve = "gpu" if random.random() < 0.5 else "cpu"
+            policy, memory = policies[curve], SessionMemory(MAX_SESSION_TOKENS)
+            fresh = policy.survival.copy()._replace(weights=weights)
+            memory.survival = states.setdefault((source, curve), fresh)
+
+            def begin(
+                prompt_ids: Sequence[int], policy: DraftingPolicy = policy, memory: SessionMemory = memory
+            ) -> Drafter:
+                return policy.begin(AdaptiveDrafter(max_draft_tokens=1024), memory, prompt_ids, eos)
+
+            replay(begin, calls_of(conversation, "full"), Tally())
+            if epoch > 0 or epochs == 1:
+                total += weights
+                count += 1
+    return total / count
+
+
+if __name__ == "__main__":
+    main()
