@@ -509,16 +509,21 @@ def _add_frequent(
 
 @compiled
 def _complete(
-    arrays: IndexArrays,
-    scratch: Scratch,
-    call: Call,
+    ring: npt.NDArray[np.int32],
+    heads: npt.NDArray[np.int32],
+    previous: npt.NDArray[np.int32],
+    bounds: Table,
+    nodes: Table,
+    pointers: Table,
+    suffix: Table,
+    tail: Table,
+    tail_size: int,
     slot: int,
     probability: float,
     least: float,
     ingredients: npt.NDArray[np.bool_],
 ) -> int:
     """Add to the pointers that a node has from its parent, where that can matter; how many it has then."""
-    nodes, pointers, bounds = scratch.nodes, scratch.pointers[slot], arrays.bounds
     count = nodes[slot, POINTERS]
     longest = 0
     for i in range(count):
@@ -526,61 +531,65 @@ def _complete(
     if longest <= _SHORT_LENGTH and probability < 2.0 * least:
         return 0  # nothing behind a match this short is likely enough
     if longest < _SURE_LENGTH and probability > _LOOK * least and ingredients[LONGEST_MATCH]:
-        suffix, matched = scratch.suffix, count
-        size = _suffix_at(nodes, suffix, call.tail, call.sizes[0], slot)
-        count = find_matches(
-            arrays.tokens,
-            arrays.heads,
-            arrays.previous,
-            bounds,
-            suffix,
-            size,
-            pointers,
-            count,
-            _INNER_MATCHES,
-            _INNER_STEPS,
-        )
+        matched, size = count, _suffix_at(nodes, suffix, tail, tail_size, slot)
+        count = find_matches(ring, heads, previous, bounds, suffix, size, pointers, count, _INNER_MATCHES, _INNER_STEPS)
         for i in range(matched, count):
             pointers[i, ORIGIN] = MATCHED
     if ingredients[RESYNC]:
         for row in range(_NUM_ALIGNMENTS):
             at, age = nodes[slot, AT + 2 * row], nodes[slot, AGE + 2 * row]
             if age >= 0 and age <= _INNER_AGE:
-                last = nodes[slot, TOKEN]
-                count = _add_edits(arrays.tokens, bounds, pointers, count, at, age, last, scratch.suffix, 0)
+                count = _add_edits(ring, bounds, pointers, count, at, age, nodes[slot, TOKEN], suffix, 0)
     return count
 
 
 @compiled
 def _candidates(
-    arrays: IndexArrays,
-    survival: Survival,
-    scratch: Scratch,
-    call: Call,
+    ring: npt.NDArray[np.int32],
+    heads: npt.NDArray[np.int32],
+    previous: npt.NDArray[np.int32],
+    bounds: Table,
+    frequent: Table,
+    total: int,
+    weights: npt.NDArray[np.float64],
+    nodes: Table,
+    pointers: Table,
+    groups: Table,
+    candidates: Table,
+    log_odds: npt.NDArray[np.float64],
+    hazards: npt.NDArray[np.float64],
+    suffix: Table,
+    tail: Table,
+    sizes: Table,
     slot: int,
     probability: float,
     least: float,
     ingredients: npt.NDArray[np.bool_],
 ) -> int:
-    """The candidates behind a place that is reached with `probability`, best first; how many there are."""
-    nodes, weights, pointers = scratch.nodes, survival.weights, scratch.pointers[slot]
-    candidates, log_odds, hazards = scratch.candidates, scratch.log_odds, scratch.hazards
+    """The candidates behind a place that is reached with `probability`, best first; how many there are.
+
+    The arrays are those of `IndexArrays`, `Survival`, `Scratch` and `Call`; `pointers` are the place's own.
+    """
     if slot > 0:
-        nodes[slot, POINTERS] = _complete(arrays, scratch, call, slot, probability, least, ingredients)
-    num_pointers = nodes[slot, POINTERS]
-    count = _group(arrays.tokens, arrays.bounds, pointers, num_pointers, scratch.groups, candidates)
-    _rank(
-        weights,
-        pointers,
-        num_pointers,
-        nodes[slot, DEPTH],
-        call.sizes[3],
-        scratch.groups,
-        candidates,
-        count,
-        log_odds,
-        ingredients[AGREEMENT],
-    )
+        nodes[slot, POINTERS] = _complete(
+            ring,
+            heads,
+            previous,
+            bounds,
+            nodes,
+            pointers,
+            suffix,
+            tail,
+            sizes[0],
+            slot,
+            probability,
+            least,
+            ingredients,
+        )
+    num_pointers, depth = nodes[slot, POINTERS], nodes[slot, DEPTH]
+    count = _group(ring, bounds, pointers, num_pointers, groups, candidates)
+    agreements = ingredients[AGREEMENT]
+    _rank(weights, pointers, num_pointers, depth, sizes[3], groups, candidates, count, log_odds, agreements)
     if not ingredients[TREE]:
         count = min(count, 1)
     for j in range(count):
@@ -588,8 +597,7 @@ def _candidates(
         probability *= 1.0 - hazards[j]
     if not ingredients[TREE]:
         return count
-    total = max(arrays.total[0], 1)
-    return _add_frequent(arrays.frequent, total, weights, candidates, hazards, count, probability, least)
+    return _add_frequent(frequent, total, weights, candidates, hazards, count, probability, least)
 
 
 # ---- the heap of waiting candidates --------------------------------------------------------------------------------
@@ -660,16 +668,38 @@ def grow(
         The number of nodes.
     """
     pace = _MARGIN * (survival.pace[0] / survival.pace[1]) ** _DRAWN
-    ring, bounds, nodes, pointers = arrays.tokens, arrays.bounds, scratch.nodes, scratch.pointers
-    keys, heap, waiting, hazards = scratch.keys, scratch.heap, scratch.waiting, scratch.hazards
-    candidates, paths, most = scratch.candidates, survival.paths, len(marginal)
+    ring, heads, previous, bounds, _, frequent, _ = arrays
+    nodes, probabilities, pointers, groups, candidates, log_odds, hazards, suffix, waiting, keys, heap = scratch
+    tail, sizes, weights, paths = call.tail, call.sizes, survival.weights, survival.paths
+    total, most = max(arrays.total[0], 1), len(marginal)
     slot = seen = size = best = 0
     probability, gain, best_gain = 1.0, 0.0, 0.0
     _enter_root(scratch, call)
     while slot < most:
         least = pace * marginal[slot]
         if slot == 0 or not _is_in(nodes[slot, TOKEN], eos_token_ids):
-            count = _candidates(arrays, survival, scratch, call, slot, probability, least, ingredients)
+            count = _candidates(
+                ring,
+                heads,
+                previous,
+                bounds,
+                frequent,
+                total,
+                weights,
+                nodes,
+                pointers[slot],
+                groups,
+                candidates,
+                log_odds,
+                hazards,
+                suffix,
+                tail,
+                sizes,
+                slot,
+                probability,
+                least,
+                ingredients,
+            )
             for j in range(count):
                 likely = probability * hazards[j]
                 probability *= 1.0 - hazards[j]
@@ -686,7 +716,7 @@ def grow(
         size -= 1
         slot += 1
         _enter(ring, bounds, nodes, pointers, waiting[row, 0], slot, waiting[row, 1])
-        nodes[slot, SOURCE], scratch.probabilities[slot] = waiting[row, 2], probability
+        nodes[slot, SOURCE], probabilities[slot] = waiting[row, 2], probability
         gain += calibrated(paths, probability)
         if gain - pace * (seconds[slot] - seconds[0]) > best_gain:
             best_gain, best = gain - pace * (seconds[slot] - seconds[0]), slot
@@ -716,11 +746,33 @@ def walk(
         least: what a node had to reach.
         ingredients: what takes part, shape (5,).
     """
-    ring, bounds = arrays.tokens, arrays.bounds
+    ring, heads, previous, bounds, _, frequent, _ = arrays
+    nodes, _, pointers, groups, candidates, log_odds, hazards, suffix, _, _, _ = scratch
+    total = max(arrays.total[0], 1)
     _enter_root(scratch, call)
     for slot in range(len(written)):
-        probability = probabilities[slot - 1] if slot > 0 else 1.0
-        count = _candidates(arrays, survival, scratch, call, slot, probability, least, ingredients)
-        learn_outcome(survival.weights, scratch.candidates, _FEATURES, count, written[slot])
+        count = _candidates(
+            ring,
+            heads,
+            previous,
+            bounds,
+            frequent,
+            total,
+            survival.weights,
+            nodes,
+            pointers[slot],
+            groups,
+            candidates,
+            log_odds,
+            hazards,
+            suffix,
+            call.tail,
+            call.sizes,
+            slot,
+            probabilities[slot - 1] if slot > 0 else 1.0,
+            least,
+            ingredients,
+        )
+        learn_outcome(survival.weights, candidates, _FEATURES, count, written[slot])
         if slot + 1 < len(written):
-            _enter(ring, bounds, scratch.nodes, scratch.pointers, slot, slot + 1, written[slot])
+            _enter(ring, bounds, nodes, pointers, slot, slot + 1, written[slot])
