@@ -54,14 +54,14 @@ from copyspec_engine.survival import (
 
 __all__ = ["Call", "Scratch", "find_root", "follow", "grow", "make_call", "make_scratch", "walk"]
 
-_MATCHES, _INNER_MATCHES = 24, 8
+_MATCHES, _INNER_MATCHES = 24, 6
 """Pointers that come from matches, at the root and inside the tree."""
 _POINTERS = _MATCHES + 10
 _STARTS = 8
 _CANDIDATES = _POINTERS + FREQUENT
 _PENDING = 4096
 """Candidates waiting to become nodes."""
-_ROOT_STEPS, _INNER_STEPS = 32, 4
+_ROOT_STEPS, _INNER_STEPS = 32, 3
 _LOOK = 6.0
 """A place inside the tree is looked up anew if it is at least this many times as likely as a node must be."""
 _SHORT_LENGTH = 2
