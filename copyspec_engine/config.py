@@ -5,6 +5,7 @@ All objects are frozen and keyword-only; an unknown option or a value out of ran
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Sequence
@@ -153,13 +154,17 @@ class EngineConfig(_Options):
     drafter: DrafterConfig = AdaptiveDrafter()
     """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec" or "none"."""
     max_sessions: int = Field(default=256, ge=1)
-    """Conversations remembered; the least recently used one is forgotten first."""
+    """Conversations remembered, on disk too; the least recently used one is forgotten first."""
     max_session_tokens: int = Field(default=1_000_000, ge=4096)
-    """Tokens that one conversation's memory may hold, about 60 bytes each; texts not used for long go first."""
+    """Tokens that one conversation's memory may hold, about 50 bytes each; texts not used for long go first."""
     max_pools: int = Field(default=16, ge=1)
-    """Shared pools remembered; the least recently used one is forgotten first."""
+    """Shared pools remembered, on disk too; the least recently used one is forgotten first."""
     max_pool_tokens: int = Field(default=4_000_000, ge=4096)
-    """Tokens that one shared pool may hold, about 60 bytes each; texts not used for long go first."""
+    """Tokens that one shared pool may hold, about 50 bytes each; texts not used for long go first."""
+    memory_path: str | None = Field(default=None, min_length=1)
+    """A file that keeps the texts of sessions and pools over restarts, for one engine at a time; it is made if there is
+    none, and "~" is the home folder. A file that is damaged, or of another tokenizer or chat template, is refused: the
+    engine goes on without it and says why in `Engine.info`. Default: texts live in memory only."""
     step_cost: tuple[tuple[int, FiniteFloat], ...] | None = None
     """(tokens in a verify pass, relative or absolute seconds), ascending; default: measured, see `calibrate`."""
     calibrate: Literal["cached", "always"] = "cached"
@@ -174,6 +179,11 @@ class EngineConfig(_Options):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ValueError("auto, cpu, cuda or cuda:N")
         return device
+
+    @field_validator("memory_path")
+    @classmethod
+    def _expand_home(cls, path: str | None) -> str | None:
+        return None if path is None else os.path.expanduser(path)
 
     @model_validator(mode="after")
     def _check_step_cost(self) -> EngineConfig:

@@ -9,9 +9,10 @@ import torch
 from copyspec_engine.config import AdaptiveDrafter, EngineConfig
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree
-from copyspec_engine.errors import RequestFailedError
+from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
+from copyspec_engine.memory_file import MemoryFile
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import StreamChunk
 from copyspec_engine.sampler import sample
@@ -34,7 +35,8 @@ class EngineCore:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.pool = KVPool(model.num_slots)
-        self.sessions = SessionStore(config, self.pool.release)
+        self.file, self.memory_error = _open_memory(config.memory_path, model)
+        self.sessions = SessionStore(config, self.pool.release, self.file, model.runner.vocab_size)
         self.scheduler = Scheduler(self.pool, self.sessions, config.max_running, config.max_prefill_tokens)
         self.policy = DraftingPolicy(CostCurve(model.step_cost))
 
@@ -98,6 +100,11 @@ class EngineCore:
         except Exception as error:
             return self._fail(sequence, error)
 
+    def close(self) -> None:
+        """Let go of the memory file; no step may follow."""
+        if self.file is not None:
+            self.file.close()
+
     def forget(self, session_id: str) -> bool:
         """Erase a session (see `SessionStore.forget`); calls of it in flight go on and keep nothing."""
         for sequence in self.scheduler.running:
@@ -143,6 +150,17 @@ def warm_up() -> None:
         draft = drafter.propose(1, 64)
         drafter.observe(draft, (), (0,))
         drafter.finish()
+
+
+def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | None, str | None]:
+    """The memory file, or why there is none."""
+    if path is None:
+        return None, None
+    try:
+        return MemoryFile.open(path, model.tokenizer.fingerprint()), None
+    except MemoryFileError as error:
+        logger.error("Conversations are kept in memory only: %s", error)
+        return None, str(error)
 
 
 def _propose(row: ScheduledRow) -> DraftTree:

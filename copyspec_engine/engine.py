@@ -26,7 +26,13 @@ import torch
 
 from copyspec_engine.config import EngineConfig, GenerationRequest
 from copyspec_engine.core import EngineCore, warm_up
-from copyspec_engine.errors import ConfigError, ContextOverflowError, EngineStoppedError, RequestFailedError
+from copyspec_engine.errors import (
+    ConfigError,
+    ContextOverflowError,
+    EngineStoppedError,
+    MemoryFileError,
+    RequestFailedError,
+)
 from copyspec_engine.handle import RequestHandle, Sink
 from copyspec_engine.model_runner import LoadedModel, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
@@ -88,6 +94,8 @@ class Engine:
             num_kv_slots=model.num_slots,
             kv_bytes_per_token=model.kv_bytes_per_token,
             step_cost=model.step_cost,
+            memory_path=self._config.memory_path if self._core.file is not None else None,
+            memory_error=self._core.memory_error,
             versions={
                 "copyspec": _copyspec_version(),
                 "python": platform.python_version(),
@@ -324,6 +332,10 @@ class Engine:
                 del _shared[self._config]
         while not self._commands.empty():  # a `forget` may be waiting for its answer
             self._commands.get()()
+        try:
+            self._core.close()
+        except MemoryFileError:
+            logger.exception("the memory file was not closed well")
         for sequence, sink in waiting:
             _hand(sink, sequence, EngineStoppedError(self._stop_cause))
 

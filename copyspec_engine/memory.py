@@ -38,12 +38,12 @@ class SessionMemory:
     Args:
         max_tokens: tokens of text to keep; see `CopyIndex`.
         index: texts shared with other conversations; default: an index of its own.
-        owner: its name in a memory file; None: it is not kept there.
     """
 
-    def __init__(self, max_tokens: int, index: CopyIndex | None = None, owner: str | None = None) -> None:
+    def __init__(self, max_tokens: int, index: CopyIndex | None = None) -> None:
         self.index = CopyIndex(max_tokens) if index is None else index
-        self.owner = owner
+        self.owner: str | None = None
+        """Its name in a memory file; None: it is not kept there."""
         self.survival: Survival | None = None
         """Set by the first adaptive call."""
         self._spans: list[Span] = []

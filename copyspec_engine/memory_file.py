@@ -12,15 +12,19 @@ One SQLite file holds, for every owner (`session:<id>` or `pool:<name>`), segmen
 - **Deleted is gone.** After `delete` no byte of the owner's text is left in the file or its write-ahead log. The space
   is used again; the file does not shrink.
 
-Not covered: network file systems, encryption, using an open file after a fork, what a file system or a disk keeps of
-overwritten bytes.
+A forked child cannot use what its parent has open, and leaves it alone.
+
+Not covered: network file systems, encryption, what a file system or a disk keeps of overwritten bytes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -62,6 +66,12 @@ class Fingerprint:
     tokenizer: str
     template: str
 
+    @classmethod
+    def of(cls, tokenizer: object, template: object) -> Fingerprint:
+        """The digests of two values that JSON can hold."""
+        dumps = (json.dumps(value, sort_keys=True) for value in (tokenizer, template))
+        return cls(*(blake2b(text.encode(), digest_size=16).hexdigest() for text in dumps))
+
 
 class SavedSegment(NamedTuple):
     """One text of an owner.
@@ -85,6 +95,7 @@ class MemoryFile:
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self._path = connection, path
         self._lock = threading.Lock()  # closing a connection while another thread uses it crashes the interpreter
+        _open_files.add(self)
 
     @classmethod
     def open(cls, path: str | Path, fingerprint: Fingerprint) -> MemoryFile:
@@ -181,6 +192,22 @@ class MemoryFile:
                 if connection.in_transaction:  # some errors have ended it already
                     connection.execute("ROLLBACK")
                 raise
+
+
+_open_files: weakref.WeakSet[MemoryFile] = weakref.WeakSet()
+
+
+def _abandon_in_child() -> None:
+    """Put connections out of reach without closing them, which would take the parent's log away from under it."""
+    for file in list(_open_files):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(file._connection))  # nothing ever closes it
+        file._connection = sqlite3.connect(":memory:")
+        file._connection.close()
+        file._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_in_child)
 
 
 def _refuse_foreign(file: Path) -> None:

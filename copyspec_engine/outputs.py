@@ -120,4 +120,8 @@ class EngineInfo:
     kv_bytes_per_token: int
     step_cost: tuple[tuple[int, float], ...]
     """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller."""
+    memory_path: str | None = None
+    """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
+    memory_error: str | None = None
+    """Why the file could not be opened."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -108,9 +108,8 @@ class SessionStore:
             return Session(SessionMemory(self._config.max_session_tokens), is_kept=False)
         session = self._sessions.pop(session_id, None)
         if session is None:
-            owner = _Owner(session_id)
-            session = Session(SessionMemory(self._config.max_session_tokens, owner=owner.name), is_kept=True)
-            self._restore(session.memory)
+            memory = SessionMemory(self._config.max_session_tokens)
+            session = Session(self._restored(memory, _Owner(session_id)), is_kept=True)
         self._sessions[session_id] = session
         while len(self._sessions) > self._config.max_sessions:
             oldest = next(iter(self._sessions))
@@ -137,8 +136,7 @@ class SessionStore:
         return pool.memories.get(session_id) or self._open_part(pool, _Owner(session_id, name))
 
     def _open_part(self, pool: Pool, owner: _Owner) -> SessionMemory:
-        memory = SessionMemory(self._config.max_pool_tokens, pool.index, owner.name)
-        self._restore(memory)
+        memory = self._restored(SessionMemory(self._config.max_pool_tokens, pool.index), owner)
         pool.memories[owner.session_id] = memory
         return memory
 
@@ -210,19 +208,20 @@ class SessionStore:
         else:
             memory.mark_saved(added, removed)
 
-    def _restore(self, memory: SessionMemory) -> None:
-        """Read a memory from disk; one that cannot be trusted starts empty, on disk too."""
-        if self._file is None or memory.owner is None:
-            return
+    def _restored(self, memory: SessionMemory, owner: _Owner) -> SessionMemory:
+        """A memory with its texts on disk, where it is kept from now on; one that cannot be trusted starts empty."""
+        memory.owner = owner.name
         try:
-            memory.restore(self._file.load(memory.owner), self._vocab_size)
+            memory.restore(self._file.load(owner.name) if self._file is not None else (), self._vocab_size)
         except (MemoryFileError, ValueError) as error:
             logger.warning("A conversation starts without its saved texts: %s", error)
-            self._try_to_delete([_Owner.parse(memory.owner)])
+            self._try_to_delete([owner])
+        return memory
 
     def _owners(self) -> list[_Owner]:
         """Everyone who has texts on disk, least recently used first."""
-        return [_Owner.parse(name) for name in self._file.owners()] if self._file is not None else []
+        names = self._file.owners() if self._file is not None else []
+        return [owner for name in names if (owner := _Owner.parse(name)) is not None]
 
     def _owners_if_readable(self) -> list[_Owner]:
         try:
@@ -255,9 +254,14 @@ class _Owner(NamedTuple):
         return f"session:{self.session_id}" if self.pool is None else f"pool:{json.dumps([self.pool, self.session_id])}"
 
     @classmethod
-    def parse(cls, name: str) -> _Owner:
+    def parse(cls, name: str) -> _Owner | None:
+        """The owner of a name; None for one that is not ours."""
         kind, _, rest = name.partition(":")
-        if kind != "pool":
+        if kind == "session":
             return cls(rest)
-        pool, session_id = json.loads(rest)
-        return cls(session_id, pool)
+        try:
+            pool, session_id = json.loads(rest)
+        except (ValueError, TypeError):
+            return None
+        is_ours = kind == "pool" and isinstance(pool, str) and isinstance(session_id, str | None)
+        return cls(session_id, pool) if is_ours else None

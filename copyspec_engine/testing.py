@@ -21,6 +21,7 @@ from copyspec_engine.config import EngineConfig
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
+from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.scheduler import ScheduledBatch
 from copyspec_engine.sequence import Sequence, TextStream
@@ -60,6 +61,9 @@ class ByteTokenizer:
             lambda: decoder.decode(b"", final=True),
             stop,
         )
+
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint.of("bytes and two turn markers", "ChatML-like")
 
 
 def _content_text(message: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from tokenizers.decoders import DecodeStream
 
 from copyspec_engine.errors import ConfigError, UnsupportedModelError
+from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.outputs import Segment
 from copyspec_engine.sequence import TextStream
 
@@ -41,6 +42,10 @@ class ChatTokenizer(Protocol):
 
     def text_stream(self, stop: Sequence[str]) -> TextStream:
         """A fresh detokeniser for one answer."""
+        ...
+
+    def fingerprint(self) -> Fingerprint:
+        """Digests by which saved token ids are known to mean the same texts."""
         ...
 
 
@@ -137,6 +142,12 @@ class HFTokenizer:
             return piece
 
         return StoppingTextStream(step, lambda: self.decode(pending), stop)
+
+    def fingerprint(self) -> Fingerprint:
+        with self._encoding:
+            normalizer = json.loads(self._backend.to_str())["normalizer"]
+            vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return Fingerprint.of({"vocabulary": vocabulary, "normalizer": normalizer}, self._tokenizer.chat_template)
 
 
 def _merge_neighbours(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

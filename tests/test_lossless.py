@@ -15,11 +15,13 @@ from copyspec_engine import (
     AdaptiveDrafter,
     CopySpecDrafter,
     Engine,
+    EngineConfig,
     GenerationOutput,
     GenerationRequest,
     SamplingParams,
 )
 from copyspec_engine.drafter import Drafter, DraftTree
+from copyspec_engine.scheduler import ScheduledBatch
 from tests.conftest import END, assert_all_slots_free, build_model
 
 MakeEngine = Callable[..., Engine]
@@ -32,10 +34,22 @@ def ids_of(text: str) -> tuple[int, ...]:
 PROMPT = ids_of("the cat sat on the mat; the cat ate the rat; the dog sat on the log; ") * 2
 
 
-def run(engine: Engine, prompt: tuple[int, ...], drafter: Any, session: str | None = None, **sampling: Any) -> Any:
-    params = SamplingParams(**{"max_tokens": 48, **sampling})
+def run(
+    engine: Engine,
+    prompt: tuple[int, ...],
+    drafter: Any,
+    session: str | None = None,
+    options: dict[str, Any] | None = None,
+    **sampling: Any,
+) -> GenerationOutput:
     return engine.generate(
-        GenerationRequest(prompt_token_ids=prompt, drafter=drafter, session_id=session, sampling=params)
+        GenerationRequest(
+            prompt_token_ids=prompt,
+            drafter=drafter,
+            session_id=session,
+            sampling=SamplingParams(**{"max_tokens": 48, **sampling}),
+            **(options or {}),
+        )
     )
 
 
@@ -87,6 +101,7 @@ def random_case(rng: random.Random) -> tuple[tuple[int, ...], dict[str, Any], An
     drafter = rng.choice(
         [
             AdaptiveDrafter(max_draft_tokens=rng.choice([1, 5, 64])),
+            AdaptiveDrafter(),
             CopySpecDrafter(min_match_tokens=rng.randrange(1, 4), block=rng.randrange(1, 14)),
         ]
     )
@@ -97,12 +112,26 @@ def same_answer(a: GenerationOutput, b: GenerationOutput) -> bool:
     return (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
 
 
-def test_600_random_cases_draft_on_equals_off(make_engine: MakeEngine) -> None:
-    """Sampling, stop ids, stop texts that cut answers, sessions that branch: nothing shows in the tokens."""
+def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftTree]:
+    """The drafts that an engine verifies from now on."""
+    drafts: list[DraftTree] = []
+    forward = engine._model.runner.forward
+
+    def watched(batch: ScheduledBatch, trees: Seq[DraftTree]) -> list[torch.Tensor]:
+        drafts.extend(trees)
+        return forward(batch, trees)
+
+    monkeypatch.setattr(engine._model.runner, "forward", watched)
+    return drafts
+
+
+def test_250_random_cases_draft_on_equals_off(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees, sampling, stop ids, stop texts that cut answers, sessions that branch: nothing shows in the tokens."""
     rng = random.Random(0)
     engine = make_engine("llama", kv_cache_tokens=2048, max_prefill_tokens=24, max_sessions=3)
+    drafts = watch_drafts(engine, monkeypatch)
     num_cut = num_reused = num_accepted = 0
-    for _ in range(600):
+    for _ in range(250):
         prompt, sampling, drafter = random_case(rng)
         plain = run(engine, prompt, "none", **sampling)
         if len(plain.text) > 2 and rng.random() < 0.4:
@@ -110,13 +139,17 @@ def test_600_random_cases_draft_on_equals_off(make_engine: MakeEngine) -> None:
             sampling["stop"] = (plain.text[at : at + rng.randrange(1, 5)], "never written")
             plain = run(engine, prompt, "none", **sampling)
             num_cut += 1
-        drafted = run(engine, prompt, drafter, session=rng.choice("abcd"), **sampling)
+        options = {"prediction": engine.decode(prompt[: rng.randrange(60)])} if rng.random() < 0.2 else {}
+        options |= {"memory_pool": "pool"} if rng.random() < 0.3 else {}
+        drafted = run(engine, prompt, drafter, rng.choice("abcd"), options, **sampling)
         assert same_answer(plain, drafted), (prompt, sampling, drafter)
         num_reused += drafted.usage.cached_tokens > 0
         num_accepted += drafted.draft_stats.num_accepted_tokens
-    assert num_cut > 100
-    assert num_reused > 50
-    assert num_accepted > 1000
+    assert num_cut > 40
+    assert num_reused > 20
+    assert num_accepted > 500
+    assert sum(not draft.is_chain for draft in drafts) > 500
+    assert max(map(len, drafts)) > 30
     assert_all_slots_free(engine)
 
 
@@ -232,6 +265,70 @@ def test_an_end_of_sequence_token_inside_a_draft_ends_the_answer(make_engine: Ma
     assert same_answer(plain, run(engine, PROMPT, "adaptive", stop_token_ids=(end,)))
     assert plain.token_ids[-1] == end
     assert END not in plain.token_ids
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.05, "seed": 3}], ids=["greedy", "seeded"])
+def test_trees_of_the_real_drafter_give_the_plain_tokens(
+    make_engine: MakeEngine, architecture: str, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
+) -> None:
+    """Over turns of a session whose KV is that of accepted branches, on every architecture."""
+    engine = make_engine(architecture, step_cost=((1, 1.0), (200, 1.2)))
+    drafts = watch_drafts(engine, monkeypatch)
+    prompt = PROMPT
+    for _ in range(3):
+        plain = run(engine, prompt, "none", **sampling)
+        drafted = run(engine, prompt, "adaptive", "chat", **sampling)
+        assert same_answer(plain, drafted)
+        prompt = (*prompt, *drafted.token_ids, *ids_of(" the dog sat on"))
+    assert drafted.usage.cached_tokens > len(PROMPT)
+    assert sum(not draft.is_chain for draft in drafts) > 10
+    assert_all_slots_free(engine)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.4, "seed": 11}], ids=["greedy", "seeded"])
+def test_the_bundled_model_writes_the_plain_tokens(sampling: dict[str, Any]) -> None:
+    document = "# Notes\n" + "".join(f"- item {n}: {n * 37 % 100} boxes of nails\n" for n in range(8))
+    turns = [
+        "Append this line:\n- Bo brings the slides",
+        "Replace every 'nails' with 'screws'.",
+        "Repeat the document.",
+    ]
+    with Engine(EngineConfig(step_cost=((1, 1.0), (8, 1.3), (64, 2.4)), max_model_len=1024)) as engine:
+        for turn in turns:
+            messages = ({"role": "user", "content": document}, {"role": "user", "content": turn})
+            params = SamplingParams(max_tokens=150, **sampling)
+            plain, drafted = (
+                engine.generate(GenerationRequest(messages=messages, session_id=name, drafter=name, sampling=params))
+                for name in ("none", "adaptive")
+            )
+            assert same_answer(plain, drafted)
+            document = drafted.text
+            stop = drafted.text[len(drafted.text) // 2 :][:6]
+            params = SamplingParams(max_tokens=150, stop=stop, **sampling)
+            plain, drafted = (
+                engine.generate(GenerationRequest(messages=messages, session_id=name, drafter=name, sampling=params))
+                for name in ("none", "adaptive")
+            )
+            assert same_answer(plain, drafted)
+
+
+def test_a_conversation_goes_on_as_if_nothing_happened_after_a_cancelled_answer(make_engine: MakeEngine) -> None:
+    engine = make_engine("llama", step_cost=((1, 1.0), (200, 1.2)))
+    for steps in range(1, 8):
+        request = GenerationRequest(
+            prompt_token_ids=PROMPT,
+            session_id="s",
+            sampling=SamplingParams(max_tokens=200),
+            drafter=AdaptiveDrafter(max_draft_tokens=8),
+        )
+        stream = engine.stream(request)
+        for _ in range(steps):
+            next(stream)
+        engine.cancel(request.request_id)
+        cut = stream.result()
+        follow_up = (*PROMPT, *cut.token_ids, *ids_of(" the cat"))
+        assert same_answer(run(engine, follow_up, "adaptive", "s"), run(engine, follow_up, "none"))
+    assert_all_slots_free(engine)
 
 
 def test_a_reused_prefix_gives_the_answer_of_a_fresh_one(make_engine: MakeEngine) -> None:

@@ -731,5 +731,43 @@ def _main(task: str, name: str, number: str = "0") -> None:
         _open(path)
 
 
+FORK = """
+import gc, os, sys
+from pathlib import Path
+from copyspec_engine.errors import MemoryFileError
+from copyspec_engine.memory_file import MemoryFile
+from tests.test_memory_file import FINGERPRINT, segment
+
+path = Path(sys.argv[1])
+file = MemoryFile.open(path, FINGERPRINT)
+file.save("session:a", [segment(0, 10)])
+child = os.fork()
+if not child:
+    for attempt in range(2):
+        try:
+            file.save("session:a", [segment(9, 10)])
+            os._exit(3)
+        except MemoryFileError:
+            file.close()
+    del file
+    gc.collect()
+    sys.exit(7)  # an orderly exit, which closes what is open
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+file.save("session:a", [segment(1, 10)])
+os._exit(0)  # as if it was killed: the log stays as it is
+"""
+
+
+@posix_only
+def test_a_forked_child_cannot_harm_the_file_of_its_parent(path: Path) -> None:
+    """A connection that the child closes takes the log away from under its parent, whose calls are then lost."""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, str(path)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert [segment.number for segment in reopened(path).load("session:a")] == [0, 1]
+
+
 if __name__ == "__main__":
     _main(*sys.argv[1:])

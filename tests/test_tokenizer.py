@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from copyspec_engine import ConfigError
+from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.testing import ByteTokenizer
 from copyspec_engine.tokenizer import HFTokenizer, StoppingTextStream
 
@@ -37,6 +38,24 @@ def tokenizer() -> HFTokenizer:
     )
     bpe.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 3, trainer)
     return HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|e|>", chat_template=TEMPLATE))
+
+
+def test_a_fingerprint_changes_with_what_gives_tokens_their_meaning(tokenizer: HFTokenizer) -> None:
+    def variant(change: Callable[[Tokenizer], object], template: str = TEMPLATE) -> Fingerprint:
+        backend = Tokenizer.from_str(tokenizer._backend.to_str())
+        change(backend)
+        return HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)).fingerprint()
+
+    same = tokenizer.fingerprint()
+    tokenizer.encode("the cat")
+    assert tokenizer.fingerprint() == same
+    assert variant(lambda backend: backend.enable_truncation(9)) == same
+    assert variant(lambda _: None, "other").template != same.template
+    assert variant(lambda _: None, "other").tokenizer == same.tokenizer
+    assert variant(lambda backend: backend.add_tokens(["new"])).tokenizer != same.tokenizer
+    lower = variant(lambda backend: setattr(backend, "normalizer", normalizers.Lowercase()))
+    assert lower.tokenizer != same.tokenizer
+    assert lower.template == same.template
 
 
 def pieces(stream: StoppingTextStream, texts: list[str]) -> Iterator[str]:
