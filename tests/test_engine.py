@@ -226,7 +226,8 @@ def test_the_event_loop_goes_on_while_tokens_are_made(endless: Engine) -> None:
     assert asyncio.run(run()) > 20
 
 
-def test_a_request_that_fails_takes_nobody_with_it() -> None:
+@pytest.mark.parametrize("drafter", ["adaptive", "none"])
+def test_a_request_that_fails_takes_nobody_with_it(drafter: str) -> None:
     class Moody(ScriptedRunner):
         def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> list[torch.Tensor]:
             for row in batch.rows:
@@ -234,7 +235,7 @@ def test_a_request_that_fails_takes_nobody_with_it() -> None:
                     raise torch.OutOfMemoryError("no memory left on the device")
             return super().forward(batch, drafts)
 
-    with scripted_engine(lambda _: DOCUMENT, EngineConfig(drafter="none")) as engine:
+    with scripted_engine(lambda _: DOCUMENT, EngineConfig(drafter=drafter)) as engine:
         engine._model.runner = Moody(lambda _: DOCUMENT)
         good = [engine.submit(ask("x", request_id=f"good{i}")) for i in range(2)]
         bad = engine.submit(ask("x", request_id="bad"))

@@ -177,7 +177,7 @@ def test_an_answer_may_start_like_the_last_one_or_like_a_new_text() -> None:
 def test_a_prediction_is_drafted_from_its_first_token_on_and_soon_long() -> None:
     memory = SessionMemory(100_000)
     drafter = begin(GPU, range(1000, 1040), memory, prediction_ids=range(5000, 5400))
-    assert drafter.propose(1, ROOM).tokens[0] == 5000
+    assert 5000 in first_copies(drafter.propose(1, ROOM))
     for token in range(5000, 5004):
         draft = drafter.propose(1, ROOM)
         drafter.observe(draft, follow(draft, [token]), [token])

@@ -125,13 +125,13 @@ def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftT
     return drafts
 
 
-def test_250_random_cases_draft_on_equals_off(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_200_random_cases_draft_on_equals_off(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees, sampling, stop ids, stop texts that cut answers, sessions that branch: nothing shows in the tokens."""
     rng = random.Random(0)
     engine = make_engine("llama", kv_cache_tokens=2048, max_prefill_tokens=24, max_sessions=3)
     drafts = watch_drafts(engine, monkeypatch)
     num_cut = num_reused = num_accepted = 0
-    for _ in range(250):
+    for _ in range(200):
         prompt, sampling, drafter = random_case(rng)
         plain = run(engine, prompt, "none", **sampling)
         if len(plain.text) > 2 and rng.random() < 0.4:
@@ -145,9 +145,9 @@ def test_250_random_cases_draft_on_equals_off(make_engine: MakeEngine, monkeypat
         assert same_answer(plain, drafted), (prompt, sampling, drafter)
         num_reused += drafted.usage.cached_tokens > 0
         num_accepted += drafted.draft_stats.num_accepted_tokens
-    assert num_cut > 40
-    assert num_reused > 20
-    assert num_accepted > 500
+    assert num_cut > 30
+    assert num_reused > 15
+    assert num_accepted > 400
     assert sum(not draft.is_chain for draft in drafts) > 500
     assert max(map(len, drafts)) > 30
     assert_all_slots_free(engine)
