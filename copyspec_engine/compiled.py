@@ -1,6 +1,6 @@
 """Numba's `njit` with types kept, and with machine code that is kept for later processes.
 
-Compiling everything takes about fifteen seconds. The code is kept beside the sources, or in the user's cache folder
+Compiling everything takes about twenty seconds. The code is kept beside the sources, or in the user's cache folder
 where that one is read-only; where neither can be written, every process compiles anew.
 
 Numba judges by the file that holds a function whether kept machine code still fits. These functions call each other

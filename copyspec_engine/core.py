@@ -138,11 +138,11 @@ class EngineCore:
 
 
 def warm_up() -> None:
-    """Load the compiled code of drafting, or compile it: once after an installation that takes about 15 seconds.
+    """Load the compiled code of drafting, or compile it: once after an installation that takes about 20 seconds.
 
     Everything that a call does is done here first, so that no call ever waits for a compiler.
     """
-    logger.info("loading the compiled code of drafting, or compiling it if it is new, which takes about 15 s")
+    logger.info("loading the compiled code of drafting, or compiling it if it is new, which takes about 20 s")
     policy, memory = DraftingPolicy(CostCurve(((1, 1.0), (64, 1.1)))), SessionMemory(4096)
     prompt = [*range(200), *range(100)]
     for _ in range(2):

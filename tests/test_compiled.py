@@ -84,7 +84,7 @@ def run_small(folder: Path, number: int, **environment: str) -> list[str]:
     shutil.copy(PACKAGE / "compiled.py", folder)
     done = subprocess.run(
         [sys.executable, str(folder / "growth.py")],
-        env={**os.environ, **environment},
+        env={**os.environ, "NUMBA_CACHE_DIR": "", **environment},
         capture_output=True,
         text=True,
         check=True,
