@@ -58,10 +58,12 @@ def run_drafts(options: DraftsOptions, command: str, console: Console) -> int:
     if options.json:
         check_writable(options.json, "--json")
     cost = load_cost_curve(options.cost_model)
-    names = _names(options, console)
+    names, left_out = _names(options)
     for name in names:  # whatever is wrong with one is said now, not after minutes
         contestant(name, cost)()
     loaded = sources(options.transcripts, options.tokenizer, options.max_tokens, console)
+    for name in left_out:
+        console.print(f'Left out {name}: arctic-inference is not installed. Run: pip install "copyspec\\[bench]"')
     results = _replay_all(loaded, names, options, console)
     for source in loaded:
         console.print(source_table(source, [row for row in results if row["source"] == source]))
@@ -88,8 +90,9 @@ def run_drafts(options: DraftsOptions, command: str, console: Console) -> int:
     return 0
 
 
-def _names(options: DraftsOptions, console: Console) -> list[str]:
-    """The drafters to replay, each once; of the default ones those that are installed."""
+def _names(options: DraftsOptions) -> tuple[list[str], list[str]]:
+    """The drafters to replay, each once, and those of the default ones that are not installed."""
+    left_out: list[str] = []
     if options.drafters is not None:
         names = [name.strip() for name in options.drafters.split(",")]
     elif options.ingredients:
@@ -98,12 +101,11 @@ def _names(options: DraftsOptions, console: Console) -> list[str]:
         names = ["none", *PEERS, OURS]
         if options.history != "full":
             names.append("adaptive-no-memory")
-        for name in [name for name in names if not installed(name)]:
-            console.print(f'Left out {name}: arctic-inference is not installed. Run: pip install "copyspec\\[bench]"')
-            names.remove(name)
+        left_out = [name for name in names if not installed(name)]
+        names = [name for name in names if installed(name)]
     if options.ingredients:
         names += [OURS, *INGREDIENTS]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(names)), left_out
 
 
 def sources(
