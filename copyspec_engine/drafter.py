@@ -7,10 +7,11 @@ published algorithm, "none" proposes nothing. All learn or keep what they need i
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from copyspec_engine.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig
 from copyspec_engine.copy_index import OVERLAP, EarliestIndex, Span
@@ -38,10 +39,11 @@ class DraftTree:
 
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
-    probabilities: tuple[float, ...] = ()
-    """How likely each node was held to be; empty if nobody asked."""
-    sources: tuple[int, ...] = ()
-    """The position in the memory's index that each node was copied from, 0 for a frequent token without a source."""
+    probabilities: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), compare=False)
+    """How likely each node was held to be, shape (len,); empty if nobody asked."""
+    sources: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
+    """The position in the memory's index that each node was copied from, 0 for a frequent token without a source; shape
+    (len,), empty if it was not copied from there."""
 
     @classmethod
     def chain(cls, tokens: Seq[int]) -> DraftTree:
@@ -186,10 +188,10 @@ class _AdaptiveDrafter:
             return DraftTree()
         cost, scratch = self._policy.cost, self._policy.scratch
         count = grow(
-            self._index.arrays,
-            self._survival,
-            scratch,
-            self._call,
+            tuple(self._index.arrays),
+            tuple(self._survival),
+            tuple(scratch),
+            tuple(self._call),
             cost.marginal(num_pending, most),
             cost.seconds(num_pending, most + 1),
             self._eos,
@@ -199,29 +201,28 @@ class _AdaptiveDrafter:
         return DraftTree(
             tuple(nodes[:, TOKEN].tolist()),
             tuple(nodes[:, PARENT].tolist()),
-            tuple(scratch.probabilities[1 : count + 1].tolist()),
-            tuple(nodes[:, SOURCE].tolist()),
+            scratch.probabilities[1 : count + 1].copy(),
+            nodes[:, SOURCE].copy(),
         )
 
     def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
         written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
-        probabilities = np.asarray(draft.probabilities, dtype=np.float64)
-        cost, survival, arrays = self._policy.cost, self._survival, self._index.arrays
+        cost, survival = self._policy.cost, self._survival
         pace = survival.pace[0] / survival.pace[1]
         least = pace * float(cost.marginal(1, 1)[0])
         walk(
-            arrays,
-            survival,
-            self._policy.scratch,
-            self._call,
+            tuple(self._index.arrays),
+            tuple(survival),
+            tuple(self._policy.scratch),
+            tuple(self._call),
             written,
-            probabilities[nodes],
+            draft.probabilities[nodes],
             least,
             self._ingredients,
         )
-        learn_paths(survival, probabilities, nodes)
+        learn_paths(survival, draft.probabilities, nodes)
         learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]))
-        self._index.touch([draft.sources[node] for node in accepted[-1:]])
+        self._index.touch(draft.sources[nodes[-1:]])
         if not self._index.has_room(self._answer, len(written)):
             self._index.close(self._answer)
             self._answer = self._open(max(_REGION, OVERLAP + len(written)))

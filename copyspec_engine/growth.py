@@ -18,7 +18,7 @@ All of it is compiled. Not covered: the life of a call (drafter.py).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,6 @@ from copyspec_engine.survival import (
     NUM_LENGTHS,
     NUM_RANKS,
     REPLACED,
-    Survival,
     calibrated,
     depth_bucket,
     hazard,
@@ -100,7 +99,10 @@ _FEATURES = 3
 _RANK = _FEATURES + NUM_FEATURES - 1
 """Column of the last one: its rank among the candidates of its place."""
 
-Table = npt.NDArray[np.int64]
+Table: TypeAlias = npt.NDArray[np.int64]
+
+Fields: TypeAlias = tuple[npt.NDArray[Any], ...]
+"""A named tuple of arrays as a plain one, which compiled code takes in a third of the time."""
 
 
 class Call(NamedTuple):
@@ -312,15 +314,14 @@ def follow(arrays: IndexArrays, call: Call, tokens: Table) -> None:
 
 
 @compiled
-def _enter_root(scratch: Scratch, call: Call) -> None:
-    """Make slot 0 the end of the text."""
-    nodes, pointers, count = scratch.nodes, scratch.pointers, call.sizes[1]
+def _enter_root(nodes: Table, pointers: Table, found: Table, count: int, alignments: Table) -> None:
+    """Make slot 0 the end of the text, where `count` pointers were found."""
     for i in range(count):
         for column in range(3):
-            pointers[0, i, column] = call.pointers[i, column]
+            pointers[0, i, column] = found[i, column]
     nodes[0, DEPTH], nodes[0, POINTERS] = 0, count
     for row in range(_NUM_ALIGNMENTS):
-        nodes[0, AT + 2 * row], nodes[0, AGE + 2 * row] = call.alignments[row, 0], call.alignments[row, 1]
+        nodes[0, AT + 2 * row], nodes[0, AGE + 2 * row] = alignments[row, 0], alignments[row, 1]
 
 
 @compiled
@@ -643,10 +644,10 @@ def _is_in(token: int, tokens: Table) -> bool:
 
 @compiled
 def grow(
-    arrays: IndexArrays,
-    survival: Survival,
-    scratch: Scratch,
-    call: Call,
+    arrays: Fields,
+    survival: Fields,
+    scratch: Fields,
+    call: Fields,
     marginal: npt.NDArray[np.float64],
     seconds: npt.NDArray[np.float64],
     eos_token_ids: npt.NDArray[np.int64],
@@ -655,10 +656,10 @@ def grow(
     """Grow a draft; node i is in row i + 1 of `scratch.nodes` and in `scratch.probabilities[i + 1]`.
 
     Args:
-        arrays: the index.
-        survival: what was learnt; not changed.
-        scratch: working memory for at least `len(marginal)` nodes.
-        call: the text so far.
+        arrays: the index, as `IndexArrays`.
+        survival: what was learnt, as `Survival`; not changed.
+        scratch: `Scratch` for at least `len(marginal)` nodes.
+        call: the text so far, as `Call`.
         marginal: cost of each further node on the convex hull of the curve, shape (most nodes,).
         seconds: cost of a pass with 0, 1, ... nodes, shape (most nodes + 1,), in passes of one token, as `marginal`.
         eos_token_ids: nothing is drafted behind these.
@@ -667,14 +668,15 @@ def grow(
     Returns:
         The number of nodes.
     """
-    pace = _MARGIN * (survival.pace[0] / survival.pace[1]) ** _DRAWN
-    ring, heads, previous, bounds, _, frequent, _ = arrays
+    ring, heads, previous, bounds, _, frequent, counted = arrays
+    weights, paths, paces = survival
     nodes, probabilities, pointers, groups, candidates, log_odds, hazards, suffix, waiting, keys, heap = scratch
-    tail, sizes, weights, paths = call.tail, call.sizes, survival.weights, survival.paths
-    total, most = max(arrays.total[0], 1), len(marginal)
+    tail, sizes, alignments, found, _ = call
+    pace = _MARGIN * (paces[0] / paces[1]) ** _DRAWN
+    total, most = max(counted[0], 1), len(marginal)
     slot = seen = size = best = 0
     probability, gain, best_gain = 1.0, 0.0, 0.0
-    _enter_root(scratch, call)
+    _enter_root(nodes, pointers, found, sizes[1], alignments)
     while slot < most:
         least = pace * marginal[slot]
         if slot == 0 or not _is_in(nodes[slot, TOKEN], eos_token_ids):
@@ -725,10 +727,10 @@ def grow(
 
 @compiled
 def walk(
-    arrays: IndexArrays,
-    survival: Survival,
-    scratch: Scratch,
-    call: Call,
+    arrays: Fields,
+    survival: Fields,
+    scratch: Fields,
+    call: Fields,
     written: npt.NDArray[np.int64],
     probabilities: npt.NDArray[np.float64],
     least: float,
@@ -737,19 +739,21 @@ def walk(
     """Learn from the tokens that were written: look at each place on their path as if it were in a tree.
 
     Args:
-        arrays: the index.
-        survival: changed.
-        scratch: working memory for at least `len(written)` places.
-        call: the text before `written`.
+        arrays: the index, as `IndexArrays`.
+        survival: as `Survival`; its weights are changed.
+        scratch: `Scratch` for at least `len(written)` places.
+        call: the text before `written`, as `Call`.
         written: the accepted tokens of a draft and the token after them, shape (n,).
         probabilities: those of the accepted nodes, shape (n - 1,) or longer.
         least: what a node had to reach.
         ingredients: what takes part, shape (5,).
     """
-    ring, heads, previous, bounds, _, frequent, _ = arrays
+    ring, heads, previous, bounds, _, frequent, counted = arrays
+    weights, _, _ = survival
     nodes, _, pointers, groups, candidates, log_odds, hazards, suffix, _, _, _ = scratch
-    total = max(arrays.total[0], 1)
-    _enter_root(scratch, call)
+    tail, sizes, alignments, found, _ = call
+    total = max(counted[0], 1)
+    _enter_root(nodes, pointers, found, sizes[1], alignments)
     for slot in range(len(written)):
         count = _candidates(
             ring,
@@ -758,7 +762,7 @@ def walk(
             bounds,
             frequent,
             total,
-            survival.weights,
+            weights,
             nodes,
             pointers[slot],
             groups,
@@ -766,13 +770,13 @@ def walk(
             log_odds,
             hazards,
             suffix,
-            call.tail,
-            call.sizes,
+            tail,
+            sizes,
             slot,
             probabilities[slot - 1] if slot > 0 else 1.0,
             least,
             ingredients,
         )
-        learn_outcome(survival.weights, candidates, _FEATURES, count, written[slot])
+        learn_outcome(weights, candidates, _FEATURES, count, written[slot])
         if slot + 1 < len(written):
             _enter(ring, bounds, nodes, pointers, slot, slot + 1, written[slot])
