@@ -1,9 +1,10 @@
 """Attention over the KV pool, plugged into any transformers decoder.
 
-Importing this module registers the attention function "copyspec". A forward pass hands it a `KVBatch` through the
-model's keyword arguments; it writes the new tokens' keys and values to their slots and attends over the row's slots.
+Importing this module registers the attention function "copyspec". A forward pass reads the new tokens of all its rows
+side by side, as one text; it hands a `KVBatch` to this function through the model's keyword arguments. All new keys and
+values are written to their slots at once, then each row attends over its own slots.
 
-Not covered: several rows in one call, and kernels that read scattered slots in place on a GPU.
+Not covered: kernels that read scattered slots in place on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from copyspec_engine.errors import UnsupportedModelError
 
-__all__ = ["ATTENTION_NAME", "KVBatch", "KVStore"]
+__all__ = ["ATTENTION_NAME", "KVBatch", "KVRow", "KVStore"]
 
 ATTENTION_NAME = "copyspec"
 
@@ -47,7 +48,7 @@ class KVStore:
     def write(
         self, layer: int, slots: Slots, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the keys and values of one row's new tokens, each (kv_heads, new, head_dim); returns the layer's."""
+        """Store keys and values of new tokens, each (kv_heads, new, head_dim); returns the layer's."""
         if layer not in self._layers:
             self._layers[layer] = (self._empty(key), self._empty(value))
         keys, values = self._layers[layer]
@@ -61,24 +62,30 @@ class KVStore:
 
 
 @dataclass(slots=True)
-class KVBatch:
+class KVRow:
     """Where one row's tokens are, for one forward pass.
 
     Args:
-        store: the pool's tensors.
-        write: slots of the `new` tokens of this pass.
-        read: slots of the whole row, the new tokens last; `context` of them.
+        start: the first of its new tokens among those of the pass.
+        num_new: its new tokens.
+        read: slots of the whole row, the new tokens last; `context` of them, and then any others to fill up.
         positions: position of each token of the row, shape (context,).
         visible: which of the new tokens each new token sees, shape (new, new); None for a plain chain.
+        filled: new tokens, and columns of `read`, with those that only fill up; None: nothing is filled up.
     """
 
-    store: KVStore
-    write: Slots
+    start: int
+    num_new: int
     read: Slots
     positions: torch.Tensor
-    num_new: int
     visible: torch.Tensor | None
+    filled: tuple[int, int] | None = None
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> int:
+        """Behind its last token in the pass."""
+        return self.start + (self.num_new if self.filled is None else self.filled[0])
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the scores, shape (new, context): 0 or -inf; None if every new token sees the whole row."""
@@ -91,7 +98,7 @@ class KVBatch:
 
     def _build_mask(self, window: int | None, dtype: torch.dtype, context: int) -> torch.Tensor | None:
         new, device = self.num_new, self.positions.device
-        if new == 1 and window is None:
+        if new == 1 and window is None and self.filled is None:
             return None
         hidden = torch.ones((new, context), dtype=torch.bool, device=device).triu_(context - new + 1)
         if self.visible is not None:
@@ -99,7 +106,28 @@ class KVBatch:
         if window is not None:
             distance = self.positions[context - new :, None] - self.positions[None, :]  # (new, context)
             hidden |= distance >= window
-        return torch.zeros((new, context), dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        if self.filled is not None:
+            rows, columns = self.filled
+            hidden = F.pad(hidden, (0, columns - context, 0, rows - new), value=True)
+            hidden[new:, 0] = False  # a softmax over nothing would be NaN
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+
+
+@dataclass(slots=True)
+class KVBatch:
+    """The rows of one forward pass.
+
+    Args:
+        store: the pool's tensors.
+        write: slots of the new tokens of all rows, `written` of them; what stands behind them in the pass is padding.
+        written: see above.
+        rows: one for each sequence, in the order of their tokens.
+    """
+
+    store: KVStore
+    write: Slots
+    written: int
+    rows: Sequence[KVRow]
 
 
 def _attend(
@@ -118,7 +146,7 @@ def _attend(
     is_causal: bool | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one row's new tokens over its slots; refuses what it does not know rather than ignore it."""
+    """Attention of each row's new tokens over its slots; refuses what it does not know rather than ignore it."""
     if kv_batch is None or attention_mask is not None or dropout or is_causal is False:
         raise UnsupportedModelError(
             f"{type(module).__name__} asks for attention that this engine does not serve "
@@ -128,13 +156,18 @@ def _attend(
     if unknown:
         raise UnsupportedModelError(f"{type(module).__name__} passes unknown attention options: {', '.join(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = kv_batch.store.write(layer, kv_batch.write, key[0], value[0])
-    keys, values = keys[:, kv_batch.read], values[:, kv_batch.read]  # (kv_heads, context, head_dim)
-    mask = kv_batch.mask(sliding_window, query.dtype)
-    if softcap is not None or s_aux is not None:
-        out = _eager_attention(query[0], keys, values, mask, scaling, softcap, s_aux)
-    else:
-        out = _fused_attention(query, keys, values, mask, scaling)
+    written = kv_batch.written
+    keys, values = kv_batch.store.write(layer, kv_batch.write, key[0, :, :written], value[0, :, :written])
+    parts = []
+    for row in kv_batch.rows:
+        asked = query[:, :, row.start : row.stop]
+        row_keys, row_values = keys[:, row.read], values[:, row.read]  # (kv_heads, context, head_dim)
+        mask = row.mask(sliding_window, query.dtype)
+        if softcap is not None or s_aux is not None:
+            parts.append(_eager_attention(asked[0], row_keys, row_values, mask, scaling, softcap, s_aux))
+        else:
+            parts.append(_fused_attention(asked, row_keys, row_values, mask, scaling))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return out.transpose(1, 2).contiguous(), None  # (1, new, heads, head_dim)
 
 
@@ -151,7 +184,7 @@ def _fused_attention(
     _, heads, new, _ = query.shape
     grouped = heads != keys.shape[0]
     if new == 1 and grouped:
-        packed = query.view(1, keys.shape[0], -1, query.shape[-1])  # (1, kv_heads, heads / kv_heads, head_dim)
+        packed = query.reshape(1, keys.shape[0], -1, query.shape[-1])  # (1, kv_heads, heads / kv_heads, head_dim)
         out = F.scaled_dot_product_attention(packed, keys[None], values[None], attn_mask=mask, scale=scaling)
         return out.reshape(1, heads, 1, -1)
     return F.scaled_dot_product_attention(

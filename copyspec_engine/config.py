@@ -148,9 +148,17 @@ class EngineConfig(_Options):
     kv_cache_tokens: int | None = Field(default=None, ge=16)
     """Token slots in the KV pool; default: four contexts, at most a quarter of the free memory."""
     max_running: int = Field(default=16, ge=1, le=1024)
-    """Requests that are decoded in turn; later ones wait."""
+    """Requests that are decoded together, in one forward pass; later ones wait."""
+    max_waiting: int = Field(default=1024, ge=0)
+    """Requests that may wait; one more raises `EngineBusyError`."""
     max_prefill_tokens: int = Field(default=512, ge=1)
-    """Prompt tokens processed in one forward pass, so that a long prompt does not stall other requests."""
+    """Prompt tokens read in one forward pass, of all requests together, so that a long prompt does not stall others."""
+    cache_salt: str | None = Field(default=None, min_length=1)
+    """The `cache_salt` of requests that name none."""
+    exact: bool = False
+    """Give the same tokens to the last bit of arithmetic, whatever runs beside a request and however much is drafted:
+    each request runs alone, in passes of one fixed width. Slower; without it, sums may round differently in passes of
+    different widths, and a tie between two tokens may fall the other way."""
     drafter: DrafterConfig = AdaptiveDrafter()
     """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec" or "none"."""
     max_sessions: int = Field(default=256, ge=1)
@@ -252,6 +260,11 @@ class GenerationRequest(_Options):
     model agrees with it, and never changes the answer."""
     drafter: DrafterConfig | None = None
     """Overrides the engine's drafter for this call."""
+    cache_salt: str | None = Field(default=None, min_length=1)
+    """Calls with the same salt share the KV of what their prompts have in common, across sessions. From the time of a
+    first token one can tell what others with that salt have asked; default: KV is reused within a session only."""
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds after which the answer ends with what is written by then; default: no limit."""
     request_id: str = Field(default_factory=_request_id, min_length=1)
 
     @model_validator(mode="after")

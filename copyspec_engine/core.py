@@ -8,15 +8,16 @@ import torch
 
 from copyspec_engine.config import AdaptiveDrafter, EngineConfig
 from copyspec_engine.cost import CostCurve
-from copyspec_engine.drafter import DraftingPolicy, DraftTree
+from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
 from copyspec_engine.model_runner import LoadedModel
-from copyspec_engine.outputs import StreamChunk
+from copyspec_engine.outputs import FinishReason, StreamChunk
+from copyspec_engine.prefix_cache import PrefixCache
 from copyspec_engine.sampler import sample
-from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler
+from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler, session_key
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.sessions import SessionStore
 from copyspec_engine.verify import Verdict, verify
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 _Result = tuple[DraftTree, Verdict | None]
 """A row's draft and what became of it; no verdict for a piece of the prompt."""
 
+_PER_SESSION = 2
+"""Rows of KV that are kept for each session: its own, and one of a call without a session."""
+
 
 class EngineCore:
     """A model with its KV pool, memory, queue and drafting, and the step that moves every running request on."""
@@ -36,17 +40,20 @@ class EngineCore:
         self.model = model
         self.pool = KVPool(model.num_slots)
         self.file, self.memory_error = _open_memory(config.memory_path, model)
-        self.sessions = SessionStore(config, self.pool.release, self.file, model.runner.vocab_size)
-        self.scheduler = Scheduler(self.pool, self.sessions, config.max_running, config.max_prefill_tokens)
+        self.cache = PrefixCache(self.pool, _PER_SESSION * config.max_sessions)
+        self.sessions = SessionStore(config, self._drop_kv, self.file, model.runner.vocab_size)
+        prefill = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
+        self.scheduler = Scheduler(self.pool, self.cache, self.sessions, config.max_running, prefill)
         self.policy = DraftingPolicy(CostCurve(model.step_cost))
 
     def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
+        expired = [(sequence, self._end(sequence, "timeout")) for sequence in self.scheduler.expired()]
         self.scheduler.admit()
         begun = [(sequence, self._begin_drafting(sequence)) for sequence in list(self.scheduler.running)]
         batch = self.scheduler.schedule()
         done = [(row.sequence, self._commit(row, result)) for row, result in self._results(batch)]
-        return [(sequence, item) for sequence, item in (*begun, *done) if item is not None]
+        return [(sequence, item) for sequence, item in (*expired, *begun, *done) if item is not None]
 
     def _begin_drafting(self, sequence: Sequence) -> Exception | None:
         """Give a request that has none its drafter, or end the request if that fails."""
@@ -59,6 +66,7 @@ class EngineCore:
                 sequence.token_ids,
                 sequence.eos_token_ids,
                 sequence.prediction_ids,
+                None if self.model.exact_width is None else Ingredients(tree=False),
             )
         except Exception as error:
             return self._fail(sequence, error)
@@ -75,12 +83,33 @@ class EngineCore:
 
     def _verify(self, batch: ScheduledBatch) -> list[_Result]:
         """Draft, run the model, sample, compare. Changes no request, so that it can be repeated."""
-        drafts = [_propose(row) for row in batch.rows]
+        drafts = self._propose(batch)
         logits = self.model.runner.forward(batch, drafts)
-        sampled = [_sample(*row) for row in zip(batch.rows, drafts, logits, strict=True)]
+        counts = [(1 + len(draft)) * row.samples for row, draft in zip(batch.rows, drafts, strict=True)]
+        sampled = [_sample(*row) for row in zip(batch.rows, drafts, torch.split(logits, counts), strict=True)]
         return [
             (draft, verify(draft, tokens) if tokens else None) for draft, tokens in zip(drafts, sampled, strict=True)
         ]
+
+    def _propose(self, batch: ScheduledBatch) -> list[DraftTree]:
+        """What to verify behind each row's last token; nothing behind a piece of a prompt."""
+        width = batch.num_tokens
+        drafts = [DraftTree()] * len(batch.rows)
+        sampling = [place for place, row in enumerate(batch.rows) if row.samples]
+        for place in sampling:
+            row = batch.rows[place]
+            if row.sequence.drafter is not None:
+                drafts[place] = row.sequence.drafter.propose(width, self._room(row))
+        drafters = [batch.rows[place].sequence.drafter for place in sampling]
+        shared = self.policy.share(drafters, [drafts[place] for place in sampling], width)
+        for place, draft in zip(sampling, shared, strict=True):
+            drafts[place] = self.scheduler.fit(batch.rows[place], draft)
+        return drafts
+
+    def _room(self, row: ScheduledRow) -> int:
+        """Most nodes of a row's draft."""
+        room = row.sequence.max_draft_tokens
+        return room if self.model.exact_width is None else min(room, self.model.exact_width - row.num_tokens)
 
     def _commit(self, row: ScheduledRow, result: _Result | Exception) -> StreamChunk | Exception | None:
         """Take over a row's result, or end its request if the row failed."""
@@ -93,12 +122,16 @@ class EngineCore:
 
     def cancel(self, sequence: Sequence) -> StreamChunk | Exception | None:
         """Stop a request; its last chunk, or None if it finished before."""
-        if not self.scheduler.holds(sequence):
-            return None
+        return self._end(sequence, "cancelled") if self.scheduler.holds(sequence) else None
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> StreamChunk | Exception:
         try:
-            return self.scheduler.cancel(sequence)
+            return self.scheduler.stop(sequence, reason)
         except Exception as error:
             return self._fail(sequence, error)
+
+    def _drop_kv(self, session_id: str) -> None:
+        self.cache.drop(session_key(session_id))
 
     def close(self) -> None:
         """Let go of the memory file; no step may follow."""
@@ -107,14 +140,14 @@ class EngineCore:
 
     def forget(self, session_id: str) -> bool:
         """Erase a session (see `SessionStore.forget`); calls of it in flight go on and keep nothing."""
-        for sequence in self.scheduler.running:
+        for sequence in self.scheduler.in_flight:
             if sequence.request.session_id == session_id:
                 self._detach(sequence)
         return self.sessions.forget(session_id)
 
     def forget_pool(self, name: str) -> bool:
         """Erase a shared pool, as `forget` does a session."""
-        for sequence in self.scheduler.running:
+        for sequence in self.scheduler.in_flight:
             if sequence.request.memory_pool == name:
                 self._detach(sequence)
         return self.sessions.forget_pool(name)
@@ -161,14 +194,6 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
     except MemoryFileError as error:
         logger.error("Conversations are kept in memory only: %s", error)
         return None, str(error)
-
-
-def _propose(row: ScheduledRow) -> DraftTree:
-    """What to verify behind the row's last token; nothing behind a piece of the prompt."""
-    sequence = row.sequence
-    if not row.samples or sequence.drafter is None:
-        return DraftTree()
-    return sequence.drafter.propose(row.num_tokens, sequence.max_draft_tokens)
 
 
 def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[int]:

@@ -16,7 +16,19 @@ import numpy.typing as npt
 from copyspec_engine.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig
 from copyspec_engine.copy_index import OVERLAP, EarliestIndex, Span
 from copyspec_engine.cost import CostCurve
-from copyspec_engine.growth import PARENT, SOURCE, TOKEN, find_root, follow, grow, make_call, make_scratch, walk
+from copyspec_engine.growth import (
+    MARGIN,
+    PARENT,
+    SOURCE,
+    TOKEN,
+    drawn_pace,
+    find_root,
+    follow,
+    grow,
+    make_call,
+    make_scratch,
+    walk,
+)
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.survival import DECLARED, STARTED, blend, fresh_survival, learn_pace, learn_paths
 
@@ -52,6 +64,13 @@ class DraftTree:
     @property
     def is_chain(self) -> bool:
         return self.parents == tuple(range(-1, len(self.tokens) - 1))
+
+    def first(self, count: int) -> DraftTree:
+        """The first `count` nodes: they are a tree too, since parents come first."""
+        if count >= len(self):
+            return self
+        count = max(count, 0)
+        return DraftTree(self.tokens[:count], self.parents[:count], self.probabilities[:count], self.sources[:count])
 
     def depths(self) -> list[int]:
         """Tokens from the sequence's last token down to each node, at least 1 each, shape (len,)."""
@@ -144,6 +163,33 @@ class DraftingPolicy:
             return _BlockDrafter(options, memory, prompt_ids, eos_token_ids)
         return _NoDrafter(memory, prompt_ids)
 
+    def share(self, drafters: Seq[Drafter | None], drafts: Seq[DraftTree], width: int) -> list[DraftTree]:
+        """Of the drafts for one pass what is worth its time when all of them are in it.
+
+        A further node makes everybody wait, so with more requests in a pass each node has to earn more. Nodes are taken
+        in the order of their probabilities, whosever they are, as far as that gains tokens per second.
+
+        Args:
+            drafters: of the rows that sample.
+            drafts: what they propose.
+            width: tokens that the pass reads without any draft.
+        """
+        rows = [row for row, draft in enumerate(drafts) if len(draft.probabilities)]
+        if len(drafts) < 2 or not rows:
+            return list(drafts)
+        likely = np.concatenate([drafts[row].probabilities for row in rows])
+        owners = np.repeat(rows, [len(drafts[row]) for row in rows])
+        order = np.argsort(-likely, kind="stable")
+        seconds = self.cost.seconds(width, len(order) + 1)
+        pace = MARGIN * sum(map(_pace, drafters)) / seconds[0]
+        gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
+        best = int(gains.argmax()) + 1 if gains.max() > 0 else 0
+        counts = np.bincount(owners[order[:best]], minlength=len(drafts))
+        return [
+            draft.first(int(count)) if row in rows else draft
+            for row, (draft, count) in enumerate(zip(drafts, counts, strict=True))
+        ]
+
 
 class _AdaptiveDrafter:
     """Copies from the memory, as a tree whose nodes are each worth their time."""
@@ -164,7 +210,7 @@ class _AdaptiveDrafter:
         self._ingredients = np.array([getattr(ingredients, part.name) for part in fields(ingredients)], dtype=np.bool_)
         if memory.survival is None:
             memory.survival = policy.survival.copy()
-        self._survival = memory.survival
+        self.survival = memory.survival
         self._call = make_call()
         starts = memory.add_prompt(prompt_ids)
         hypotheses = [(position, STARTED) for position in starts]
@@ -189,7 +235,7 @@ class _AdaptiveDrafter:
         cost, scratch = self._policy.cost, self._policy.scratch
         count = grow(
             tuple(self._index.arrays),
-            tuple(self._survival),
+            tuple(self.survival),
             tuple(scratch),
             tuple(self._call),
             cost.marginal(num_pending, most),
@@ -207,7 +253,7 @@ class _AdaptiveDrafter:
 
     def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
         written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
-        cost, survival = self._policy.cost, self._survival
+        cost, survival = self._policy.cost, self.survival
         pace = survival.pace[0] / survival.pace[1]
         least = pace * float(cost.marginal(1, 1)[0])
         walk(
@@ -234,7 +280,7 @@ class _AdaptiveDrafter:
     def finish(self) -> None:
         self._index.close(self._answer)
         self._memory.add_answer(self._first)
-        blend(self._policy.survival, self._survival, _SHARED)
+        blend(self._policy.survival, self.survival, _SHARED)
 
     def _open(self, size: int) -> Span:
         """A part of the memory for the answer, or for what comes now of it."""
@@ -281,6 +327,11 @@ class _NoDrafter:
 
     def finish(self) -> None:
         self._memory.remember(self._token_ids)
+
+
+def _pace(drafter: Drafter | None) -> float:
+    """Tokens that a request would write in the time of a pass of one token."""
+    return float(drawn_pace(drafter.survival.pace)) if isinstance(drafter, _AdaptiveDrafter) else 1.0
 
 
 def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> list[int]:

@@ -11,11 +11,13 @@ import atexit
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import queue
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
@@ -29,6 +31,7 @@ from copyspec_engine.core import EngineCore, warm_up
 from copyspec_engine.errors import (
     ConfigError,
     ContextOverflowError,
+    EngineBusyError,
     EngineStoppedError,
     MemoryFileError,
     RequestFailedError,
@@ -135,6 +138,7 @@ class Engine:
         Raises:
             ConfigError: the input cannot be tokenised, or its request_id is in use.
             ContextOverflowError: it needs more tokens than the context or the KV pool holds.
+            EngineBusyError: too many requests wait already.
             EngineStoppedError: the engine takes no more requests.
         """
         handle, sequence = RequestHandle(request.request_id), self._prepare(request)
@@ -250,6 +254,8 @@ class Engine:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=model.tokenizer.text_stream(params.stop),
             prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),
+            deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
+            cache_salt=request.cache_salt or self._config.cache_salt,
         )
 
     def _enqueue(self, sequence: Sequence, sink: Sink) -> None:
@@ -258,6 +264,8 @@ class Engine:
             self._check_running()
             if request_id in self._requests:
                 raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
+            if len(self._requests) >= self._config.max_running + self._config.max_waiting:
+                raise EngineBusyError(len(self._requests))
             self._requests[request_id] = (sequence, sink)
             self._commands.put(partial(self._core.scheduler.add, sequence))
 

@@ -6,6 +6,7 @@ CopySpecError
 ├── UnsupportedModelError           the model loads, but its architecture cannot be served losslessly
 ├── ContextOverflowError            prompt plus requested output exceed the context or the KV pool
 ├── MemoryFileError                 the file given as memory_path cannot be used, read or written
+├── EngineBusyError                 more requests wait than the engine's max_waiting
 ├── EngineStoppedError              the engine was closed, or its loop died (`cause` says of what)
 └── RequestFailedError              one request failed in its forward pass; the engine goes on
 """
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "ContextOverflowError",
     "CopySpecError",
+    "EngineBusyError",
     "EngineStoppedError",
     "MemoryFileError",
     "ModelLoadError",
@@ -66,6 +68,24 @@ class ContextOverflowError(CopySpecError):
 
 class MemoryFileError(CopySpecError):
     """The memory file cannot be used; the message names the file and what to do. The file is never overwritten."""
+
+
+class EngineBusyError(CopySpecError):
+    """The queue is full; nothing of the request was done.
+
+    Attributes:
+        num_requests: requests that run or wait.
+    """
+
+    def __init__(self, num_requests: int) -> None:
+        super().__init__(
+            f"Got a request while {num_requests} run or wait, as many as max_running and max_waiting allow: try again "
+            "later, or raise max_waiting"
+        )
+        self.num_requests = num_requests
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.num_requests,)
 
 
 class EngineStoppedError(CopySpecError):

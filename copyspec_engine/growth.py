@@ -51,7 +51,18 @@ from copyspec_engine.survival import (
     length_bucket,
 )
 
-__all__ = ["Call", "Scratch", "find_root", "follow", "grow", "make_call", "make_scratch", "walk"]
+__all__ = [
+    "MARGIN",
+    "Call",
+    "Scratch",
+    "drawn_pace",
+    "find_root",
+    "follow",
+    "grow",
+    "make_call",
+    "make_scratch",
+    "walk",
+]
 
 _MATCHES, _INNER_MATCHES = 24, 6
 """Pointers that come from matches, at the root and inside the tree."""
@@ -78,7 +89,7 @@ _SHARED_LENGTH = 4
 """With a match this long, what shorter ones go on with says nothing any more."""
 _NEARBY_LENGTH = 8
 """With a match this long, how far back it is says nothing any more."""
-_MARGIN = 1.05
+MARGIN = 1.05
 """A node must be worth this many times its cost: near the limit nothing is gained, and estimates err."""
 _DRAWN = 0.8
 """Power of the measured pace: a mean over stretches of copying and of fresh text, which are far apart, would keep the
@@ -639,6 +650,12 @@ def _is_in(token: int, tokens: Table) -> bool:
     return False
 
 
+@compiled
+def drawn_pace(paces: npt.NDArray[np.float64]) -> float:
+    """Tokens that a pass of one token's cost is worth, from `Survival.pace`."""
+    return (paces[0] / paces[1]) ** _DRAWN
+
+
 # ---- growth --------------------------------------------------------------------------------------------------------
 
 
@@ -672,7 +689,7 @@ def grow(
     weights, paths, paces = survival
     nodes, probabilities, pointers, groups, candidates, log_odds, hazards, suffix, waiting, keys, heap = scratch
     tail, sizes, alignments, found, _ = call
-    pace = _MARGIN * (paces[0] / paces[1]) ** _DRAWN
+    pace = MARGIN * drawn_pace(paces)
     total, most = max(counted[0], 1), len(marginal)
     slot = seen = size = best = 0
     probability, gain, best_gain = 1.0, 0.0, 0.0

@@ -19,11 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from copyspec_engine import calibration
-from copyspec_engine.attention import ATTENTION_NAME, KVBatch, KVStore, Slots, visibility
+from copyspec_engine.attention import ATTENTION_NAME, KVBatch, KVRow, KVStore, Slots, visibility
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
 from copyspec_engine.copy_index import TokenArray
@@ -41,6 +42,9 @@ STEP_WIDTHS = (1, 16, 64, 4, 2, 8, 32, 256, 128)
 """Tokens of the passes that are measured, from coarse to fine."""
 _CALIBRATION_CONTEXT = 256
 
+_EXACT_WIDTH, _EXACT_BLOCK = 64, 512
+"""In exact mode: tokens of each pass, and what contexts are filled up to a multiple of."""
+
 _loading = threading.Lock()
 """transformers builds models under process-wide settings: two at once spoil each other."""
 
@@ -51,13 +55,36 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> list[torch.Tensor]:
-        """Logits after the last pending token of each row and after each node of its draft.
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
+        """Logits after the last pending token of each row that samples, and after each node of its draft.
 
         Returns:
-            One tensor a row, shape (1 + len(draft), vocabulary); (0, vocabulary) for rows that sample nothing yet.
+            Those of all such rows, in their order, shape (sum of 1 + len(draft), vocabulary).
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New tokens of one row, for one forward pass.
+
+    Args:
+        slots: of the row's tokens, the new ones last, shape (context,) or longer.
+        base: tokens that the row has already.
+        ids: the new tokens; a draft's nodes come last and sit at their depth.
+        draft: see above.
+        num_logits: how many of the last new tokens' logits are wanted.
+    """
+
+    slots: TokenArray
+    base: int
+    ids: Sequence[int]
+    draft: DraftTree
+    num_logits: int
+
+    @property
+    def context(self) -> int:
+        return self.base + len(self.ids)
 
 
 class ModelRunner:
@@ -66,12 +93,15 @@ class ModelRunner:
     Args:
         model: in evaluation mode, on its device, with the attention implementation "copyspec".
         num_slots: token slots of the KV pool.
+        exact_width: run every row alone, in passes of this many tokens over contexts of full blocks, so that nothing
+            depends on what else is computed; None: everything at once.
     """
 
-    def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_slots: int, exact_width: int | None = None) -> None:
         self._model = model
         self._device = model.device
         self._store = KVStore(num_slots)
+        self._exact_width = exact_width
 
     @property
     def vocab_size(self) -> int:
@@ -81,47 +111,55 @@ class ModelRunner:
     def store(self) -> KVStore:
         return self._store
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> list[torch.Tensor]:
-        return [self._forward_row(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
-
-    def _forward_row(self, row: ScheduledRow, draft: DraftTree) -> torch.Tensor:
-        sequence, base = row.sequence, row.sequence.num_computed
-        ids = [*sequence.token_ids[base : base + row.num_tokens], *draft.tokens]
-        logits = self.run(sequence.slots, base, ids, draft, num_logits=1 + len(draft))
-        return logits if row.samples else logits[:0]
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
+        pieces = [_piece(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
+        if self._exact_width is not None:
+            return torch.cat([self.run([piece]) for piece in pieces])
+        return self.run(pieces)
 
     @torch.inference_mode()
-    def run(self, slots: TokenArray, base: int, ids: Sequence[int], draft: DraftTree, num_logits: int) -> torch.Tensor:
-        """Read `ids` as tokens `base`, `base` + 1, ... of a row; a draft's nodes come last and sit at their depth.
-
-        Returns:
-            The logits of the last `num_logits` of them, shape (num_logits, vocabulary).
-        """
-        new, pending = len(ids), len(ids) - len(draft)
-        context = base + new
-        positions = torch.arange(context)
-        visible = None
-        if not draft.is_chain:
-            positions[base + pending :] = base + pending - 1 + torch.tensor(draft.depths())
-            visible = visibility(draft.parents, pending, self._device)
-        positions = positions.to(self._device)
-        kv_batch = KVBatch(
-            store=self._store,
-            write=self._index(slots[base:context]),
-            read=self._index(slots[:context]),
-            positions=positions,
-            num_new=new,
-            visible=visible,
-        )
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Read all pieces in one pass; the logits they want, in order, shape (sum of num_logits, vocabulary)."""
+        ids = [token for piece in pieces for token in piece.ids]
+        written = len(ids)
+        ids += [0] * ((self._exact_width or 0) - written)
+        rows: list[KVRow] = []
+        for piece in pieces:
+            rows.append(self._row(piece, rows[-1].stop if rows else 0))
+        wanted = [
+            row.start + row.num_new - 1 - i
+            for row, piece in zip(rows, pieces, strict=True)
+            for i in reversed(range(piece.num_logits))
+        ]
+        positions = torch.cat([row.positions[-row.num_new :] for row in rows])
         result = self._model(
             input_ids=torch.tensor([ids], device=self._device),
-            position_ids=positions[None, base:],
+            position_ids=F.pad(positions, (0, len(ids) - written))[None],
             use_cache=False,
-            logits_to_keep=num_logits,
-            kv_batch=kv_batch,
+            logits_to_keep=0
+            if self._exact_width is not None
+            else torch.tensor(wanted, dtype=torch.long, device=self._device),
+            kv_batch=KVBatch(
+                store=self._store,
+                write=self._index(np.concatenate([piece.slots[piece.base : piece.context] for piece in pieces])),
+                written=written,
+                rows=rows,
+            ),
         )
-        logits: torch.Tensor = result.logits[0, -num_logits:]  # some models give those of every token
-        return logits
+        logits: torch.Tensor = result.logits[0]  # in exact mode, and from some models, those of every token
+        return logits if len(logits) == len(wanted) else logits[wanted]
+
+    def _row(self, piece: Piece, start: int) -> KVRow:
+        new, draft, slots, filled = len(piece.ids), piece.draft, piece.slots[: piece.context], None
+        positions, visible = torch.arange(piece.context), None
+        if not draft.is_chain:
+            last = piece.context - len(draft) - 1
+            positions[last + 1 :] = last + torch.tensor(draft.depths())
+            visible = visibility(draft.parents, new - len(draft), self._device)
+        if self._exact_width is not None:
+            filled = self._exact_width, -(-piece.context // _EXACT_BLOCK) * _EXACT_BLOCK
+            slots = np.resize(slots, filled[1])
+        return KVRow(start, new, self._index(slots), positions.to(self._device), visible, filled)
 
     def _index(self, slots: TokenArray) -> Slots:
         """Slots in one ascending run are read in place, as a slice; others are gathered."""
@@ -143,7 +181,8 @@ class ModelRunner:
         self._time_pass(slots, context, 1)  # the first pass of all makes the KV tensors
         deadline = time.perf_counter() + budget_s
         least: dict[int, float] = {}
-        for width in (width for width in widths if context + width <= room):
+        widest = self._exact_width or room
+        for width in (width for width in widths if width <= widest and context + width <= room):
             if len(least) >= 2 and time.perf_counter() > deadline:
                 break
             seconds = self._time_pass(slots, context, width)
@@ -158,8 +197,14 @@ class ModelRunner:
     def _time_pass(self, slots: TokenArray, context: int, width: int) -> float:
         clock = _clock(self._device)
         begin = clock()
-        self.run(slots, context, [0] * width, DraftTree(), num_logits=width).argmax(-1).tolist()
+        self.run([Piece(slots, context, [0] * width, DraftTree(), num_logits=width)]).argmax(-1).tolist()
         return clock() - begin
+
+
+def _piece(row: ScheduledRow, draft: DraftTree) -> Piece:
+    sequence, base = row.sequence, row.sequence.num_computed
+    ids = [*sequence.token_ids[base : base + row.num_tokens], *draft.tokens]
+    return Piece(sequence.slots, base, ids, draft, (1 + len(draft)) * row.samples)
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -193,6 +238,8 @@ class LoadedModel:
     num_slots: int
     kv_bytes_per_token: int
     step_cost: tuple[tuple[int, float], ...] = field(default=())
+    exact_width: int | None = None
+    """Most tokens of a pass, of one request alone, where results must not depend on anything else."""
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -242,7 +289,8 @@ def prepare(model: PreTrainedModel, tokenizer: ChatTokenizer, config: EngineConf
     limit = _longest_context(model.config.get_text_config(), config.model)
     max_model_len = min(config.max_model_len or limit, limit)
     num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token, model.device)
-    runner = ModelRunner(model, num_slots)
+    exact_width = _EXACT_WIDTH if config.exact else None
+    runner = ModelRunner(model, num_slots, exact_width)
     room = min(num_slots, max_model_len)
     return LoadedModel(
         runner=runner,
@@ -257,6 +305,7 @@ def prepare(model: PreTrainedModel, tokenizer: ChatTokenizer, config: EngineConf
         num_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
         step_cost=config.step_cost or _measured_cost(runner, model, config, room),
+        exact_width=exact_width,
     )
 
 
@@ -264,7 +313,7 @@ def _measured_cost(runner: ModelRunner, model: PreTrainedModel, config: EngineCo
     """What passes cost here: from the cache, or measured and kept there (see `EngineConfig.calibrate`)."""
     context = min(_CALIBRATION_CONTEXT, room // 2)
     measure = partial(runner.measure_step_cost, context, room)
-    facts = _cost_facts(model, config.model, context, min(room - context, max(STEP_WIDTHS)))
+    facts = _cost_facts(model, config.model, context, min(room - context, max(STEP_WIDTHS)), config.exact)
     if config.calibrate == "always":
         points = measure(budget_s=5.0)
         calibration.keep(facts, points)
@@ -272,7 +321,7 @@ def _measured_cost(runner: ModelRunner, model: PreTrainedModel, config: EngineCo
     return calibration.kept_or_measured(facts, measure, check=partial(measure, budget_s=0.1))
 
 
-def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int) -> dict[str, str]:
+def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int, exact: bool) -> dict[str, str]:
     """Everything that the cost of a pass depends on; weights only by their shapes and type, not by their values."""
     device = model.device
     on_gpu = device.type == "cuda"
@@ -287,6 +336,7 @@ def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int)
         "attention": ATTENTION_NAME,
         "context": str(context),
         "max_width": str(max_width),
+        "exact": str(exact),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -378,7 +428,10 @@ def _check_equivalence(model: PreTrainedModel, name: str) -> int:
         model.set_attn_implementation(ATTENTION_NAME)
         runner = ModelRunner(model, num_slots=32)
         slots = np.array([3, 1, 4, 15, 9, 2, 6, 5, 8, 7, 10, 11], dtype=np.int64)  # scattered on purpose
-        parts = [runner.run(slots, 0, ids[:7], DraftTree(), 7), runner.run(slots, 7, ids[7:], DraftTree(), 5)]
+        other = np.arange(16, 28, dtype=np.int64)
+        first = [Piece(slots, 0, ids[:7], DraftTree(), 7), Piece(other, 0, ids[:5], DraftTree(), 0)]
+        second = [Piece(other, 5, ids[5:], DraftTree(), 7), Piece(slots, 7, ids[7:], DraftTree(), 5)]
+        parts = [runner.run(first), runner.run(second)[-5:]]
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
     except Exception as error:

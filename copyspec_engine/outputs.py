@@ -7,8 +7,9 @@ from typing import Literal
 
 __all__ = ["DraftStats", "EngineInfo", "FinishReason", "GenerationOutput", "Segment", "StreamChunk", "Timing", "Usage"]
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""stop: an end-of-sequence id or a stop text; length: max_tokens or the context is full; cancelled: by the caller."""
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+"""stop: an end-of-sequence id or a stop text; length: max_tokens or the context is full; cancelled: by the caller;
+timeout: it took longer than its `timeout_s`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""Who runs next, and what becomes of a step's tokens.
+"""Who runs next, on which KV slots, and what becomes of a step's tokens.
 
-Requests are admitted in the order in which they came, as soon as all the KV slots they may ever need are free: a
-running request never has to be thrown out. Every running request takes part in every step, with a piece of its prompt
-or with its last token and a draft.
+Requests are admitted in the order in which they came, as soon as there are slots for what is to be read of them, and
+take more slots as they grow. Every running request takes part in every step: with its last token and a draft, or with a
+piece of its prompt. When slots run out, rows kept for later calls give way first, then the request admitted last: it
+waits with all it has written, and goes on when there is room, computing anew what is no longer kept.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.kv_pool import KVPool
-from copyspec_engine.memory import SessionMemory, common_prefix_length
+from copyspec_engine.memory import SessionMemory
 from copyspec_engine.outputs import FinishReason, GenerationOutput, Segment, StreamChunk
+from copyspec_engine.prefix_cache import PrefixCache
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.sessions import SessionStore
 from copyspec_engine.verify import Verdict
 
-__all__ = ["ScheduledBatch", "ScheduledRow", "Scheduler"]
+__all__ = ["ScheduledBatch", "ScheduledRow", "Scheduler", "session_key"]
+
+_AHEAD = 256
+"""Slots that a row takes at a time while many are free, so that it lies in one piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,68 +48,147 @@ class ScheduledBatch:
 
     rows: tuple[ScheduledRow, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """Pending tokens that the step reads, drafts not counted."""
+        return sum(row.num_tokens for row in self.rows)
+
 
 class Scheduler:
     """Queue, running requests and the KV slots of both.
 
     Args:
         pool: the KV slots.
+        cache: rows of KV that are kept for later calls.
         sessions: what is remembered between calls.
         max_running: requests admitted at once.
-        max_prefill_tokens: prompt tokens of one row in one step.
+        max_prefill_tokens: prompt tokens in one step, of all rows together.
     """
 
-    def __init__(self, pool: KVPool, sessions: SessionStore, max_running: int, max_prefill_tokens: int) -> None:
-        self._pool, self._sessions = pool, sessions
+    def __init__(
+        self, pool: KVPool, cache: PrefixCache, sessions: SessionStore, max_running: int, max_prefill_tokens: int
+    ) -> None:
+        self._pool, self._cache, self._sessions = pool, cache, sessions
         self._max_running, self._max_prefill_tokens = max_running, max_prefill_tokens
-        self._waiting: deque[Sequence] = deque()
+        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """Admitted, and not over yet."""
+        self.num_preemptions = 0
 
     def __bool__(self) -> bool:
         """Whether there is work."""
-        return bool(self._waiting or self.running)
+        return bool(self.waiting or self.running)
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether a request is running or waiting."""
-        return sequence in self.running or sequence in self._waiting
+        return sequence in self.running or sequence in self.waiting
+
+    @property
+    def in_flight(self) -> list[Sequence]:
+        """Running requests and waiting ones."""
+        return [*self.running, *self.waiting]
+
+    def expired(self) -> list[Sequence]:
+        """Requests whose time is over."""
+        now = time.perf_counter()
+        return [sequence for sequence in self.in_flight if sequence.deadline_s <= now]
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        self.waiting.append(sequence)
 
     def admit(self) -> None:
         """Take in waiting requests, as many as fit."""
-        while self._waiting and len(self.running) < self._max_running and self._admit(self._waiting[0]):
-            self.running.append(self._waiting.popleft())
+        while self.waiting and len(self.running) < self._max_running and self._admit(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
 
     def schedule(self) -> ScheduledBatch:
-        """Give every running request its part of the next step."""
-        rows = []
-        for sequence in self.running:
-            count = min(sequence.num_pending, self._max_prefill_tokens)
-            rows.append(ScheduledRow(sequence, count, samples=count == sequence.num_pending))
+        """Give every running request its part of the next step, and slots for it.
+
+        What a step reads of prompts is shared out evenly, so that a long prompt keeps nobody waiting.
+        """
+        rows: list[ScheduledRow] = []
+        left, readers = self._max_prefill_tokens, sum(sequence.num_pending > 1 for sequence in self.running)
+        for sequence in list(self.running):
+            if sequence not in self.running:  # it had to give way to one before it
+                continue
+            count = sequence.num_pending
+            if count > 1:
+                count = min(count, max(left // readers, 1))
+                left, readers = left - count, readers - 1
+            if self._secure(sequence, count):
+                rows.append(ScheduledRow(sequence, count, samples=count == sequence.num_pending))
         return ScheduledBatch(tuple(rows))
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Bind a request to its session's memory and reserve its KV slots; False if it has to wait for slots."""
-        session_id, pool = sequence.request.session_id, sequence.request.memory_pool
-        # The last prompt token is always computed: its logits choose the first token of the answer.
-        prefix = common_prefix_length(sequence.token_ids[:-1], self._sessions.cached_tokens(session_id))
-        need = sequence.max_total_tokens - prefix
-        if self._pool.num_free + self._sessions.num_cached_slots - prefix < need:
-            return False
-        session = self._sessions.open(session_id)
-        shared, rest = session.take_slots(prefix)
-        self._pool.release(rest)
-        while self._pool.num_free < need:
-            self._sessions.evict_slots()
-        new = self._pool.allocate(need, after=int(shared[-1]) if prefix else None)
-        sequence.session = session
-        self._use(sequence, session.memory if pool is None else self._sessions.open_pool(pool, session_id))
-        sequence.slots = np.concatenate((shared, new))
-        sequence.num_computed = sequence.num_cached_tokens = prefix
-        sequence.started_s = time.perf_counter()
+    def fit(self, row: ScheduledRow, draft: DraftTree) -> DraftTree:
+        """As much of a draft as there are slots for; nobody gives way for a draft."""
+        sequence = row.sequence
+        missing = sequence.num_computed + row.num_tokens + len(draft) - len(sequence.slots)
+        if missing > 0:
+            self._cache.evict(missing)
+            self._extend(sequence, min(missing, self._pool.num_free))
+        return draft.first(len(sequence.slots) - sequence.num_computed - row.num_tokens)
+
+    def _secure(self, sequence: Sequence, count: int) -> bool:
+        """Slots for the next `count` tokens of a running request; False if it had to give way itself."""
+        missing = sequence.num_computed + count - len(sequence.slots)
+        if missing <= 0:
+            return True
+        self._cache.evict(missing)
+        while self._pool.num_free < missing:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return False
+            self._cache.evict(missing)
+        self._extend(sequence, missing)
         return True
+
+    def _extend(self, sequence: Sequence, count: int) -> None:
+        """Take `count` slots more for a row, or some ahead while there are plenty."""
+        ahead = min(_AHEAD, sequence.max_total_tokens - len(sequence.slots))
+        if count < ahead <= self._pool.num_free // 4:
+            count = ahead
+        after = int(sequence.slots[-1]) if len(sequence.slots) else None
+        sequence.slots = np.concatenate((sequence.slots, self._pool.allocate(count, after=after)))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Make a running request wait again; what it has computed is kept as long as there is room for it."""
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+        computed = sequence.num_computed
+        self._pool.release(sequence.slots[computed:])
+        self._cache.keep(
+            _call_key(sequence), _tokens(sequence, computed), sequence.slots[:computed], sequence.cache_salt
+        )
+        sequence.slots, sequence.num_computed = sequence.slots[:0], 0
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Bind a request to its session's memory and to the KV that is kept of its beginning; False: it has to wait."""
+        # The last token is always computed: its logits choose the next one.
+        tokens = _tokens(sequence, len(sequence.token_ids) - 1)
+        owners = [key for key in (_call_key(sequence), _session_key(sequence)) if key is not None]
+        prefix = self._cache.match(tokens, owners, sequence.cache_salt)
+        self._pool.share(prefix)
+        need = len(sequence.token_ids) - len(prefix)
+        if self._pool.num_free + self._cache.num_idle_slots < need:
+            self._pool.release(prefix)
+            return False
+        self._cache.drop(_call_key(sequence))
+        self._cache.evict(need)
+        if sequence.memory is None:
+            self._begin(sequence, len(prefix))
+        sequence.slots, sequence.num_computed = prefix.copy(), len(prefix)
+        self._extend(sequence, need)
+        return True
+
+    def _begin(self, sequence: Sequence, num_cached: int) -> None:
+        """Open a request's session and memory."""
+        session_id, pool = sequence.request.session_id, sequence.request.memory_pool
+        sequence.session = session = self._sessions.open(session_id)
+        self._use(sequence, session.memory if pool is None else self._sessions.open_pool(pool, session_id))
+        sequence.num_cached_tokens = num_cached
+        sequence.started_s = time.perf_counter()
 
     def _use(self, sequence: Sequence, memory: SessionMemory) -> None:
         memory.begin_call()
@@ -144,19 +229,19 @@ class Scheduler:
             self.remove(sequence)
         return _chunk(sequence, tokens, segments)
 
-    def cancel(self, sequence: Sequence) -> StreamChunk:
-        """Stop a waiting or running request; what it has written so far is its answer."""
-        sequence.finish_reason = "cancelled"
+    def stop(self, sequence: Sequence, reason: FinishReason) -> StreamChunk:
+        """End a waiting or running request early; what it has written so far is its answer."""
+        sequence.finish_reason = reason
         segments = sequence.text.flush()
         self.remove(sequence)
         return _chunk(sequence, (), segments)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a request off; its session keeps its texts and computed KV, every other slot becomes free."""
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
+        """Take a request off; its texts and computed KV are kept for later calls, every other slot becomes free."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
         try:
             self._stop_drafting(sequence)
         finally:
@@ -187,14 +272,37 @@ class Scheduler:
                 self._sessions.save(memory)
 
     def _hand_over_slots(self, sequence: Sequence) -> None:
-        """The session keeps the KV of its last call, instead of that of the call before."""
-        session, computed = sequence.session, sequence.num_computed
-        if session is None or not session.is_kept:
-            self._pool.release(sequence.slots)
+        """Keep the KV of a finished call, instead of that of its session's call before; free what is not kept."""
+        computed, slots = sequence.num_computed, sequence.slots
+        sequence.slots = slots[:0]
+        self._cache.drop(_call_key(sequence))
+        is_kept = sequence.session is not None and sequence.session.is_kept
+        owner = _session_key(sequence) if is_kept else None
+        if owner is None and sequence.cache_salt is not None:
+            owner = _call_key(sequence)
+        if owner is None or not computed:
+            self._pool.release(slots)
             return
-        self._pool.release(session.take_slots(0)[1])
-        self._pool.release(sequence.slots[computed:])
-        session.keep_slots(sequence.token_ids[:computed], sequence.slots[:computed])
+        self._pool.release(slots[computed:])
+        self._cache.keep(owner, _tokens(sequence, computed), slots[:computed], sequence.cache_salt)
+
+
+def session_key(session_id: str) -> str:
+    """Under which the prefix cache keeps a session's row."""
+    return f"session:{session_id}"
+
+
+def _session_key(sequence: Sequence) -> str | None:
+    session_id = sequence.request.session_id
+    return None if session_id is None else session_key(session_id)
+
+
+def _call_key(sequence: Sequence) -> str:
+    return f"call:{sequence.request.request_id}"
+
+
+def _tokens(sequence: Sequence, count: int) -> TokenArray:
+    return np.array(sequence.token_ids[:count], dtype=np.int64)
 
 
 def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -53,15 +54,19 @@ class Sequence:
     text: TextStream
     prediction_ids: Seq[int] = ()
     """A text that the answer is expected to repeat."""
+    deadline_s: float = math.inf
+    """When it ends at the latest, on the clock `time.perf_counter`."""
+    cache_salt: str | None = None
+    """Whose KV it may share, besides that of its session."""
 
     session: Session | None = None
-    """Set at admission, with the fields down to `slots`."""
+    """Set at the first admission, with the next two."""
     memory: SessionMemory | None = None
     """The session's own, or its part of the pool that the request names."""
     drafter: Drafter | None = None
-    """Begun right after admission; finished when the request ends."""
+    """Begun right after the first admission; finished when the request ends."""
     slots: TokenArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """The KV slot of each token, shape (max_total_tokens,); the first `num_computed` are filled."""
+    """The KV slots of its tokens and of some more, shape (n,); `num_computed` are filled. None while it waits."""
     num_computed: int = 0
     num_cached_tokens: int = 0
 

@@ -18,10 +18,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import numpy as np
-
 from copyspec_engine.config import EngineConfig
-from copyspec_engine.copy_index import CopyIndex, TokenArray
+from copyspec_engine.copy_index import CopyIndex
 from copyspec_engine.errors import MemoryFileError
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
@@ -30,28 +28,14 @@ __all__ = ["Pool", "Session", "SessionStore"]
 
 logger = logging.getLogger(__name__)
 
-_NO_TOKENS: TokenArray = np.empty(0, dtype=np.int64)
-
 
 class Session:
-    """One conversation: its own texts, and the KV slots of its last finished call."""
+    """One conversation: its own texts."""
 
     def __init__(self, memory: SessionMemory, *, is_kept: bool) -> None:
         self.memory = memory
         self.is_kept = is_kept
         """It outlives the call; no longer so once it is forgotten."""
-        self.cached_tokens = self.cached_slots = _NO_TOKENS
-        """The tokens whose KV is kept, in order, and their slots."""
-
-    def take_slots(self, prefix: int) -> tuple[TokenArray, TokenArray]:
-        """Hand over the cached KV: the slots of the first `prefix` tokens, and the rest, which nobody needs now."""
-        slots = self.cached_slots
-        self.cached_tokens = self.cached_slots = _NO_TOKENS
-        return slots[:prefix], slots[prefix:]
-
-    def keep_slots(self, token_ids: list[int], slots: TokenArray) -> None:
-        """Become the owner of a finished call's KV."""
-        self.cached_tokens, self.cached_slots = np.asarray(token_ids, dtype=np.int64), slots
 
 
 class Pool:
@@ -68,7 +52,7 @@ class SessionStore:
 
     Args:
         config: how many there may be, and how much text in each.
-        release: called with KV slots that a forgotten session owned.
+        drop_kv: called with each session that is forgotten.
         file: keeps the texts on disk; None: nothing does.
         vocab_size: of the model; saved texts with other token ids are not used.
     """
@@ -76,11 +60,11 @@ class SessionStore:
     def __init__(
         self,
         config: EngineConfig,
-        release: Callable[[TokenArray], None],
+        drop_kv: Callable[[str], None],
         file: MemoryFile | None = None,
         vocab_size: int = 1 << 31,
     ) -> None:
-        self._config, self._release, self._file, self._vocab_size = config, release, file, vocab_size
+        self._config, self._drop_kv, self._file, self._vocab_size = config, drop_kv, file, vocab_size
         # None stands for one that is only on disk yet.
         self._sessions: OrderedDict[str, Session | None] = OrderedDict()
         self._pools: OrderedDict[str, Pool | None] = OrderedDict()
@@ -96,11 +80,6 @@ class SessionStore:
         return len(self._sessions)
 
     # ---- calls -----------------------------------------------------------------------------------------------------
-
-    def cached_tokens(self, session_id: str | None) -> TokenArray:
-        """The tokens whose KV a session holds; none if there is no such session. Does not count as use."""
-        session = self._sessions.get(session_id) if session_id is not None else None
-        return _NO_TOKENS if session is None else session.cached_tokens
 
     def open(self, session_id: str | None) -> Session:
         """The session, made when it is new; None is a session for this one call."""
@@ -140,18 +119,6 @@ class SessionStore:
         pool.memories[owner.session_id] = memory
         return memory
 
-    @property
-    def num_cached_slots(self) -> int:
-        """KV slots that sessions hold for their next call."""
-        return sum(len(session.cached_slots) for session in self._sessions.values() if session is not None)
-
-    def evict_slots(self) -> None:
-        """Free the KV (not the texts) of the least recently used session that has any."""
-        for session in self._sessions.values():
-            if session is not None and len(session.cached_slots):
-                self._release(session.take_slots(0)[1])
-                return
-
     # ---- forgetting ------------------------------------------------------------------------------------------------
 
     def forget(self, session_id: str) -> bool:
@@ -183,7 +150,7 @@ class SessionStore:
         session = self._sessions.pop(session_id)
         if session is not None:
             session.is_kept, session.memory.owner = False, None
-            self._release(session.take_slots(0)[1])
+            self._drop_kv(session_id)
         return True
 
     def _drop_pool(self, name: str) -> bool:

@@ -92,16 +92,12 @@ class ScriptedRunner:
         self._scripts: dict[str, list[int]] = {}
         self.num_forward_passes = 0
 
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> list[torch.Tensor]:
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
         self.num_forward_passes += 1
-        return [
-            self._logits(row.sequence, draft if row.samples else None)
-            for row, draft in zip(batch.rows, drafts, strict=True)
-        ]
+        rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
+        return torch.cat([torch.empty((0, _VOCABULARY)), *(self._logits(row.sequence, draft) for row, draft in rows)])
 
-    def _logits(self, sequence: Sequence, draft: DraftTree | None) -> torch.Tensor:
-        if draft is None:
-            return torch.empty((0, _VOCABULARY))
+    def _logits(self, sequence: Sequence, draft: DraftTree) -> torch.Tensor:
         script = self._script(sequence)
         written = sequence.token_ids[sequence.num_prompt_tokens :]
         paths = [written]

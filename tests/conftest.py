@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -90,8 +91,13 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
 
 def assert_all_slots_free(engine: Engine) -> None:
-    """After every request is over, only the sessions hold KV."""
-    assert engine._core.pool.num_free + engine._core.sessions.num_cached_slots == engine._core.pool.num_slots
-    held = [slot for session in engine._core.sessions._sessions.values() for slot in session.cached_slots.tolist()]
-    assert len(held) == len(set(held))
+    """After every request is over, only rows that are kept for later calls use slots, each as often as it says."""
+    core = engine._core
+    users = np.zeros(core.pool.num_slots, dtype=np.int32)
+    for row in core.cache._rows.values():
+        assert len(row.slots) == len(row.token_ids) == len(np.unique(row.slots))
+        users[row.slots] += 1
+    assert (users == core.pool.users).all()
+    assert core.pool.num_free == (users == 0).sum()
+    assert not core.scheduler
     assert not engine._requests

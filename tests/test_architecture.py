@@ -22,6 +22,7 @@ LEVELS = {
         "drafter",
         "growth",
         "kv_pool",
+        "prefix_cache",
         "scheduler",
         "verify",
         "handle",

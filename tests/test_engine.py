@@ -229,7 +229,7 @@ def test_the_event_loop_goes_on_while_tokens_are_made(endless: Engine) -> None:
 @pytest.mark.parametrize("drafter", ["adaptive", "none"])
 def test_a_request_that_fails_takes_nobody_with_it(drafter: str) -> None:
     class Moody(ScriptedRunner):
-        def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> list[torch.Tensor]:
+        def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
             for row in batch.rows:
                 if row.sequence.request.request_id == "bad" and len(row.sequence.token_ids) > 40:
                     raise torch.OutOfMemoryError("no memory left on the device")
@@ -441,7 +441,7 @@ def test_closing_ends_unfinished_requests_and_refuses_new_ones(endless: Engine) 
         endless.generate(ask("again"))
     endless.close()
     with scripted_engine([]) as engine:  # the fixture checks the slots of an engine whose requests are over
-        endless._core.pool, endless._core.sessions = engine._core.pool, engine._core.sessions
+        endless._core = engine._core
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,6 @@ def test_requests_wait_for_slots_and_old_sessions_make_room() -> None:
             engine.submit(ask("go", session_id=f"s{i}", sampling=SamplingParams(max_tokens=60))) for i in range(8)
         ]
         assert [handle.result().text for handle in handles] == ["y" * 30] * 8
-        assert engine._core.sessions.num_cached_slots < 200
         assert_all_slots_free(engine)
 
 

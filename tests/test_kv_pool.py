@@ -56,6 +56,21 @@ def test_asking_for_too_much_takes_nothing() -> None:
 def test_releasing_what_is_not_owned_is_refused_and_changes_nothing(bad: list[int]) -> None:
     pool = KVPool(8)
     pool.allocate(2)
-    with pytest.raises(ValueError, match="free already"):
+    with pytest.raises(ValueError, match="some of them are free"):
         pool.release(np.array(bad))
     assert pool.num_free == 6
+
+
+def test_a_shared_slot_is_free_when_its_last_user_is_gone() -> None:
+    pool = KVPool(8)
+    slots = pool.allocate(4)
+    pool.share(slots[:3])
+    assert pool.release(slots) == 1
+    assert pool.num_free == 5
+    assert not set(pool.allocate(5).tolist()) & set(slots[:3].tolist())
+    assert pool.release(slots[:3]) == 3
+
+
+def test_sharing_a_free_slot_is_refused() -> None:
+    with pytest.raises(ValueError, match="free"):
+        KVPool(8).share(np.array([3]))

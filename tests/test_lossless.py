@@ -181,6 +181,10 @@ class OracleTrees:
         self._done = 0
         return self
 
+    def share(self, _: Seq[Drafter | None], drafts: Seq[DraftTree], width: int) -> list[DraftTree]:
+        """As `DraftingPolicy.share`, but nothing is given up."""
+        return list(drafts)
+
     def propose(self, num_pending: int, room: int) -> DraftTree:
         right = list(self._answer[self._done : self._done + self._rng.randrange(1, 6)])
         tokens, parents = [], []
@@ -220,7 +224,7 @@ def test_scattered_slots_give_the_plain_tokens(make_engine: MakeEngine, architec
     engine = make_engine(architecture, kv_cache_tokens=1024)
     plain = run(engine, PROMPT, "none")
     taken = np.random.default_rng(0).permutation(1024)[:700]
-    engine._core.pool._free[taken] = False
+    engine._core.pool._users[taken] = 1
     engine._core.pool._num_free -= len(taken)
     assert engine._core.pool._find_run(len(PROMPT)) is None
     assert same_answer(plain, run(engine, PROMPT, "adaptive"))

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, 
 from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError, model_runner
 from copyspec_engine.attention import KVStore, visibility
 from copyspec_engine.drafter import DraftTree
-from copyspec_engine.model_runner import ModelRunner, load_model, prepare
+from copyspec_engine.model_runner import ModelRunner, Piece, load_model, prepare
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, build_model
 
@@ -163,8 +164,9 @@ def test_a_model_that_gives_the_logits_of_every_token_is_served_right() -> None:
     original = model.forward
     model.forward = lambda *args, logits_to_keep=0, **kwargs: original(*args, **kwargs)
     loaded = prepare(model, ByteTokenizer(), EngineConfig(model="m", step_cost=STEP_COST))
-    logits = loaded.runner.run(np.arange(40), 0, list(range(20)), DraftTree(), 3)  # type: ignore[attr-defined]
-    whole = loaded.runner.run(np.arange(40), 0, list(range(20)), DraftTree(), 20)  # type: ignore[attr-defined]
+    piece = Piece(np.arange(40), 0, list(range(20)), DraftTree(), 3)
+    logits = loaded.runner.run([piece])  # type: ignore[attr-defined]
+    whole = loaded.runner.run([replace(piece, num_logits=20)])  # type: ignore[attr-defined]
     assert torch.equal(logits, whole[-3:])
 
 
@@ -337,8 +339,8 @@ def test_a_tree_pass_gives_each_node_the_logits_of_its_own_path(architecture: st
     model.set_attn_implementation("copyspec")
     runner = ModelRunner(model, num_slots=64)
     slots = np.random.default_rng(0).permutation(64)
-    runner.run(slots, 0, prompt[:39], DraftTree(), 1)
-    got = runner.run(slots, 39, [prompt[39], *draft.tokens], draft, 5)
+    runner.run([Piece(slots, 0, prompt[:39], DraftTree(), 1)])
+    got = runner.run([Piece(slots, 39, [prompt[39], *draft.tokens], draft, 5)])
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from copyspec_engine import Engine, EngineConfig, EngineStoppedError, GenerationRequest, MemoryFileError, SamplingParams
-from copyspec_engine.copy_index import BREAK, CopyIndex, TokenArray
+from copyspec_engine.copy_index import BREAK, CopyIndex
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import Fingerprint, MemoryFile, SavedSegment
@@ -248,27 +248,26 @@ def test_two_calls_of_a_session_in_flight_are_both_forgotten(make_engine: MakeEn
 # ---- the store by itself -------------------------------------------------------------------------------------------
 
 
-def store_of(released: list[int] | None = None, file: MemoryFile | None = None, **limits: int) -> SessionStore:
-    def release(slots: TokenArray) -> None:
-        if released is not None:
-            released.extend(slots.tolist())
+def store_of(dropped: list[str] | None = None, file: MemoryFile | None = None, **limits: int) -> SessionStore:
+    def release(session_id: str) -> None:
+        if dropped is not None:
+            dropped.append(session_id)
 
     return SessionStore(EngineConfig(**{"max_sessions": 2, **limits}), release, file)
 
 
-def test_the_least_recently_used_session_is_forgotten_with_its_slots() -> None:
-    released: list[int] = []
-    store = store_of(released)
+def test_the_least_recently_used_session_is_forgotten_with_its_kv() -> None:
+    dropped: list[str] = []
+    store = store_of(dropped)
     first = store.open("a")
-    first.keep_slots([1, 2], np.array([4, 5]))
     store.open("b")
     assert store.open("a") is first
     store.open("c")  # b goes
     assert first.is_kept
     assert len(store) == 2
-    assert released == []
-    store.open("d")  # a goes, with its slots
-    assert released == [4, 5]
+    assert dropped == ["b"]
+    store.open("d")
+    assert dropped == ["b", "a"]
     assert not first.is_kept
 
 
@@ -279,27 +278,13 @@ def test_a_call_without_a_session_is_not_kept() -> None:
     assert len(store) == 0
 
 
-def test_forgetting_releases_slots() -> None:
-    released: list[int] = []
-    store = store_of(released)
-    store.open("a").keep_slots([1, 2, 3], np.array([7, 8, 9]))
+def test_forgetting_lets_go_of_the_kv() -> None:
+    dropped: list[str] = []
+    store = store_of(dropped)
+    store.open("a")
     assert store.forget("a")
     assert not store.forget("a")
-    assert released == [7, 8, 9]
-
-
-def test_evicting_slots_keeps_the_texts_and_starts_with_the_least_recently_used() -> None:
-    released: list[int] = []
-    store = store_of(released)
-    for name, slot in (("a", 1), ("b", 2)):
-        session = store.open(name)
-        session.memory.add_prompt(range(100))
-        session.keep_slots([1], np.array([slot]))
-    assert store.num_cached_slots == 2
-    store.evict_slots()
-    assert released == [1]
-    assert len(store.open("a").memory.index) > 100
-    assert store.num_cached_slots == 1
+    assert dropped == ["a"]
 
 
 # ---- on disk -------------------------------------------------------------------------------------------------------
