@@ -17,7 +17,11 @@ def _no_test_writes_to_the_users_cache(tmp_path_factory: pytest.TempPathFactory)
     os.environ["COPYSPEC_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run pytest --slow"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -27,3 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False")
         for item in marked:
             item.add_marker(skip)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, which take minutes")
