@@ -35,6 +35,7 @@ from copyspec_engine.errors import (
     missing_extra,
 )
 from copyspec_engine.handle import RequestHandle
+from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.outputs import (
     DraftStats,
     EngineInfo,
@@ -61,6 +62,7 @@ __all__ = [
     "EngineBusyError",
     "EngineConfig",
     "EngineInfo",
+    "EngineMetrics",
     "EngineStoppedError",
     "FinishReason",
     "GenerationOutput",

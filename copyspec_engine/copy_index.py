@@ -446,12 +446,17 @@ class CopyIndex:
         for span in self._spans:
             _count(self.arrays, self.tokens_of(span))
 
+    def span_at(self, position: int) -> Span | None:
+        """The text that a position lies in, or lay in before it was forgotten: None."""
+        place = bisect_right(self._spans, position, key=lambda span: span.start)
+        return self._spans[place - 1] if place and position <= self._spans[place - 1].limit else None
+
     def touch(self, positions: Sequence[int] | TokenArray) -> None:
         """Count the texts at these positions as used."""
         for position in set(np.asarray(positions, dtype=np.int64).tolist()):
-            place = bisect_right(self._spans, position, key=lambda span: span.start)
-            if place:
-                self._spans[place - 1].used = True
+            span = self.span_at(position)
+            if span is not None:
+                span.used = True
 
     def matches(self, query: Sequence[int] | TokenArray, most: int = 16, steps: int = 16) -> list[CopyMatch]:
         """Up to `most` occurrences of suffixes of `query`, of which the last 48 tokens count.

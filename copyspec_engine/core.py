@@ -13,6 +13,7 @@ from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
+from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import FinishReason, StreamChunk
 from copyspec_engine.prefix_cache import PrefixCache
@@ -85,11 +86,35 @@ class EngineCore:
         """Draft, run the model, sample, compare. Changes no request, so that it can be repeated."""
         drafts = self._propose(batch)
         logits = self.model.runner.forward(batch, drafts)
+        self.scheduler.counts.num_steps += 1
         counts = [(1 + len(draft)) * row.samples for row, draft in zip(batch.rows, drafts, strict=True)]
         sampled = [_sample(*row) for row in zip(batch.rows, drafts, torch.split(logits, counts), strict=True)]
         return [
             (draft, verify(draft, tokens) if tokens else None) for draft, tokens in zip(drafts, sampled, strict=True)
         ]
+
+    def metrics(self) -> EngineMetrics:
+        """A snapshot of what runs, and all counts."""
+        counts, scheduler = self.scheduler.counts, self.scheduler
+        cached = self.cache.num_idle_slots
+        return EngineMetrics(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_kv_slots=self.pool.num_slots,
+            num_kv_slots_running=self.pool.num_slots - self.pool.num_free - cached,
+            num_kv_slots_cached=cached,
+            num_sessions=len(self.sessions),
+            num_steps=counts.num_steps,
+            num_preemptions=counts.num_preemptions,
+            prompt_tokens=counts.num_prompt_tokens,
+            cached_tokens=counts.num_cached_tokens,
+            completion_tokens=counts.num_completion_tokens,
+            draft_tokens=counts.num_draft_tokens,
+            tokens_per_forward=counts.num_completion_tokens / max(counts.num_row_passes, 1),
+            accepted_by_source={source: count for source, count in counts.accepted.items() if count},
+            finished=dict(counts.finished),
+            step_cost=self.model.step_cost,
+        )
 
     def _propose(self, batch: ScheduledBatch) -> list[DraftTree]:
         """What to verify behind each row's last token; nothing behind a piece of a prompt."""

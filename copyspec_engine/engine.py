@@ -23,6 +23,7 @@ from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +38,7 @@ from copyspec_engine.errors import (
     RequestFailedError,
 )
 from copyspec_engine.handle import RequestHandle, Sink
+from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
 from copyspec_engine.sequence import Sequence
@@ -44,6 +46,8 @@ from copyspec_engine.sequence import Sequence
 __all__ = ["Engine", "RequestHandle", "shared_engine"]
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -203,11 +207,19 @@ class Engine:
         """Erase the texts of a shared pool, in memory and on disk; False if there is none. Raises as `forget` does."""
         return self._on_loop(partial(self._core.forget_pool, name))
 
-    def _on_loop(self, work: Callable[[], bool]) -> bool:
+    def metrics(self) -> EngineMetrics:
+        """What runs and waits now, and counts since the engine was made, taken between two steps.
+
+        Raises:
+            EngineStoppedError: the engine was closed.
+        """
+        return self._on_loop(self._core.metrics)
+
+    def _on_loop(self, work: Callable[[], _T]) -> _T:
         """The result of `work`, done by the loop thread between two steps."""
         if threading.current_thread() is self._thread:
             return work()
-        done: Future[bool] = Future()
+        done: Future[_T] = Future()
         with self._lock:
             self._check_running()
             self._commands.put(partial(_fulfil, done, work))
@@ -365,7 +377,7 @@ def _hand(sink: Sink, sequence: Sequence, item: StreamChunk | Exception) -> bool
     return True
 
 
-def _fulfil(done: Future[bool], work: Callable[[], bool]) -> None:
+def _fulfil(done: Future[_T], work: Callable[[], _T]) -> None:
     """Run `work` and hand its result or error to who waits for it."""
     try:
         done.set_result(work())

@@ -8,6 +8,7 @@ Not covered: whose memory it is, for how long, and keeping it on disk (sessions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +21,8 @@ __all__ = ["ANSWER", "DECLARED_TEXT", "PROMPT", "SessionMemory", "common_prefix_
 
 PROMPT, ANSWER, DECLARED_TEXT = 0, 1, 2
 """Kinds of texts."""
+
+_KINDS = ("prompt", "answer", "prediction")
 
 _STARTS = 4
 """Answers and new texts whose beginnings are kept in mind."""
@@ -80,6 +83,16 @@ class SessionMemory:
     def remember(self, token_ids: Sequence[int]) -> None:
         """Keep what is new in a finished call's prompt and answer."""
         self._add(self.index.append_unseen(token_ids, PROMPT))
+
+    def kinds_of(self, sources: TokenArray) -> Counter[str]:
+        """How many of these positions lie in texts of each kind; 0 is none, a token that is just frequent."""
+        kinds: Counter[str] = Counter()
+        span: Span | None = None
+        for source in sources.tolist():
+            if span is None or not span.start <= source <= span.limit:  # copies run on in one text
+                span = self.index.span_at(source) if source else None
+            kinds["frequent" if span is None else _KINDS[span.kind]] += 1
+        return kinds
 
     def _add(self, spans: list[Span]) -> list[Span]:
         self._spans += spans

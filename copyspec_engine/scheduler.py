@@ -20,6 +20,7 @@ from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
+from copyspec_engine.metrics import Counts
 from copyspec_engine.outputs import FinishReason, GenerationOutput, Segment, StreamChunk
 from copyspec_engine.prefix_cache import PrefixCache
 from copyspec_engine.sequence import Sequence
@@ -73,7 +74,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """Admitted, and not over yet."""
-        self.num_preemptions = 0
+        self.counts = Counts()
 
     def __bool__(self) -> bool:
         """Whether there is work."""
@@ -153,7 +154,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Make a running request wait again; what it has computed is kept as long as there is room for it."""
-        self.num_preemptions += 1
+        self.counts.num_preemptions += 1
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
         computed = sequence.num_computed
@@ -188,6 +189,8 @@ class Scheduler:
         sequence.session = session = self._sessions.open(session_id)
         self._use(sequence, session.memory if pool is None else self._sessions.open_pool(pool, session_id))
         sequence.num_cached_tokens = num_cached
+        self.counts.num_prompt_tokens += sequence.num_prompt_tokens
+        self.counts.num_cached_tokens += num_cached
         sequence.started_s = time.perf_counter()
 
     def _use(self, sequence: Sequence, memory: SessionMemory) -> None:
@@ -223,11 +226,22 @@ class Scheduler:
         sequence.num_draft_tokens += len(draft)
         sequence.num_copied_tokens += len(kept)
         sequence.accepted_lengths.append(len(kept))
+        self._count(sequence, draft, kept, len(tokens))
         if sequence.drafter is not None:
             sequence.drafter.observe(draft, kept, tokens)
         if sequence.finish_reason is not None:
             self.remove(sequence)
         return _chunk(sequence, tokens, segments)
+
+    def _count(self, sequence: Sequence, draft: DraftTree, kept: tuple[int, ...], num_tokens: int) -> None:
+        counts = self.counts
+        counts.num_row_passes += 1
+        counts.num_completion_tokens += num_tokens
+        counts.num_draft_tokens += len(draft)
+        if not len(draft.sources):
+            counts.accepted["block"] += len(kept)
+        elif sequence.memory is not None:
+            counts.accepted += sequence.memory.kinds_of(draft.sources[list(kept)])
 
     def stop(self, sequence: Sequence, reason: FinishReason) -> StreamChunk:
         """End a waiting or running request early; what it has written so far is its answer."""
@@ -238,6 +252,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a request off; its texts and computed KV are kept for later calls, every other slot becomes free."""
+        self.counts.finished[sequence.finish_reason or "failed"] += 1
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
-    0: {"errors", "config", "outputs"},
+    0: {"errors", "config", "metrics", "outputs"},
     1: {
         "calibration",
         "compiled",

@@ -86,7 +86,7 @@ def test_requests_that_give_way_go_on_as_if_nothing_had_happened(make_engine: Ma
     ]
     for expected, handle in zip(alone, handles, strict=True):
         assert same_answer(expected, handle.result())
-    assert engine._core.scheduler.num_preemptions > 3
+    assert engine.metrics().num_preemptions > 3
     assert_all_slots_free(engine)
 
 

@@ -1,0 +1,68 @@
+"""What an engine has done since it was made, and what it is doing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+__all__ = ["Counts", "EngineMetrics"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Running totals; only the engine's loop thread changes them."""
+
+    num_steps: int = 0
+    """Forward passes, of however many requests each."""
+    num_row_passes: int = 0
+    """Parts that requests had in passes which sampled them a token."""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that did not have to be computed."""
+    num_completion_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_preemptions: int = 0
+    accepted: Counter[str] = field(default_factory=Counter)
+    """Accepted draft tokens by where they were copied from."""
+    finished: Counter[str] = field(default_factory=Counter)
+    """Requests that are over, by finish reason, or "failed"."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMetrics:
+    """A snapshot; counts are since the engine was made.
+
+    `accepted_by_source` has the keys "prompt", "answer", "prediction", "frequent" (a frequent token, copied from
+    nowhere) and "block" (drafts of the published algorithm).
+    """
+
+    num_running: int
+    num_waiting: int
+    num_kv_slots: int
+    num_kv_slots_running: int
+    """Held by running requests."""
+    num_kv_slots_cached: int
+    """Kept for later calls alone: free if they are needed."""
+    num_sessions: int
+    num_steps: int
+    num_preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    draft_tokens: int
+    tokens_per_forward: float
+    """Sampled tokens for each part that a request had in a forward pass; 1.0 for plain decoding, 0.0 before any."""
+    accepted_by_source: dict[str, int]
+    finished: dict[str, int]
+    step_cost: tuple[tuple[int, float], ...]
+    """(tokens, seconds) of a pass, as measured at load."""
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of prompt tokens whose KV was there already, 0 to 1."""
+        return self.cached_tokens / max(self.prompt_tokens, 1)
+
+    @property
+    def kv_slots_in_use(self) -> float:
+        """Share of the pool that running requests hold, 0 to 1."""
+        return self.num_kv_slots_running / self.num_kv_slots
