@@ -42,6 +42,7 @@ from copyspec_engine.outputs import (
     Segment,
     StreamChunk,
     Timing,
+    TokenLogprob,
     Usage,
 )
 
@@ -72,6 +73,7 @@ __all__ = [
     "Segment",
     "StreamChunk",
     "Timing",
+    "TokenLogprob",
     "UnsupportedModelError",
     "Usage",
     "missing_extra",

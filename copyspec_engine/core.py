@@ -11,11 +11,12 @@ from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.kv_pool import KVPool
+from copyspec_engine.logprobs import with_logprobs
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import StreamChunk
-from copyspec_engine.sampler import sample
+from copyspec_engine.sampler import SampleRow, sample
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.sessions import SessionStore
@@ -76,11 +77,14 @@ class EngineCore:
     def _verify(self, batch: ScheduledBatch) -> list[_Result]:
         """Draft, run the model, sample, compare. Changes no request, so that it can be repeated."""
         drafts = [_propose(row) for row in batch.rows]
-        logits = self.model.runner.forward(batch, drafts)
-        sampled = [_sample(*row) for row in zip(batch.rows, drafts, logits, strict=True)]
-        return [
-            (draft, verify(draft, tokens) if tokens else None) for draft, tokens in zip(drafts, sampled, strict=True)
-        ]
+        parts = self.model.runner.forward(batch, drafts)
+        rows = [_sample_row(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
+        if not rows:
+            return [(draft, None) for draft in drafts]
+        logits = torch.cat(parts)
+        verdicts = [verify(row.draft, tokens) for row, tokens in zip(rows, sample(logits, rows), strict=True)]
+        found = iter(with_logprobs(logits, rows, verdicts))
+        return [(draft, next(found) if row.samples else None) for row, draft in zip(batch.rows, drafts, strict=True)]
 
     def _commit(self, row: ScheduledRow, result: _Result | Exception) -> StreamChunk | Exception | None:
         """Take over a row's result, or end its request if the row failed."""
@@ -171,10 +175,9 @@ def _propose(row: ScheduledRow) -> DraftTree:
     return sequence.drafter.propose(row.num_tokens, sequence.max_draft_tokens)
 
 
-def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[int]:
-    """The target's token after the row's last token and after each draft node; nothing for a piece of the prompt."""
-    if not row.samples:
-        return []
-    sequence = row.sequence
-    positions = [len(sequence.token_ids) + depth for depth in (0, *draft.depths())]
-    return sample(logits, sequence.request.sampling, sequence.seed, positions)
+def _sample_row(row: ScheduledRow, draft: DraftTree) -> SampleRow:
+    """What decides the tokens behind a row's last token and behind each node of its draft."""
+    sequence, params = row.sequence, row.sequence.request.sampling
+    if params.has_penalties:
+        sequence.counts.update(sequence.token_ids, sequence.num_prompt_tokens)
+    return SampleRow(params, sequence.seed, len(sequence.token_ids), draft, sequence.counts)

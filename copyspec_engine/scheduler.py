@@ -18,7 +18,7 @@ import numpy as np
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory, common_prefix_length
-from copyspec_engine.outputs import FinishReason, GenerationOutput, Segment, StreamChunk
+from copyspec_engine.outputs import FinishReason, GenerationOutput, Segment, StreamChunk, TokenLogprob
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.sessions import SessionStore
 from copyspec_engine.verify import Verdict
@@ -142,7 +142,7 @@ class Scheduler:
             sequence.drafter.observe(draft, kept, tokens)
         if sequence.finish_reason is not None:
             self.remove(sequence)
-        return _chunk(sequence, tokens, segments)
+        return _chunk(sequence, tokens, segments, (verdict.logprobs or ())[:taken])
 
     def cancel(self, sequence: Sequence) -> StreamChunk:
         """Stop a waiting or running request; what it has written so far is its answer."""
@@ -217,12 +217,16 @@ def _keep_nodes(sequence: Sequence, kept: Seq[int]) -> None:
     sequence.num_computed = base + count
 
 
-def _chunk(sequence: Sequence, token_ids: tuple[int, ...], segments: list[Segment]) -> StreamChunk:
+def _chunk(
+    sequence: Sequence, token_ids: tuple[int, ...], segments: list[Segment], logprobs: tuple[TokenLogprob, ...] = ()
+) -> StreamChunk:
     """What the caller hears of a step, with the whole answer once it is finished."""
     sequence.segments += segments
+    sequence.logprobs += logprobs
     text = "".join(segment.text for segment in segments)
     output = None if sequence.finish_reason is None else _output(sequence, sequence.finish_reason)
-    return StreamChunk(sequence.request.request_id, text, token_ids, _joined(segments), output)
+    heard = logprobs if sequence.request.sampling.logprobs else None
+    return StreamChunk(sequence.request.request_id, text, token_ids, _joined(segments), heard, output)
 
 
 def _joined(segments: Seq[Segment]) -> tuple[Segment, ...]:
@@ -241,4 +245,5 @@ def _output(sequence: Sequence, finish_reason: FinishReason) -> GenerationOutput
         draft_stats=sequence.draft_stats(),
         timing=sequence.timing(),
         segments=_joined(sequence.segments),
+        logprobs=tuple(sequence.logprobs) if sequence.request.sampling.logprobs else None,
     )

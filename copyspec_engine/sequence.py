@@ -13,8 +13,9 @@ from copyspec_engine.config import DrafterConfig, GenerationRequest
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import Drafter
 from copyspec_engine.memory import SessionMemory
-from copyspec_engine.outputs import DraftStats, FinishReason, Segment, Timing, Usage
+from copyspec_engine.outputs import DraftStats, FinishReason, Segment, Timing, TokenLogprob, Usage
 from copyspec_engine.sessions import Session
+from copyspec_engine.token_counts import TokenCounts
 
 __all__ = ["Sequence", "TextStream"]
 
@@ -53,6 +54,8 @@ class Sequence:
     text: TextStream
     prediction_ids: Seq[int] = ()
     """A text that the answer is expected to repeat."""
+    counts: TokenCounts = field(default_factory=TokenCounts)
+    """Of `token_ids`, brought up to date before they are penalised."""
 
     session: Session | None = None
     """Set at admission, with the fields down to `slots`."""
@@ -67,6 +70,7 @@ class Sequence:
 
     finish_reason: FinishReason | None = None
     segments: list[Segment] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     accepted_lengths: list[int] = field(default_factory=list)
     num_prefill_passes: int = 0
     num_draft_tokens: int = 0
