@@ -41,7 +41,8 @@ SEEDED: list[dict[str, Any]] = [
 CASES = [
     *PROCESSORS,
     *SEEDED,
-    *({**processor, **SEEDED[i % len(SEEDED)]} for i, processor in enumerate(PROCESSORS)),
+    *({**processor, **seeded} for processor, seeded in zip(PROCESSORS[::2], SEEDED[1:], strict=True)),
+    {**PROCESSORS[-1], **SEEDED[-1]},
 ]
 
 
@@ -50,21 +51,20 @@ def test_drafting_never_changes_the_answer(make_engine: MakeEngine, sampling: di
     """Neither copies from the conversation, over turns, nor trees that hold wrong branches beside the right path."""
     engine = make_engine("llama")
     prompt, num_accepted, changed = PROMPT, 0, False
-    for _ in range(3):
+    sampling = {**sampling, "max_tokens": 32}
+    for seed in range(2):
         plain = run(engine, prompt, "none", **sampling)
-        drafted = run(engine, prompt, "adaptive", "chat", **sampling)
-        assert same_answer(plain, drafted)
-        changed |= plain.token_ids != run(engine, prompt, "none").token_ids
-        copied = engine._core.policy
-        for seed in range(2):
-            engine._core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
-            trees = run(engine, prompt, "adaptive", "trees", **sampling)
-            assert same_answer(plain, trees)
-            num_accepted += trees.draft_stats.num_accepted_tokens
-        engine._core.policy = copied
+        assert same_answer(plain, run(engine, prompt, "adaptive", "chat", **sampling))
+        changed |= plain.token_ids != run(engine, prompt, "adaptive", max_tokens=32).token_ids
+        copying = engine._core.policy
+        engine._core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
+        trees = run(engine, prompt, "adaptive", "trees", **sampling)
+        engine._core.policy = copying
+        assert same_answer(plain, trees)
+        num_accepted += trees.draft_stats.num_accepted_tokens
         prompt = (*prompt, *plain.token_ids, *PROMPT[:20])
     assert changed
-    assert num_accepted > 100
+    assert num_accepted > 20
     assert_all_slots_free(engine)
 
 
@@ -86,7 +86,7 @@ def test_a_repetition_penalty_gives_the_tokens_of_generate(make_engine: MakeEngi
 
 def test_requests_with_different_options_answer_as_if_alone(make_engine: MakeEngine) -> None:
     engine = make_engine("qwen2", max_running=6, max_prefill_tokens=50)
-    cases = [{**case, "max_tokens": 24, "logprobs": i % 3 == 0} for i, case in enumerate(CASES)]
+    cases = [{**case, "max_tokens": 16, "logprobs": i % 3 == 0} for i, case in enumerate(CASES)]
     alone = [run(engine, PROMPT, "none", **case) for case in cases]
     handles = [
         engine.submit(
@@ -118,11 +118,12 @@ def test_logprobs_are_those_of_a_plain_pass_of_the_model(make_engine: MakeEngine
     engine = make_engine("llama")
     sampling = {**sampling, "logprobs": True, "top_logprobs": 4}
     plain = run(engine, PROMPT, "none", **sampling)
+    engine._core.policy = OracleTrees(plain.token_ids, 0)  # type: ignore[assignment]
     request = GenerationRequest(prompt_token_ids=PROMPT, sampling=SamplingParams(max_tokens=48, **sampling))
     chunks = list(engine.stream(request))
     drafted = chunks[-1].output
     assert drafted is not None
-    assert drafted.draft_stats.num_accepted_tokens > 0
+    assert drafted.draft_stats.num_accepted_tokens > 10
     assert same_answer(plain, drafted)
     same_logprobs(plain, drafted)
     assert all(len(chunk.logprobs or ()) == len(chunk.token_ids) for chunk in chunks)
@@ -229,7 +230,7 @@ def exact_odds(logits: torch.Tensor, first: int, penalty: float) -> dict[tuple[i
 @pytest.mark.parametrize("drafter", ["none", "adaptive"])
 def test_answers_over_many_seeds_follow_the_exact_probabilities(drafter: str) -> None:
     """Chi-square over answers of three tokens, one a seed, with trees drafted and without."""
-    config = EngineConfig(model="markov", max_sessions=1)
+    config = EngineConfig(model="markov", max_sessions=1, max_running=64)
     model = LoadedModel(
         runner=MarkovRunner(),
         tokenizer=ByteTokenizer(),
@@ -240,22 +241,32 @@ def test_answers_over_many_seeds_follow_the_exact_probabilities(drafter: str) ->
         max_model_len=16,
         eos_token_ids=frozenset(),
         num_parameters=0,
-        num_slots=512,
+        num_slots=1024,
         kv_bytes_per_token=0,
         step_cost=STEP_COST,
     )
-    count, num_accepted, rng = 3000, 0, random.Random(1)
+    count, num_accepted, rng = 2000, 0, random.Random(1)
     odds = exact_odds(model.runner.logits, 1, 0.8)  # type: ignore[attr-defined]
     seen = dict.fromkeys(odds, 0)
     with Engine(config, model=model) as engine:
         if drafter == "adaptive":
             engine._core.policy = RandomTrees((), 5)  # type: ignore[assignment]
-        for _ in range(count):
-            options = {"temperature": 1.0, "top_k": 4, "presence_penalty": 0.8, "seed": rng.randrange(2**63)}
-            answer = run(engine, (0, 1), drafter, max_tokens=3, **options)
+        options: dict[str, Any] = {"temperature": 1.0, "top_k": 4, "presence_penalty": 0.8, "max_tokens": 3}
+        handles = [
+            engine.submit(
+                GenerationRequest(
+                    prompt_token_ids=(0, 1),
+                    drafter=drafter,
+                    sampling=SamplingParams(seed=rng.randrange(2**63), **options),
+                )
+            )
+            for _ in range(count)
+        ]
+        for handle in handles:
+            answer = handle.result()
             seen[answer.token_ids] += 1
             num_accepted += answer.draft_stats.num_accepted_tokens
-    assert (num_accepted > 1000) == (drafter == "adaptive")
+    assert (num_accepted > 500) == (drafter == "adaptive")
     assert all(seen[answer] == 0 for answer, chance in odds.items() if chance == 0)
     likely = [answer for answer, chance in odds.items() if chance * count >= 5]
     expected = {answer: odds[answer] * count for answer in likely}
@@ -263,5 +274,5 @@ def test_answers_over_many_seeds_follow_the_exact_probabilities(drafter: str) ->
     statistic = sum((seen[answer] - expected[answer]) ** 2 / expected[answer] for answer in likely)
     statistic += (count - sum(seen[answer] for answer in likely) - rest) ** 2 / rest
     freedom = len(likely)
-    assert freedom > 30
+    assert freedom > 20
     assert statistic < freedom + 3.3 * (2 * freedom) ** 0.5  # above the 0.1% point at these degrees of freedom
