@@ -122,9 +122,9 @@ class StreamChunk:
     token_ids: tuple[int, ...] = ()
     segments: tuple[Segment, ...] = ()
     """`text` in pieces that were copied or not."""
+    output: GenerationOutput | None = field(default=None)
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `token_ids`; None unless the request asked for them."""
-    output: GenerationOutput | None = field(default=None)
 
     @property
     def is_last(self) -> bool:

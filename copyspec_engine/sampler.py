@@ -119,7 +119,7 @@ def _draw(scores: torch.Tensor, params: SamplingParams, noise: torch.Tensor, wid
 def _tempered(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Scores over temperature, the highest 0 so that no temperature is too low; float64."""
     scores = scores.double()
-    return scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(params.temperature)
+    return (scores - scores.amax(dim=-1, keepdim=True)).div_(params.temperature)
 
 
 def _pick(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -226,7 +226,7 @@ def _chunk(
     text = "".join(segment.text for segment in segments)
     output = None if sequence.finish_reason is None else _output(sequence, sequence.finish_reason)
     heard = logprobs if sequence.request.sampling.logprobs else None
-    return StreamChunk(sequence.request.request_id, text, token_ids, _joined(segments), heard, output)
+    return StreamChunk(sequence.request.request_id, text, token_ids, _joined(segments), output, heard)
 
 
 def _joined(segments: Seq[Segment]) -> tuple[Segment, ...]:

@@ -264,14 +264,24 @@ def random_row(rng: random.Random, vocabulary: int) -> SampleRow:
 def test_rows_of_one_step_give_what_each_gives_alone() -> None:
     rng = random.Random(8)
     generator = torch.Generator().manual_seed(9)
-    for dtype in (torch.float32, torch.bfloat16):
-        for _ in range(40):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for _ in range(30):
             rows = [random_row(rng, 70) for _ in range(rng.randrange(1, 6))]
             logits = (torch.randn((sum(row.num_nodes for row in rows), 70), generator=generator) * 3).to(dtype)
             before = logits.clone()
             parts = logits.split([row.num_nodes for row in rows])
             assert sample(logits, rows) == [sample(part, [row])[0] for part, row in zip(parts, rows, strict=True)]
             assert torch.equal(logits, before)
+
+
+@pytest.mark.gpu
+def test_a_gpu_chooses_the_tokens_that_the_cpu_chooses() -> None:
+    rng = random.Random(9)
+    for vocabulary in (70, 5000):
+        for _ in range(20):
+            rows = [random_row(rng, vocabulary) for _ in range(4)]
+            logits = torch.randn((sum(row.num_nodes for row in rows), vocabulary)) * 3
+            assert sample(logits.cuda(), rows) == sample(logits, rows)
 
 
 def test_greedy_rows_without_processors_cost_one_argmax_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
