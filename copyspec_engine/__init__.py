@@ -44,6 +44,7 @@ from copyspec_engine.outputs import (
     Segment,
     StreamChunk,
     Timing,
+    TokenLogprob,
     Usage,
 )
 
@@ -76,6 +77,7 @@ __all__ = [
     "Segment",
     "StreamChunk",
     "Timing",
+    "TokenLogprob",
     "UnsupportedModelError",
     "Usage",
     "missing_extra",

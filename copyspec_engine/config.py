@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -207,15 +207,52 @@ class EngineConfig(_Options):
         return self
 
 
+def _as_bias_pairs(value: object) -> object:
+    """OpenAI's {token id: bias} as pairs in the order of the ids; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    for token, bias in value.items():
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not (str(token).isdecimal() and is_number and -100 <= bias <= 100):
+            raise ValueError(
+                f"Got logit_bias={{{token!r}: {bias!r}}} but expected token ids from 0 and biases from -100 to 100"
+            )
+    return tuple(sorted((int(token), float(bias)) for token, bias in value.items()))
+
+
 class SamplingParams(_Options):
-    """How tokens are chosen and when to stop. Drafting never changes the result."""
+    """How tokens are chosen and when to stop. Drafting never changes the result.
+
+    The options work in this order: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, temperature,
+    top_k, top_p, min_p. Where a draft is verified, penalties see the path in front of each of its tokens.
+    """
 
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
-    """0 is greedy decoding."""
+    """0 is greedy decoding: the most likely token after logit_bias and penalties."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Keep the fewest tokens whose probabilities reach this sum."""
+    """Keep the fewest tokens whose probabilities reach this sum, and those as likely as the last of them."""
     top_k: int | None = Field(default=None, ge=1)
-    """Keep this many of the most likely tokens."""
+    """Keep this many of the most likely tokens, and those as likely as the last of them."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Keep tokens at least this many times as likely as the most likely one."""
+    repetition_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Divides the positive logits, and multiplies the negative ones, of tokens in prompt and answer; above 1 makes them
+    less likely, as in transformers."""
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Subtracted from the logits of tokens that the answer holds, as for OpenAI."""
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Subtracted from a token's logit for each time that the answer holds it, as for OpenAI."""
+    logit_bias: Annotated[
+        tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]], ...],
+        BeforeValidator(_as_bias_pairs),
+    ] = ()
+    """(token id, what is added to its logit, -100 to 100) pairs; a dict is taken too, also with ids as strings. 100
+    forces a token and -100 bans it, as for OpenAI."""
+    logprobs: bool = False
+    """Give the natural log-probability of each token of the answer: the model's own, in float32, before all options
+    above."""
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """Give those of this many most likely tokens at each place too; needs logprobs=True."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Noise is a function of (seed, position): the same seed gives the same tokens. Default: a fresh random seed."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -232,6 +269,21 @@ class SamplingParams(_Options):
         if any(not text for text in self.stop):
             raise ValueError(f"Got stop={self.stop!r} but expected texts of at least one character")
         return self
+
+    @model_validator(mode="after")
+    def _check_logits(self) -> SamplingParams:
+        tokens = [token for token, _ in self.logit_bias]
+        twice = next((token for token in tokens if tokens.count(token) > 1), None)
+        if twice is not None:
+            raise ValueError(f"Got logit_bias with token id {twice} more than once: give each id one bias")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"Got top_logprobs={self.top_logprobs} without logprobs: set logprobs=True")
+        return self
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change what comes next."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 def _request_id() -> str:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from copyspec_engine.config import AdaptiveDrafter, EngineConfig
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.kv_pool import KVPool
+from copyspec_engine.logprobs import with_logprobs
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import FinishReason, StreamChunk
 from copyspec_engine.prefix_cache import PrefixCache
-from copyspec_engine.sampler import sample
+from copyspec_engine.sampler import SampleRow, sample
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler, session_key
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.sessions import SessionStore
@@ -87,11 +86,12 @@ class EngineCore:
         drafts = self._propose(batch)
         logits = self.model.runner.forward(batch, drafts)
         self.scheduler.counts.num_steps += 1
-        counts = [(1 + len(draft)) * row.samples for row, draft in zip(batch.rows, drafts, strict=True)]
-        sampled = [_sample(*row) for row in zip(batch.rows, drafts, torch.split(logits, counts), strict=True)]
-        return [
-            (draft, verify(draft, tokens) if tokens else None) for draft, tokens in zip(drafts, sampled, strict=True)
-        ]
+        rows = [_sample_row(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
+        if not rows:
+            return [(draft, None) for draft in drafts]
+        verdicts = [verify(row.draft, tokens) for row, tokens in zip(rows, sample(logits, rows), strict=True)]
+        found = iter(with_logprobs(logits, rows, verdicts))
+        return [(draft, next(found) if row.samples else None) for row, draft in zip(batch.rows, drafts, strict=True)]
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of what runs, and all counts."""
@@ -221,10 +221,9 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
         return None, str(error)
 
 
-def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[int]:
-    """The target's token after the row's last token and after each draft node; nothing for a piece of the prompt."""
-    if not row.samples:
-        return []
-    sequence = row.sequence
-    positions = [len(sequence.token_ids) + depth for depth in (0, *draft.depths())]
-    return sample(logits, sequence.request.sampling, sequence.seed, positions)
+def _sample_row(row: ScheduledRow, draft: DraftTree) -> SampleRow:
+    """What decides the tokens behind a row's last token and behind each node of its draft."""
+    sequence, params = row.sequence, row.sequence.request.sampling
+    if params.has_penalties:
+        sequence.counts.update(sequence.token_ids, sequence.num_prompt_tokens)
+    return SampleRow(params, sequence.seed, len(sequence.token_ids), draft, sequence.counts)

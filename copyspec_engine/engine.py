@@ -130,17 +130,21 @@ class Engine:
         if request.prompt is not None:
             return self.encode(request.prompt)
         ids = list(request.prompt_token_ids or ())
-        bad = next((token for token in ids if not 0 <= token < self._model.runner.vocab_size), None)
-        if bad is not None:
-            limit = self._model.runner.vocab_size - 1
-            raise ConfigError(f"Got prompt_token_ids with {bad} but expected ids from 0 to {limit}")
+        self._check_ids("prompt_token_ids", ids)
         return ids
+
+    def _check_ids(self, name: str, ids: Seq[int]) -> None:
+        limit = self._model.runner.vocab_size - 1
+        bad = next((token for token in ids if not 0 <= token <= limit), None)
+        if bad is not None:
+            raise ConfigError(f"Got {name} with {bad} but expected ids from 0 to {limit}")
 
     def submit(self, request: GenerationRequest) -> RequestHandle:
         """Queue a request; tokenising and checks happen here, in the caller's thread.
 
         Raises:
-            ConfigError: the input cannot be tokenised, or its request_id is in use.
+            ConfigError: the input cannot be tokenised, a token id is not in the vocabulary, or the request_id is in
+                use.
             ContextOverflowError: it needs more tokens than the context or the KV pool holds.
             EngineBusyError: too many requests wait already.
             EngineStoppedError: the engine takes no more requests.
@@ -249,6 +253,8 @@ class Engine:
         token_ids = self.tokenize(request)
         if not token_ids:
             raise ConfigError("Got an empty prompt: the text gives no tokens")
+        self._check_ids("logit_bias", [token for token, _ in params.logit_bias])
+        self._check_ids("stop_token_ids", params.stop_token_ids)
         wanted = len(token_ids) + (params.max_tokens or 1)
         if wanted > model.max_model_len:
             raise ContextOverflowError(wanted, model.max_model_len)

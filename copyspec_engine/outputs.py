@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["DraftStats", "EngineInfo", "FinishReason", "GenerationOutput", "Segment", "StreamChunk", "Timing", "Usage"]
+__all__ = [
+    "DraftStats",
+    "EngineInfo",
+    "FinishReason",
+    "GenerationOutput",
+    "Segment",
+    "StreamChunk",
+    "Timing",
+    "TokenLogprob",
+    "Usage",
+]
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 """stop: an end-of-sequence id or a stop text; length: max_tokens or the context is full; cancelled: by the caller;
@@ -18,6 +28,17 @@ class Segment:
 
     text: str
     copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model held a token of the answer to be, by its own logits before any sampling option."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of its probability, at most 0."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob) of the most likely tokens there, the likeliest first; as many as `top_logprobs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +96,8 @@ class GenerationOutput:
     draft_stats: DraftStats
     timing: Timing
     segments: tuple[Segment, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each of `token_ids`; None unless the request asked for them."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -101,6 +124,8 @@ class StreamChunk:
     segments: tuple[Segment, ...] = ()
     """`text` in pieces that were copied or not."""
     output: GenerationOutput | None = field(default=None)
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each of `token_ids`; None unless the request asked for them."""
 
     @property
     def is_last(self) -> bool:

@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, or temperature with top-k and top-p.
+"""From logits to tokens: processors, then the most likely token or one drawn by temperature, top_k, top_p and min_p.
 
 The noise is a function of (seed, absolute position) alone. A token therefore comes out the same whether its logits were
 computed one step at a time or inside a long draft, and drafting never changes a sample.
@@ -6,50 +6,194 @@ computed one step at a time or inside a long draft, and drafting never changes a
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from copyspec_engine.config import SamplingParams
+from copyspec_engine.drafter import DraftTree
+from copyspec_engine.processors import add_bias, mask_tokens, penalise
+from copyspec_engine.token_counts import TokenCounts
 
-__all__ = ["filtered_probabilities", "sample", "uniform_noise"]
+__all__ = ["SampleRow", "filtered", "sample", "uniform_noise"]
+
+_WIDTH = 1024
+"""Tokens that filters look at first: selecting them is many times faster than sorting the vocabulary."""
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, seed: int, positions: Sequence[int]) -> list[int]:
-    """One token for each row of logits.
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What decides the tokens of one sequence besides its logits."""
+
+    params: SamplingParams
+    seed: int
+    """0 to 2**63 - 1."""
+    position: int
+    """Absolute position of the token behind the sequence's last one."""
+    draft: DraftTree = field(default_factory=DraftTree)
+    counts: TokenCounts = field(default_factory=TokenCounts)
+    """Of the sequence, up to date; read if there are penalties."""
+    allowed: torch.Tensor | None = None
+    """Tokens that may follow at each node, see `mask_tokens`; None: all."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Tokens to sample: behind the sequence's last token and behind each node of the draft."""
+        return 1 + len(self.draft)
+
+    @property
+    def is_processed(self) -> bool:
+        """Whether anything changes the logits."""
+        return self.allowed is not None or bool(self.params.logit_bias) or self.params.has_penalties
+
+    def process(self, scores: torch.Tensor) -> None:
+        """Mask, bias, penalties, in place; scores of shape (num_nodes, vocabulary)."""
+        if self.allowed is not None:
+            mask_tokens(scores, self.allowed)
+        if self.params.logit_bias:
+            add_bias(scores, self.params.logit_bias)
+        if self.params.has_penalties:
+            penalise(scores, self.params, self.counts, self.draft)
+
+    def noise(self) -> list[float]:
+        """A number for each node, shape (num_nodes,)."""
+        return uniform_noise(self.seed, [self.position + depth for depth in (0, *self.draft.depths())])
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
+    """The target's tokens for all rows of a step.
 
     Args:
-        logits: shape (nodes, vocabulary), any floating type, any device.
-        params: temperature, top_k and top_p.
-        seed: of the request, 0 to 2**63 - 1.
-        positions: absolute position of the token to be sampled at each node, shape (nodes,).
+        logits: those of all rows, one behind the other, shape (sum of num_nodes, vocabulary), any floating type, any
+            device; not changed.
+        rows: in the order of their logits.
+
+    Returns:
+        For each row the token behind the sequence's last token and behind each node, shape (num_nodes,).
     """
-    if params.temperature == 0.0:
-        greedy: list[int] = logits.argmax(dim=-1).tolist()
-        return greedy
-    cumulative = filtered_probabilities(logits, params).cumsum(dim=-1)  # (nodes, vocabulary)
-    noise = torch.tensor(uniform_noise(seed, positions), dtype=torch.float64, device=logits.device)  # (nodes,)
-    # The total is 1 up to rounding; scaled noise below it always falls on a token that was kept.
-    chosen = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)
-    tokens: list[int] = chosen.squeeze(-1).clamp_(max=logits.shape[-1] - 1).tolist()
+    ends = list(itertools.accumulate(row.num_nodes for row in rows))
+    spans = [range(end - row.num_nodes, end) for row, end in zip(rows, ends, strict=True)]
+    scores = logits
+    if any(row.is_processed for row in rows):
+        scores = logits.to(torch.float32, copy=True)
+        for row, span in zip(rows, spans, strict=True):
+            if row.is_processed:
+                row.process(scores[span.start : span.stop])
+    tokens = scores.argmax(dim=-1)
+    alike: dict[tuple[object, ...], list[int]] = {}  # rows whose tokens are drawn in the same way
+    for i, row in enumerate(rows):
+        if row.params.temperature > 0.0:
+            params = row.params
+            alike.setdefault((params.temperature, params.top_k, params.top_p, params.min_p), []).append(i)
+    for group in alike.values():
+        nodes = torch.tensor([node for i in group for node in spans[i]], device=logits.device)
+        noise = torch.tensor([number for i in group for number in rows[i].noise()], dtype=torch.float64)
+        tokens[nodes] = _draw(scores[nodes], rows[group[0]].params, noise.to(logits.device), _WIDTH)
+    flat: list[int] = tokens.tolist()
+    return [flat[span.start : span.stop] for span in spans]
+
+
+def _draw(scores: torch.Tensor, params: SamplingParams, noise: torch.Tensor, width: int) -> torch.Tensor:
+    """A token for each node, drawn from what the filters leave.
+
+    Args:
+        scores: shape (nodes, vocabulary).
+        params: temperature above 0, and the filters.
+        noise: shape (nodes,), float64.
+        width: tokens that filters look at, the most likely ones; all where these turn out to be too few.
+    """
+    if params.top_k is None and params.top_p == 1.0 and params.min_p == 0.0:
+        return _pick(_tempered(scores, params).softmax(dim=-1), noise)
+    ids, probabilities, is_whole = filtered(scores, params, width)
+    tokens = ids.gather(-1, _pick(probabilities, noise)[:, None]).squeeze(-1)
+    if width < scores.shape[-1] and not bool(is_whole.all()):
+        rest = ~is_whole
+        tokens[rest] = _draw(scores[rest], params, noise[rest], scores.shape[-1])
     return tokens
 
 
-def filtered_probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities after temperature, top_k and top_p, in that order; shape (nodes, vocabulary), float64."""
-    scores = logits.double() / params.temperature
-    if params.top_k is not None and params.top_k < scores.shape[-1]:
-        least = scores.topk(params.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < least, -torch.inf)
-    probabilities = scores.softmax(dim=-1)
+def _tempered(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Scores over temperature, the highest 0 so that no temperature is too low; float64."""
+    scores = scores.double()
+    return (scores - scores.amax(dim=-1, keepdim=True)).div_(params.temperature)
+
+
+def _pick(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The column in which the noise falls, for each node; shape (nodes,)."""
+    cumulative = probabilities.cumsum(dim=-1)
+    # The total is 1 up to rounding; scaled noise below it always falls on a token that was kept.
+    chosen = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)
+    return chosen.squeeze(-1).clamp_(max=probabilities.shape[-1] - 1)
+
+
+def filtered(
+    scores: torch.Tensor, params: SamplingParams, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What temperature, top_k, top_p and min_p leave, in that order, of the `width` most likely tokens.
+
+    Each filter keeps the tokens down to a score of its own. Those exactly as likely as the last one kept are kept too:
+    which of them a sort puts first must not show in the answer.
+
+    Returns:
+        ids: ascending, shape (nodes, width).
+        probabilities: theirs, 0 for those filtered out, float64, same shape.
+        is_whole: whether no kept token lies outside of the `width`, shape (nodes,).
+    """
+    if width >= scores.shape[-1]:
+        ids = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+        values, ordered = _tempered(scores, params), scores.sort(dim=-1, descending=True).values
+    else:
+        ordered, places = scores.topk(width, dim=-1)
+        ids, order = places.sort(dim=-1)
+        values = _tempered(ordered.gather(-1, order), params)
+    least, is_whole = _least(_tempered(ordered, params), scores, params)
+    return ids, values.masked_fill(values < least, -torch.inf).softmax(dim=-1), is_whole
+
+
+def _least(ordered: torch.Tensor, scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest score that the filters keep.
+
+    Args:
+        ordered: the highest tempered scores, descending from 0, shape (nodes, width).
+        scores: of all tokens, shape (nodes, vocabulary).
+        params: temperature and filters.
+
+    Returns:
+        least: shape (nodes, 1).
+        is_whole: whether no kept token lies outside of the `width`, shape (nodes,).
+    """
+    width, vocabulary = ordered.shape[-1], scores.shape[-1]
+    least = ordered.new_full((len(ordered), 1), -torch.inf)
+    if params.top_k is not None and params.top_k <= width:
+        least = ordered[:, params.top_k - 1 : params.top_k]
+    edge = least  # top_p shares out all that top_k keeps, so that all of it must be there
     if params.top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier tokens: the first token is always kept
-        ordered = ordered.masked_fill(before >= params.top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-        probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    return probabilities
+        masses = ordered.masked_fill(ordered < least, -torch.inf).exp()
+        total = masses.sum(dim=-1, keepdim=True)
+        if params.top_k is None and width < vocabulary:
+            total = _total_mass(scores, params)
+        above = masses.cumsum(dim=-1) - masses  # mass of the likelier tokens: the first is always kept
+        count = ((above < params.top_p * total) & (masses > 0)).sum(dim=-1, keepdim=True)
+        least = torch.maximum(least, ordered.gather(-1, count - 1))
+    if params.min_p > 0.0:
+        least = least.clamp(min=math.log(params.min_p))  # the most likely token stands at 0
+    if params.top_k is None:
+        edge = least
+    last = ordered[:, -1:]
+    return least, ((last < edge) | (last == -torch.inf)).squeeze(-1) | (width == vocabulary)
+
+
+def _total_mass(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Sum of all tokens' probabilities, each relative to the most likely one, shape (nodes, 1).
+
+    In float32, which is several times faster on a CPU: it decides no more than which token reaches top_p.
+    """
+    scores = scores.float() - scores.amax(dim=-1, keepdim=True)
+    return scores.div_(max(params.temperature, 1e-30)).exp_().sum(dim=-1, keepdim=True)
 
 
 def uniform_noise(seed: int, positions: Sequence[int]) -> list[float]:

@@ -21,7 +21,7 @@ from copyspec_engine.drafter import DraftTree
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.metrics import Counts
-from copyspec_engine.outputs import FinishReason, GenerationOutput, Segment, StreamChunk
+from copyspec_engine.outputs import FinishReason, GenerationOutput, Segment, StreamChunk, TokenLogprob
 from copyspec_engine.prefix_cache import PrefixCache
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.sessions import SessionStore
@@ -231,7 +231,7 @@ class Scheduler:
             sequence.drafter.observe(draft, kept, tokens)
         if sequence.finish_reason is not None:
             self.remove(sequence)
-        return _chunk(sequence, tokens, segments)
+        return _chunk(sequence, tokens, segments, (verdict.logprobs or ())[:taken])
 
     def _count(self, sequence: Sequence, draft: DraftTree, kept: tuple[int, ...], num_tokens: int) -> None:
         counts = self.counts
@@ -340,12 +340,16 @@ def _keep_nodes(sequence: Sequence, kept: Seq[int]) -> None:
     sequence.num_computed = base + count
 
 
-def _chunk(sequence: Sequence, token_ids: tuple[int, ...], segments: list[Segment]) -> StreamChunk:
+def _chunk(
+    sequence: Sequence, token_ids: tuple[int, ...], segments: list[Segment], logprobs: tuple[TokenLogprob, ...] = ()
+) -> StreamChunk:
     """What the caller hears of a step, with the whole answer once it is finished."""
     sequence.segments += segments
+    sequence.logprobs += logprobs
     text = "".join(segment.text for segment in segments)
     output = None if sequence.finish_reason is None else _output(sequence, sequence.finish_reason)
-    return StreamChunk(sequence.request.request_id, text, token_ids, _joined(segments), output)
+    heard = logprobs if sequence.request.sampling.logprobs else None
+    return StreamChunk(sequence.request.request_id, text, token_ids, _joined(segments), output, heard)
 
 
 def _joined(segments: Seq[Segment]) -> tuple[Segment, ...]:
@@ -364,4 +368,5 @@ def _output(sequence: Sequence, finish_reason: FinishReason) -> GenerationOutput
         draft_stats=sequence.draft_stats(),
         timing=sequence.timing(),
         segments=_joined(sequence.segments),
+        logprobs=tuple(sequence.logprobs) if sequence.request.sampling.logprobs else None,
     )

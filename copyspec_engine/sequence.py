@@ -14,8 +14,9 @@ from copyspec_engine.config import DrafterConfig, GenerationRequest
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import Drafter
 from copyspec_engine.memory import SessionMemory
-from copyspec_engine.outputs import DraftStats, FinishReason, Segment, Timing, Usage
+from copyspec_engine.outputs import DraftStats, FinishReason, Segment, Timing, TokenLogprob, Usage
 from copyspec_engine.sessions import Session
+from copyspec_engine.token_counts import TokenCounts
 
 __all__ = ["Sequence", "TextStream"]
 
@@ -58,6 +59,8 @@ class Sequence:
     """When it ends at the latest, on the clock `time.perf_counter`."""
     cache_salt: str | None = None
     """Whose KV it may share, besides that of its session."""
+    counts: TokenCounts = field(default_factory=TokenCounts)
+    """Of `token_ids`, brought up to date before they are penalised."""
 
     session: Session | None = None
     """Set at the first admission, with the next two."""
@@ -72,6 +75,7 @@ class Sequence:
 
     finish_reason: FinishReason | None = None
     segments: list[Segment] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     accepted_lengths: list[int] = field(default_factory=list)
     num_prefill_passes: int = 0
     num_draft_tokens: int = 0

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from copyspec_engine.drafter import DraftTree
+from copyspec_engine.outputs import TokenLogprob
 
 __all__ = ["Verdict", "verify"]
 
@@ -21,6 +22,8 @@ class Verdict(NamedTuple):
     """Draft nodes on the path, from the root down."""
     tokens: tuple[int, ...]
     """Their tokens and then the bonus token, sampled where the path ends."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each of `tokens`, if the request asked for them."""
 
 
 def verify(draft: DraftTree, sampled: Sequence[int]) -> Verdict:

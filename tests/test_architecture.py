@@ -19,6 +19,7 @@ LEVELS = {
         "sequence",
         "sessions",
         "survival",
+        "token_counts",
         "drafter",
         "growth",
         "kv_pool",
@@ -27,7 +28,7 @@ LEVELS = {
         "verify",
         "handle",
     },
-    2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
+    2: {"sampler", "processors", "logprobs", "attention", "model_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
     4: {"testing", "adapters", "replay", "peers", "cli", "__main__"},
 }

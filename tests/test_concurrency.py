@@ -172,24 +172,23 @@ def test_exact_mode_is_equal_to_the_last_bit(make_engine: MakeEngine, monkeypatc
     """The logits behind every token are the same bits, drafted or not, prompts read whole or reused."""
     engine = make_engine("qwen2", exact=True, max_prefill_tokens=64)
     logits: dict[int, Any] = {}
-    original, num_compared = core._sample, 0
+    original, num_compared = core.sample, 0
 
-    def watched(row: Any, draft: Any, rows: Any) -> Any:
+    def watched(rows: Any, asked: Any) -> Any:
         nonlocal num_compared
-        if row.samples:
-            node, position = 0, len(row.sequence.token_ids)
-            while True:
-                if position in logits:
-                    num_compared += 1
-                    assert logits[position].equal(rows[node])
-                logits.setdefault(position, rows[node].clone())
-                following = [i for i, parent in enumerate(draft.parents) if parent == node - 1]
-                if not following or draft.tokens[following[0]] != int(rows[node].argmax()):
-                    break
-                node, position = following[0] + 1, position + 1
-        return original(row, draft, rows)
+        (row,) = asked
+        node, position = 0, row.position
+        while True:
+            if position in logits:
+                num_compared += 1
+                assert logits[position].equal(rows[node])
+            logits.setdefault(position, rows[node].clone())
+            following = [i for i, parent in enumerate(row.draft.parents) if parent == node - 1]
+            if not following or row.draft.tokens[following[0]] != int(rows[node].argmax()):
+                return original(rows, asked)
+            node, position = following[0] + 1, position + 1
 
-    monkeypatch.setattr(core, "_sample", watched)
+    monkeypatch.setattr(core, "sample", watched)
     outputs = [run(engine, PROMPT, drafter, "a", max_tokens=100) for drafter in ("none", "adaptive", "copyspec")]
     assert outputs[1].tokens_per_forward > 1.2
     assert outputs[1].usage.cached_tokens == len(PROMPT) - 1

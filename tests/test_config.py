@@ -32,6 +32,21 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (SamplingParams, {"seed": -5}, "seed=-5"),
         (SamplingParams, {"max_tokens": 0}, "max_tokens=0"),
         (SamplingParams, {"stop": ("",)}, "at least one character"),
+        (SamplingParams, {"min_p": 1.5}, "Got min_p=1.5 but expected less than or equal to 1"),
+        (SamplingParams, {"repetition_penalty": 0}, "repetition_penalty=0"),
+        (SamplingParams, {"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
+        (SamplingParams, {"presence_penalty": 2.5}, "Got presence_penalty=2.5 but expected less than or equal to 2"),
+        (SamplingParams, {"frequency_penalty": -3}, "frequency_penalty=-3"),
+        (SamplingParams, {"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
+        (SamplingParams, {"logit_bias": {7: 101}}, "Got logit_bias={7: 101} but expected token ids from 0"),
+        (SamplingParams, {"logit_bias": {"7": float("nan")}}, "Got logit_bias={'7': nan}"),
+        (SamplingParams, {"logit_bias": {"the": 1}}, "Got logit_bias={'the': 1}"),
+        (SamplingParams, {"logit_bias": {-1: 1}}, "Got logit_bias={-1: 1}"),
+        (SamplingParams, {"logit_bias": {7: "1"}}, "Got logit_bias={7: '1'}"),
+        (SamplingParams, {"logit_bias": {7: 1, "7": 2}}, "token id 7 more than once"),
+        (SamplingParams, {"logit_bias": ((7, 300),)}, "less than or equal to 100"),
+        (SamplingParams, {"logprobs": True, "top_logprobs": 21}, "top_logprobs=21"),
+        (SamplingParams, {"top_logprobs": 2}, "Got top_logprobs=2 without logprobs: set logprobs=True"),
         (
             GenerationRequest,
             {"prompt": "a", "sampling": {"temperature": -1}},
@@ -94,6 +109,13 @@ def test_errors_survive_pickling(error: Exception) -> None:
 def test_a_prediction_may_have_openais_form(content: object) -> None:
     assert GenerationRequest(prompt="x", prediction={"type": "content", "content": content}).prediction == "ab\n"
     assert GenerationRequest(prompt="x", prediction="ab\n").prediction == "ab\n"
+
+
+def test_a_logit_bias_may_have_openais_form_and_stays_hashable() -> None:
+    params = SamplingParams(logit_bias={"50": -100, 7: 2.5})
+    assert params.logit_bias == ((7, 2.5), (50, -100.0))
+    assert hash(params) == hash(SamplingParams(logit_bias=params.logit_bias))
+    assert SamplingParams(**params.model_dump()) == params
 
 
 def test_the_defaults_are_greedy_and_adaptive() -> None:
