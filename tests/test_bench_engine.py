@@ -141,24 +141,34 @@ def test_all_peers_run_the_same_model_on_the_same_tokens(monkeypatch: pytest.Mon
         assert said["generate-kv", turn.number] == said["ours-plain", turn.number] == expected
 
 
-def test_drafts_are_accepted_as_in_a_replay() -> None:
-    """Passes of ours in the engine and in `bench drafts` under the same costs, warm-up included."""
+@pytest.mark.parametrize(("peer", "drafter"), [("ours", OURS), ("prompt-lookup", "prompt-lookup")])
+def test_drafts_are_accepted_as_in_a_replay(peer: str, drafter: str) -> None:
+    """Passes of the whole engine and of `bench drafts` under the same costs, warm-up included."""
     conversations = chats()
-    with open_stage("tiny", TOKENIZER, END, conversations, ["ours"], curve_s=0.1, step_cost=COST) as stage:
+    with open_stage("tiny", TOKENIZER, END, conversations, [peer], curve_s=0.1, step_cost=COST) as stage:
         passes = sum(
             written.passes
             for conversation in conversations
             for _, _, (written,), _ in take_turns(stage.entries, [conversation])
         )
-    policy, tally = contestant(OURS, CostCurve(COST), END), Tally()
+    policy, tally = contestant(drafter, CostCurve(COST), END), Tally()
     first = conversations[0][0]
     warm_up = Call(first.prompt_ids[:64], (*first.answer_ids[:16], END))
     replay(policy(), [warm_up], Tally())
     for conversation in conversations:
         replay(policy(), [Call(turn.prompt_ids, turn.answer_ids) for turn in conversation], tally)
-    # The engine drafts behind a prompt too, where a pass is wider to begin with.
+    # Behind a prompt a pass is wider to begin with, which a replay does not know.
     assert passes == pytest.approx(tally.passes.total(), rel=0.02)
     assert tally.tokens / passes > 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_logits_are_forced_in_one_tensor_or_one_a_row(packed: bool) -> None:
+    logits = torch.zeros((3, 5))
+    rows = logits if packed else [logits[:2], torch.zeros((0, 5)), logits[2:]]
+    runner._force_rows(rows, [[4, 0], [2]])
+    assert logits.argmax(-1).tolist() == [4, 0, 2]
+    runner._force_rows(torch.zeros((0, 5)), [])
 
 
 def test_conversations_at_the_same_time(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,8 +113,8 @@ class _Record:
     turn: Turn
     passes: int = 0
     first_s: float = 0.0
-    base: int = field(default=0)
-    """Tokens of the sequence behind the current pass."""
+    length: int = 0
+    """Tokens of the sequence that the current pass ends with, its draft included."""
 
 
 class _ForcedHead:
@@ -124,38 +125,28 @@ class _ForcedHead:
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.get_output_embeddings().register_forward_hook(self._after)
 
-    def writing(self, turn: Turn) -> _Writing:
+    @contextmanager
+    def writing(self, turn: Turn) -> Iterator[_Record]:
         """A context in which the model writes the turn's answer."""
-        return _Writing(self._set, _Record(turn))
-
-    def _set(self, record: _Record | None) -> None:
-        self._record = record
+        self._record = record = _Record(turn)
+        try:
+            yield record
+        finally:
+            self._record = None
 
     def _before(self, _model: Any, _args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401 - as torch calls it
         if self._record is not None:
-            self._record.base = kwargs["past_key_values"].get_seq_length() + kwargs["input_ids"].shape[1]
+            self._record.length = kwargs["past_key_values"].get_seq_length() + kwargs["input_ids"].shape[1]
 
     def _after(self, _head: Any, _args: Any, logits: torch.Tensor) -> None:  # noqa: ANN401 - as torch calls it
         """Logits of shape (1, rows, vocabulary), those of the last `rows` tokens of the sequence."""
         record = self._record
         if record is None:
             return
-        rows, written = logits.shape[1], record.base - len(record.turn.prompt_ids)
+        rows, written = logits.shape[1], record.length - len(record.turn.prompt_ids)
         force(logits[0], next_tokens(record.turn.answer_ids, range(written - rows + 1, written + 1)))
         record.passes += 1
         if record.passes == 1:
             if logits.is_cuda:
                 torch.cuda.synchronize(logits.device)
             record.first_s = time.perf_counter()
-
-
-class _Writing:
-    def __init__(self, use: Callable[[_Record | None], None], record: _Record) -> None:
-        self._use, self._record = use, record
-
-    def __enter__(self) -> _Record:
-        self._use(self._record)
-        return self._record
-
-    def __exit__(self, *_: object) -> None:
-        self._use(None)
