@@ -44,6 +44,7 @@ __all__ = [
     "load_conversations",
     "load_cost_curve",
     "load_tokenizer",
+    "read_conversations",
     "replay",
 ]
 
@@ -162,8 +163,7 @@ def load_conversations(path: Path, tokenizer: Tokenizer, max_tokens: int) -> lis
         ConfigError: it cannot be read, or a line is no conversation, or there is no answer to replay.
     """
     conversations, answered = [], 0
-    for messages in read_transcript(path):
-        conversation = tuple(_in_tokens(messages, tokenizer))
+    for conversation in read_conversations(path, tokenizer):
         conversations.append(conversation)
         answered += sum(len(message.body) for message in conversation if message.role == "assistant")
         if answered >= max_tokens:
@@ -171,6 +171,16 @@ def load_conversations(path: Path, tokenizer: Tokenizer, max_tokens: int) -> lis
     if not answered:
         raise ConfigError(f"Got transcript {path} without an assistant message: there is nothing to replay")
     return conversations
+
+
+def read_conversations(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[Message, ...]]:
+    """A transcript's conversations in tokens, each cut behind the message that takes it over `MAX_CONTEXT` tokens.
+
+    Raises:
+        ConfigError: see `load_conversations`.
+    """
+    for messages in read_transcript(path):
+        yield tuple(_in_tokens(messages, tokenizer))
 
 
 def read_transcript(path: Path) -> Iterator[list[dict[str, Any]]]:

@@ -30,10 +30,10 @@ LEVELS = {
     },
     2: {"sampler", "processors", "logprobs", "attention", "model_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
-    4: {"testing", "adapters", "replay", "peers", "cli", "__main__"},
+    4: {"testing", "adapters", "replay", "peers", "forced", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
-MAY_IMPORT_TRANSFORMERS = {"attention", "model_runner", "tokenizer", "bundled", "cli/compare"}
+MAY_IMPORT_TRANSFORMERS = {"attention", "model_runner", "tokenizer", "bundled", "forced", "cli/compare"}
 
 
 def modules_imported(path: Path) -> set[str]:
@@ -90,6 +90,7 @@ def test_outer_code_uses_public_names_only() -> None:
                 "adapters",
                 "bundled",
                 "calibration",
+                "forced",
                 "peers",
                 "replay",
                 "testing",

@@ -1,4 +1,4 @@
-"""`copyspec bench`: the options of the measurements that need no model."""
+"""`copyspec bench`: the options of the measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from copyspec_engine.cli.exits import console, exit_with
 
 __all__ = ["bench"]
 
-bench = typer.Typer(no_args_is_help=True, help="Measure drafting on recorded conversations; no model is loaded.")
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure on recorded conversations: drafts and propose need no model, engine builds one."
+)
 
 
 class _ManyValues(TyperCommand):
@@ -127,5 +129,64 @@ def propose(
 
         options = ProposeOptions(tuple(memory_tokens), tuple(transcripts), tokenizer, max_tokens, json)
         return run_propose(options, context.meta["command"], console())
+
+    exit_with(run)
+
+
+@bench.command(cls=_ManyValues)
+def engine(
+    context: typer.Context,
+    transcripts: Transcripts,
+    shape: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Whose dimensions the random weights have: bundled, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b, "
+            "llama-3.2-1b or llama-3.1-8b.",
+        ),
+    ] = "bundled",
+    tokenizer: TokenizerDir = "bundled",
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Names with commas between them of ours, ours-plain, generate, generate-kv, prompt-lookup and "
+            "generate-batch; default: all but the last, or with --concurrency the first two and the last.",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens written of each file; longer answers are cut.")] = 1000,
+    turns: Annotated[int | None, typer.Option(help="Turns of a conversation, at most; default: all.")] = None,
+    conversations: Annotated[
+        int | None,
+        typer.Option(help="Conversations of each file, which share --max-tokens evenly; default: as many as it fills."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Conversations at the same time.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="auto is float32 on a CPU and bfloat16 on a GPU."),
+    ] = "auto",
+    json: JsonPath = None,
+) -> None:
+    """Write recorded answers with a model of a real shape: this engine beside transformers on the same weights.
+
+    Exit code 1 if a peer writes anything else than the record.
+    """
+
+    def run() -> int:
+        for option, value, most in (
+            ("--max-tokens", max_tokens, 10**9),
+            ("--turns", turns, 10**6),
+            ("--conversations", conversations, 10**6),
+            ("--concurrency", concurrency, 256),
+        ):
+            if value is not None:
+                _check_count(option, value, most)
+        from copyspec_engine.cli.bench_engine import EngineOptions, run_engine
+
+        options = EngineOptions(
+            tuple(transcripts), shape, tokenizer, peers, max_tokens, turns, conversations, concurrency, device, dtype
+        )
+        return run_engine(options, json, context.meta["command"], console())
 
     exit_with(run)

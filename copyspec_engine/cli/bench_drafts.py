@@ -32,7 +32,7 @@ from copyspec_engine.replay import (
     replay,
 )
 
-__all__ = ["DraftsOptions", "machine", "run_drafts", "sources", "versions"]
+__all__ = ["DraftsOptions", "machine", "run_drafts", "source_names", "sources", "version", "versions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +116,23 @@ def sources(
     Raises:
         ConfigError: a file or the tokenizer cannot be read, or a file is given twice.
     """
+    named, encoder = source_names(paths), load_tokenizer(tokenizer)
+    with console.status("Reading the transcripts ..."):
+        return {name: load_conversations(path, encoder, max_tokens) for name, path in named.items()}
+
+
+def source_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names without endings, or by their paths where two share a name.
+
+    Raises:
+        ConfigError: a file is given twice.
+    """
     stems = [path.name.split(".")[0] for path in paths]
     names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"Got transcript {name} twice but expected each file once")
-    encoder = load_tokenizer(tokenizer)
-    with console.status("Reading the transcripts ..."):
-        return {name: load_conversations(path, encoder, max_tokens) for name, path in zip(names, paths, strict=True)}
+    return dict(zip(names, paths, strict=True))
 
 
 def _replay_all(
@@ -149,10 +158,11 @@ def _replay_all(
 def versions() -> dict[str, str]:
     """The versions that figures depend on."""
     packages = ("copyspec", "tokenizers", "numpy", "numba", "arctic-inference")
-    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

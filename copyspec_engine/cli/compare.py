@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from copyspec_engine import EngineInfo, ModelLoadError
 from copyspec_engine.bundled import bundled_model_path
+from copyspec_engine.forced.generate import LOOKUP_TOKENS, generate_greedy
 
-__all__ = ["LOOKUP_TOKENS", "PeerAnswer", "Peers"]
-
-LOOKUP_TOKENS = 10
-"""`prompt_lookup_num_tokens`, the value that the transformers documentation uses."""
+__all__ = ["PeerAnswer", "Peers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +52,4 @@ class Peers:
         return self._generate(prompt_ids, max_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
 
     def _generate(self, prompt_ids: Sequence[int], max_tokens: int, **options: int) -> PeerAnswer:
-        inputs = torch.tensor([list(prompt_ids)], device=self._device)
-        config = self._model.generation_config
-        pad = config.pad_token_id if config.pad_token_id is not None else _first(config.eos_token_id)
-        with warnings.catch_warnings(), torch.inference_mode():
-            warnings.simplefilter("ignore")
-            start = time.perf_counter()
-            output = self._model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=max_tokens,
-                pad_token_id=pad,
-                **options,
-            )
-            token_ids = output[0, inputs.shape[1] :].tolist()  # waits for the device
-            seconds = time.perf_counter() - start
-        return PeerAnswer(tuple(token_ids), seconds)
-
-
-def _first(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
+        return PeerAnswer(*generate_greedy(self._model, prompt_ids, max_tokens, **options))

@@ -1,0 +1,81 @@
+"""Our runner, made to write recorded answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+
+from copyspec_engine.drafter import DraftTree
+from copyspec_engine.model_runner import Runner
+from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
+
+__all__ = ["CERTAIN", "ForcedRunner", "force", "next_tokens"]
+
+CERTAIN = 1e4
+"""A logit that no random model reaches."""
+
+
+def next_tokens(answer: Seq[int], written: Seq[int]) -> list[int]:
+    """The recorded token behind the first `written` ones, for each of `written`; behind the record its end token.
+
+    What a draft node holds does not matter: the record's token at its depth is the right one where the path to it is
+    the record, and nobody ever gets to a node whose path is not.
+    """
+    last = len(answer) - 1
+    return [answer[min(count, last)] for count in written]
+
+
+def force(logits: torch.Tensor, tokens: Seq[int]) -> None:
+    """Make `tokens` the likeliest ones, in place: one for each row of `logits`, shape (rows, vocabulary)."""
+    logits.scatter_(1, torch.tensor(tokens)[:, None].to(logits.device), CERTAIN)
+
+
+class ForcedRunner:
+    """Passes of another runner, in full, whose logits then say what is recorded.
+
+    Args:
+        runner: what computes them.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.answers: dict[str, Seq[int]] = {}
+        """The recorded answer of each request, by its id."""
+        self.passes: Counter[str] = Counter()
+        """Passes that gave a request a token, by its id."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever else the runner has
+        return getattr(self._runner, name)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._runner.vocab_size
+
+    @torch.inference_mode()
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> Any:  # noqa: ANN401 - as the runner's
+        """See `Runner`."""
+        logits = self._runner.forward(batch, drafts)
+        rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
+        self.passes.update(row.sequence.request.request_id for row, _ in rows)
+        _force_rows(logits, [self._tokens(row, draft) for row, draft in rows])
+        return logits
+
+    def _tokens(self, row: ScheduledRow, draft: DraftTree) -> list[int]:
+        """What is recorded behind a row's last token and behind each node of its draft."""
+        sequence = row.sequence
+        done = len(sequence.token_ids) - sequence.num_prompt_tokens
+        answer = self.answers[sequence.request.request_id]
+        return next_tokens(answer, [done + depth for depth in (0, *draft.depths())])
+
+
+def _force_rows(logits: torch.Tensor | Seq[torch.Tensor], tokens: Seq[Seq[int]]) -> None:
+    """Force the rows that sample, whose logits are one tensor, or one tensor a row, empty for the others."""
+    if isinstance(logits, torch.Tensor):
+        if tokens:
+            force(logits, [token for row in tokens for token in row])
+        return
+    for row, row_tokens in zip((row for row in logits if len(row)), tokens, strict=True):
+        force(row, row_tokens)
