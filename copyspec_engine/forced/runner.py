@@ -55,12 +55,13 @@ class ForcedRunner:
         return self._runner.vocab_size
 
     @torch.inference_mode()
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> Any:  # noqa: ANN401 - as the runner's
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
         """See `Runner`."""
         logits = self._runner.forward(batch, drafts)
         rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
         self.passes.update(row.sequence.request.request_id for row, _ in rows)
-        _force_rows(logits, [self._tokens(row, draft) for row, draft in rows])
+        if rows:
+            force(logits, [token for row, draft in rows for token in self._tokens(row, draft)])
         return logits
 
     def _tokens(self, row: ScheduledRow, draft: DraftTree) -> list[int]:
@@ -69,13 +70,3 @@ class ForcedRunner:
         done = len(sequence.token_ids) - sequence.num_prompt_tokens
         answer = self.answers[sequence.request.request_id]
         return next_tokens(answer, [done + depth for depth in (0, *draft.depths())])
-
-
-def _force_rows(logits: torch.Tensor | Seq[torch.Tensor], tokens: Seq[Seq[int]]) -> None:
-    """Force the rows that sample, whose logits are one tensor, or one tensor a row, empty for the others."""
-    if isinstance(logits, torch.Tensor):
-        if tokens:
-            force(logits, [token for row in tokens for token in row])
-        return
-    for row, row_tokens in zip((row for row in logits if len(row)), tokens, strict=True):
-        force(row, row_tokens)
