@@ -33,6 +33,7 @@ from copyspec_engine.errors import (
     UnsupportedModelError,
     missing_extra,
 )
+from copyspec_engine.grammar_options import Grammar, ToolCalls
 from copyspec_engine.handle import RequestHandle
 from copyspec_engine.outputs import (
     DraftStats,
@@ -63,6 +64,7 @@ __all__ = [
     "FinishReason",
     "GenerationOutput",
     "GenerationRequest",
+    "Grammar",
     "MemoryFileError",
     "ModelLoadError",
     "NoDrafter",
@@ -72,6 +74,7 @@ __all__ = [
     "Segment",
     "StreamChunk",
     "Timing",
+    "ToolCalls",
     "UnsupportedModelError",
     "Usage",
     "missing_extra",

@@ -6,10 +6,11 @@ import logging
 
 import torch
 
-from copyspec_engine.config import AdaptiveDrafter, EngineConfig
+from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
+from copyspec_engine.grammar import GrammarState, apply_bitmask
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
@@ -168,7 +169,18 @@ def _propose(row: ScheduledRow) -> DraftTree:
     sequence = row.sequence
     if not row.samples or sequence.drafter is None:
         return DraftTree()
-    return sequence.drafter.propose(row.num_tokens, sequence.max_draft_tokens)
+    draft = sequence.drafter.propose(row.num_tokens, sequence.max_draft_tokens)
+    if not isinstance(sequence.grammar, GrammarState):
+        return draft
+    return sequence.grammar.prune(draft, _room(sequence))
+
+
+def _room(sequence: Sequence) -> int:
+    """Most draft nodes that this request may have."""
+    if isinstance(sequence.drafting, NoDrafter):
+        return 0
+    most = sequence.max_draft_tokens
+    return min(most, sequence.drafting.max_draft_tokens) if isinstance(sequence.drafting, AdaptiveDrafter) else most
 
 
 def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[int]:
@@ -176,5 +188,7 @@ def _sample(row: ScheduledRow, draft: DraftTree, logits: torch.Tensor) -> list[i
     if not row.samples:
         return []
     sequence = row.sequence
+    if isinstance(sequence.grammar, GrammarState):
+        logits = apply_bitmask(logits, sequence.grammar.masks(draft))
     positions = [len(sequence.token_ids) + depth for depth in (0, *draft.depths())]
     return sample(logits, sequence.request.sampling, sequence.seed, positions)

@@ -33,6 +33,7 @@ from copyspec_engine.errors import (
     MemoryFileError,
     RequestFailedError,
 )
+from copyspec_engine.grammar import GrammarCompiler
 from copyspec_engine.handle import RequestHandle, Sink
 from copyspec_engine.model_runner import LoadedModel, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
@@ -72,6 +73,9 @@ class Engine:
         self._thread.start()
         self._model = loaded.result()
         self._core = EngineCore(self._model, self._config)
+        self._grammars = GrammarCompiler(
+            self._model.tokenizer, self._model.runner.vocab_size, self._model.eos_token_ids
+        )
         self._commands.put(self._loop)
         _open_engines.add(self)
 
@@ -133,7 +137,8 @@ class Engine:
         """Queue a request; tokenising and checks happen here, in the caller's thread.
 
         Raises:
-            ConfigError: the input cannot be tokenised, or its request_id is in use.
+            ConfigError: the input cannot be tokenised, its grammar is not one, or its request_id is in use.
+            CopySpecError: it has a grammar, but the extra "grammar" is not installed.
             ContextOverflowError: it needs more tokens than the context or the KV pool holds.
             EngineStoppedError: the engine takes no more requests.
         """
@@ -250,6 +255,7 @@ class Engine:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=model.tokenizer.text_stream(params.stop),
             prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),
+            grammar=None if request.grammar is None else self._grammars.begin(request.grammar),
         )
 
     def _enqueue(self, sequence: Sequence, sink: Sink) -> None:

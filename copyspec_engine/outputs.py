@@ -8,7 +8,8 @@ from typing import Literal
 __all__ = ["DraftStats", "EngineInfo", "FinishReason", "GenerationOutput", "Segment", "StreamChunk", "Timing", "Usage"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""stop: an end-of-sequence id or a stop text; length: max_tokens or the context is full; cancelled: by the caller."""
+"""stop: an end-of-sequence id, a stop text or the end of the grammar; length: max_tokens or the context is full;
+cancelled: by the caller."""
 
 
 @dataclass(frozen=True, slots=True)

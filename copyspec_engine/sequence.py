@@ -16,7 +16,7 @@ from copyspec_engine.memory import SessionMemory
 from copyspec_engine.outputs import DraftStats, FinishReason, Segment, Timing, Usage
 from copyspec_engine.sessions import Session
 
-__all__ = ["Sequence", "TextStream"]
+__all__ = ["Sequence", "TextGrammar", "TextStream"]
 
 
 class TextStream(Protocol):
@@ -33,6 +33,19 @@ class TextStream(Protocol):
 
     def flush(self) -> list[Segment]:
         """What was held back, once no more tokens come."""
+        ...
+
+
+class TextGrammar(Protocol):
+    """Follows an answer whose form is prescribed."""
+
+    @property
+    def is_terminated(self) -> bool:
+        """The answer is complete and cannot go on."""
+        ...
+
+    def advance(self, tokens: Seq[int]) -> None:
+        """Take over tokens that were written."""
         ...
 
 
@@ -53,6 +66,8 @@ class Sequence:
     text: TextStream
     prediction_ids: Seq[int] = ()
     """A text that the answer is expected to repeat."""
+    grammar: TextGrammar | None = None
+    """What the answer must look like."""
 
     session: Session | None = None
     """Set at admission, with the fields down to `slots`."""

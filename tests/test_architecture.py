@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
-    0: {"errors", "config", "outputs"},
+    0: {"errors", "options", "grammar_options", "config", "outputs"},
     1: {
         "calibration",
         "compiled",
@@ -26,7 +26,7 @@ LEVELS = {
         "verify",
         "handle",
     },
-    2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
+    2: {"sampler", "grammar", "attention", "model_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
     4: {"testing", "adapters", "replay", "peers", "cli", "__main__"},
 }
