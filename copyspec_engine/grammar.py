@@ -33,6 +33,11 @@ _MAX_COMPILED = 64
 _MAX_FORCED = 64
 """Forced tokens drafted in one place."""
 
+_WHITE_SPACE = r"[ \t]{1,40}|[\r\n]{1,2}[ \t]{0,40}"
+"""What may stand between the parts of JSON: a model that sees no way on must not write line breaks for ever."""
+
+_LAYOUT = {"x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+
 Mask = npt.NDArray[np.int32]
 """A bit for each token, 1 if it is allowed, lowest bit first; shape (words,)."""
 
@@ -367,7 +372,7 @@ def _translate(grammar: Grammar, vocabulary: _Vocabulary) -> tuple[str, bytes, b
         texts = " | ".join(map(_quoted, grammar.choice))
         return LLMatcher.grammar_from_lark(f"start: {texts}"), marker, False
     schema = {"type": "object"} if grammar.json_schema is None else grammar.json_schema
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema)), marker, False
+    return LLMatcher.grammar_from_json_schema(json.dumps(_LAYOUT | schema)), marker, False
 
 
 def _tool_calls(options: ToolCalls, vocabulary: _Vocabulary) -> str:
@@ -390,6 +395,7 @@ def _call_schema(function: dict[str, Any], options: ToolCalls) -> dict[str, Any]
     name, arguments = options.name_key, options.arguments_key
     parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
     return {
+        "x-guidance": parameters.get("x-guidance", _LAYOUT["x-guidance"]),
         "type": "object",
         "properties": {name: {"const": function["name"]}, arguments: _moved(parameters, f"#/properties/{arguments}")},
         "required": [name, arguments],

@@ -64,7 +64,8 @@ class Grammar(Options):
     """What an answer must look like: exactly one of the first six. Drafting never changes what is written."""
 
     json_schema: dict[str, JsonValue] | None = None
-    """A JSON object or other value that fits this schema."""
+    """A JSON object or other value that fits this schema. White space may follow each part, unless the schema's key
+    "x-guidance" says {"whitespace_flexible": False}."""
     json_object: bool = False
     """Any JSON object."""
     regex: str | None = Field(default=None, min_length=1)
