@@ -7,12 +7,11 @@ Forced tokens are only drafted: the model still chooses among the tokens that sp
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,8 @@ import torch
 
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.errors import ConfigError, missing_extra
-from copyspec_engine.grammar_options import Grammar, ToolCalls
+from copyspec_engine.grammar_options import Grammar
+from copyspec_engine.grammar_text import quoted, translate
 from copyspec_engine.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -32,11 +32,6 @@ _MAX_COMPILED = 64
 """Grammars that are kept ready."""
 _MAX_FORCED = 64
 """Forced tokens drafted in one place."""
-
-_WHITE_SPACE = r"[ \t]{1,40}|[\r\n]{1,2}[ \t]{0,40}"
-"""What may stand between the parts of JSON: a model that sees no way on must not write line breaks for ever."""
-
-_LAYOUT = {"x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
 
 Mask = npt.NDArray[np.int32]
 """A bit for each token, 1 if it is allowed, lowest bit first; shape (words,)."""
@@ -50,13 +45,25 @@ def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
         bitmask: int32 of shape (nodes, words), any device, a bit for each token, lowest first; tokens beyond its
             32 * words bits are not allowed.
     """
-    nodes, width = logits.shape
-    octets = bitmask.to(logits.device).contiguous().view(torch.uint8)
-    bits = (octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1
-    refused = (bits.view(nodes, -1) == 0)[:, :width]
+    width = logits.shape[1]
+    refused = ~_unpacked(bitmask.to(logits.device))[:, :width]
     if refused.shape[1] < width:
         refused = torch.nn.functional.pad(refused, (0, width - refused.shape[1]), value=True)
     return logits.masked_fill(refused, -torch.inf)
+
+
+def _unpacked(bitmask: torch.Tensor) -> torch.Tensor:
+    """The bits of a mask, shape (nodes, 32 * words)."""
+    octets = bitmask.contiguous().view(torch.uint8)
+    if octets.device.type == "cpu":  # many times faster there
+        return torch.from_numpy(np.unpackbits(octets.numpy(), axis=1, bitorder="little")).view(torch.bool)
+    return _unpacked_octets(octets)
+
+
+def _unpacked_octets(octets: torch.Tensor) -> torch.Tensor:
+    """The bits of bytes on any device, shape (nodes, 8 * bytes)."""
+    bits = (octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=octets.device)) & 1
+    return bits.view(len(octets), -1).bool()
 
 
 class GrammarCompiler:
@@ -82,7 +89,7 @@ class GrammarCompiler:
             CopySpecError: llguidance is not installed.
         """
         vocabulary = self._load()
-        text, marker, again = _translate(grammar, vocabulary)
+        text, marker, again = translate(grammar, vocabulary.literal)
         return GrammarState(self._rules(vocabulary, text, marker, again))
 
     def _load(self) -> _Vocabulary:
@@ -145,7 +152,10 @@ class GrammarState:
         Everything is allowed behind nodes that nothing can follow: what is sampled there is dropped.
         """
         allowed = np.full((1 + len(draft), self._rules.num_words), -1, dtype=np.int32)
-        self._walk(draft, lambda node, place: self._rules.fill(place, allowed[node + 1]))
+        address, size = allowed.ctypes.data, allowed.strides[0]
+        self._walk(draft, lambda node, place: self._rules.fill(place, allowed[node + 1], address + (node + 1) * size))
+        if not allowed.any(axis=1).all():
+            raise RuntimeError("llguidance found no token that may follow")
         return torch.from_numpy(allowed)
 
     def _forced(self, chain: DraftTree) -> list[int]:
@@ -243,13 +253,24 @@ class _Vocabulary:
         ids = (token for token, piece in enumerate(self.pieces) if piece and self.tokenizer.is_special_token(token))
         return {self.pieces[token].decode(errors="replace"): token for token in ids}
 
+    @cached_property
+    def special_mask(self) -> Mask:
+        """The special tokens."""
+        return self.mask_of(list(self.specials.values()))
+
+    def mask_of(self, tokens: Sequence[int]) -> Mask:
+        """A mask that allows these tokens."""
+        bits = np.zeros(32 * self.num_words, dtype=np.uint8)
+        bits[list(tokens)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
     def literal(self, text: str) -> str:
         """A text in Lark; names of special tokens in it stand for these tokens."""
         if not text:
             return ""
         names = sorted(map(re.escape, self.specials), key=len, reverse=True)
         parts = re.split(f"({'|'.join(names)})", text) if names else [text]
-        known = (f"<[{self.specials[part]}]>" if part in self.specials else _quoted(part) for part in parts if part)
+        known = (f"<[{self.specials[part]}]>" if part in self.specials else quoted(part) for part in parts if part)
         return " ".join(known)
 
 
@@ -291,17 +312,17 @@ class _Rules:
             return None
         return self._settle(place.matcher, complete=token not in self._vocabulary.eos_token_ids)
 
-    def fill(self, place: _Place, mask: Mask) -> None:
-        """Write down which tokens may follow; an ended place is left alone."""
+    def fill(self, place: _Place, mask: Mask, address: int) -> None:
+        """Write down which tokens may follow, in a mask at this address; at an ended place it is left alone."""
         if place.ended:
             return
         if place.matcher is None:
             mask[:] = self._free_mask(place.tail)
             return
-        place.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if place.matcher.is_error() or not mask.any():
-            raise RuntimeError(f"llguidance found no token that may follow{_trouble(place)}")
-        if np.count_nonzero(mask) == 1:
+        place.matcher.unsafe_compute_mask_ptr(address, mask.nbytes)
+        if place.matcher.is_error():
+            raise RuntimeError(f"llguidance gave up{_trouble(place)}")
+        if (mask & self._vocabulary.special_mask).any():
             self._spell_out(place.matcher, mask)
 
     def _spell_out(self, matcher: LLMatcher, mask: Mask) -> None:
@@ -309,7 +330,7 @@ class _Rules:
 
         llguidance then allows the special token alone, and does not take it.
         """
-        bits = np.flatnonzero(np.unpackbits(mask.astype("<i4").view(np.uint8), bitorder="little"))
+        bits = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
         if len(bits) == 1 and not matcher.validate_tokens([int(bits[0])]):
             plain = self._vocabulary.tokenizer.greedy_tokenize(matcher.compute_ff_bytes().decode(errors="ignore"))[0]
             mask[:] = 0
@@ -342,9 +363,9 @@ class _Rules:
         """All tokens but those that complete the marker and go on as the grammar does not allow."""
         mask = self._free_masks.get(tail)
         if mask is None:
-            bits = np.ones(32 * self.num_words, dtype=np.uint8)
-            bits[[t for t in self._closing if self._read(tail + self._vocabulary.pieces[t]) is None]] = 0
-            mask = self._free_masks[tail] = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+            pieces = self._vocabulary.pieces
+            refused = [token for token in self._closing if self._read(tail + pieces[token]) is None]
+            mask = self._free_masks[tail] = ~self._vocabulary.mask_of(refused)
         return mask
 
     @cached_property
@@ -353,69 +374,3 @@ class _Rules:
         ends = tuple(self._marker[at:] for at in range(len(self._marker)))
         pieces = enumerate(self._vocabulary.pieces)
         return [token for token, piece in pieces if piece.startswith(ends) or self._marker in piece]
-
-
-def _translate(grammar: Grammar, vocabulary: _Vocabulary) -> tuple[str, bytes, bool]:
-    """A grammar in llguidance's form, the marker before it, and whether it may come again behind a marker."""
-    from llguidance import LLMatcher
-
-    marker = (grammar.start_after or "").encode()
-    if grammar.tools is not None:
-        free = grammar.tools.tool_choice == "auto"
-        text = LLMatcher.grammar_from_lark(_tool_calls(grammar.tools, vocabulary))
-        return text, grammar.tools.begin.encode() if free else marker, free and grammar.tools.parallel
-    if grammar.regex is not None:
-        return LLMatcher.grammar_from_regex(grammar.regex), marker, False
-    if grammar.lark is not None:
-        return LLMatcher.grammar_from_lark(grammar.lark), marker, False
-    if grammar.choice is not None:
-        texts = " | ".join(map(_quoted, grammar.choice))
-        return LLMatcher.grammar_from_lark(f"start: {texts}"), marker, False
-    schema = {"type": "object"} if grammar.json_schema is None else grammar.json_schema
-    return LLMatcher.grammar_from_json_schema(json.dumps(_LAYOUT | schema)), marker, False
-
-
-def _tool_calls(options: ToolCalls, vocabulary: _Vocabulary) -> str:
-    """Lark for the calls; where free text precedes a call, for what follows its `begin`."""
-    functions = [cast("dict[str, Any]", tool["function"]) for tool in options.tools]
-    chosen = [function for function in functions if options.tool_choice in ("auto", "required", function["name"])]
-    begin, end = vocabulary.literal(options.begin), vocabulary.literal(options.end)
-    if options.tool_choice == "auto":
-        start = "rest"
-    else:
-        start = f'{begin} rest ("\\n"? {begin} rest)*' if options.parallel else f"{begin} rest"
-    objects = "\n".join(f"f{i}: %json {json.dumps(_call_schema(f, options))}" for i, f in enumerate(chosen))
-    names = " | ".join(f"f{i}" for i in range(len(chosen)))
-    rest = f'"\\n"? ({names}) "\\n"? {end}' if end else f'"\\n"? ({names})'
-    return f"start: {start}\nrest: {rest}\n{objects}\n"
-
-
-def _call_schema(function: dict[str, Any], options: ToolCalls) -> dict[str, Any]:
-    """The JSON schema of a call of one function."""
-    name, arguments = options.name_key, options.arguments_key
-    parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
-    return {
-        "x-guidance": parameters.get("x-guidance", _LAYOUT["x-guidance"]),
-        "type": "object",
-        "properties": {name: {"const": function["name"]}, arguments: _moved(parameters, f"#/properties/{arguments}")},
-        "required": [name, arguments],
-        "additionalProperties": False,
-    }
-
-
-def _moved(schema: Any, root: str) -> Any:  # noqa: ANN401 - any JSON value
-    """A schema whose references to its own root point to where it stands now."""
-    if isinstance(schema, list):
-        return [_moved(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: root + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _moved(value, root)
-        for key, value in schema.items()
-    }
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -20,6 +20,7 @@ LEVELS = {
         "sessions",
         "survival",
         "drafter",
+        "grammar_text",
         "growth",
         "kv_pool",
         "scheduler",

@@ -29,7 +29,7 @@ from copyspec_engine import (
     ToolCalls,
 )
 from copyspec_engine.drafter import DraftTree
-from copyspec_engine.grammar import GrammarCompiler, GrammarState, apply_bitmask
+from copyspec_engine.grammar import GrammarCompiler, GrammarState, _unpacked, _unpacked_octets, apply_bitmask
 from copyspec_engine.testing import ByteTokenizer, scripted_engine
 from tests.conftest import END, assert_all_slots_free
 from tests.test_lossless import OracleTrees, ids_of, same_answer
@@ -92,13 +92,13 @@ def test_answers_are_valid_and_the_same_whatever_is_drafted(
     assert_all_slots_free(engine)
 
 
-def test_80_random_cases_draft_on_equals_off(make_engine: MakeEngine) -> None:
+def test_50_random_cases_draft_on_equals_off(make_engine: MakeEngine) -> None:
     """Grammars, markers, stop texts, cuts by max_tokens, sessions and drafters of all kinds."""
     rng = random.Random(0)
     engine = make_engine("llama", kv_cache_tokens=2048, max_prefill_tokens=24, max_sessions=3)
     free = {json.dumps(s): ask(engine, None, "none", max_tokens=60, **s).text for s in SAMPLINGS}
     num_accepted = num_marked = num_cut = 0
-    for _ in range(80):
+    for _ in range(50):
         grammar, is_valid = rng.choice(VALID)
         sampling = rng.choice(SAMPLINGS)
         text, marker = free[json.dumps(sampling)], None
@@ -117,9 +117,9 @@ def test_80_random_cases_draft_on_equals_off(make_engine: MakeEngine) -> None:
         num_accepted += drafted.draft_stats.num_accepted_tokens
         num_marked += marker is not None and plain.text.find(marker) > 0
         num_cut += plain.finish_reason == "length"
-    assert num_accepted > 300
-    assert num_marked > 8
-    assert num_cut > 15
+    assert num_accepted > 200
+    assert num_marked > 4
+    assert num_cut > 8
     assert_all_slots_free(engine)
 
 
@@ -267,7 +267,7 @@ def test_an_answer_that_may_go_on_ends_with_an_end_of_sequence_token(make_engine
 
 def test_grammars_and_free_answers_run_together_and_over_sessions(make_engine: MakeEngine) -> None:
     engine = make_engine("qwen2", max_running=4, max_prefill_tokens=16)
-    grammars = [None, *(grammar for grammar, _ in VALID)] * 3
+    grammars = [None, *(grammar for grammar, _ in VALID)] * 2
     alone = [ask(engine, grammar, "none", temperature=0.9, seed=n, max_tokens=60) for n, grammar in enumerate(grammars)]
     handles = [
         engine.submit(
@@ -615,6 +615,7 @@ def test_a_bitmask_refuses_zeros_and_whatever_lies_beyond_it(width: int, dtype: 
         for token in range(width):
             allowed = token < 64 and (int(bitmask[node, token // 32]) >> token % 32) & 1
             assert masked[node, token] == (logits[node, token] if allowed else -torch.inf)
+    assert torch.equal(_unpacked_octets(bitmask.view(torch.uint8)), _unpacked(bitmask))  # as on a GPU
 
 
 def test_every_end_token_may_end_an_answer_and_ids_without_a_token_are_never_allowed(bundled: Engine) -> None:
