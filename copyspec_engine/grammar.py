@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -234,29 +234,23 @@ def _likeliest_path(draft: DraftTree) -> tuple[int, list[int]]:
 
 
 class _Vocabulary:
-    """The model's tokens as llguidance and we need to know them."""
+    """The model's tokens as llguidance and we need to know them.
+
+    Attributes:
+        pieces: what each token adds to the text, special tokens by their names; empty for ids without a token.
+        specials: special tokens by their names.
+        special_mask: a mask that allows these only.
+    """
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(tokenizer.eos_tokens)
         self.num_words = (tokenizer.vocab_size + 31) // 32
-
-    @cached_property
-    def pieces(self) -> list[bytes]:
-        """What each token adds to the text, special tokens by their names; empty for ids without a token."""
-        pieces = [self.tokenizer.decode_bytes([token]) for token in range(self.tokenizer.vocab_size)]
-        return [b"" if piece == b"<[%d]>" % token else piece for token, piece in enumerate(pieces)]
-
-    @cached_property
-    def specials(self) -> dict[str, int]:
-        """Special tokens by their names."""
-        ids = (token for token, piece in enumerate(self.pieces) if piece and self.tokenizer.is_special_token(token))
-        return {self.pieces[token].decode(errors="replace"): token for token in ids}
-
-    @cached_property
-    def special_mask(self) -> Mask:
-        """The special tokens."""
-        return self.mask_of(list(self.specials.values()))
+        pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+        self.pieces = [b"" if piece == b"<[%d]>" % token else piece for token, piece in enumerate(pieces)]
+        special = [token for token, piece in enumerate(self.pieces) if piece and tokenizer.is_special_token(token)]
+        self.specials = {self.pieces[token].decode(errors="replace"): token for token in special}
+        self.special_mask = self.mask_of(special)
 
     def mask_of(self, tokens: Sequence[int]) -> Mask:
         """A mask that allows these tokens."""
@@ -296,6 +290,10 @@ class _Rules:
         if self._matcher.is_error():
             raise ConfigError(f"Got a grammar that llguidance refuses: {self._matcher.get_error().strip()}")
         self._free_masks: dict[bytes, Mask] = {}
+        # Tokens that can hold an end of the marker, and something behind it.
+        ends = tuple(marker[at:] for at in range(len(marker)))
+        pieces = enumerate(vocabulary.pieces)
+        self._closing = [token for token, piece in pieces if piece.startswith(ends) or (marker and marker in piece)]
 
     def start(self) -> _Place:
         return _Place() if self._marker else _Place(matcher=self._matcher.deep_copy())
@@ -367,10 +365,3 @@ class _Rules:
             refused = [token for token in self._closing if self._read(tail + pieces[token]) is None]
             mask = self._free_masks[tail] = ~self._vocabulary.mask_of(refused)
         return mask
-
-    @cached_property
-    def _closing(self) -> list[int]:
-        """Tokens that can hold an end of the marker, and something behind it."""
-        ends = tuple(self._marker[at:] for at in range(len(self._marker)))
-        pieces = enumerate(self._vocabulary.pieces)
-        return [token for token, piece in pieces if piece.startswith(ends) or self._marker in piece]
