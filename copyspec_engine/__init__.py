@@ -34,6 +34,7 @@ from copyspec_engine.errors import (
     UnsupportedModelError,
     missing_extra,
 )
+from copyspec_engine.grammar_options import Grammar, ToolCalls
 from copyspec_engine.handle import RequestHandle
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.outputs import (
@@ -68,6 +69,7 @@ __all__ = [
     "FinishReason",
     "GenerationOutput",
     "GenerationRequest",
+    "Grammar",
     "MemoryFileError",
     "ModelLoadError",
     "NoDrafter",
@@ -78,6 +80,7 @@ __all__ = [
     "StreamChunk",
     "Timing",
     "TokenLogprob",
+    "ToolCalls",
     "UnsupportedModelError",
     "Usage",
     "missing_extra",

@@ -11,18 +11,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, FiniteFloat, field_validator, model_validator
 
-from copyspec_engine.errors import ConfigError
+from copyspec_engine.grammar_options import RequestedGrammar
+from copyspec_engine.options import Options as _Options
+from copyspec_engine.options import explain_errors
 
 __all__ = [
     "AdaptiveDrafter",
@@ -38,35 +31,6 @@ __all__ = [
 ]
 
 BUNDLED_MODEL = "bundled"
-
-
-class _Options(BaseModel):
-    """Frozen options whose validation errors are `ConfigError`s that name the value."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
-
-    def __init__(self, **values: Any) -> None:  # noqa: ANN401 - pydantic checks each value
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(explain_errors(type(self).__name__, error)) from None
-
-
-def explain_errors(owner: str, error: ValidationError) -> str:
-    """What pydantic found, in one line: `Got temperature=-1 but expected ...`."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        name = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("Drafter", "Validator()]")))
-        expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"Got unknown option {name}={problem['input']!r} for {owner}: check the spelling")
-        elif problem["type"] == "missing":
-            lines.append(f"Got no {name} for {owner} but it is required")
-        elif not name or expected.startswith("Got "):  # the message of nested options or of a whole object
-            lines.append(expected)
-        else:
-            lines.append(f"Got {name}={problem['input']!r} but expected {expected}")
-    return "; ".join(dict.fromkeys(lines))
 
 
 class AdaptiveDrafter(_Options):
@@ -310,6 +274,9 @@ class GenerationRequest(_Options):
     prediction: Prediction | None = None
     """A text that the answer will repeat in large part, the file to be changed, say. It is copied from wherever the
     model agrees with it, and never changes the answer."""
+    grammar: RequestedGrammar = None
+    """What the answer must look like: a `Grammar`, or OpenAI's `response_format` as a dict; needs the extra "grammar".
+    The answer ends where its grammar does; one cut short by max_tokens or a stop text may be incomplete."""
     drafter: DrafterConfig | None = None
     """Overrides the engine's drafter for this call."""
     cache_salt: str | None = Field(default=None, min_length=1)
@@ -331,4 +298,6 @@ class GenerationRequest(_Options):
             raise ValueError(f"Got an empty {given[0]} but expected at least one {given[0].removesuffix('s')}")
         if self.tools is not None and self.messages is None:
             raise ValueError("Got tools without messages: tools are written into the prompt by the chat template")
+        if self.grammar is not None and self.sampling.ignore_eos:
+            raise ValueError("Got ignore_eos=True with a grammar but expected one of them: the grammar ends the answer")
         return self

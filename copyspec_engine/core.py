@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from copyspec_engine.config import AdaptiveDrafter, EngineConfig
+from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
+from copyspec_engine.grammar import GrammarState
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.logprobs import with_logprobs
 from copyspec_engine.memory import SessionMemory
@@ -119,22 +120,10 @@ class EngineCore:
     def _propose(self, batch: ScheduledBatch) -> list[DraftTree]:
         """What to verify behind each row's last token; nothing behind a piece of a prompt."""
         width = batch.num_tokens
-        drafts = [DraftTree()] * len(batch.rows)
-        sampling = [place for place, row in enumerate(batch.rows) if row.samples]
-        for place in sampling:
-            row = batch.rows[place]
-            if row.sequence.drafter is not None:
-                drafts[place] = row.sequence.drafter.propose(width, self._room(row))
-        drafters = [batch.rows[place].sequence.drafter for place in sampling]
-        shared = self.policy.share(drafters, [drafts[place] for place in sampling], width)
-        for place, draft in zip(sampling, shared, strict=True):
-            drafts[place] = self.scheduler.fit(batch.rows[place], draft)
-        return drafts
-
-    def _room(self, row: ScheduledRow) -> int:
-        """Most nodes of a row's draft."""
-        room = row.sequence.max_draft_tokens
-        return room if self.model.exact_width is None else min(room, self.model.exact_width - row.num_tokens)
+        rows = [row for row in batch.rows if row.samples]
+        drafts = [_draft(row, width, self.model.exact_width) for row in rows]
+        shared = iter(self.policy.share([row.sequence.drafter for row in rows], drafts, width))
+        return [self.scheduler.fit(row, next(shared)) if row.samples else DraftTree() for row in batch.rows]
 
     def _commit(self, row: ScheduledRow, result: _Result | Exception) -> StreamChunk | Exception | None:
         """Take over a row's result, or end its request if the row failed."""
@@ -221,9 +210,28 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
         return None, str(error)
 
 
+def _draft(row: ScheduledRow, width: int, exact_width: int | None) -> DraftTree:
+    """What a row would like to verify in a pass that reads `width` tokens anyway."""
+    sequence = row.sequence
+    room = _room(sequence, row.num_tokens, exact_width)
+    draft = DraftTree() if sequence.drafter is None else sequence.drafter.propose(width, room)
+    return sequence.grammar.prune(draft, room) if isinstance(sequence.grammar, GrammarState) else draft
+
+
+def _room(sequence: Sequence, num_tokens: int, exact_width: int | None) -> int:
+    """Most draft nodes behind the `num_tokens` pending tokens of a request."""
+    if isinstance(sequence.drafting, NoDrafter):
+        return 0
+    room = sequence.max_draft_tokens
+    if isinstance(sequence.drafting, AdaptiveDrafter):
+        room = min(room, sequence.drafting.max_draft_tokens)
+    return room if exact_width is None else min(room, exact_width - num_tokens)
+
+
 def _sample_row(row: ScheduledRow, draft: DraftTree) -> SampleRow:
     """What decides the tokens behind a row's last token and behind each node of its draft."""
     sequence, params = row.sequence, row.sequence.request.sampling
     if params.has_penalties:
         sequence.counts.update(sequence.token_ids, sequence.num_prompt_tokens)
-    return SampleRow(params, sequence.seed, len(sequence.token_ids), draft, sequence.counts)
+    allowed = sequence.grammar.masks(draft) if isinstance(sequence.grammar, GrammarState) else None
+    return SampleRow(params, sequence.seed, len(sequence.token_ids), draft, sequence.counts, allowed)

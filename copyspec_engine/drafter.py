@@ -79,6 +79,43 @@ class DraftTree:
             depths.append(1 if parent < 0 else depths[parent] + 1)
         return depths
 
+    def kept(self, nodes: Seq[int]) -> DraftTree:
+        """The tree of some nodes only, ascending; each one's parent must be among them."""
+        place = {-1: -1} | {node: i for i, node in enumerate(nodes)}
+        return DraftTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(place[self.parents[node]] for node in nodes),
+            self.probabilities[list(nodes)] if len(self.probabilities) else self.probabilities,
+            self.sources[list(nodes)] if len(self.sources) else self.sources,
+        )
+
+    def joined(self, at: int, tokens: Seq[int], room: int) -> DraftTree:
+        """The tree with a chain below node `at` (-1: the root) whose tokens are as likely as the node itself.
+
+        Nodes that are there already are not added again; the chain is cut where the tree has `room` nodes.
+        """
+        children = {
+            (parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
+        }
+        likely = float(self.probabilities[at]) if at >= 0 and len(self.probabilities) else 1.0
+        new_tokens, new_parents = list(self.tokens), list(self.parents)
+        for token in tokens:
+            node = children.get((at, token))
+            if node is None:
+                if len(new_tokens) >= room:
+                    break
+                node = len(new_tokens)
+                new_tokens.append(token)
+                new_parents.append(at)
+            at = node
+        added = len(new_tokens) - len(self)
+        probabilities, sources = self.probabilities, self.sources
+        if len(probabilities) == len(self):
+            probabilities = np.append(probabilities, np.full(added, likely))
+        if len(sources) == len(self):
+            sources = np.append(sources, np.zeros(added, dtype=np.int64))
+        return DraftTree(tuple(new_tokens), tuple(new_parents), probabilities, sources)
+
     def __len__(self) -> int:
         return len(self.tokens)
 

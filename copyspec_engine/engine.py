@@ -37,6 +37,7 @@ from copyspec_engine.errors import (
     MemoryFileError,
     RequestFailedError,
 )
+from copyspec_engine.grammar import GrammarCompiler
 from copyspec_engine.handle import RequestHandle, Sink
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, load_model
@@ -79,6 +80,9 @@ class Engine:
         self._thread.start()
         self._model = loaded.result()
         self._core = EngineCore(self._model, self._config)
+        self._grammars = GrammarCompiler(
+            self._model.tokenizer, self._model.runner.vocab_size, self._model.eos_token_ids
+        )
         self._commands.put(self._loop)
         _open_engines.add(self)
 
@@ -143,8 +147,9 @@ class Engine:
         """Queue a request; tokenising and checks happen here, in the caller's thread.
 
         Raises:
-            ConfigError: the input cannot be tokenised, a token id is not in the vocabulary, or the request_id is in
-                use.
+            ConfigError: the input cannot be tokenised, a token id is not in the vocabulary, its grammar is not one, or
+                its request_id is in use.
+            CopySpecError: it has a grammar, but the extra "grammar" is not installed.
             ContextOverflowError: it needs more tokens than the context or the KV pool holds.
             EngineBusyError: too many requests wait already.
             EngineStoppedError: the engine takes no more requests.
@@ -274,6 +279,7 @@ class Engine:
             prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),
             deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
             cache_salt=request.cache_salt or self._config.cache_salt,
+            grammar=None if request.grammar is None else self._grammars.begin(request.grammar),
         )
 
     def _enqueue(self, sequence: Sequence, sink: Sink) -> None:

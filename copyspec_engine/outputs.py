@@ -18,8 +18,8 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
-"""stop: an end-of-sequence id or a stop text; length: max_tokens or the context is full; cancelled: by the caller;
-timeout: it took longer than its `timeout_s`."""
+"""stop: an end-of-sequence id, a stop text or the end of the grammar; length: max_tokens or the context is full;
+cancelled: by the caller; timeout: it took longer than its `timeout_s`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,6 +217,8 @@ class Scheduler:
             sequence.token_ids.append(token)
             segments += sequence.text.push(token, copied=taken < len(verdict.accepted))
             taken += 1
+            if sequence.grammar is not None:
+                sequence.grammar.advance((token,))
             sequence.finish_reason = _finish_reason(sequence, token)
             if sequence.finish_reason is not None:
                 segments += sequence.text.flush()
@@ -322,6 +324,8 @@ def _tokens(sequence: Sequence, count: int) -> TokenArray:
 
 def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
     if token in sequence.eos_token_ids or sequence.text.stopped:
+        return "stop"
+    if sequence.grammar is not None and sequence.grammar.is_terminated:
         return "stop"
     return "length" if len(sequence.token_ids) >= sequence.max_total_tokens else None
 

@@ -18,7 +18,7 @@ from copyspec_engine.outputs import DraftStats, FinishReason, Segment, Timing, T
 from copyspec_engine.sessions import Session
 from copyspec_engine.token_counts import TokenCounts
 
-__all__ = ["Sequence", "TextStream"]
+__all__ = ["Sequence", "TextGrammar", "TextStream"]
 
 
 class TextStream(Protocol):
@@ -35,6 +35,19 @@ class TextStream(Protocol):
 
     def flush(self) -> list[Segment]:
         """What was held back, once no more tokens come."""
+        ...
+
+
+class TextGrammar(Protocol):
+    """Follows an answer whose form is prescribed."""
+
+    @property
+    def is_terminated(self) -> bool:
+        """The answer is complete and cannot go on."""
+        ...
+
+    def advance(self, tokens: Seq[int]) -> None:
+        """Take over tokens that were written."""
         ...
 
 
@@ -61,6 +74,8 @@ class Sequence:
     """Whose KV it may share, besides that of its session."""
     counts: TokenCounts = field(default_factory=TokenCounts)
     """Of `token_ids`, brought up to date before they are penalised."""
+    grammar: TextGrammar | None = None
+    """What the answer must look like."""
 
     session: Session | None = None
     """Set at the first admission, with the next two."""

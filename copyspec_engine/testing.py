@@ -13,7 +13,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -26,6 +26,9 @@ from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.scheduler import ScheduledBatch
 from copyspec_engine.sequence import Sequence, TextStream
 from copyspec_engine.tokenizer import StoppingTextStream
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 __all__ = ["ByteTokenizer", "ScriptedRunner", "scripted_engine"]
 
@@ -64,6 +67,23 @@ class ByteTokenizer:
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint.of("bytes and two turn markers", "ChatML-like")
+
+    def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Seq[int]) -> LLTokenizer:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        return LLTokenizer(TokenizerWrapper(_ByteVocabulary()), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+
+
+class _ByteVocabulary:
+    """The tokens of `ByteTokenizer` as llguidance asks for them."""
+
+    tokens: ClassVar = [*(bytes([byte]) for byte in range(_START)), b"<|im_start|>", b"<|im_end|>"]
+    special_token_ids: ClassVar = [_START, _END]
+    bos_token_id = None
+    eos_token_id = _END
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
 
 
 def _content_text(message: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from copyspec_engine.outputs import Segment
 from copyspec_engine.sequence import TextStream
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ChatTokenizer", "HFTokenizer", "StoppingTextStream"]
@@ -46,6 +47,15 @@ class ChatTokenizer(Protocol):
 
     def fingerprint(self) -> Fingerprint:
         """Digests by which saved token ids are known to mean the same texts."""
+        ...
+
+    def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+        """What grammars need to know of the tokens; needs the extra "grammar". May take seconds.
+
+        Args:
+            vocab_size: width of the model's logits; ids beyond the tokenizer's own are never allowed.
+            eos_token_ids: ids that may end an answer whose grammar allows an end, at least one.
+        """
         ...
 
 
@@ -148,6 +158,14 @@ class HFTokenizer:
             normalizer = json.loads(self._backend.to_str())["normalizer"]
             vocabulary = self._backend.get_vocab(with_added_tokens=True)
         return Fingerprint.of({"vocabulary": vocabulary, "normalizer": normalizer}, self._tokenizer.chat_template)
+
+    def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+        from llguidance.hf import from_tokenizer
+
+        with self._encoding:
+            width = max(vocab_size, len(self._tokenizer))
+            fast: Any = self._tokenizer
+            return from_tokenizer(fast, n_vocab=width, eos_token=list(eos_token_ids))
 
 
 def _merge_neighbours(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
-    0: {"errors", "config", "metrics", "outputs"},
+    0: {"errors", "options", "grammar_options", "config", "metrics", "outputs"},
     1: {
         "calibration",
         "compiled",
@@ -21,6 +21,7 @@ LEVELS = {
         "survival",
         "token_counts",
         "drafter",
+        "grammar_text",
         "growth",
         "kv_pool",
         "prefix_cache",
@@ -28,7 +29,7 @@ LEVELS = {
         "verify",
         "handle",
     },
-    2: {"sampler", "processors", "logprobs", "attention", "model_runner", "tokenizer", "bundled"},
+    2: {"sampler", "processors", "logprobs", "grammar", "attention", "model_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
     4: {"testing", "adapters", "replay", "peers", "forced", "cli", "__main__"},
 }

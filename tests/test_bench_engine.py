@@ -162,13 +162,10 @@ def test_drafts_are_accepted_as_in_a_replay(peer: str, drafter: str) -> None:
     assert tally.tokens / passes > 2
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_logits_are_forced_in_one_tensor_or_one_a_row(packed: bool) -> None:
+def test_logits_are_forced() -> None:
     logits = torch.zeros((3, 5))
-    rows = logits if packed else [logits[:2], torch.zeros((0, 5)), logits[2:]]
-    runner._force_rows(rows, [[4, 0], [2]])
+    runner.force(logits, [4, 0, 2])
     assert logits.argmax(-1).tolist() == [4, 0, 2]
-    runner._force_rows(torch.zeros((0, 5)), [])
 
 
 def test_conversations_at_the_same_time(tmp_path: Path) -> None:

@@ -197,11 +197,10 @@ class MarkovRunner:
     def __init__(self) -> None:
         self.logits = torch.randn((6, 6), generator=torch.Generator().manual_seed(12)) * 1.2
 
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> list[torch.Tensor]:
-        return [
-            self.logits[[row.sequence.token_ids[-1], *draft.tokens]] if row.samples else self.logits[:0]
-            for row, draft in zip(batch.rows, drafts, strict=True)
-        ]
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+        rows = zip(batch.rows, drafts, strict=True)
+        last = [[row.sequence.token_ids[-1], *draft.tokens] for row, draft in rows if row.samples]
+        return self.logits[[token for tokens in last for token in tokens]]
 
 
 class RandomTrees(OracleTrees):
@@ -230,7 +229,7 @@ def exact_odds(logits: torch.Tensor, first: int, penalty: float) -> dict[tuple[i
 @pytest.mark.parametrize("drafter", ["none", "adaptive"])
 def test_answers_over_many_seeds_follow_the_exact_probabilities(drafter: str) -> None:
     """Chi-square over answers of three tokens, one a seed, with trees drafted and without."""
-    config = EngineConfig(model="markov", max_sessions=1, max_running=64)
+    config = EngineConfig(model="markov", max_sessions=1, max_running=64, max_waiting=4096)
     model = LoadedModel(
         runner=MarkovRunner(),
         tokenizer=ByteTokenizer(),

@@ -1,0 +1,119 @@
+"""Which form an answer must have: JSON, a regular expression, a Lark grammar, one of some texts, tool calls."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
+
+from copyspec_engine.options import Options
+
+__all__ = ["Grammar", "RequestedGrammar", "ToolCalls"]
+
+
+def _chosen_tool(value: object) -> object:
+    """The name in an OpenAI `tool_choice` object; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    function = value.get("function")
+    if value.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError('"auto", "required", a name, or {"type": "function", "function": {"name": ...}}')
+    return function["name"]
+
+
+class ToolCalls(Options):
+    """Calls of functions, each as `begin`, a JSON object with the function's name and arguments, and `end`.
+
+    A line break may stand before and after the object, and between two calls.
+    """
+
+    tools: tuple[dict[str, JsonValue], ...] = Field(min_length=1)
+    """OpenAI-style function schemas: {"type": "function", "function": {"name": ..., "parameters": JSON schema}}."""
+    tool_choice: Annotated[str, BeforeValidator(_chosen_tool)] = "auto"
+    """"auto": free text in which each `begin` opens a call; "required": at least one call and no text; or the name of
+    the one function to be called, also in OpenAI's form."""
+    parallel: bool = True
+    """More than one call in an answer; off: the answer ends after the first."""
+    begin: str = Field(default="<tool_call>", min_length=1)
+    """Opens a call."""
+    end: str = "</tool_call>"
+    """Closes a call."""
+    name_key: str = Field(default="name", min_length=1)
+    arguments_key: str = Field(default="arguments", min_length=1)
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ToolCalls:
+        names: list[str] = []
+        for tool in self.tools:
+            function = tool.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(f'Got tool {tool!r} but expected {{"type": "function", "function": {{"name": ...}}}}')
+            if not isinstance(function.get("parameters") or {}, dict):
+                raise ValueError(f"Got parameters={function['parameters']!r} but expected a JSON schema")
+            names.append(str(function["name"]))
+        if len(set(names)) < len(names):
+            raise ValueError(f"Got tools named {names!r} but expected different names")
+        if self.tool_choice not in ("auto", "required", *names):
+            raise ValueError(
+                f"Got tool_choice={self.tool_choice!r} but expected auto, required or one of {', '.join(names)}"
+            )
+        return self
+
+
+class Grammar(Options):
+    """What an answer must look like: exactly one of the first six. Drafting never changes what is written."""
+
+    json_schema: dict[str, JsonValue] | None = None
+    """A JSON object or other value that fits this schema. White space may follow each part, unless the schema's key
+    "x-guidance" says {"whitespace_flexible": False}."""
+    json_object: bool = False
+    """Any JSON object."""
+    regex: str | None = Field(default=None, min_length=1)
+    """A regular expression (Rust's syntax) that the whole answer matches."""
+    lark: str | None = Field(default=None, min_length=1)
+    """A context-free grammar in llguidance's dialect of Lark; its first rule is `start`."""
+    choice: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """One of these texts."""
+    tools: ToolCalls | None = None
+    """Calls of functions."""
+    start_after: str | None = Field(default=None, min_length=1)
+    """The grammar begins behind the first place where this text is written ("</think>", say). What comes before is
+    free; an answer that ends before has no form."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Grammar:
+        kinds = ("json_schema", "json_object", "regex", "lark", "choice", "tools")
+        given = [kind for kind in kinds if getattr(self, kind) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(
+                f"Got {' and '.join(given) or 'no grammar'} but expected exactly one of {', '.join(kinds)}"
+            )
+        if self.choice is not None and not all(self.choice):
+            raise ValueError(f"Got choice={self.choice!r} but expected texts of at least one character")
+        if self.start_after is not None and self.tools is not None and self.tools.tool_choice == "auto":
+            raise ValueError(
+                f"Got start_after={self.start_after!r} with tool_choice='auto' but expected one of them: text is free "
+                "until a call begins"
+            )
+        return self
+
+
+def _from_response_format(value: object) -> object:
+    """The grammar of an OpenAI `response_format` object; anything else as it is."""
+    if not isinstance(value, dict) or "type" not in value:
+        return value
+    if value == {"type": "text"}:
+        return None
+    if value == {"type": "json_object"}:
+        return Grammar(json_object=True)
+    wrapped = value.get("json_schema")
+    if value["type"] != "json_schema" or not isinstance(wrapped, dict) or not isinstance(wrapped.get("schema"), dict):
+        raise ValueError(
+            'a Grammar, or {"type": "json_schema", "json_schema": {"schema": ...}}, {"type": "json_object"} or '
+            '{"type": "text"}'
+        )
+    return Grammar(json_schema=wrapped["schema"])
+
+
+RequestedGrammar = Annotated[Grammar | None, BeforeValidator(_from_response_format)]
+"""A grammar, or OpenAI's `response_format` as a dict."""
