@@ -9,7 +9,8 @@ Not covered: several rows in one call, and kernels that read scattered slots in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows
@@ -79,6 +80,25 @@ class KVBatch:
     num_new: int
     visible: torch.Tensor | None
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    _copies: dict[torch.device, KVBatch] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> KVBatch:
+        """The same on a layer's own device, where a model's layers are on several."""
+        if device == self.positions.device:
+            return self
+        if device not in self._copies:
+            write, read = (slots if isinstance(slots, slice) else slots.to(device) for slots in (self.write, self.read))
+            visible = None if self.visible is None else self.visible.to(device)
+            self._copies[device] = replace(
+                self,
+                write=write,
+                read=read,
+                positions=self.positions.to(device),
+                visible=visible,
+                _masks={},
+                _copies={},
+            )
+        return self._copies[device]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the scores, shape (new, context): 0 or -inf; None if every new token sees the whole row."""
@@ -107,7 +127,7 @@ def _attend(
     query: torch.Tensor,  # (1, heads, new, head_dim)
     key: torch.Tensor,  # (1, kv_heads, new, head_dim)
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | int | None = None,
     *,
     kv_batch: KVBatch | None = None,
     scaling: float | None = None,
@@ -118,19 +138,25 @@ def _attend(
     is_causal: bool | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one row's new tokens over its slots; refuses what it does not know rather than ignore it."""
-    if kv_batch is None or attention_mask is not None or dropout or is_causal is False:
+    """Attention of one row's new tokens over its slots; refuses what it does not know rather than ignore it.
+
+    In place of a mask the model hands on what `_window` said.
+    """
+    masked = isinstance(attention_mask, torch.Tensor)
+    window = attention_mask if isinstance(attention_mask, int) else sliding_window
+    if kv_batch is None or masked or dropout or is_causal is False or (sliding_window or window) != window:
         raise UnsupportedModelError(
             f"{type(module).__name__} asks for attention that this engine does not serve "
-            f"(kv_batch={kv_batch is not None}, mask={attention_mask is not None}, {dropout=}, {is_causal=})"
+            f"(kv_batch={kv_batch is not None}, mask={masked}, {dropout=}, {is_causal=}, {sliding_window=}, {window=})"
         )
+    kv_batch = kv_batch.on(query.device)
     unknown = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
     if unknown:
         raise UnsupportedModelError(f"{type(module).__name__} passes unknown attention options: {', '.join(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = kv_batch.store.write(layer, kv_batch.write, key[0], value[0])
     keys, values = keys[:, kv_batch.read], values[:, kv_batch.read]  # (kv_heads, context, head_dim)
-    mask = kv_batch.mask(sliding_window, query.dtype)
+    mask = kv_batch.mask(window, query.dtype)
     if softcap is not None or s_aux is not None:
         out = _eager_attention(query[0], keys, values, mask, scaling, softcap, s_aux)
     else:
@@ -201,5 +227,16 @@ def visibility(parents: Sequence[int], num_before: int, device: torch.device) ->
     return seen.to(device)
 
 
+def _window(*_args: object, config: Any, local_size: int | None = None, **_others: object) -> int | None:  # noqa: ANN401
+    """The window of the mask that a model asks for, which not all models tell the attention; None if it is full.
+
+    Raises:
+        UnsupportedModelError: the model looks at chunks of the text rather than at a window that moves with it.
+    """
+    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModelError("attention in chunks is not supported: a token would see no further than its chunk")
+    return local_size
+
+
 AttentionInterface.register(ATTENTION_NAME, _attend)
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *_args, **_kwargs: None)
+AttentionMaskInterface.register(ATTENTION_NAME, _window)

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from copyspec_engine.config import AdaptiveDrafter, EngineConfig
+from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _Result = tuple[DraftTree, Verdict | None]
 """A row's draft and what became of it; no verdict for a piece of the prompt."""
 
+_UNMEASURED = ((1, 1.0), (2, 2.0))
+"""Stands in for the cost of a pass where nothing is drafted."""
+
 
 class EngineCore:
     """A model with its KV pool, memory, queue and drafting, and the step that moves every running request on."""
@@ -37,8 +40,11 @@ class EngineCore:
         self.pool = KVPool(model.num_slots)
         self.file, self.memory_error = _open_memory(config.memory_path, model)
         self.sessions = SessionStore(config, self.pool.release, self.file, model.runner.vocab_size)
-        self.scheduler = Scheduler(self.pool, self.sessions, config.max_running, config.max_prefill_tokens)
-        self.policy = DraftingPolicy(CostCurve(model.step_cost))
+        drafts = model.drafting_error is None
+        self.scheduler = Scheduler(
+            self.pool, self.sessions, config.max_running, config.max_prefill_tokens, model.runner.release, drafts
+        )
+        self.policy = DraftingPolicy(CostCurve(model.step_cost or _UNMEASURED))
 
     def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
@@ -54,7 +60,7 @@ class EngineCore:
             return None
         try:
             sequence.drafter = self.policy.begin(
-                sequence.drafting,
+                sequence.drafting if self.model.drafting_error is None else NoDrafter(),
                 sequence.memory,
                 sequence.token_ids,
                 sequence.eos_token_ids,

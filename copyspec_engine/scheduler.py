@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -51,9 +52,20 @@ class Scheduler:
         sessions: what is remembered between calls.
         max_running: requests admitted at once.
         max_prefill_tokens: prompt tokens of one row in one step.
+        release: told of each request that has been running and is over.
+        reuses_kv: sessions keep the KV of their last call.
     """
 
-    def __init__(self, pool: KVPool, sessions: SessionStore, max_running: int, max_prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        sessions: SessionStore,
+        max_running: int,
+        max_prefill_tokens: int,
+        release: Callable[[Sequence], None],
+        reuses_kv: bool = True,
+    ) -> None:
+        self._release, self._reuses_kv = release, reuses_kv
         self._pool, self._sessions = pool, sessions
         self._max_running, self._max_prefill_tokens = max_running, max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
@@ -160,6 +172,7 @@ class Scheduler:
         try:
             self._stop_drafting(sequence)
         finally:
+            self._release(sequence)
             self._hand_over_slots(sequence)
 
     def detach(self, sequence: Sequence) -> None:
@@ -189,7 +202,7 @@ class Scheduler:
     def _hand_over_slots(self, sequence: Sequence) -> None:
         """The session keeps the KV of its last call, instead of that of the call before."""
         session, computed = sequence.session, sequence.num_computed
-        if session is None or not session.is_kept:
+        if session is None or not session.is_kept or not self._reuses_kv:
             self._pool.release(sequence.slots)
             return
         self._pool.release(session.take_slots(0)[1])

@@ -99,6 +99,9 @@ class ScriptedRunner:
             for row, draft in zip(batch.rows, drafts, strict=True)
         ]
 
+    def release(self, sequence: Sequence) -> None:
+        self._scripts.pop(sequence.request.request_id, None)
+
     def _logits(self, sequence: Sequence, draft: DraftTree | None) -> torch.Tensor:
         if draft is None:
             return torch.empty((0, _VOCABULARY))

@@ -26,12 +26,20 @@ LEVELS = {
         "verify",
         "handle",
     },
-    2: {"sampler", "attention", "model_runner", "tokenizer", "bundled"},
+    2: {"sampler", "attention", "checkpoint", "model_runner", "stateful_runner", "tokenizer", "bundled"},
     3: {"core", "engine"},
     4: {"testing", "adapters", "replay", "peers", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
-MAY_IMPORT_TRANSFORMERS = {"attention", "model_runner", "tokenizer", "bundled", "cli/compare"}
+MAY_IMPORT_TRANSFORMERS = {
+    "attention",
+    "bundled",
+    "checkpoint",
+    "cli/compare",
+    "model_runner",
+    "stateful_runner",
+    "tokenizer",
+}
 
 
 def modules_imported(path: Path) -> set[str]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
-from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError, model_runner
+from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError, checkpoint, model_runner
 from copyspec_engine.attention import KVStore, visibility
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.model_runner import ModelRunner, load_model, prepare
@@ -188,9 +188,9 @@ def test_long_rope_models_stay_below_the_switch_of_their_factors(caplog: pytest.
             "long_factor": [2.0] * 64,
         },
     )
-    assert model_runner._longest_context(config, "m") == 160
+    assert checkpoint.longest_context(config, "m") == 160
     assert "below the switch of its longrope" in caplog.text
-    assert model_runner._longest_context(LlamaConfig(max_position_embeddings=4096), "m") == 4096
+    assert checkpoint.longest_context(LlamaConfig(max_position_embeddings=4096), "m") == 4096
 
 
 def test_costs_are_measured_from_one_token_up() -> None:
