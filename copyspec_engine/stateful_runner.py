@@ -37,7 +37,8 @@ class _State:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         takes = inspect.signature(model.forward).parameters
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._takes_positions = "position_ids" in takes
         self._kept: dict[str, Any] = {}
         if "past_key_values" in takes and model._supports_default_dynamic_cache():  # type: ignore[operator]
             self._kept["past_key_values"] = DynamicCache(config=model.config.get_text_config())
@@ -52,12 +53,15 @@ class _State:
         Raises:
             UnsupportedModelError: the model keeps no state.
         """
-        ids_in = torch.tensor([ids], device=self._model.device)
+        device, end = self._model.device, self.num_read + len(ids)
+        if self._takes_positions:  # a model that counts what it has read asks its first layer, which may not know
+            self._options["position_ids"] = torch.arange(self.num_read, end, device=device)[None]
+        ids_in = torch.tensor([ids], device=device)
         result = self._model(input_ids=ids_in, use_cache=True, **self._options, **self._kept)
         self._kept |= {name: result[name] for name in _STATE_NAMES if result.get(name) is not None}
         if not self._kept:
             raise UnsupportedModelError(f"{type(self._model).__name__} returns none of {', '.join(_STATE_NAMES)}")
-        self.num_read += len(ids)
+        self.num_read = end
         logits: torch.Tensor = result.logits[0, -1:]
         self.logits = logits
         return logits
@@ -142,7 +146,7 @@ def check_state(model: PreTrainedModel, name: str) -> tuple[StatefulRunner, int]
     with torch.inference_mode():
         whole = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
     # The second way is how `generate` reads: nothing is more right, so that only a gross difference speaks against it.
-    for in_pieces, ends, limit in ((True, (5, 9, 11, 12), tolerance(model)), (False, (9, 10, 11, 12), 5e-2)):
+    for in_pieces, ends, limit in ((True, (5, 9, 11, 12), tolerance(model) / 20), (False, (9, 10, 11, 12), 5e-2)):
         state = _State(model)
         try:
             got = torch.cat([state.read(ids[state.num_read : end]) for end in ends]).float()

@@ -64,14 +64,6 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         load_model(EngineConfig(model=str(tmp_path)))
 
 
-def test_layers_that_cannot_roll_back_are_refused(tmp_path: Path) -> None:
-    from transformers import Qwen3NextConfig
-
-    Qwen3NextConfig(num_hidden_layers=4).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="linear_attention layers: only full and sliding-window"):
-        load_model(EngineConfig(model=str(tmp_path)))
-
-
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ModelLoadError, match="Got device='cuda:7'"):
         load_model(EngineConfig(device="cuda:7"))
