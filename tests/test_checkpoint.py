@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from copyspec_engine import ConfigError, CopySpecError, Engine, EngineConfig, ModelLoadError
+from copyspec_engine import ConfigError, CopySpecError, Engine, EngineConfig, ModelLoadError, UnsupportedModelError
 from copyspec_engine.attention import KVBatch, KVStore
 from copyspec_engine.checkpoint import read_model
 from copyspec_engine.model_runner import load_model
+from copyspec_engine.tokenizer import HFTokenizer
 from tests.architectures import build_model
 from tests.conftest import STEP_COST
 from tests.test_lossless import PROMPT, run
@@ -113,3 +115,12 @@ def test_an_error_in_on_progress_reaches_the_caller(folder: str) -> None:
 
     with pytest.raises(ModelLoadError, match="no room for reading"):
         Engine(EngineConfig(model=folder), on_progress=explode)
+
+
+def test_an_image_is_refused_rather_than_overlooked(folder: str) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, chat_template="{{ messages[0]['content'] }}")
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
+    with pytest.raises(UnsupportedModelError, match="part of type 'image_url' but only text"):
+        HFTokenizer(tokenizer).render(messages, None)
+    assert HFTokenizer(tokenizer).render([{"role": "user", "content": "hello"}], None)
