@@ -163,10 +163,12 @@ def build_model(name: str, seed: int = 1) -> PreTrainedModel:
     }
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config).eval()
     for module in model.modules():
-        if getattr(module, "sinks", None) is not None:
-            torch.nn.init.normal_(module.sinks, std=1.0)
+        sinks = getattr(module, "sinks", None)
+        if sinks is not None:
+            torch.nn.init.normal_(sinks, std=1.0)
     if name not in ARCHITECTURES:  # as they are initialised many say the same token for ever
         for weight in model.parameters():
             if weight.dim() == 2:
