@@ -10,7 +10,8 @@ Not covered: kernels that read scattered slots in place on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows
@@ -82,6 +83,13 @@ class KVRow:
     filled: tuple[int, int] | None = None
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
+    def on(self, device: torch.device) -> KVRow:
+        """The same on another device."""
+        visible = None if self.visible is None else self.visible.to(device)
+        return replace(
+            self, read=_on(self.read, device), positions=self.positions.to(device), visible=visible, _masks={}
+        )
+
     @property
     def stop(self) -> int:
         """Behind its last token in the pass."""
@@ -128,6 +136,20 @@ class KVBatch:
     write: Slots
     written: int
     rows: Sequence[KVRow]
+    _copies: dict[torch.device, KVBatch] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> KVBatch:
+        """The same on a layer's own device, where a model's layers are on several."""
+        if device == self.rows[0].positions.device:
+            return self
+        if device not in self._copies:
+            rows = [row.on(device) for row in self.rows]
+            self._copies[device] = replace(self, write=_on(self.write, device), rows=rows, _copies={})
+        return self._copies[device]
+
+
+def _on(slots: Slots, device: torch.device) -> Slots:
+    return slots if isinstance(slots, slice) else slots.to(device)
 
 
 def _attend(
@@ -135,7 +157,7 @@ def _attend(
     query: torch.Tensor,  # (1, heads, new, head_dim)
     key: torch.Tensor,  # (1, kv_heads, new, head_dim)
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | int | None = None,
     *,
     kv_batch: KVBatch | None = None,
     scaling: float | None = None,
@@ -146,12 +168,18 @@ def _attend(
     is_causal: bool | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each row's new tokens over its slots; refuses what it does not know rather than ignore it."""
-    if kv_batch is None or attention_mask is not None or dropout or is_causal is False:
+    """Attention of each row's new tokens over its slots; refuses what it does not know rather than ignore it.
+
+    In place of a mask the model hands on what `_window` said.
+    """
+    masked = isinstance(attention_mask, torch.Tensor)
+    window = attention_mask if isinstance(attention_mask, int) else sliding_window
+    if kv_batch is None or masked or dropout or is_causal is False or (sliding_window or window) != window:
         raise UnsupportedModelError(
             f"{type(module).__name__} asks for attention that this engine does not serve "
-            f"(kv_batch={kv_batch is not None}, mask={attention_mask is not None}, {dropout=}, {is_causal=})"
+            f"(kv_batch={kv_batch is not None}, mask={masked}, {dropout=}, {is_causal=}, {sliding_window=}, {window=})"
         )
+    kv_batch = kv_batch.on(query.device)
     unknown = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
     if unknown:
         raise UnsupportedModelError(f"{type(module).__name__} passes unknown attention options: {', '.join(unknown)}")
@@ -162,7 +190,7 @@ def _attend(
     for row in kv_batch.rows:
         asked = query[:, :, row.start : row.stop]
         row_keys, row_values = keys[:, row.read], values[:, row.read]  # (kv_heads, context, head_dim)
-        mask = row.mask(sliding_window, query.dtype)
+        mask = row.mask(window, query.dtype)
         if softcap is not None or s_aux is not None:
             parts.append(_eager_attention(asked[0], row_keys, row_values, mask, scaling, softcap, s_aux))
         else:
@@ -234,5 +262,16 @@ def visibility(parents: Sequence[int], num_before: int, device: torch.device) ->
     return seen.to(device)
 
 
+def _window(*_args: object, config: Any, local_size: int | None = None, **_others: object) -> int | None:  # noqa: ANN401
+    """The window of the mask that a model asks for, which not all models tell the attention; None if it is full.
+
+    Raises:
+        UnsupportedModelError: the model looks at chunks of the text rather than at a window that moves with it.
+    """
+    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModelError("attention in chunks is not supported: a token would see no further than its chunk")
+    return local_size
+
+
 AttentionInterface.register(ATTENTION_NAME, _attend)
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *_args, **_kwargs: None)
+AttentionMaskInterface.register(ATTENTION_NAME, _window)

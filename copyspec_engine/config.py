@@ -142,6 +142,11 @@ class EngineConfig(_Options):
     calibrate: Literal["cached", "always"] = "cached"
     """Where `step_cost` is not given: "cached" measures it at the first load of a model on a device, keeps it under
     COPYSPEC_CACHE_DIR (default: the user's cache folder) and only checks it later; "always" takes seconds each time."""
+    quantization: Literal["int8"] | None = None
+    """"int8" rounds the weights of linear layers to 8 bits while they are read: half of bfloat16's memory, and other
+    answers than the full weights give. A checkpoint that is quantized already is served as it is, without this."""
+    device_map: Literal["auto"] | None = None
+    """"auto" spreads the layers over all GPUs of this machine, for models that do not fit on one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
@@ -156,6 +161,15 @@ class EngineConfig(_Options):
     @classmethod
     def _expand_home(cls, path: str | None) -> str | None:
         return None if path is None else os.path.expanduser(path)
+
+    @model_validator(mode="after")
+    def _check_device_map(self) -> EngineConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(
+                f"Got device={self.device!r} with device_map={self.device_map!r} but expected one of them: a device "
+                "map takes all GPUs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_step_cost(self) -> EngineConfig:

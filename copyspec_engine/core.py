@@ -32,6 +32,8 @@ _Result = tuple[DraftTree, Verdict | None]
 
 _PER_SESSION = 2
 """Rows of KV that are kept for each session: its own, and one of a call without a session."""
+_UNMEASURED = ((1, 1.0), (2, 2.0))
+"""Stands in for the cost of a pass where nothing is drafted."""
 
 
 class EngineCore:
@@ -41,11 +43,14 @@ class EngineCore:
         self.model = model
         self.pool = KVPool(model.num_slots)
         self.file, self.memory_error = _open_memory(config.memory_path, model)
-        self.cache = PrefixCache(self.pool, _PER_SESSION * config.max_sessions)
+        is_stateful = model.drafting_error is not None  # nothing of a text can be read without all before it
+        self.cache = PrefixCache(self.pool, 0 if is_stateful else _PER_SESSION * config.max_sessions)
         self.sessions = SessionStore(config, self._drop_kv, self.file, model.runner.vocab_size)
         prefill = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
-        self.scheduler = Scheduler(self.pool, self.cache, self.sessions, config.max_running, prefill)
-        self.policy = DraftingPolicy(CostCurve(model.step_cost))
+        self.scheduler = Scheduler(
+            self.pool, self.cache, self.sessions, config.max_running, prefill, model.runner.release
+        )
+        self.policy = DraftingPolicy(CostCurve(model.step_cost or _UNMEASURED))
 
     def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
@@ -62,7 +67,7 @@ class EngineCore:
             return None
         try:
             sequence.drafter = self.policy.begin(
-                sequence.drafting,
+                sequence.drafting if self.model.drafting_error is None else NoDrafter(),
                 sequence.memory,
                 sequence.token_ids,
                 sequence.eos_token_ids,

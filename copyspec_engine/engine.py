@@ -40,7 +40,7 @@ from copyspec_engine.errors import (
 from copyspec_engine.grammar import GrammarCompiler
 from copyspec_engine.handle import RequestHandle, Sink
 from copyspec_engine.metrics import EngineMetrics
-from copyspec_engine.model_runner import LoadedModel, load_model
+from copyspec_engine.model_runner import LoadedModel, Progress, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
 from copyspec_engine.sequence import Sequence
 
@@ -59,12 +59,19 @@ class Engine:
     Args:
         config: what to load; default: the bundled model.
         model: a model that is loaded already (tests); then `config.model` only names it.
+        on_progress: told in a few words of each phase of loading as it begins, in the engine's thread.
 
     Raises:
         ModelLoadError, UnsupportedModelError: see `load_model`.
     """
 
-    def __init__(self, config: EngineConfig | None = None, *, model: LoadedModel | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        model: LoadedModel | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
         self._config = config or EngineConfig()
         # Reentrant: a forgotten handle is closed by the garbage collector, at any moment in any thread.
         self._lock = threading.RLock()
@@ -75,7 +82,7 @@ class Engine:
         # The loop thread loads the model too: with OpenMP each thread that calls it keeps workers of its own, and two
         # such teams on the same cores disturb each other, the measured step costs above all.
         loaded: Future[LoadedModel] = Future()
-        load = partial(load_model, self._config) if model is None else lambda: model
+        load = partial(load_model, self._config, on_progress) if model is None else lambda: model
         self._thread = threading.Thread(target=self._run, args=(load, loaded), name="copyspec-engine", daemon=True)
         self._thread.start()
         self._model = loaded.result()
@@ -105,6 +112,7 @@ class Engine:
             num_kv_slots=model.num_slots,
             kv_bytes_per_token=model.kv_bytes_per_token,
             step_cost=model.step_cost,
+            drafting_error=model.drafting_error,
             memory_path=self._config.memory_path if self._core.file is not None else None,
             memory_error=self._core.memory_error,
             versions={
@@ -408,8 +416,13 @@ _shared_locks: dict[EngineConfig, threading.Lock] = {}
 _registry_lock = threading.Lock()
 
 
-def shared_engine(config: EngineConfig | None = None) -> Engine:
-    """This process's engine for a config, loaded on first use; equal configs share one. Thread-safe, may block."""
+def shared_engine(config: EngineConfig | None = None, on_progress: Progress | None = None) -> Engine:
+    """This process's engine for a config, loaded on first use; equal configs share one. Thread-safe, may block.
+
+    Args:
+        config: what to load; default: the bundled model.
+        on_progress: as for `Engine`; not called if the engine is there already.
+    """
     config = config or EngineConfig()
     with _registry_lock:
         lock = _shared_locks.setdefault(config, threading.Lock())
@@ -417,7 +430,7 @@ def shared_engine(config: EngineConfig | None = None) -> Engine:
         with _registry_lock:
             engine = _shared.get(config)
         if engine is None or engine._stopped or engine._closing:
-            engine = Engine(config)
+            engine = Engine(config, on_progress=on_progress)
             with _registry_lock:
                 _shared[config] = engine
         return engine

@@ -6,35 +6,51 @@ the logits that it gives in one piece by itself: that is checked once when it lo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from copyspec_engine import calibration
 from copyspec_engine.attention import ATTENTION_NAME, KVBatch, KVRow, KVStore, Slots, visibility
 from copyspec_engine.bundled import bundled_model_path
+from copyspec_engine.checkpoint import (
+    eos_token_ids,
+    load_failure,
+    longest_context,
+    read_model,
+    refuse_unsupported,
+    relative_difference,
+    resolve_device,
+    tolerance,
+    vocab_size,
+    why_no_rollback,
+)
 from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.cost import Points, undisturbed
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
+from copyspec_engine.sequence import Sequence
+from copyspec_engine.stateful_runner import StatefulRunner, check_state
 from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
 
-__all__ = ["LoadedModel", "ModelRunner", "Runner", "load_model", "prepare"]
+__all__ = ["LoadedModel", "ModelRunner", "Progress", "Runner", "load_model", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +60,8 @@ _CALIBRATION_CONTEXT = 256
 
 _EXACT_WIDTH, _EXACT_BLOCK = 64, 512
 """In exact mode: tokens of each pass, and what contexts are filled up to a multiple of."""
+Progress = Callable[[str], None]
+"""Told what is going on: "reading the weights of NAME"."""
 
 _loading = threading.Lock()
 """transformers builds models under process-wide settings: two at once spoil each other."""
@@ -55,12 +73,16 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
         """Logits after the last pending token of each row that samples, and after each node of its draft.
 
         Returns:
             Those of all such rows, in their order, shape (sum of 1 + len(draft), vocabulary).
         """
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """A sequence is over, or starts afresh: whatever is kept of it alone can go. It may be unknown here."""
         ...
 
 
@@ -78,7 +100,7 @@ class Piece:
 
     slots: TokenArray
     base: int
-    ids: Sequence[int]
+    ids: Seq[int]
     draft: DraftTree
     num_logits: int
 
@@ -105,20 +127,23 @@ class ModelRunner:
 
     @property
     def vocab_size(self) -> int:
-        return _vocab_size(self._model)
+        return vocab_size(self._model)
 
     @property
     def store(self) -> KVStore:
         return self._store
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
         pieces = [_piece(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
         if self._exact_width is not None:
             return torch.cat([self.run([piece]) for piece in pieces])
         return self.run(pieces)
 
+    def release(self, sequence: Sequence) -> None:
+        """Nothing to do: the pool's slots are all that a sequence has, and the scheduler gives them back."""
+
     @torch.inference_mode()
-    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
+    def run(self, pieces: Seq[Piece]) -> torch.Tensor:
         """Read all pieces in one pass; the logits they want, in order, shape (sum of num_logits, vocabulary)."""
         ids = [token for piece in pieces for token in piece.ids]
         written = len(ids)
@@ -169,7 +194,7 @@ class ModelRunner:
         return torch.from_numpy(slots).to(self._device)
 
     def measure_step_cost(
-        self, context: int, room: int, widths: Sequence[int] = STEP_WIDTHS, budget_s: float = 1.0
+        self, context: int, room: int, widths: Seq[int] = STEP_WIDTHS, budget_s: float = 1.0
     ) -> Points:
         """Least seconds of passes of `widths` tokens behind `context` others; uses the pool's first `room` slots.
 
@@ -216,12 +241,6 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return time.thread_time if device.type == "cpu" and os.name == "posix" else time.perf_counter
 
 
-def _vocab_size(model: PreTrainedModel) -> int:
-    """Width of the logits, which may be padded beyond the tokenizer's vocabulary."""
-    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return int(head.weight.shape[0])  # type: ignore[index]
-
-
 @dataclass(slots=True)
 class LoadedModel:
     """A model that is ready to serve, with the facts the engine needs of it."""
@@ -237,23 +256,34 @@ class LoadedModel:
     num_parameters: int
     num_slots: int
     kv_bytes_per_token: int
-    step_cost: tuple[tuple[int, float], ...] = field(default=())
+    step_cost: tuple[tuple[int, float], ...] = ()
+    """Empty if it was not measured because nothing is drafted."""
+    drafting_error: str | None = None
+    """Why nothing is drafted and no KV is reused; None for most models."""
     exact_width: int | None = None
     """Most tokens of a pass, of one request alone, where results must not depend on anything else."""
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(config: EngineConfig, on_progress: Progress | None = None) -> LoadedModel:
     """Load weights and tokenizer, check that the architecture can be served, and size the KV pool.
+
+    Args:
+        config: what to load.
+        on_progress: told of each phase as it begins, in this thread.
 
     Raises:
         ModelLoadError: the folder or name does not exist, cannot be read, or does not fit in memory.
         UnsupportedModelError: not a decoder, or one whose passes over our KV differ from its own.
+        CopySpecError: a package that the options need is not installed.
     """
     path = str(bundled_model_path()) if config.model == BUNDLED_MODEL else os.path.expanduser(config.model)
-    device = _resolve_device(config.device)
+    device = resolve_device(config)
     try:
         with _loading:
-            return _load(path, device, config)
+            with _phase("reading the weights", config, on_progress):
+                model = read_model(path, device, config)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+            return prepare(model, HFTokenizer(tokenizer), config, on_progress)
     except CopySpecError:
         raise
     except Exception as error:
@@ -262,36 +292,33 @@ def load_model(config: EngineConfig) -> LoadedModel:
                 f"{config.model} does not fit in the memory of {device}: use a smaller model, dtype='bfloat16' or "
                 "another device"
             ) from error
-        raise ModelLoadError(_load_failure(config.model, path, error)) from error
+        raise ModelLoadError(load_failure(config.model, path, error)) from error
 
 
-def _load(path: str, device: torch.device, config: EngineConfig) -> LoadedModel:
-    trust = config.trust_remote_code
-    hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    _refuse_unsupported(config.model, hf_config)
-    tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=trust))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=_resolve_dtype(config.dtype, device), trust_remote_code=trust, output_loading_info=True
-    )
-    model, report = loaded
-    absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
-    if absent:
-        raise ModelLoadError(
-            f"{config.model} lacks {len(absent)} weights that its config asks for, or has them in another shape (the "
-            f"first: {absent[0]}): is the download complete?"
-        )
-    return prepare(model.to(device).eval(), tokenizer, config)
-
-
-def prepare(model: PreTrainedModel, tokenizer: ChatTokenizer, config: EngineConfig) -> LoadedModel:
+def prepare(
+    model: PreTrainedModel, tokenizer: ChatTokenizer, config: EngineConfig, on_progress: Progress | None = None
+) -> LoadedModel:
     """Make a model that is in memory ready to serve (see `load_model`)."""
-    bytes_per_token = _check_equivalence(model, config.model)
-    limit = _longest_context(model.config.get_text_config(), config.model)
+    refuse_unsupported(config.model, model.config)
+    reason = why_no_rollback(model)
+    if reason is not None and config.exact:
+        raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")
+    stateful: StatefulRunner | None = None
+    with _phase("checking", config, on_progress):
+        if reason is None:
+            bytes_per_token = _check_equivalence(model, config.model)
+        else:
+            stateful, bytes_per_token = check_state(model, config.model)
+            logger.warning("%s runs without drafting: %s", config.model, reason)
+    limit = longest_context(model.config.get_text_config(), config.model)
     max_model_len = min(config.max_model_len or limit, limit)
     num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token, model.device)
     exact_width = _EXACT_WIDTH if config.exact else None
-    runner = ModelRunner(model, num_slots, exact_width)
-    room = min(num_slots, max_model_len)
+    runner: Runner = stateful or ModelRunner(model, num_slots, exact_width)
+    step_cost = config.step_cost or ()
+    if not step_cost and isinstance(runner, ModelRunner):
+        with _phase("measuring", config, on_progress):
+            step_cost = _measured_cost(runner, model, config, min(num_slots, max_model_len))
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer,
@@ -300,13 +327,24 @@ def prepare(model: PreTrainedModel, tokenizer: ChatTokenizer, config: EngineConf
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=max_model_len,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        num_parameters=model.num_parameters(),
         num_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
-        step_cost=config.step_cost or _measured_cost(runner, model, config, room),
+        step_cost=step_cost,
+        drafting_error=reason,
         exact_width=exact_width,
     )
+
+
+@contextlib.contextmanager
+def _phase(what: str, config: EngineConfig, on_progress: Progress | None) -> Iterator[None]:
+    """Tell of a phase of loading as it begins, and log how long it took."""
+    if on_progress is not None:
+        on_progress(f"{what} of {config.model}" if " " in what else f"{what} {config.model}")
+    start = time.perf_counter()
+    yield
+    logger.info("%s: %s took %.1f s", config.model, what, time.perf_counter() - start)
 
 
 def _measured_cost(runner: ModelRunner, model: PreTrainedModel, config: EngineConfig, room: int) -> Points:
@@ -342,75 +380,6 @@ def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int,
     }
 
 
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ModelLoadError(
-            f"Got device={device!r} but this machine shows {torch.cuda.device_count()} CUDA devices: use 'cpu' or "
-            "'auto'"
-        )
-    return chosen
-
-
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    resolved: torch.dtype = getattr(torch, dtype)
-    return resolved
-
-
-def _load_failure(name: str, path: str, error: Exception) -> str:
-    """One line that says what to do about a model that could not be loaded."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    looks_local = path.startswith((".", os.path.sep)) or path.count("/") > 1
-    if looks_local and not os.path.isdir(path):
-        return (
-            f"Got model={name!r} but there is no such folder: check the path, or give a hub name such as "
-            "Qwen/Qwen2.5-7B-Instruct"
-        )
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        return f"Got model={name!r} but the folder has no config.json: give the folder that holds the model's files"
-    where = "the folder" if os.path.isdir(path) else "the hub (is the name right, and is there a network?)"
-    return f"Could not load model={name!r} from {where}: {type(error).__name__}: {reason}"
-
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-def _refuse_unsupported(name: str, hf_config: Any) -> None:  # noqa: ANN401 - each architecture has its own config class
-    """Turn away architectures that cannot work before their weights are read."""
-    if hf_config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder ({hf_config.model_type}): only decoders are served")
-    text_config = hf_config.get_text_config()
-    others = sorted({str(kind) for kind in getattr(text_config, "layer_types", None) or ()} - _LAYER_TYPES)
-    if others:
-        raise UnsupportedModelError(
-            f"{name} ({hf_config.model_type}) has {', '.join(others)} layers: only full and sliding-window attention "
-            "can be verified and rolled back token by token"
-        )
-
-
-def _longest_context(text_config: Any, name: str) -> int:  # noqa: ANN401
-    """Tokens up to which the model reads a text in pieces as it reads it whole.
-
-    Long-context RoPE ("longrope") switches to other factors for a whole pass once its last position is beyond the
-    original context: tokens before it would then depend on what is read together with them. We stay below.
-    """
-    limit = int(getattr(text_config, "max_position_embeddings", None) or 32_768)
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    for parameters in (rope, *(group for group in rope.values() if isinstance(group, dict))):
-        if parameters.get("rope_type") == "longrope":
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                text_config, "original_max_position_embeddings", None
-            )
-            if original and original < limit:
-                logger.warning("%s: context limited to %d tokens, below the switch of its longrope", name, original)
-                limit = int(original)
-    return limit
-
-
 def _check_equivalence(model: PreTrainedModel, name: str) -> int:
     """Compare passes over our KV with the model's own on a few tokens, and switch it to our attention.
 
@@ -421,7 +390,7 @@ def _check_equivalence(model: PreTrainedModel, name: str) -> int:
         UnsupportedModelError: the logits differ, so drafts would be verified against a wrong model.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, _vocab_size(model), (12,), generator=generator).tolist()
+    ids = torch.randint(0, vocab_size(model), (12,), generator=generator).tolist()
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
     try:
@@ -438,23 +407,13 @@ def _check_equivalence(model: PreTrainedModel, name: str) -> int:
         raise UnsupportedModelError(f"{name} ({type(model).__name__}) cannot run over our KV: {error}") from error
     expected = torch.cat((expected, expected[3:]))
     layers = int(model.config.get_text_config().num_hidden_layers)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    difference = float((got - expected).norm() / expected.norm().clamp_min(1e-6))
-    if runner.store.num_layers != layers or not difference < tolerance:
+    difference = relative_difference(got, expected)
+    if runner.store.num_layers != layers or not difference < tolerance(model):
         raise UnsupportedModelError(
             f"{name} ({type(model).__name__}) gives other logits over our KV than by itself (relative difference "
             f"{difference:.2g}, {runner.store.num_layers} of {layers} layers): this architecture is not supported yet"
         )
     return runner.store.bytes_per_token
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: ChatTokenizer) -> frozenset[int]:
-    """End-of-sequence ids as `generate` takes them: generation config, else model config, else tokenizer."""
-    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset()
 
 
 def _num_slots(wanted: int | None, max_model_len: int, bytes_per_token: int, device: torch.device) -> int:
@@ -465,7 +424,7 @@ def _num_slots(wanted: int | None, max_model_len: int, bytes_per_token: int, dev
     """
     free = _free_bytes(device)
     if wanted is None:
-        return max(min(4 * max_model_len, free // 4 // bytes_per_token), 256)
+        return max(min(4 * max_model_len, free // 4 // max(bytes_per_token, 1)), 256)
     if wanted * bytes_per_token > free:
         raise ModelLoadError(
             f"Got kv_cache_tokens={wanted} but {wanted * bytes_per_token / 2**30:,.1f} GiB for them is more than the "

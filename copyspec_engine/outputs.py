@@ -145,7 +145,10 @@ class EngineInfo:
     num_kv_slots: int
     kv_bytes_per_token: int
     step_cost: tuple[tuple[int, float], ...]
-    """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller."""
+    """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller; empty if nothing
+    is drafted."""
+    drafting_error: str | None = None
+    """Why this model runs without drafting, whatever drafter is asked for; None if it drafts."""
     memory_path: str | None = None
     """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
     memory_error: str | None = None

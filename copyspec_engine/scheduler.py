@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -64,12 +65,19 @@ class Scheduler:
         sessions: what is remembered between calls.
         max_running: requests admitted at once.
         max_prefill_tokens: prompt tokens in one step, of all rows together.
+        release: told of each request that has been running and is over, or has to wait again.
     """
 
     def __init__(
-        self, pool: KVPool, cache: PrefixCache, sessions: SessionStore, max_running: int, max_prefill_tokens: int
+        self,
+        pool: KVPool,
+        cache: PrefixCache,
+        sessions: SessionStore,
+        max_running: int,
+        max_prefill_tokens: int,
+        release: Callable[[Sequence], None],
     ) -> None:
-        self._pool, self._cache, self._sessions = pool, cache, sessions
+        self._pool, self._cache, self._sessions, self._release = pool, cache, sessions, release
         self._max_running, self._max_prefill_tokens = max_running, max_prefill_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -157,6 +165,7 @@ class Scheduler:
         self.counts.num_preemptions += 1
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
+        self._release(sequence)
         computed = sequence.num_computed
         self._pool.release(sequence.slots[computed:])
         self._cache.keep(
@@ -262,6 +271,7 @@ class Scheduler:
         try:
             self._stop_drafting(sequence)
         finally:
+            self._release(sequence)
             self._hand_over_slots(sequence)
 
     def detach(self, sequence: Sequence) -> None:

@@ -117,6 +117,9 @@ class ScriptedRunner:
         rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
         return torch.cat([torch.empty((0, _VOCABULARY)), *(self._logits(row.sequence, draft) for row, draft in rows)])
 
+    def release(self, sequence: Sequence) -> None:
+        self._scripts.pop(sequence.request.request_id, None)
+
     def _logits(self, sequence: Sequence, draft: DraftTree) -> torch.Tensor:
         script = self._script(sequence)
         written = sequence.token_ids[sequence.num_prompt_tokens :]

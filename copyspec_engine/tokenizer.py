@@ -94,6 +94,7 @@ class HFTokenizer:
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
         if not self._tokenizer.chat_template:
             raise ConfigError("Got messages but this model has no chat template: use prompt=, or an instruction model")
+        _refuse_media(messages)
         options = self._keep_markers_apart(messages)
         try:
             return self._apply_template(messages, tools, options)
@@ -166,6 +167,20 @@ class HFTokenizer:
             width = max(vocab_size, len(self._tokenizer))
             fast: Any = self._tokenizer
             return from_tokenizer(fast, n_vocab=width, eos_token=list(eos_token_ids))
+
+
+_MEDIA = {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file"}
+
+
+def _refuse_media(messages: Sequence[dict[str, Any]]) -> None:
+    """A template would write a placeholder for an image, and the model answer as if it had seen it."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list | tuple) else ():
+            if isinstance(part, dict) and part.get("type") in _MEDIA:
+                raise UnsupportedModelError(
+                    f"Got a message with a part of type {part['type']!r} but only text can be read"
+                )
 
 
 def _merge_neighbours(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

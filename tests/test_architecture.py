@@ -29,12 +29,32 @@ LEVELS = {
         "verify",
         "handle",
     },
-    2: {"sampler", "processors", "logprobs", "grammar", "attention", "model_runner", "tokenizer", "bundled"},
+    2: {
+        "sampler",
+        "processors",
+        "logprobs",
+        "grammar",
+        "attention",
+        "checkpoint",
+        "model_runner",
+        "stateful_runner",
+        "tokenizer",
+        "bundled",
+    },
     3: {"core", "engine"},
     4: {"testing", "adapters", "replay", "peers", "forced", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
-MAY_IMPORT_TRANSFORMERS = {"attention", "model_runner", "tokenizer", "bundled", "forced", "cli/compare"}
+MAY_IMPORT_TRANSFORMERS = {
+    "attention",
+    "bundled",
+    "checkpoint",
+    "cli/compare",
+    "forced",
+    "model_runner",
+    "stateful_runner",
+    "tokenizer",
+}
 
 
 def modules_imported(path: Path) -> set[str]:

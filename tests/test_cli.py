@@ -52,7 +52,7 @@ def engine() -> Iterator[Engine]:
 def run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """run("demo", "--compare") -> the command's result, on the scripted engine."""
     for module in (demo, chat, info):
-        monkeypatch.setattr(module, "shared_engine", lambda _config: engine)
+        monkeypatch.setattr(module, "shared_engine", lambda *_: engine)
     return lambda *words, **options: CliRunner().invoke(app, words, **options)
 
 
@@ -170,7 +170,7 @@ def test_brackets_in_a_file_or_model_name_are_shown_as_they_are(
     path.write_text("one\ntwo\n")
     with scripted_engine(rewriter, EngineConfig(model="my[/model]")) as engine:
         for module in (demo, chat, info):
-            monkeypatch.setattr(module, "shared_engine", lambda _config: engine)
+            monkeypatch.setattr(module, "shared_engine", lambda *_: engine)
         for words in (["demo", "--file", str(path)], ["info"], ["chat"]):
             result = CliRunner().invoke(app, [*words, "--model", "my[/model]"], input="/quit")
             assert result.exit_code == 0, result.output

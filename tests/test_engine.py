@@ -530,7 +530,7 @@ def test_equal_configs_share_one_engine(monkeypatch: pytest.MonkeyPatch) -> None
 
     made: list[EngineConfig] = []
 
-    def build(config: EngineConfig) -> Engine:
+    def build(config: EngineConfig, **_: object) -> Engine:
         made.append(config)
         time.sleep(0.05)
         return scripted_engine(["a", "b"], config)

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from copyspec_engine import Engine, EngineConfig, EngineInfo
+from copyspec_engine import CopySpecError, Engine, EngineConfig, EngineInfo
 from copyspec_engine.calibration import KeptCurve, cache_dir, kept_curves
+from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.report import check_writable, write_text
 
 __all__ = ["CalibrateOptions", "kept_curve_of", "run_calibrate"]
@@ -32,13 +33,16 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> int:
 
     Raises:
         ConfigError: the file for the points cannot be written.
+        CopySpecError: the model runs without drafting.
     """
     if options.json:
         check_writable(options.json, "--json")
-    with console.status(f"Measuring passes of {escape(options.config.model)} ..."):
-        engine = Engine(options.config.model_copy(update={"calibrate": "always"}))
+    with console.status(f"Measuring passes of {escape(options.config.model)} ...") as status:
+        engine = Engine(options.config.model_copy(update={"calibrate": "always"}), on_progress=shown_on(status))
     with engine:
         info = engine.info
+    if info.drafting_error is not None:
+        raise CopySpecError(f"There is nothing to measure: {info.model} runs without drafting. {info.drafting_error}")
     heading = f"Cost of a pass of {info.model} on {info.device} in {info.dtype}"
     console.print(escape(heading), _table(info), sep="\n")
     if options.json:

@@ -22,6 +22,7 @@ from rich.text import Text
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, NoDrafter, Segment, shared_engine
 from copyspec_engine.cli.chain import EditStep, steps_for
 from copyspec_engine.cli.documents import Document, load_document
+from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.frameworks import Ask, Message, Show, ask_engine, ask_through, check_framework
 from copyspec_engine.cli.report import Turn, as_json, check_writable, figures, table, write_text
 
@@ -59,8 +60,8 @@ def run_demo(options: DemoOptions, console: Console) -> int:
     for path, option in ((options.json_path, "--json"), (options.svg_path, "--svg")):
         if path is not None:
             check_writable(path, option)
-    with console.status(f"Loading the model {escape(options.config.model)} ..."):
-        engine = shared_engine(options.config)
+    with console.status(f"Loading the model {escape(options.config.model)} ...") as status:
+        engine = shared_engine(options.config, shown_on(status))
         chain = Chain(engine, ask_through(options.framework, engine), compare=options.compare)
         chain.warm_up(document)
     _introduce(console, document, engine, options.framework)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 
 from copyspec_engine import CopySpecError
 
-__all__ = ["console", "exit_with"]
+__all__ = ["console", "exit_with", "shown_on"]
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -19,6 +20,11 @@ INTERRUPTED = 130
 def console() -> Console:
     """Standard output, as every command prints to it."""
     return Console(highlight=False)
+
+
+def shown_on(status: Status) -> Callable[[str], None]:
+    """Shows each phase of loading beside a spinner."""
+    return lambda text: status.update(f"{escape(text[:1].upper() + text[1:])} ...")
 
 
 def exit_with(run: Callable[[], int]) -> None:

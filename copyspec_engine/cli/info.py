@@ -9,14 +9,15 @@ from rich.table import Table
 
 from copyspec_engine import EngineConfig, shared_engine
 from copyspec_engine.cli.calibrate import kept_curve_of
+from copyspec_engine.cli.exits import shown_on
 
 __all__ = ["run_info"]
 
 
 def run_info(config: EngineConfig, console: Console) -> int:
     """Loads the model and prints what it is, where it runs and what it takes; returns the exit code 0."""
-    with console.status(f"Loading the model {escape(config.model)} ..."):
-        info = shared_engine(config).info
+    with console.status(f"Loading the model {escape(config.model)} ...") as status:
+        info = shared_engine(config, shown_on(status)).info
     slots, kept = info.num_kv_slots, kept_curve_of(info)
     rows = {
         "model": info.model,
@@ -26,7 +27,8 @@ def run_info(config: EngineConfig, console: Console) -> int:
         "dtype": info.dtype,
         "longest context": f"{info.max_model_len:,} tokens",
         "KV cache": f"{slots:,} tokens of {info.kv_bytes_per_token:,} bytes, {_size(slots * info.kv_bytes_per_token)}",
-        "cost of a pass": ", ".join(f"{width} tokens: {1000 * cost:.3g} ms" for width, cost in info.step_cost),
+        "drafting": "yes" if info.drafting_error is None else f"no: {info.drafting_error}",
+        "cost of a pass": ", ".join(f"{width} tokens: {1000 * cost:.3g} ms" for width, cost in info.step_cost) or "-",
         "cost measured": f"{kept.measured_at}, kept in {kept.path}" if kept else "when it was loaded, not kept",
         "CPU threads": str(torch.get_num_threads()),
         **{f"{name} version": version for name, version in sorted(info.versions.items())},
