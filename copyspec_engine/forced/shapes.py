@@ -11,6 +11,7 @@ from transformers.initialization import no_init_weights
 
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.checkpoint import resolve_device
+from copyspec_engine.config import EngineConfig
 from copyspec_engine.errors import ConfigError, ModelLoadError
 from copyspec_engine.model_runner import _free_bytes
 
@@ -119,7 +120,7 @@ def random_model(shape: str, end_token: int, device: str, dtype: str) -> PreTrai
         ConfigError: no such shape.
         ModelLoadError: no such device, or the weights do not fit in its memory.
     """
-    config, on = shape_config(shape, end_token), resolve_device(device)
+    config, on = shape_config(shape, end_token), resolve_device(EngineConfig(device=device))
     kind: torch.dtype = getattr(torch, dtype if dtype != "auto" else "float32" if on.type == "cpu" else "bfloat16")
     needed = sum(p.numel() * p.element_size() for p in _empty(config, kind, torch.device("meta")).parameters())
     free = _free_bytes(on)
