@@ -82,7 +82,7 @@ class Runner(Protocol):
         ...
 
     def release(self, sequence: Sequence) -> None:
-        """A sequence is over, or starts afresh: whatever is kept of it alone can go. It may be unknown here."""
+        """A sequence is over: whatever is kept of it alone can go. It may be unknown here."""
         ...
 
 

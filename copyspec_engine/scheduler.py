@@ -65,7 +65,7 @@ class Scheduler:
         sessions: what is remembered between calls.
         max_running: requests admitted at once.
         max_prefill_tokens: prompt tokens in one step, of all rows together.
-        release: told of each request that has been running and is over, or has to wait again.
+        release: told of each request that is over.
     """
 
     def __init__(
@@ -165,7 +165,6 @@ class Scheduler:
         self.counts.num_preemptions += 1
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
-        self._release(sequence)
         computed = sequence.num_computed
         self._pool.release(sequence.slots[computed:])
         self._cache.keep(

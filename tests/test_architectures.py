@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from copyspec_engine import Engine, EngineConfig, UnsupportedModelError
-from copyspec_engine.attention import KVBatch
+from copyspec_engine.attention import KVRow
 from copyspec_engine.model_runner import ModelRunner, prepare
 from copyspec_engine.testing import ByteTokenizer
 from tests.architectures import MORE, REFUSED, build_model
@@ -53,8 +53,8 @@ def test_a_window_that_only_the_mask_knows_is_kept(
     expected = generate(name, PROMPT, NUM_TOKENS)
     engine = make_engine(name)
     assert list(run(engine, PROMPT, "none", max_tokens=NUM_TOKENS).token_ids) == expected
-    mask = KVBatch.mask
-    monkeypatch.setattr(KVBatch, "mask", lambda batch, _window, dtype: mask(batch, None, dtype))
+    mask = KVRow.mask
+    monkeypatch.setattr(KVRow, "mask", lambda row, _window, dtype: mask(row, None, dtype))
     assert list(run(engine, PROMPT, "none", max_tokens=NUM_TOKENS).token_ids) != expected
 
 

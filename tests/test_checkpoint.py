@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from copyspec_engine import ConfigError, CopySpecError, Engine, EngineConfig, ModelLoadError, UnsupportedModelError
-from copyspec_engine.attention import KVBatch, KVStore
+from copyspec_engine.attention import KVBatch, KVRow, KVStore
 from copyspec_engine.checkpoint import read_model
 from copyspec_engine.model_runner import load_model
 from copyspec_engine.tokenizer import HFTokenizer
@@ -84,14 +84,15 @@ def test_a_device_map_and_a_device_exclude_each_other() -> None:
 
 def test_each_layer_keeps_its_kv_and_looks_at_it_on_its_own_device() -> None:
     visible = torch.tensor([[True, False], [False, True]])
-    batch = KVBatch(KVStore(8), torch.tensor([2, 5]), torch.tensor([0, 2, 5]), torch.tensor([0, 1, 1]), 2, visible)
+    row = KVRow(0, 2, torch.tensor([0, 2, 5]), torch.tensor([0, 1, 1]), visible)
+    batch = KVBatch(KVStore(8), torch.tensor([2, 5]), 2, [row])
     other = batch.on(torch.device("meta"))
     assert batch.on(CPU) is batch
     assert batch.on(torch.device("meta")) is other, "made once a pass"
     assert other.store is batch.store
-    mask = other.mask(None, torch.float32)
+    mask = other.rows[0].mask(None, torch.float32)
     assert mask is not None
-    for tensor in (other.write, other.read, other.positions, other.visible, mask):
+    for tensor in (other.write, other.rows[0].read, other.rows[0].positions, other.rows[0].visible, mask):
         assert isinstance(tensor, torch.Tensor)
         assert tensor.device.type == "meta"
     keys, _ = batch.store.write(0, other.write, *torch.ones(2, 1, 2, 4, device="meta"))

@@ -19,6 +19,7 @@ EXPECTED = {
     "Use it in LangChain": "# Notes\n- Ann books the room\n- Bo brings the slides\n",
     "Use it in LlamaIndex": "DRAFT\n# Notes\n- Ann books the room ",
     "Use the engine": "# Notes\n- Ann books the room",
+    "Structured output": '{"title": "Notes"}',
 }
 
 

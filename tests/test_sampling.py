@@ -15,6 +15,7 @@ from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationOutput,
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.scheduler import ScheduledBatch
+from copyspec_engine.sequence import Sequence
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
 from tests.test_lossless import PROMPT, OracleTrees, run, same_answer
@@ -201,6 +202,9 @@ class MarkovRunner:
         rows = zip(batch.rows, drafts, strict=True)
         last = [[row.sequence.token_ids[-1], *draft.tokens] for row, draft in rows if row.samples]
         return self.logits[[token for tokens in last for token in tokens]]
+
+    def release(self, sequence: Sequence) -> None:
+        """Nothing is kept."""
 
 
 class RandomTrees(OracleTrees):
