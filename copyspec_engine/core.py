@@ -58,16 +58,20 @@ class EngineCore:
         self.scheduler.admit()
         begun = [(sequence, self._begin_drafting(sequence)) for sequence in list(self.scheduler.running)]
         batch = self.scheduler.schedule()
+        if not batch.rows:
+            return [(sequence, item) for sequence, item in (*expired, *begun) if item is not None]
         done = [(row.sequence, self._commit(row, result)) for row, result in self._results(batch)]
         return [(sequence, item) for sequence, item in (*expired, *begun, *done) if item is not None]
 
     def _begin_drafting(self, sequence: Sequence) -> Exception | None:
         """Give a request that has none its drafter, or end the request if that fails."""
-        if sequence.drafter is not None or sequence.memory is None:
+        if sequence.drafter is not None:
             return None
         try:
+            self.scheduler.open_memory(sequence)
+            assert sequence.memory is not None
             sequence.drafter = self.policy.begin(
-                sequence.drafting if self.model.drafting_error is None else NoDrafter(),
+                sequence.drafting,
                 sequence.memory,
                 sequence.token_ids,
                 sequence.eos_token_ids,
@@ -85,6 +89,7 @@ class EngineCore:
         except Exception as error:
             if len(batch.rows) <= 1:
                 return [(row, error) for row in batch.rows]
+            logger.warning("a step of %d requests failed and is run again one by one", len(batch.rows), exc_info=True)
             return [result for row in batch.rows for result in self._results(ScheduledBatch((row,)))]
 
     def _verify(self, batch: ScheduledBatch) -> list[_Result]:
@@ -180,6 +185,7 @@ class EngineCore:
     def _fail(self, sequence: Sequence, error: Exception) -> RequestFailedError:
         """Take a request off; only its own reader hears of the error."""
         try:
+            sequence.finish_reason = None
             if self.scheduler.holds(sequence):
                 self.scheduler.remove(sequence)
         except Exception:
@@ -220,7 +226,11 @@ def _draft(row: ScheduledRow, width: int, exact_width: int | None) -> DraftTree:
     sequence = row.sequence
     room = _room(sequence, row.num_tokens, exact_width)
     draft = DraftTree() if sequence.drafter is None else sequence.drafter.propose(width, room)
-    return sequence.grammar.prune(draft, room) if isinstance(sequence.grammar, GrammarState) else draft
+    if isinstance(sequence.grammar, GrammarState):
+        draft = sequence.grammar.prune(draft, room)
+    if exact_width is not None:  # the keys of a branch would stand between those of the path
+        draft = draft.first(next((i for i, parent in enumerate(draft.parents) if parent != i - 1), len(draft)))
+    return draft
 
 
 def _room(sequence: Sequence, num_tokens: int, exact_width: int | None) -> int:

@@ -92,16 +92,20 @@ class DraftTree:
     def joined(self, at: int, tokens: Seq[int], room: int) -> DraftTree:
         """The tree with a chain below node `at` (-1: the root) whose tokens are as likely as the node itself.
 
-        Nodes that are there already are not added again; the chain is cut where the tree has `room` nodes.
+        Nodes that are there already are not added again, but count as that likely; the chain is cut where the tree has
+        `room` nodes.
         """
         children = {
             (parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
         }
         likely = float(self.probabilities[at]) if at >= 0 and len(self.probabilities) else 1.0
         new_tokens, new_parents = list(self.tokens), list(self.parents)
+        known = []
         for token in tokens:
             node = children.get((at, token))
-            if node is None:
+            if node is not None:
+                known.append(node)
+            else:
                 if len(new_tokens) >= room:
                     break
                 node = len(new_tokens)
@@ -112,6 +116,7 @@ class DraftTree:
         probabilities, sources = self.probabilities, self.sources
         if len(probabilities) == len(self):
             probabilities = np.append(probabilities, np.full(added, likely))
+            probabilities[known] = likely
         if len(sources) == len(self):
             sources = np.append(sources, np.zeros(added, dtype=np.int64))
         return DraftTree(tuple(new_tokens), tuple(new_parents), probabilities, sources)
@@ -216,16 +221,18 @@ class DraftingPolicy:
             return list(drafts)
         likely = np.concatenate([drafts[row].probabilities for row in rows])
         owners = np.repeat(rows, [len(drafts[row]) for row in rows])
-        order = np.argsort(-likely, kind="stable")
+        nodes = np.concatenate([np.arange(len(drafts[row])) for row in rows])
+        order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
         seconds = self.cost.seconds(width, len(order) + 1)
         pace = MARGIN * sum(map(_pace, drafters)) / seconds[0]
         gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
-        best = int(gains.argmax()) + 1 if gains.max() > 0 else 0
-        counts = np.bincount(owners[order[:best]], minlength=len(drafts))
-        return [
-            draft.first(int(count)) if row in rows else draft
-            for row, (draft, count) in enumerate(zip(drafts, counts, strict=True))
-        ]
+        chosen = order[: int(gains.argmax()) + 1 if gains.max() > 0 else 0]
+        shared = list(drafts)
+        for row in rows:
+            kept = np.sort(nodes[chosen[owners[chosen] == row]])
+            if len(kept) < len(drafts[row]):
+                shared[row] = drafts[row].kept(kept.tolist())
+        return shared
 
 
 class _AdaptiveDrafter:

@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import torch
 
-from copyspec_engine.config import EngineConfig, GenerationRequest
+from copyspec_engine.config import EngineConfig, GenerationRequest, NoDrafter
 from copyspec_engine.core import EngineCore, warm_up
 from copyspec_engine.errors import (
     ConfigError,
@@ -281,7 +281,7 @@ class Engine:
             num_prompt_tokens=len(token_ids),
             max_total_tokens=wanted if params.max_tokens else limit,
             eos_token_ids=eos | frozenset(params.stop_token_ids),
-            drafting=request.drafter or self._config.drafter,
+            drafting=(request.drafter or self._config.drafter) if model.drafting_error is None else NoDrafter(),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=model.tokenizer.text_stream(params.stop),
             prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),

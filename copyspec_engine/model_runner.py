@@ -54,8 +54,10 @@ __all__ = ["LoadedModel", "ModelRunner", "Progress", "Runner", "load_model", "pr
 
 logger = logging.getLogger(__name__)
 
-STEP_WIDTHS = (1, 16, 64, 4, 2, 8, 32, 256, 128)
-"""Tokens of the passes that are measured, from coarse to fine."""
+STEP_WIDTHS = (1, 2, 16, 4, 64, 8, 32, 256, 128)
+"""Tokens of the passes that are measured, from coarse to fine: the curve's first step decides about most drafts."""
+_LEAST_WIDTHS = 4
+"""How many of them are measured on the slowest model."""
 _CALIBRATION_CONTEXT = 256
 
 _EXACT_WIDTH, _EXACT_BLOCK = 64, 512
@@ -199,8 +201,8 @@ class ModelRunner:
         """Least seconds of passes of `widths` tokens behind `context` others; uses the pool's first `room` slots.
 
         Must run before any request: it writes over those slots. Goes round all widths for as long as `budget_s` lasts,
-        so that a burst of other load cannot spoil one of them. On a slow model it stops at the first few, at least two,
-        which is why `widths` go from coarse to fine.
+        so that a burst of other load cannot spoil one of them. On a slow model it stops at the first few, at least
+        four, which is why `widths` go from coarse to fine.
         """
         slots = np.arange(room, dtype=np.int64)
         self._time_pass(slots, context, 1)  # the first pass of all makes the KV tensors
@@ -208,7 +210,7 @@ class ModelRunner:
         least: dict[int, float] = {}
         widest = self._exact_width or room
         for width in (width for width in widths if width <= widest and context + width <= room):
-            if len(least) >= 2 and time.perf_counter() > deadline:
+            if len(least) >= min(_LEAST_WIDTHS, len(widths)) and time.perf_counter() > deadline:
                 break
             seconds = self._time_pass(slots, context, width)
             if self._device.type == "cuda" or seconds < budget_s / 10:  # a width's first pass pays for set-up

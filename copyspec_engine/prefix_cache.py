@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.kv_pool import KVPool
@@ -48,10 +49,15 @@ class PrefixCache:
     @property
     def num_idle_slots(self) -> int:
         """Slots that would be free if no row were kept."""
+        kept = self._kept()
+        return int(((kept > 0) & (kept == self._pool.users)).sum())
+
+    def _kept(self) -> npt.NDArray[np.int32]:
+        """How many rows use each slot, shape (num_slots,)."""
         kept = np.zeros(self._pool.num_slots, dtype=np.int32)
         for row in self._rows.values():
             kept[row.slots] += 1
-        return int(((kept > 0) & (kept == self._pool.users)).sum())
+        return kept
 
     def match(self, token_ids: TokenArray, owners: Sequence[str], salt: str | None) -> TokenArray:
         """The slots of the longest kept beginning of a text, shape (n,), in the rows that its caller may use."""
@@ -79,10 +85,19 @@ class PrefixCache:
             self._pool.release(row.slots)
 
     def evict(self, count: int) -> None:
-        """Free slots until `count` are free, or nothing is kept any more."""
-        while self._pool.num_free < count and self._rows:
-            owner, row = next(iter(self._rows.items()))
-            length = max(len(row.slots) - (count - self._pool.num_free), 0)
+        """Free slots until `count` are free, or all that are kept are in use."""
+        if self._pool.num_free >= count:
+            return
+        kept = self._kept()
+        for owner, row in list(self._rows.items()):
+            idle = np.flatnonzero(kept[row.slots] == self._pool.users[row.slots])
+            missing = count - self._pool.num_free
+            if missing <= 0:
+                return
+            if not len(idle):
+                continue
+            length = int(idle[-min(missing, len(idle))])
+            kept[row.slots[length:]] -= 1
             self._pool.release(row.slots[length:])
             if length:
                 self._rows[owner] = _Row(row.token_ids[:length], row.slots[:length], row.salt)

@@ -173,7 +173,7 @@ def _least(ordered: torch.Tensor, scores: torch.Tensor, params: SamplingParams) 
     edge = least  # top_p shares out all that top_k keeps, so that all of it must be there
     if params.top_p < 1.0:
         masses = ordered.masked_fill(ordered < least, -torch.inf).exp()
-        total = masses.sum(dim=-1, keepdim=True)
+        total = _sums(masses)
         if params.top_k is None and width < vocabulary:
             total = _total_mass(scores, params)
         above = masses.cumsum(dim=-1) - masses  # mass of the likelier tokens: the first is always kept
@@ -193,7 +193,12 @@ def _total_mass(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     In float32, which is several times faster on a CPU: it decides no more than which token reaches top_p.
     """
     scores = scores.float() - scores.amax(dim=-1, keepdim=True)
-    return scores.div_(max(params.temperature, 1e-30)).exp_().sum(dim=-1, keepdim=True)
+    return _sums(scores.div_(max(params.temperature, 1e-30)).exp_())
+
+
+def _sums(masses: torch.Tensor) -> torch.Tensor:
+    """Sum of each row, shape (nodes, 1): one by one, since torch adds in another order the more rows there are."""
+    return torch.stack([row.sum() for row in masses])[:, None]
 
 
 def uniform_noise(seed: int, positions: Sequence[int]) -> list[float]:

@@ -83,6 +83,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Admitted, and not over yet."""
         self.counts = Counts()
+        self._stuck: Sequence | None = None
+        """The first in the queue, once there were no slots for it."""
 
     def __bool__(self) -> bool:
         """Whether there is work."""
@@ -107,7 +109,10 @@ class Scheduler:
 
     def admit(self) -> None:
         """Take in waiting requests, as many as fit."""
-        while self.waiting and len(self.running) < self._max_running and self._admit(self.waiting[0]):
+        while self.waiting and len(self.running) < self._max_running and self.waiting[0] is not self._stuck:
+            if not self._admit(self.waiting[0]):
+                self._stuck = self.waiting[0]  # until somebody gives up slots
+                return
             self.running.append(self.waiting.popleft())
 
     def schedule(self) -> ScheduledBatch:
@@ -130,11 +135,9 @@ class Scheduler:
 
     def fit(self, row: ScheduledRow, draft: DraftTree) -> DraftTree:
         """As much of a draft as there are slots for; nobody gives way for a draft."""
-        sequence = row.sequence
-        missing = sequence.num_computed + row.num_tokens + len(draft) - len(sequence.slots)
-        if missing > 0:
-            self._cache.evict(missing)
-            self._extend(sequence, min(missing, self._pool.num_free))
+        sequence, needed = row.sequence, row.sequence.num_computed + row.num_tokens + len(draft)
+        if needed > len(sequence.slots):
+            self._extend(sequence, min(needed - len(sequence.slots), self._pool.num_free))
         return draft.first(len(sequence.slots) - sequence.num_computed - row.num_tokens)
 
     def _secure(self, sequence: Sequence, count: int) -> bool:
@@ -142,26 +145,39 @@ class Scheduler:
         missing = sequence.num_computed + count - len(sequence.slots)
         if missing <= 0:
             return True
-        self._cache.evict(missing)
+        ahead = min(_AHEAD, sequence.max_total_tokens - len(sequence.slots))
+        wanted = max(missing, min(ahead, (self._pool.num_free + self._cache.num_idle_slots) // 4))
+        self._cache.evict(wanted)
+        if self._pool.num_free < missing:
+            self._take_back_spare()
         while self._pool.num_free < missing:
             last = self.running[-1]
             self._preempt(last)
             if last is sequence:
                 return False
             self._cache.evict(missing)
-        self._extend(sequence, missing)
+        self._extend(sequence, min(wanted, self._pool.num_free))
         return True
 
     def _extend(self, sequence: Sequence, count: int) -> None:
-        """Take `count` slots more for a row, or some ahead while there are plenty."""
-        ahead = min(_AHEAD, sequence.max_total_tokens - len(sequence.slots))
-        if count < ahead <= self._pool.num_free // 4:
-            count = ahead
+        """Take `count` slots more for a row, where it ends if they are free."""
         after = int(sequence.slots[-1]) if len(sequence.slots) else None
         sequence.slots = np.concatenate((sequence.slots, self._pool.allocate(count, after=after)))
 
+    @property
+    def _num_spare(self) -> int:
+        return sum(max(len(sequence.slots) - len(sequence.token_ids), 0) for sequence in self.running)
+
+    def _take_back_spare(self) -> None:
+        """Free what rows hold ahead of their tokens, for drafts of earlier steps or to lie in one piece."""
+        for sequence in self.running:
+            length = len(sequence.token_ids)
+            self._pool.release(sequence.slots[length:])
+            sequence.slots = sequence.slots[:length]
+
     def _preempt(self, sequence: Sequence) -> None:
         """Make a running request wait again; what it has computed is kept as long as there is room for it."""
+        self._stuck = None
         self.counts.num_preemptions += 1
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
@@ -173,33 +189,36 @@ class Scheduler:
         sequence.slots, sequence.num_computed = sequence.slots[:0], 0
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Bind a request to its session's memory and to the KV that is kept of its beginning; False: it has to wait."""
+        """Give a request the KV that is kept of its beginning, and slots for the rest of it; False: it has to wait."""
         # The last token is always computed: its logits choose the next one.
         tokens = _tokens(sequence, len(sequence.token_ids) - 1)
         owners = [key for key in (_call_key(sequence), _session_key(sequence)) if key is not None]
         prefix = self._cache.match(tokens, owners, sequence.cache_salt)
         self._pool.share(prefix)
         need = len(sequence.token_ids) - len(prefix)
-        if self._pool.num_free + self._cache.num_idle_slots < need:
+        if self._pool.num_free + self._cache.num_idle_slots + self._num_spare < need:
             self._pool.release(prefix)
             return False
         self._cache.drop(_call_key(sequence))
         self._cache.evict(need)
-        if sequence.memory is None:
-            self._begin(sequence, len(prefix))
+        if self._pool.num_free < need:
+            self._take_back_spare()
+        if not sequence.started_s:
+            sequence.started_s = time.perf_counter()
+            sequence.num_cached_tokens = len(prefix)
+            self.counts.num_prompt_tokens += sequence.num_prompt_tokens
+            self.counts.num_cached_tokens += len(prefix)
         sequence.slots, sequence.num_computed = prefix.copy(), len(prefix)
         self._extend(sequence, need)
         return True
 
-    def _begin(self, sequence: Sequence, num_cached: int) -> None:
-        """Open a request's session and memory."""
+    def open_memory(self, sequence: Sequence) -> None:
+        """Bind a request to its session and the memory that it copies from, unless it is already."""
+        if sequence.memory is not None:
+            return
         session_id, pool = sequence.request.session_id, sequence.request.memory_pool
         sequence.session = session = self._sessions.open(session_id)
         self._use(sequence, session.memory if pool is None else self._sessions.open_pool(pool, session_id))
-        sequence.num_cached_tokens = num_cached
-        self.counts.num_prompt_tokens += sequence.num_prompt_tokens
-        self.counts.num_cached_tokens += num_cached
-        sequence.started_s = time.perf_counter()
 
     def _use(self, sequence: Sequence, memory: SessionMemory) -> None:
         memory.begin_call()
@@ -262,6 +281,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a request off; its texts and computed KV are kept for later calls, every other slot becomes free."""
+        self._stuck = None
         self.counts.finished[sequence.finish_reason or "failed"] += 1
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -274,9 +294,11 @@ class Scheduler:
             self._hand_over_slots(sequence)
 
     def detach(self, sequence: Sequence) -> None:
-        """Take a running request out of its memory, which is erased; it gets another one that ends with it."""
+        """Take a request out of its memory, which is erased; it gets another one that ends with it."""
         memory = sequence.memory
-        if memory is None:
+        if memory is None:  # it waits, and has none yet
+            sequence.session = self._sessions.open(None)
+            self._use(sequence, sequence.session.memory)
             return
         memory.owner = None  # nothing of it is saved any more
         try:
@@ -304,7 +326,7 @@ class Scheduler:
         self._cache.drop(_call_key(sequence))
         is_kept = sequence.session is not None and sequence.session.is_kept
         owner = _session_key(sequence) if is_kept else None
-        if owner is None and sequence.cache_salt is not None:
+        if sequence.request.session_id is None and sequence.cache_salt is not None:
             owner = _call_key(sequence)
         if owner is None or not computed:
             self._pool.release(slots)
@@ -324,7 +346,7 @@ def _session_key(sequence: Sequence) -> str | None:
 
 
 def _call_key(sequence: Sequence) -> str:
-    return f"call:{sequence.request.request_id}"
+    return f"call:{sequence.number}"
 
 
 def _tokens(sequence: Sequence, count: int) -> TokenArray:
@@ -348,7 +370,8 @@ def _keep_nodes(sequence: Sequence, kept: Seq[int]) -> None:
     base, count = sequence.num_computed, len(kept)
     if tuple(kept) != tuple(range(count)):
         window = sequence.slots[base : base + max(kept) + 1]
-        others = [node for node in range(len(window)) if node not in set(kept)]
+        accepted = set(kept)
+        others = [node for node in range(len(window)) if node not in accepted]
         sequence.slots[base : base + len(window)] = window[[*kept, *others]]
     sequence.num_computed = base + count
 

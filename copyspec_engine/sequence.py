@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence as Seq
@@ -77,12 +78,15 @@ class Sequence:
     grammar: TextGrammar | None = None
     """What the answer must look like."""
 
+    number: int = field(default_factory=itertools.count().__next__)
+    """Its own, where the caller's request_id may come again."""
+
     session: Session | None = None
-    """Set at the first admission, with the next two."""
+    """Set after the first admission, with the next two."""
     memory: SessionMemory | None = None
     """The session's own, or its part of the pool that the request names."""
     drafter: Drafter | None = None
-    """Begun right after the first admission; finished when the request ends."""
+    """Finished when the request ends."""
     slots: TokenArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """The KV slots of its tokens and of some more, shape (n,); `num_computed` are filled. None while it waits."""
     num_computed: int = 0

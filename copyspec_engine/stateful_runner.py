@@ -111,7 +111,7 @@ class StatefulRunner:
 
     def _forward_row(self, row: ScheduledRow) -> torch.Tensor:
         if not row.samples and not self._in_pieces:
-            return torch.empty((0, self.vocab_size))
+            return torch.empty((0, self.vocab_size), dtype=self._model.dtype, device=self._model.device)
         logits = self._read(row.sequence, row.sequence.num_computed + row.num_tokens)
         return logits if row.samples else logits[:0]
 

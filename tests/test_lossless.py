@@ -125,32 +125,52 @@ def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftT
     return drafts
 
 
-def test_200_random_cases_draft_on_equals_off(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trees, sampling, stop ids, stop texts that cut answers, sessions that branch: nothing shows in the tokens."""
-    rng = random.Random(0)
-    engine = make_engine("llama", kv_cache_tokens=2048, max_prefill_tokens=24, max_sessions=3)
+def submit_all(engine: Engine, cases: Seq[dict[str, Any]]) -> list[GenerationOutput]:
+    """Everything at once: the engine mixes them as it sees fit."""
+    handles = [engine.submit(GenerationRequest(**case)) for case in cases]
+    return [handle.result() for handle in handles]
+
+
+def test_random_cases_draft_on_equals_off(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Trees, sampling, stop ids, stop texts that cut answers, sessions that branch, shared KV and texts, requests that
+    give way: in any mixture nothing of it shows in the tokens."""
+    count = int(request.config.getoption("--random-cases"))
+    rng = random.Random(count)
+    engine = make_engine("llama", kv_cache_tokens=1500, max_prefill_tokens=64, max_sessions=6, max_waiting=count)
+    cases = [random_case(rng) for _ in range(count)]
+    plain = submit_all(engine, [asked(prompt, "none", sampling) for prompt, sampling, _ in cases])
+    cut = []
+    for i, (_, sampling, _) in enumerate(cases):
+        if len(plain[i].text) > 2 and rng.random() < 0.3:
+            at = rng.randrange(len(plain[i].text))
+            sampling["stop"] = (plain[i].text[at : at + rng.randrange(1, 5)], "never written")
+            cut.append(i)
+    for i, output in zip(cut, submit_all(engine, [asked(cases[i][0], "none", cases[i][1]) for i in cut]), strict=True):
+        plain[i] = output
     drafts = watch_drafts(engine, monkeypatch)
-    num_cut = num_reused = num_accepted = 0
-    for _ in range(200):
-        prompt, sampling, drafter = random_case(rng)
-        plain = run(engine, prompt, "none", **sampling)
-        if len(plain.text) > 2 and rng.random() < 0.4:
-            at = rng.randrange(len(plain.text))
-            sampling["stop"] = (plain.text[at : at + rng.randrange(1, 5)], "never written")
-            plain = run(engine, prompt, "none", **sampling)
-            num_cut += 1
+    mixed = []
+    for prompt, sampling, drafter in cases:
         options = {"prediction": engine.decode(prompt[: rng.randrange(60)])} if rng.random() < 0.2 else {}
         options |= {"memory_pool": "pool"} if rng.random() < 0.3 else {}
-        drafted = run(engine, prompt, drafter, rng.choice("abcd"), options, **sampling)
-        assert same_answer(plain, drafted), (prompt, sampling, drafter)
-        num_reused += drafted.usage.cached_tokens > 0
-        num_accepted += drafted.draft_stats.num_accepted_tokens
-    assert num_cut > 30
-    assert num_reused > 15
-    assert num_accepted > 400
-    assert sum(not draft.is_chain for draft in drafts) > 500
+        options |= {"cache_salt": rng.choice("xy")} if rng.random() < 0.3 else {}
+        mixed.append(asked(prompt, drafter, sampling) | options | {"session_id": rng.choice([*"abcdefgh", None])})
+    for expected, got, case in zip(plain, submit_all(engine, mixed), mixed, strict=True):
+        assert same_answer(expected, got), case
+    now = engine.metrics()
+    assert len(cut) > count / 8
+    assert now.cached_tokens > 5 * count
+    assert sum(now.accepted_by_source.values()) > 2 * count
+    assert sum(not draft.is_chain for draft in drafts) > count
     assert max(map(len, drafts)) > 30
+    assert now.num_preemptions > count / 100
+    assert now.num_steps < now.completion_tokens / 4, "requests were decoded together"
     assert_all_slots_free(engine)
+
+
+def asked(prompt: tuple[int, ...], drafter: Any, sampling: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt_token_ids": prompt, "drafter": drafter, "sampling": SamplingParams(**sampling)}
 
 
 def test_a_stop_text_inside_an_accepted_draft_cuts_where_plain_decoding_stops(make_engine: MakeEngine) -> None:

@@ -322,3 +322,13 @@ def test_logprobs_are_those_of_the_untouched_logits_at_accepted_nodes() -> None:
         best = sorted(enumerate(exact[node].tolist()), key=lambda pair: -pair[1])[:3]
         assert [pair[0] for pair in found.top] == [pair[0] for pair in best]
         assert [pair[1] for pair in found.top] == pytest.approx([pair[1] for pair in best])
+
+
+def test_a_row_is_filtered_as_if_alone() -> None:
+    """Past regression: torch adds up a long row in another order when there are several."""
+    logits = torch.randn((4, 100_000), generator=torch.Generator().manual_seed(3)) * 3
+    params = SamplingParams(temperature=0.9, top_p=0.7, seed=1)
+    together = filtered(logits, params, 1024)
+    for row in range(4):
+        alone = filtered(logits[row : row + 1], params, 1024)
+        assert all(torch.equal(a[row], b[0]) for a, b in zip(together, alone, strict=True))
