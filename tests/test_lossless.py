@@ -86,11 +86,11 @@ def test_drafts_are_accepted_in_these_tests_at_all(make_engine: MakeEngine) -> N
     assert run(engine, PROMPT, "copyspec").draft_stats.num_accepted_tokens > 5
 
 
-def random_case(rng: random.Random) -> tuple[tuple[int, ...], dict[str, Any], Any]:
+def random_case(rng: random.Random, longest: int = 40) -> tuple[tuple[int, ...], dict[str, Any], Any]:
     """A repetitive prompt, how to sample, and a drafter."""
     words = ["ab", "c ", "the ", "the cat ", "12", "\n", "é", "- x: "]
-    prompt = ids_of("".join(rng.choice(words) for _ in range(rng.randrange(1, 40))))
-    sampling: dict[str, Any] = {"max_tokens": rng.randrange(1, 40)}
+    prompt = ids_of("".join(rng.choice(words) for _ in range(rng.randrange(1, longest))))
+    sampling: dict[str, Any] = {"max_tokens": rng.randrange(1, longest)}
     if rng.random() < 0.5:
         sampling |= {"temperature": rng.choice([0.01, 0.05, 0.7]), "seed": rng.randrange(2**63)}
         sampling |= rng.choice([{}, {"top_k": rng.randrange(1, 9)}, {"top_p": rng.choice([0.3, 0.9])}])
@@ -139,7 +139,9 @@ def test_random_cases_draft_on_equals_off(
     count = int(request.config.getoption("--random-cases"))
     rng = random.Random(count)
     engine = make_engine("llama", kv_cache_tokens=1500, max_prefill_tokens=64, max_sessions=6, max_waiting=count)
-    cases = [random_case(rng) for _ in range(count)]
+    cases = [random_case(rng, longest=25) for _ in range(count)]
+    beginnings = [PROMPT[i : i + 15 + 20 * i] for i in range(3)]
+    cases = [((*rng.choice(beginnings), *prompt), sampling, drafter) for prompt, sampling, drafter in cases]
     plain = submit_all(engine, [asked(prompt, "none", sampling) for prompt, sampling, _ in cases])
     cut = []
     for i, (_, sampling, _) in enumerate(cases):
@@ -160,10 +162,10 @@ def test_random_cases_draft_on_equals_off(
         assert same_answer(expected, got), case
     now = engine.metrics()
     assert len(cut) > count / 8
-    assert now.cached_tokens > 5 * count
-    assert sum(now.accepted_by_source.values()) > 2 * count
-    assert sum(not draft.is_chain for draft in drafts) > count
-    assert max(map(len, drafts)) > 30
+    assert now.cached_tokens > 2 * count
+    assert sum(now.accepted_by_source.values()) > count
+    assert sum(not draft.is_chain for draft in drafts) > count / 4
+    assert max(map(len, drafts)) > 12
     assert now.num_preemptions > count / 100
     assert now.num_steps < now.completion_tokens / 4, "requests were decoded together"
     assert_all_slots_free(engine)
