@@ -17,7 +17,7 @@ Points = tuple[tuple[int, float], ...]
 
 _MAX_WIDTH = 2048
 _MAX_HULLS = 16
-_MOST_FOR_SECOND = 0.5
+_MOST_FOR_SECOND = 1.0
 """Cost of a second token in a pass, at most, as a share of a pass of one: from two tokens on other kernels run."""
 _MOST_PER_TOKEN = 0.25
 """Cost of each token after the second, at most, as a share of a pass of one."""
@@ -95,8 +95,9 @@ def undisturbed(points: Seq[tuple[int, float]]) -> Points:
     """Measured (tokens, seconds) as they would be on a machine that does nothing else; other load only adds time.
 
     A wider pass does all the work of a narrower one: where it was quicker, the narrower one was disturbed. And more
-    tokens never cost nearly as much as passes of their own, since the weights are read anyway: where they seem to,
-    everything was disturbed, which must not keep long matches from being drafted.
+    tokens never cost nearly as much as passes of their own, since the weights are read anyway, but for the second one,
+    behind which other kernels run: where they seem to, everything was disturbed, which must not keep long matches from
+    being drafted.
     """
     widths, seconds = np.array([w for w, _ in points]), np.array([s for _, s in points])
     seconds = np.minimum.accumulate(seconds[::-1])[::-1]
