@@ -88,29 +88,6 @@ class Runner(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """New tokens of one row, for one forward pass.
-
-    Args:
-        slots: of the row's tokens, the new ones last, shape (context,) or longer.
-        base: tokens that the row has already.
-        ids: the new tokens; a draft's nodes come last and sit at their depth.
-        draft: see above.
-        num_logits: how many of the last new tokens' logits are wanted.
-    """
-
-    slots: TokenArray
-    base: int
-    ids: Seq[int]
-    draft: DraftTree
-    num_logits: int
-
-    @property
-    def context(self) -> int:
-        return self.base + len(self.ids)
-
-
 class ModelRunner:
     """Forward passes of a transformers decoder over our KV slots.
 
