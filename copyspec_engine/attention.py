@@ -144,7 +144,7 @@ class KVBatch:
     """
 
     store: KVStore
-    write: Slots = slice(0)
+    write: Slots = field(default_factory=lambda: slice(0))
     written: int = 0
     rows: Sequence[KVRow] = ()
     paged: PagedRows | None = None
@@ -199,8 +199,10 @@ def _attend(
     if kv_batch.paged is not None:
         keys, values = kv_batch.store.layer(layer, key[0], value[0])
         paged_attention.write(key[0], value[0], keys, values, kv_batch.paged.write)
-        options = {"scaling": scaling, "window": window, "softcap": softcap, "sinks": s_aux}
-        return paged_attention.attend(query[0], keys, values, kv_batch.paged, **options)[None], None
+        out = paged_attention.attend(
+            query[0], keys, values, kv_batch.paged, scaling=scaling, window=window, softcap=softcap, sinks=s_aux
+        )
+        return out[None], None
     written = kv_batch.written
     keys, values = kv_batch.store.write(layer, kv_batch.write, key[0, :, :written], value[0, :, :written])
     parts = []
@@ -292,7 +294,7 @@ def _window(*_args: object, config: Any, local_size: int | None = None, **_other
 
 def keep_out_of_compiled_code() -> None:
     """From now on compiled layers end their code in front of this attention, and go on behind it."""
-    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(_attend))
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(_attend))  # type: ignore[no-untyped-call]
 
 
 AttentionInterface.register(ATTENTION_NAME, _attend)

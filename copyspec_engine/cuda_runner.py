@@ -9,15 +9,18 @@ The same code runs on a CPU, without graphs, so that it can be tested there.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from copyspec_engine.attention import KVBatch, KVStore, keep_out_of_compiled_code
+from copyspec_engine.errors import UnsupportedModelError
 from copyspec_engine.packing import Bucket, Piece, pack
 from copyspec_engine.paged_attention import PagedRows, kernels
 
@@ -46,7 +49,7 @@ class StaticPasses:
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._use_graphs = use_graphs
         self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
-        self._sent = torch.cuda.Event() if self._is_cuda else None
+        self._sent = torch.cuda.Event() if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._logits: torch.Tensor | None = None
         self.capture_error: str | None = None
         """Why passes are not captured any more."""
@@ -62,7 +65,7 @@ class StaticPasses:
         """Whether a new bucket's pass will be captured."""
         return self._use_graphs and self.capture_error is None
 
-    def run(self, pieces: list[Piece]) -> torch.Tensor:
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Read all pieces in one pass; the logits they want, in order, shape (sum of num_logits, vocabulary)."""
         bucket = Bucket.around(pieces)
         with self._on_device():
@@ -86,7 +89,7 @@ class StaticPasses:
         self._host = torch.zeros(capacity, dtype=torch.int32, pin_memory=self._is_cuda)
         self._buffer = torch.zeros(capacity, dtype=torch.int32, device=self._device)
 
-    def _send(self, pieces: list[Piece], bucket: Bucket) -> None:
+    def _send(self, pieces: Sequence[Piece], bucket: Bucket) -> None:
         """One copy to the device, behind which nothing waits here."""
         if self._sent is not None:
             self._sent.synchronize()  # the pass before may still be read from the host's buffer
@@ -101,7 +104,7 @@ class StaticPasses:
 
     def _capture(self, bucket: Bucket) -> torch.Tensor:
         """The logits of the pass that stands in the buffer; the next of its bucket will be replayed."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             eager = self._forward(bucket)  # compiles kernels and makes the KV's tensors
@@ -157,17 +160,27 @@ def why_not_paged(model: PreTrainedModel) -> str | None:
     return None
 
 
-def compile_layers(model: PreTrainedModel, backend: Literal["inductor", "eager"] = "inductor") -> None:
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """Let torch.compile fuse what stands between matrix products, in each decoder layer; compiled at its first pass.
 
     Layers of one kind share their code, and sizes stay open, so that no bucket compiles again.
+
+    Raises:
+        UnsupportedModelError: the model's layers are not made as those of transformers are.
     """
+    layers = _layers(model)
+    if not layers:
+        raise UnsupportedModelError(f"{type(model).__name__} has no layers that are known to compile")
     keep_out_of_compiled_code()
-    for layer in model.get_decoder().layers:
+    for layer in layers:
         layer.compile(dynamic=True, backend=backend)
 
 
 def undo_compile(model: PreTrainedModel) -> None:
     """Run the layers as they are again."""
-    for layer in model.get_decoder().layers:
+    for layer in _layers(model):
         layer._compiled_call_impl = None
+
+
+def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

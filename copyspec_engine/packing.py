@@ -156,9 +156,7 @@ def pack(pieces: Sequence[Piece], bucket: Bucket, padding_slot: int, out: Int32A
     return size
 
 
-def _describe(
-    fields: dict[str, Int32Array], row: int, start: int, num_new: int, context: int, slot_start: int
-) -> None:
+def _describe(fields: dict[str, Int32Array], row: int, start: int, num_new: int, context: int, slot_start: int) -> None:
     fields["start"][row] = start
     fields["num_new"][row] = num_new
     fields["context"][row] = context

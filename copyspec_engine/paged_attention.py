@@ -1,7 +1,7 @@
 """Attention of a pass's new tokens over the slots of the KV pool, read where they lie.
 
 The columns of a row are split over the device, so that one long row keeps all of it busy, and a second kernel puts the
-parts together. Query heads that share a KV head are packed as rows of one tile, which reads the KV once for all of them.
+parts together. Query heads that share a KV head are packed as rows of one tile, which reads the KV once for them all.
 Launches depend on sizes alone and lengths are read on the device, so that a pass can be captured and replayed.
 
 Without Triton's kernels, as on a CPU, the same function is computed by plain operations: the reference that they are
