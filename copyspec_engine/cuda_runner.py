@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 _FIRST_CAPACITY = 2**17
 """int32 numbers in the buffers at first: a pass over about 100,000 tokens of context."""
 
+_VERSIONS = 64
+"""Versions of one function that torch.compile makes before it gives up on it."""
+
 
 class StaticPasses:
     """Forward passes of a model whose rows all stand in one device buffer.
@@ -50,6 +53,7 @@ class StaticPasses:
         self._use_graphs = use_graphs
         self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
         self._sent = torch.cuda.Event() if self._is_cuda else None  # type: ignore[no-untyped-call]
+        self._side: torch.cuda.Stream | None = None
         self._logits: torch.Tensor | None = None
         self.capture_error: str | None = None
         """Why passes are not captured any more."""
@@ -104,7 +108,9 @@ class StaticPasses:
 
     def _capture(self, bucket: Bucket) -> torch.Tensor:
         """The logits of the pass that stands in the buffer; the next of its bucket will be replayed."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream()
+        # One for all captures: the allocator keeps memory apart for each stream.
+        side = self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             eager = self._forward(bucket)  # compiles kernels and makes the KV's tensors
@@ -172,6 +178,8 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no layers that are known to compile")
     keep_out_of_compiled_code()
+    # All models share the function around a layer's own, so that versions of it add up over the process's models.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VERSIONS)
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
 

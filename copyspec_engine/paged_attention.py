@@ -51,13 +51,18 @@ class PagedRows:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a launch is cut up: tiles of `block_m` query rows for `tokens` tokens, `block_n` columns at a time."""
+    """How a launch is cut up: tiles of `block_m` query rows for `tokens` tokens, `block_n` columns at a time.
+
+    With warps of 32 threads, and stages of columns under way at the same time.
+    """
 
     block_m: int
     block_n: int
     tokens: int
     tiles: int
     splits: int
+    num_warps: int
+    num_stages: int
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +75,7 @@ def kernels() -> ModuleType | None:
     return paged_kernels
 
 
-def geometry(tokens: int, rows: int, heads: int, kv_heads: int, width: int, processors: int) -> Geometry:
+def geometry(tokens: int, rows: int, heads: int, kv_heads: int, dim: int, itemsize: int, processors: int) -> Geometry:
     """The cut for a pass, from sizes alone.
 
     Args:
@@ -78,18 +83,21 @@ def geometry(tokens: int, rows: int, heads: int, kv_heads: int, width: int, proc
         rows: the row of the padding counted.
         heads: query heads.
         kv_heads: see above; a divisor of `heads`.
-        width: bytes of a key, or of a value if that is longer, padded to a power of two.
+        dim: numbers of a key, or of a value if that is longer, padded to a power of two.
+        itemsize: bytes of a number.
         processors: of the device.
     """
     group = _power_of_two(heads // kv_heads)
-    most = max(16, min(128, 32768 // width))  # fits the registers: 128 rows of 256 bytes, 64 of 512
+    # What fits the registers: 128 rows of 128 numbers, 64 of 256; few where no matrix unit takes float32.
+    most = 16 if itemsize > 2 else min(128, 16384 // dim)
     block_m = max(group, min(most, max(16, _power_of_two(group * -(-tokens // rows)))))
-    block_n = max(16, min(64, 16384 // width))
+    block_n = max(16, min(64, 16384 // (dim * itemsize)))
     each = block_m // group
     tiles = min(tokens, tokens // each + rows)
     wanted = (4 if block_m <= 32 else 2) * processors // (tiles * kv_heads)
     splits = min(_MAX_SPLITS, 1 << max(wanted, 1).bit_length() - 1)
-    return Geometry(block_m, block_n, each, tiles, splits)
+    is_big = block_m * dim > 8192
+    return Geometry(block_m, block_n, each, tiles, splits, num_warps=8 if is_big else 4, num_stages=2 if is_big else 3)
 
 
 def _power_of_two(number: int) -> int:
@@ -175,8 +183,8 @@ def attend(
     kv_heads, num_slots, value_dim = values.shape
     num_rows = len(rows.context)
     key_pad, value_pad = (max(16, _power_of_two(dim)) for dim in (key_dim, value_dim))
-    width = max(key_pad, value_pad) * query.element_size()
-    cut = geometry(tokens, num_rows, heads, kv_heads, width, _processors(query.device))
+    dim, processors = max(key_pad, value_pad), _processors(query.device)
+    cut = geometry(tokens, num_rows, heads, kv_heads, dim, query.element_size(), processors)
     splits = cut.splits if splits is None else splits
     group = heads // kv_heads
     out = query.new_empty((tokens, heads, value_dim))
@@ -191,7 +199,7 @@ def attend(
         num_rows, _power_of_two(num_rows), group, _power_of_two(group),
         key_dim, value_dim, key_pad, value_pad, cut.tokens, cut.block_m, cut.block_n, splits,
         softcap is not None, sinks is not None, window is not None,
-        num_warps=8 if cut.block_m > 64 else 4, num_stages=2 if cut.block_m > 64 else 3,
+        num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     if splits > 1:
         module.combine_kernel[(tokens, heads)](

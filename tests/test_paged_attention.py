@@ -149,7 +149,7 @@ def test_kernels_give_what_float64_gives(name: str) -> None:
 @needs_triton
 def test_random_cases() -> None:
     rng = random.Random(7)
-    for _ in range(400 if ON_GPU else 6):
+    for _ in range(30 if ON_GPU else 6):
         shapes = tuple(
             (rng.randrange(40), rng.randrange(1, 5), rng.choice((0, 1, 7, 20))) for _ in range(rng.randrange(1, 6))
         )
@@ -245,11 +245,12 @@ def test_buckets_are_few_and_never_too_small() -> None:
         assert all(at % 16 == 0 for at, _ in bucket.fields.values())
 
 
-@pytest.mark.parametrize("width", [32, 128, 256, 512, 1024])
-def test_every_token_has_a_tile_and_every_tile_fits(width: int) -> None:
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_every_token_has_a_tile_and_every_tile_fits(dim: int, itemsize: int) -> None:
     for heads, kv_heads in ((32, 8), (14, 2), (8, 8), (71, 1)):
         for tokens, rows in ((1, 2), (16, 17), (512, 17), (1024, 2)):
-            cut = geometry(tokens, rows, heads, kv_heads, width, 132)
+            cut = geometry(tokens, rows, heads, kv_heads, dim, itemsize, 132)
             assert cut.block_m >= 16
             assert cut.block_n >= 16
             assert cut.tokens * heads // kv_heads <= cut.block_m <= 128
