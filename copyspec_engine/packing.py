@@ -6,9 +6,10 @@ same device buffer serves every batch of its bucket.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ class Piece:
         return positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Bucket:
     """What a pass has room for.
 
@@ -94,31 +95,36 @@ class Bucket:
         """int32 numbers that hold which new tokens of its row a token sees."""
         return -(-self.tokens // _BITS)
 
-    @cached_property
+    @property
     def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Offset and shape of each field; "slots" comes last and is as long as the pass needs."""
-        rows, tokens = self.rows + 1, self.tokens
-        shapes: dict[str, tuple[int, ...]] = {
-            "ids": (tokens,),
-            "positions": (tokens,),
-            "write": (tokens,),
-            "wanted": (self.logits,),
-            "start": (rows,),
-            "num_new": (rows,),
-            "context": (rows,),
-            "slot_start": (rows,),
-            "visible": (tokens, self.words),
-            "slots": (0,),
-        }
-        fields, offset = {}, 0
-        for name, shape in shapes.items():
-            fields[name] = offset, shape
-            offset += -(-int(np.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
-        return fields
+        return _fields(self)
 
     def size(self, pieces: Sequence[Piece]) -> int:
         """Numbers that these pieces take."""
         return self.fields["slots"][0] + sum(piece.context for piece in pieces)
+
+
+@lru_cache(maxsize=1024)
+def _fields(bucket: Bucket) -> dict[str, tuple[int, tuple[int, ...]]]:
+    rows, tokens = bucket.rows + 1, bucket.tokens
+    shapes: dict[str, tuple[int, ...]] = {
+        "ids": (tokens,),
+        "positions": (tokens,),
+        "write": (tokens,),
+        "wanted": (bucket.logits,),
+        "start": (rows,),
+        "num_new": (rows,),
+        "context": (rows,),
+        "slot_start": (rows,),
+        "visible": (tokens, bucket.words),
+        "slots": (0,),
+    }
+    fields, offset = {}, 0
+    for name, shape in shapes.items():
+        fields[name] = offset, shape
+        offset += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return fields
 
 
 def pack(pieces: Sequence[Piece], bucket: Bucket, padding_slot: int, out: Int32Array) -> int:
@@ -133,8 +139,7 @@ def pack(pieces: Sequence[Piece], bucket: Bucket, padding_slot: int, out: Int32A
         How many numbers were written, from the first one on.
     """
     fields = {
-        name: out[offset : offset + int(np.prod(shape))].reshape(shape)
-        for name, (offset, shape) in bucket.fields.items()
+        name: out[offset : offset + math.prod(shape)].reshape(shape) for name, (offset, shape) in bucket.fields.items()
     }
     size = bucket.size(pieces)
     out[: bucket.fields["slots"][0]] = 0
