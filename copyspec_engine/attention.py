@@ -2,9 +2,8 @@
 
 Importing this module registers the attention function "copyspec". A forward pass reads the new tokens of all its rows
 side by side, as one text; it hands a `KVBatch` to this function through the model's keyword arguments. All new keys and
-values are written to their slots at once, then each row attends over its own slots.
-
-Not covered: kernels that read scattered slots in place on a GPU.
+values are written to their slots at once, then each row attends over its own slots: gathered, row by row, or read in
+place by the kernels of paged_attention.py where the batch says where its rows are for them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,9 @@ import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from copyspec_engine import paged_attention
 from copyspec_engine.errors import UnsupportedModelError
+from copyspec_engine.paged_attention import PagedRows
 
 __all__ = ["ATTENTION_NAME", "KVBatch", "KVRow", "KVStore"]
 
@@ -30,7 +31,8 @@ Slots = slice | torch.Tensor
 class KVStore:
     """The pool's tensors: for each layer keys and values of shape (kv_heads, slots, head_dim).
 
-    A layer's tensors are made when it first writes, since only then its shapes are known for certain.
+    A layer's tensors are made when it first writes, since only then its shapes are known for certain. They have one
+    slot more than the pool, which takes what is computed for padding.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -46,20 +48,28 @@ class KVStore:
     def bytes_per_token(self) -> int:
         return sum(t.element_size() * t.shape[0] * t.shape[2] for layer in self._layers.values() for t in layer)
 
+    @property
+    def padding_slot(self) -> int:
+        return self.num_slots
+
+    def layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values; made for such as these, each (kv_heads, new, head_dim), if there are none yet."""
+        if layer not in self._layers:
+            self._layers[layer] = (self._empty(key), self._empty(value))
+        return self._layers[layer]
+
     def write(
         self, layer: int, slots: Slots, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store keys and values of new tokens, each (kv_heads, new, head_dim); returns the layer's."""
-        if layer not in self._layers:
-            self._layers[layer] = (self._empty(key), self._empty(value))
-        keys, values = self._layers[layer]
+        keys, values = self.layer(layer, key, value)
         keys[:, slots] = key
         values[:, slots] = value
         return keys, values
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         # Zeros rather than uninitialised memory: a masked slot's NaN would still spoil a softmax sum.
-        return torch.zeros((like.shape[0], self.num_slots, like.shape[2]), dtype=like.dtype, device=like.device)
+        return torch.zeros((like.shape[0], self.num_slots + 1, like.shape[2]), dtype=like.dtype, device=like.device)
 
 
 @dataclass(slots=True)
@@ -130,17 +140,19 @@ class KVBatch:
         write: slots of the new tokens of all rows, `written` of them; what stands behind them in the pass is padding.
         written: see above.
         rows: one for each sequence, in the order of their tokens.
+        paged: the same for kernels, instead of the three above.
     """
 
     store: KVStore
-    write: Slots
-    written: int
-    rows: Sequence[KVRow]
+    write: Slots = field(default_factory=lambda: slice(0))
+    written: int = 0
+    rows: Sequence[KVRow] = ()
+    paged: PagedRows | None = None
     _copies: dict[torch.device, KVBatch] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> KVBatch:
         """The same on a layer's own device, where a model's layers are on several."""
-        if device == self.rows[0].positions.device:
+        if self.paged is not None or device == self.rows[0].positions.device:
             return self
         if device not in self._copies:
             rows = [row.on(device) for row in self.rows]
@@ -184,6 +196,13 @@ def _attend(
     if unknown:
         raise UnsupportedModelError(f"{type(module).__name__} passes unknown attention options: {', '.join(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if kv_batch.paged is not None:
+        keys, values = kv_batch.store.layer(layer, key[0], value[0])
+        paged_attention.write(key[0], value[0], keys, values, kv_batch.paged.write)
+        out = paged_attention.attend(
+            query[0], keys, values, kv_batch.paged, scaling=scaling, window=window, softcap=softcap, sinks=s_aux
+        )
+        return out[None], None
     written = kv_batch.written
     keys, values = kv_batch.store.write(layer, kv_batch.write, key[0, :, :written], value[0, :, :written])
     parts = []
@@ -271,6 +290,11 @@ def _window(*_args: object, config: Any, local_size: int | None = None, **_other
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         raise UnsupportedModelError("attention in chunks is not supported: a token would see no further than its chunk")
     return local_size
+
+
+def keep_out_of_compiled_code() -> None:
+    """From now on compiled layers end their code in front of this attention, and go on behind it."""
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(_attend))  # type: ignore[no-untyped-call]
 
 
 AttentionInterface.register(ATTENTION_NAME, _attend)

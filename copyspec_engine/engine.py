@@ -113,6 +113,8 @@ class Engine:
             kv_bytes_per_token=model.kv_bytes_per_token,
             step_cost=model.step_cost,
             drafting_error=model.drafting_error,
+            execution=model.execution,
+            execution_error=model.execution_error,
             memory_path=self._config.memory_path if self._core.file is not None else None,
             memory_error=self._core.memory_error,
             versions={

@@ -34,17 +34,19 @@ from copyspec_engine.checkpoint import (
     longest_context,
     read_model,
     refuse_unsupported,
-    relative_difference,
     resolve_device,
-    tolerance,
     vocab_size,
     why_no_rollback,
 )
 from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.cost import Points, undisturbed
+from copyspec_engine.cuda_runner import StaticPasses
 from copyspec_engine.drafter import DraftTree
+from copyspec_engine.equivalence import Checked, check_equivalence
 from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
+from copyspec_engine.outputs import Execution
+from copyspec_engine.packing import Piece
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.stateful_runner import StatefulRunner, check_state
@@ -88,29 +90,6 @@ class Runner(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """New tokens of one row, for one forward pass.
-
-    Args:
-        slots: of the row's tokens, the new ones last, shape (context,) or longer.
-        base: tokens that the row has already.
-        ids: the new tokens; a draft's nodes come last and sit at their depth.
-        draft: see above.
-        num_logits: how many of the last new tokens' logits are wanted.
-    """
-
-    slots: TokenArray
-    base: int
-    ids: Seq[int]
-    draft: DraftTree
-    num_logits: int
-
-    @property
-    def context(self) -> int:
-        return self.base + len(self.ids)
-
-
 class ModelRunner:
     """Forward passes of a transformers decoder over our KV slots.
 
@@ -119,13 +98,23 @@ class ModelRunner:
         num_slots: token slots of the KV pool.
         exact_width: run every row alone, in passes of this many tokens over contexts of full blocks, so that nothing
             depends on what else is computed; None: everything at once.
+        execution: how passes run, see `EngineInfo.execution`; all but "eager" are for a GPU, and not in exact mode.
     """
 
-    def __init__(self, model: PreTrainedModel, num_slots: int, exact_width: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_slots: int,
+        exact_width: int | None = None,
+        execution: Execution = "eager",
+    ) -> None:
         self._model = model
         self._device = model.device
         self._store = KVStore(num_slots)
         self._exact_width = exact_width
+        self._passes: StaticPasses | None = None
+        if execution != "eager":
+            self._passes = StaticPasses(model, self._store, use_graphs=execution != "paged")
 
     @property
     def vocab_size(self) -> int:
@@ -134,6 +123,11 @@ class ModelRunner:
     @property
     def store(self) -> KVStore:
         return self._store
+
+    @property
+    def capture_error(self) -> str | None:
+        """Why passes are not captured any more; None if they are, or never were."""
+        return None if self._passes is None else self._passes.capture_error
 
     def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
         pieces = [_piece(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
@@ -146,7 +140,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, pieces: Seq[Piece]) -> torch.Tensor:
-        """Read all pieces in one pass; the logits they want, in order, shape (sum of num_logits, vocabulary)."""
+        """Read all pieces in one pass; the logits they want, in order, shape (sum of num_logits, vocabulary).
+
+        They are good until the next pass.
+        """
+        if self._passes is not None:
+            return self._passes.run(pieces)
         ids = [token for piece in pieces for token in piece.ids]
         written = len(ids)
         ids += [0] * ((self._exact_width or 0) - written)
@@ -214,6 +213,7 @@ class ModelRunner:
                 break
             seconds = self._time_pass(slots, context, width)
             if self._device.type == "cuda" or seconds < budget_s / 10:  # a width's first pass pays for set-up
+                deadline += seconds if self._passes is not None else 0.0  # there it takes most of the budget
                 seconds = self._time_pass(slots, context, width)
             least[width] = seconds
         while time.perf_counter() + sum(least.values()) < deadline:
@@ -264,6 +264,9 @@ class LoadedModel:
     """Why nothing is drafted and no KV is reused; None for most models."""
     exact_width: int | None = None
     """Most tokens of a pass, of one request alone, where results must not depend on anything else."""
+    execution: Execution = "eager"
+    execution_error: str | None = None
+    """See `EngineInfo`."""
 
 
 def load_model(config: EngineConfig, on_progress: Progress | None = None) -> LoadedModel:
@@ -308,19 +311,21 @@ def prepare(
     stateful: StatefulRunner | None = None
     with _phase("checking", config, on_progress):
         if reason is None:
-            bytes_per_token = _check_equivalence(model, config.model)
+            checked = check_equivalence(model, config, partial(ModelRunner, model))
+            bytes_per_token = checked.bytes_per_token
         else:
+            checked = Checked(0)
             stateful, bytes_per_token = check_state(model, config.model)
             logger.warning("%s runs without drafting: %s", config.model, reason)
     limit = longest_context(model.config.get_text_config(), config.model)
     max_model_len = min(config.max_model_len or limit, limit)
     num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token, model.device)
     exact_width = _EXACT_WIDTH if config.exact else None
-    runner: Runner = stateful or ModelRunner(model, num_slots, exact_width)
+    runner: Runner = stateful or ModelRunner(model, num_slots, exact_width, checked.execution)
     step_cost = config.step_cost or ()
     if not step_cost and isinstance(runner, ModelRunner):
         with _phase("measuring", config, on_progress):
-            step_cost = _measured_cost(runner, model, config, min(num_slots, max_model_len))
+            step_cost = _measured_cost(runner, model, config, min(num_slots, max_model_len), checked.execution)
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer,
@@ -336,6 +341,8 @@ def prepare(
         step_cost=step_cost,
         drafting_error=reason,
         exact_width=exact_width,
+        execution=checked.execution,
+        execution_error=checked.error,
     )
 
 
@@ -349,11 +356,14 @@ def _phase(what: str, config: EngineConfig, on_progress: Progress | None) -> Ite
     logger.info("%s: %s took %.1f s", config.model, what, time.perf_counter() - start)
 
 
-def _measured_cost(runner: ModelRunner, model: PreTrainedModel, config: EngineConfig, room: int) -> Points:
+def _measured_cost(
+    runner: ModelRunner, model: PreTrainedModel, config: EngineConfig, room: int, execution: Execution
+) -> Points:
     """What passes cost here: from the cache, or measured and kept there (see `EngineConfig.calibrate`)."""
     context = min(_CALIBRATION_CONTEXT, room // 2)
     measure = partial(runner.measure_step_cost, context, room)
     facts = _cost_facts(model, config.model, context, min(room - context, max(STEP_WIDTHS)), config.exact)
+    facts["execution"] = execution
     if config.calibrate == "always":
         points = measure(budget_s=5.0)
         calibration.keep(facts, points)
@@ -380,42 +390,6 @@ def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _check_equivalence(model: PreTrainedModel, name: str) -> int:
-    """Compare passes over our KV with the model's own on a few tokens, and switch it to our attention.
-
-    Returns:
-        Bytes of KV for one token.
-
-    Raises:
-        UnsupportedModelError: the logits differ, so drafts would be verified against a wrong model.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size(model), (12,), generator=generator).tolist()
-    with torch.inference_mode():
-        expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
-    try:
-        model.set_attn_implementation(ATTENTION_NAME)
-        runner = ModelRunner(model, num_slots=32)
-        slots = np.array([3, 1, 4, 15, 9, 2, 6, 5, 8, 7, 10, 11], dtype=np.int64)  # scattered on purpose
-        other = np.arange(16, 28, dtype=np.int64)
-        first = [Piece(slots, 0, ids[:7], DraftTree(), 7), Piece(other, 0, ids[:3], DraftTree(), 0)]
-        second = [Piece(slots, 7, ids[7:], DraftTree(), 5), Piece(other, 3, ids[3:], DraftTree(), 9)]
-        got = torch.cat((runner.run(first), runner.run(second))).float()
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{name}: {error}") from error
-    except Exception as error:
-        raise UnsupportedModelError(f"{name} ({type(model).__name__}) cannot run over our KV: {error}") from error
-    expected = torch.cat((expected, expected[3:]))
-    layers = int(model.config.get_text_config().num_hidden_layers)
-    difference = relative_difference(got, expected)
-    if runner.store.num_layers != layers or not difference < tolerance(model):
-        raise UnsupportedModelError(
-            f"{name} ({type(model).__name__}) gives other logits over our KV than by itself (relative difference "
-            f"{difference:.2g}, {runner.store.num_layers} of {layers} layers): this architecture is not supported yet"
-        )
-    return runner.store.bytes_per_token
 
 
 def _num_slots(wanted: int | None, max_model_len: int, bytes_per_token: int, device: torch.device) -> int:

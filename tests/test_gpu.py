@@ -26,8 +26,8 @@ def answer(engine: Engine, drafter: str, **sampling: Any) -> tuple[int, ...]:
     return engine.generate(request).token_ids
 
 
-def cuda_engine(name: str, dtype: str) -> Engine:
-    config = EngineConfig(model=f"tiny-{name}", device="cuda", step_cost=STEP_COST)
+def cuda_engine(name: str, dtype: str, *, compiled: bool = False) -> Engine:
+    config = EngineConfig(model=f"tiny-{name}", device="cuda", step_cost=STEP_COST, compile_layers=compiled)
     model = build_model(name).to("cuda").to(getattr(__import__("torch"), dtype))
     return Engine(config, model=prepare(model, ByteTokenizer(), config))  # type: ignore[arg-type]
 
@@ -52,6 +52,40 @@ def test_a_model_in_bfloat16_runs_and_repeats_itself() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("name", "compiled"), [("llama", True), ("llama", False), ("gemma2", False)])
+def test_passes_are_captured(name: str, compiled: bool) -> None:
+    with cuda_engine(name, "bfloat16", compiled=compiled) as engine:
+        assert engine.info.execution_error is None
+        assert engine.info.execution == ("compiled" if compiled else "graphs")
+        answer(engine, "adaptive")
+        passes = engine._model.runner._passes  # type: ignore[attr-defined]
+        assert passes.num_graphs > 1
+        assert passes.is_capturing
+
+
+@pytest.mark.gpu
+def test_what_runs_beside_a_request_changes_no_token_on_a_gpu() -> None:
+    with cuda_engine("gemma3", "float32") as engine:
+        prompts = [PROMPT[: 20 + 10 * place] for place in range(6)]
+        requests = [
+            GenerationRequest(prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=40)) for prompt in prompts
+        ]
+        alone = [
+            engine.generate(request.model_copy(update={"request_id": f"a{i}"})) for i, request in enumerate(requests)
+        ]
+        handles = [engine.submit(request) for request in requests]
+        assert [handle.result().token_ids for handle in handles] == [output.token_ids for output in alone]
+
+
+@pytest.mark.gpu
+def test_exact_mode_runs_on_a_gpu() -> None:
+    config = EngineConfig(model="tiny-llama", device="cuda", step_cost=STEP_COST, exact=True)
+    with Engine(config, model=prepare(build_model("llama").to("cuda"), ByteTokenizer(), config)) as engine:  # type: ignore[arg-type]
+        assert engine.info.execution == "eager"
+        assert answer(engine, "adaptive") == answer(engine, "none")
+
+
+@pytest.mark.gpu
 def test_auto_takes_the_gpu_for_the_bundled_model() -> None:
     with Engine(EngineConfig(dtype="float32")) as engine:
         assert engine.info.device.startswith("cuda")
@@ -62,6 +96,9 @@ def test_auto_takes_the_gpu_for_the_bundled_model() -> None:
 # The script itself
 
 
+TINY = ("--max-tokens", "40", "--conversations", "1", "--concurrency", "2", "--curve-seconds", "0")
+
+
 def run_script(*words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable}
     return subprocess.run(
@@ -70,15 +107,32 @@ def run_script(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_gpu_script_runs_on_a_cpu_and_writes_its_figures(tmp_path: Path) -> None:
-    result = run_script(str(tmp_path), "--device", "cpu", "--architectures", "llama", "mixtral", "--skip-demo")
+    result = run_script(str(tmp_path), "--device", "cpu", "--architectures", "llama", "mixtral", "--skip-demo", *TINY)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert report["ok"] is True
     assert report["device"] == "cpu"
-    assert len(report["checks"]) == 2
-    for check in report["checks"].values():
+    equal = [check for name, check in report["checks"].items() if name.startswith("equal to generate")]
+    assert len(equal) == 2
+    for check in equal:
         assert check["differing"] == []
         assert check["forward_passes"]["adaptive"] < check["forward_passes"]["none"] == 3 * 48
+
+    steps = report["checks"]["steps"]
+    assert steps["execution"] == "eager"
+    assert steps["curve"][0]["nodes"] == 1
+    assert steps["targets"]["plain step over the limit"]["wanted"] == 1.25
+    assert report["checks"]["attention alone"]["points"][0]["kv_bytes_per_s"] > 0
+    for name in ("alone", "together"):
+        results = json.loads((tmp_path / f"engine_{name}.json").read_text())["results"]
+        assert {row["peer"] for row in results} >= {"ours", "ours-plain"}
+
+
+def test_what_the_gpu_script_has_no_time_for_is_said_and_counts_as_a_failure(tmp_path: Path) -> None:
+    result = run_script(str(tmp_path), "--device", "cpu", "--architectures", "llama", "--seconds", "-1")
+    assert result.returncode == 1
+    checks = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
+    assert all("left out" in check["error"] for check in checks.values())
 
 
 def test_the_gpu_script_without_a_gpu_says_so_and_exits_with_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

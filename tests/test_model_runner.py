@@ -21,7 +21,8 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, 
 from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError, checkpoint, model_runner
 from copyspec_engine.attention import KVStore, visibility
 from copyspec_engine.drafter import DraftTree
-from copyspec_engine.model_runner import ModelRunner, Piece, load_model, prepare
+from copyspec_engine.model_runner import ModelRunner, load_model, prepare
+from copyspec_engine.packing import Piece
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, build_model
 
