@@ -221,8 +221,8 @@ def test_a_slow_model_is_measured_at_a_few_widths_far_apart(monkeypatch: pytest.
     """Past regression: a slope between passes of one and two tokens said nothing about drafts of dozens."""
     passes = SlowPasses(lambda width: 1.0 + 0.1 * width, monkeypatch)
     points = bare_runner().measure_step_cost(context=200, room=512)
-    assert [width for width, _ in points] == [1, 16]
-    assert passes.widths == [1, 1, 16], "nothing slow is run twice"
+    assert [width for width, _ in points] == [1, 2, 4, 16]
+    assert passes.widths == [1, 1, 2, 16, 4], "nothing slow is run twice"
 
 
 def test_a_quick_model_is_measured_over_and_over_for_as_long_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
