@@ -139,7 +139,7 @@ def test_random_cases_draft_on_equals_off(
     count = int(request.config.getoption("--random-cases"))
     rng = random.Random(count)
     engine = make_engine("llama", kv_cache_tokens=1500, max_prefill_tokens=64, max_sessions=6, max_waiting=count)
-    cases = [random_case(rng, longest=25) for _ in range(count)]
+    cases = [random_case(rng, longest=14) for _ in range(count)]
     beginnings = [PROMPT[i : i + 15 + 20 * i] for i in range(3)]
     cases = [((*rng.choice(beginnings), *prompt), sampling, drafter) for prompt, sampling, drafter in cases]
     plain = submit_all(engine, [asked(prompt, "none", sampling) for prompt, sampling, _ in cases])
