@@ -138,8 +138,8 @@ def test_random_cases_draft_on_equals_off(
     give way: in any mixture nothing of it shows in the tokens."""
     count = int(request.config.getoption("--random-cases"))
     rng = random.Random(count)
-    engine = make_engine("llama", kv_cache_tokens=1500, max_prefill_tokens=64, max_sessions=6, max_waiting=count)
-    cases = [random_case(rng, longest=14) for _ in range(count)]
+    engine = make_engine("llama", kv_cache_tokens=700, max_prefill_tokens=64, max_sessions=6, max_waiting=count)
+    cases = [random_case(rng, longest=rng.choice((6, 6, 40))) for _ in range(count)]
     beginnings = [PROMPT[i : i + 15 + 20 * i] for i in range(3)]
     cases = [((*rng.choice(beginnings), *prompt), sampling, drafter) for prompt, sampling, drafter in cases]
     plain = submit_all(engine, [asked(prompt, "none", sampling) for prompt, sampling, _ in cases])
@@ -163,7 +163,7 @@ def test_random_cases_draft_on_equals_off(
     now = engine.metrics()
     assert len(cut) > count / 8
     assert now.cached_tokens > 2 * count
-    assert sum(now.accepted_by_source.values()) > count
+    assert sum(now.accepted_by_source.values()) > count / 2
     assert sum(not draft.is_chain for draft in drafts) > count / 4
     assert max(map(len, drafts)) > 12
     assert now.num_preemptions > count / 100
