@@ -58,9 +58,8 @@ class EngineCore:
         self.scheduler.admit()
         begun = [(sequence, self._begin_drafting(sequence)) for sequence in list(self.scheduler.running)]
         batch = self.scheduler.schedule()
-        if not batch.rows:
-            return [(sequence, item) for sequence, item in (*expired, *begun) if item is not None]
-        done = [(row.sequence, self._commit(row, result)) for row, result in self._results(batch)]
+        results = self._results(batch) if batch.rows else []
+        done = [(row.sequence, self._commit(row, result)) for row, result in results]
         return [(sequence, item) for sequence, item in (*expired, *begun, *done) if item is not None]
 
     def _begin_drafting(self, sequence: Sequence) -> Exception | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from copyspec_engine import ConfigError
 from copyspec_engine.cli.bench_report import comparison, comparison_table, ingredient_table, source_table
-from copyspec_engine.cli.report import check_writable, write_text
+from copyspec_engine.cli.report import check_writable, write_record
 from copyspec_engine.peers import INGREDIENTS, OURS, PEERS, contestant, installed
 from copyspec_engine.replay import (
     History,
@@ -85,8 +83,7 @@ def run_drafts(options: DraftsOptions, command: str, console: Console) -> int:
             "versions": versions(),
             "machine": machine(),
         }
-        write_text(options.json, json.dumps(record, indent=1) + "\n", "--json")
-        console.print(f"Wrote {escape(str(options.json))}", soft_wrap=True)
+        write_record(options.json, record, console)
     return 0
 
 

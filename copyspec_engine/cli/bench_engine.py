@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from copyspec_engine import ConfigError
 from copyspec_engine.cli.bench_drafts import machine, source_names, version, versions
 from copyspec_engine.cli.bench_engine_report import limit_line, source_table, summary, together_table
-from copyspec_engine.cli.report import check_writable, write_text
+from copyspec_engine.cli.report import check_writable, write_record
 from copyspec_engine.forced.records import ROOM, ForcedMismatchError, Turn, Written, load_turns, renumbered
 from copyspec_engine.forced.shapes import shape_config
 from copyspec_engine.forced.stage import ALL_PEERS, BATCH_PEER, Entry, Stage, open_stage, take_turns
@@ -90,8 +89,7 @@ def run_engine(options: EngineOptions, json_path: Path | None, command: str, con
             "versions": {**versions(), "torch": torch.__version__, "transformers": version("transformers")},
             "machine": {**machine(), **_threads(facts.device)},
         }
-        write_text(json_path, json.dumps(record, indent=1) + "\n", "--json")
-        console.print(f"Wrote {escape(str(json_path))}", soft_wrap=True)
+        write_record(json_path, record, console)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import random
 import statistics
 import time
@@ -16,11 +15,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from copyspec_engine.cli.bench_drafts import machine, sources, versions
-from copyspec_engine.cli.report import check_writable, write_text
+from copyspec_engine.cli.report import check_writable, write_record
 from copyspec_engine.peers import OURS, Session
 from copyspec_engine.replay import Call, Message, Tally, calls_of, end_token, load_cost_curve, load_tokenizer, replay
 
@@ -73,8 +71,7 @@ def run_propose(options: ProposeOptions, command: str, console: Console) -> int:
             "versions": versions(),
             "machine": machine(),
         }
-        write_text(options.json, json.dumps(record, indent=1) + "\n", "--json")
-        console.print(f"Wrote {escape(str(options.json))}", soft_wrap=True)
+        write_record(options.json, record, console)
     return 0
 
 

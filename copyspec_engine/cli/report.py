@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from copyspec_engine import ConfigError, EngineInfo, Segment
 from copyspec_engine.cli.chain import EditStep
 from copyspec_engine.cli.frameworks import Answer
 
-__all__ = ["Turn", "as_json", "check_writable", "figures", "table", "write_text"]
+__all__ = ["Turn", "as_json", "check_writable", "figures", "table", "write_record", "write_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,12 @@ def check_writable(path: Path, option: str) -> None:
         raise ConfigError(f"Got {option} {path} but there is no folder {path.parent}: create it first")
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"Got {option} {path} but the folder {path.parent} is not writable: choose another")
+
+
+def write_record(path: Path, record: dict[str, Any], console: Console) -> None:
+    """Write a benchmark's figures as JSON, and say so. Raises as `write_text` does."""
+    write_text(path, json.dumps(record, indent=1) + "\n", "--json")
+    console.print(f"Wrote {escape(str(path))}", soft_wrap=True)
 
 
 def write_text(path: Path, text: str, option: str) -> None:
