@@ -18,6 +18,7 @@ from copyspec_engine.cuda_runner import compile_layers, undo_compile, why_not_pa
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.errors import UnsupportedModelError
 from copyspec_engine.outputs import Execution
+from copyspec_engine.packed_linear import pack_linears, unpack_linears, why_not_packed
 from copyspec_engine.packing import Piece
 
 __all__ = ["Checked", "check_equivalence"]
@@ -58,7 +59,7 @@ _TOKENS = 12
 def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner: MakeRunner) -> Checked:
     """Compare passes over our KV with the model's own on a few tokens, and switch it to our attention.
 
-    On a GPU the fastest way of running passes that gives the model's own logits is the one that is taken.
+    The fastest way of running passes that gives the model's own logits is the one that is taken.
 
     Args:
         model: with its own attention.
@@ -89,7 +90,10 @@ def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner:
 
 
 def _candidates(model: PreTrainedModel, config: EngineConfig) -> tuple[tuple[Execution, ...], str | None]:
-    """What to try besides "eager", the fastest first; if nothing, then what stands in the way on a GPU."""
+    """What to try besides "eager", the fastest first; if nothing, then what stands in the way."""
+    if model.device.type == "cpu":
+        why_not = why_not_packed(model)
+        return ("packed",) if why_not is None else (), why_not
     if model.device.type != "cuda":
         return (), None
     if config.exact:
@@ -109,23 +113,25 @@ def _check_fast(
     expected: torch.Tensor,
     why_not: str | None,
 ) -> Checked | str:
-    """Compare passes out of static buffers with the model's own.
+    """Compare passes that run in a faster way with the model's own.
 
     Args:
         model: with our attention.
         name: for messages.
-        execution: "compiled" or "graphs".
+        execution: "packed", "compiled" or "graphs".
         make_runner: see above.
         ids: tokens.
         expected: the model's own logits, shape (tokens, vocabulary).
         why_not: why no faster way is taken.
 
     Returns:
-        What was found, or why it does not work: then the layers are as they were.
+        What was found, or why it does not work: then the layers compute as they did.
     """
     try:
         if execution == "compiled":
             compile_layers(model)
+        elif execution == "packed":
+            pack_linears(model)
         runner = make_runner(num_slots=2 * _TOKENS, execution=execution)
         _compare(runner, model, name, ids, expected)
         bytes_per_token = _compare(runner, model, name, ids, expected)  # what was captured is replayed now
@@ -138,6 +144,7 @@ def _check_fast(
         if execution == "graphs":
             return Checked(bytes_per_token, "paged", failure)
         # Compiled and still launched kernel by kernel: without its compiler a pass is as fast, and loads faster.
+    unpack_linears(model)
     undo_compile(model)
     logger.warning("%s: passes run slower than they might: %s", name, failure)
     return str(failure)

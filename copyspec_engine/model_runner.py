@@ -98,7 +98,7 @@ class ModelRunner:
         num_slots: token slots of the KV pool.
         exact_width: run every row alone, in passes of this many tokens over contexts of full blocks, so that nothing
             depends on what else is computed; None: everything at once.
-        execution: how passes run, see `EngineInfo.execution`; all but "eager" are for a GPU, and not in exact mode.
+        execution: how passes run, see `EngineInfo.execution`; those for a GPU not in exact mode.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ModelRunner:
         self._store = KVStore(num_slots)
         self._exact_width = exact_width
         self._passes: StaticPasses | None = None
-        if execution != "eager":
+        if execution in ("paged", "graphs", "compiled"):
             self._passes = StaticPasses(model, self._store, use_graphs=execution != "paged")
 
     @property
@@ -309,6 +309,7 @@ def prepare(
     if reason is not None and config.exact:
         raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")
     stateful: StatefulRunner | None = None
+    num_parameters = model.num_parameters()  # before tied weights are laid out apart
     with _phase("checking", config, on_progress):
         if reason is None:
             checked = check_equivalence(model, config, partial(ModelRunner, model))
@@ -335,7 +336,7 @@ def prepare(
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(model, tokenizer),
-        num_parameters=model.num_parameters(),
+        num_parameters=num_parameters,
         num_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
         step_cost=step_cost,

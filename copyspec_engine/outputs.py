@@ -18,7 +18,7 @@ __all__ = [
     "Usage",
 ]
 
-Execution = Literal["eager", "paged", "graphs", "compiled"]
+Execution = Literal["eager", "packed", "paged", "graphs", "compiled"]
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 """stop: an end-of-sequence id, a stop text or the end of the grammar; length: max_tokens or the context is full;
 cancelled: by the caller; timeout: it took longer than its `timeout_s`."""
@@ -152,11 +152,12 @@ class EngineInfo:
     drafting_error: str | None = None
     """Why this model runs without drafting, whatever drafter is asked for; None if it drafts."""
     execution: Execution = "eager"
-    """How passes run. "eager": operation by operation, each request's keys and values gathered first; on a CPU always,
-    on a GPU where nothing else works, and with exact=True. "paged": kernels read them in place. "graphs": so, and
-    replayed as CUDA graphs. "compiled": so, of layers that torch.compile has fused."""
+    """How passes run. "eager": operation by operation, each request's keys and values gathered first; where nothing
+    else works, and on a GPU with exact=True. "packed": so on a CPU, with float32 weights in oneDNN's layout. "paged":
+    kernels on a GPU read keys and values in place. "graphs": so, and replayed as CUDA graphs. "compiled": so, of layers
+    that torch.compile has fused."""
     execution_error: str | None = None
-    """Why passes on a GPU do not run faster; None if nothing stood in the way."""
+    """Why passes do not run faster; None if nothing stood in the way."""
     memory_path: str | None = None
     """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
     memory_error: str | None = None

@@ -41,6 +41,7 @@ LEVELS = {
         "cuda_runner",
         "checkpoint",
         "equivalence",
+        "packed_linear",
         "model_runner",
         "stateful_runner",
         "tokenizer",

@@ -206,8 +206,3 @@ def test_undoing_a_compilation_leaves_the_layers_as_they_were() -> None:
     assert any(module._compiled_call_impl is not None for module in model.modules())
     undo_compile(model)
     assert all(module._compiled_call_impl is None for module in model.modules())
-
-
-def test_on_a_cpu_passes_run_as_they_are(make_engine: Any) -> None:
-    info = make_engine("llama").info
-    assert (info.execution, info.execution_error) == ("eager", None)
