@@ -280,6 +280,12 @@ class GenerationRequest(_Options):
     messages: Sequence[dict[str, Any]] | None = None
     tools: Sequence[dict[str, Any]] | None = None
     """OpenAI-style function schemas for the chat template; only with `messages`."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What else the chat template reads ({"enable_thinking": False}, say); only with `messages`."""
+    parse_reply: bool = False
+    """Take the answer apart into text, reasoning and tool calls, as the model's chat template writes them (see
+    `StreamChunk.deltas` and `GenerationOutput.reply`). `text` is then all that was written, special tokens by name, but
+    for the one that ends the answer."""
     prompt: str | None = None
     prompt_token_ids: Sequence[int] | None = None
     sampling: SamplingParams = SamplingParams()
@@ -315,6 +321,8 @@ class GenerationRequest(_Options):
             raise ValueError(f"Got an empty {given[0]} but expected at least one {given[0].removesuffix('s')}")
         if self.tools is not None and self.messages is None:
             raise ValueError("Got tools without messages: tools are written into the prompt by the chat template")
+        if self.chat_template_kwargs and self.messages is None:
+            raise ValueError("Got chat_template_kwargs without messages: nothing else is put into a chat template")
         if self.grammar is not None and self.sampling.ignore_eos:
             raise ValueError("Got ignore_eos=True with a grammar but expected one of them: the grammar ends the answer")
         return self

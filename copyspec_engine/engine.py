@@ -27,6 +27,7 @@ from typing import TypeVar
 
 import torch
 
+from copyspec_engine.chat_format import ChatFormat
 from copyspec_engine.config import EngineConfig, GenerationRequest, NoDrafter
 from copyspec_engine.core import EngineCore, warm_up
 from copyspec_engine.errors import (
@@ -42,6 +43,7 @@ from copyspec_engine.handle import RequestHandle, Sink
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, Progress, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
+from copyspec_engine.replies import ReplyParser
 from copyspec_engine.sequence import Sequence
 
 __all__ = ["Engine", "RequestHandle", "shared_engine"]
@@ -49,6 +51,9 @@ __all__ = ["Engine", "RequestHandle", "shared_engine"]
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+_PROMPT_END = 64
+"""Tokens at the end of a prompt in which the answer's beginning is looked for."""
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -90,6 +95,7 @@ class Engine:
         self._grammars = GrammarCompiler(
             self._model.tokenizer, self._model.runner.vocab_size, self._model.eos_token_ids
         )
+        self._chat_format = self._model.tokenizer.chat_format()
         self._commands.put(self._loop)
         _open_engines.add(self)
 
@@ -125,6 +131,11 @@ class Engine:
             },
         )
 
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the model's chat template writes tool calls and reasoning."""
+        return self._chat_format
+
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of raw text, with those special tokens around it that the tokenizer adds to a prompt by itself."""
         return self._model.tokenizer.encode(text, special_tokens=special_tokens)
@@ -140,7 +151,7 @@ class Engine:
             ConfigError: the chat template refuses the messages, or a token id is not in the vocabulary.
         """
         if request.messages is not None:
-            return self._model.tokenizer.render(request.messages, request.tools)
+            return self._model.tokenizer.render(request.messages, request.tools, request.chat_template_kwargs)
         if request.prompt is not None:
             return self.encode(request.prompt)
         ids = list(request.prompt_token_ids or ())
@@ -285,12 +296,17 @@ class Engine:
             eos_token_ids=eos | frozenset(params.stop_token_ids),
             drafting=(request.drafter or self._config.drafter) if model.drafting_error is None else NoDrafter(),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            text=model.tokenizer.text_stream(params.stop),
+            text=model.tokenizer.text_stream(params.stop, skip_special_tokens=not request.parse_reply),
+            reply=self._reply_parser(request, token_ids) if request.parse_reply else None,
             prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),
             deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
             cache_salt=request.cache_salt or self._config.cache_salt,
             grammar=None if request.grammar is None else self._grammars.begin(request.grammar),
         )
+
+    def _reply_parser(self, request: GenerationRequest, prompt_ids: Seq[int]) -> ReplyParser:
+        prompt = self._model.tokenizer.decode(prompt_ids[-_PROMPT_END:], skip_special_tokens=False)
+        return ReplyParser(self._chat_format, prompt, request.tools or ())
 
     def _enqueue(self, sequence: Sequence, sink: Sink) -> None:
         request_id = sequence.request.request_id

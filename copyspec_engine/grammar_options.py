@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from copyspec_engine.options import Options
 
-__all__ = ["Grammar", "RequestedGrammar", "ToolCalls"]
+__all__ = ["CallLayout", "Grammar", "RequestedGrammar", "ToolCalls"]
 
 
 def _chosen_tool(value: object) -> object:
@@ -21,11 +21,22 @@ def _chosen_tool(value: object) -> object:
     return function["name"]
 
 
-class ToolCalls(Options):
-    """Calls of functions, each as `begin`, a JSON object with the function's name and arguments, and `end`.
+class CallLayout(Options):
+    """How a call is written: `begin`, a JSON object with the function's name and arguments, and `end`.
 
     A line break may stand before and after the object, and between two calls.
     """
+
+    begin: str = Field(default="<tool_call>", min_length=1)
+    """Opens a call."""
+    end: str = "</tool_call>"
+    """Closes a call."""
+    name_key: str = Field(default="name", min_length=1)
+    arguments_key: str = Field(default="arguments", min_length=1)
+
+
+class ToolCalls(CallLayout):
+    """Calls of functions in some layout."""
 
     tools: tuple[dict[str, JsonValue], ...] = Field(min_length=1)
     """OpenAI-style function schemas: {"type": "function", "function": {"name": ..., "parameters": JSON schema}}."""
@@ -34,12 +45,6 @@ class ToolCalls(Options):
     the one function to be called, also in OpenAI's form."""
     parallel: bool = True
     """More than one call in an answer; off: the answer ends after the first."""
-    begin: str = Field(default="<tool_call>", min_length=1)
-    """Opens a call."""
-    end: str = "</tool_call>"
-    """Closes a call."""
-    name_key: str = Field(default="name", min_length=1)
-    arguments_key: str = Field(default="arguments", min_length=1)
 
     @model_validator(mode="after")
     def _check_tools(self) -> ToolCalls:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "DraftStats",
@@ -11,10 +11,14 @@ __all__ = [
     "Execution",
     "FinishReason",
     "GenerationOutput",
+    "InvalidToolCall",
+    "Reply",
+    "ReplyDelta",
     "Segment",
     "StreamChunk",
     "Timing",
     "TokenLogprob",
+    "ToolCall",
     "Usage",
 ]
 
@@ -41,6 +45,50 @@ class TokenLogprob:
     """Natural logarithm of its probability, at most 0."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, logprob) of the most likely tokens there, the likeliest first; as many as `top_logprobs`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function that the model asks for."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidToolCall:
+    """A call that cannot be carried out: malformed, or cut off by the end of the answer."""
+
+    id: str
+    name: str | None
+    arguments: str
+    """What was written, as it was."""
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyDelta:
+    """What a piece of an answer adds to one of its parts."""
+
+    kind: Literal["text", "reasoning", "tool_call"]
+    text: str = ""
+    """More text or reasoning, or more of a call's arguments as JSON."""
+    index: int = 0
+    """Which of the answer's tool calls this belongs to, from 0."""
+    id: str | None = None
+    """With the first delta of a call, as its name."""
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer in its parts."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +148,8 @@ class GenerationOutput:
     segments: tuple[Segment, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `token_ids`; None unless the request asked for them."""
+    reply: Reply | None = None
+    """The answer in its parts; None unless the request asked for them (`parse_reply`)."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -128,6 +178,8 @@ class StreamChunk:
     output: GenerationOutput | None = field(default=None)
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `token_ids`; None unless the request asked for them."""
+    deltas: tuple[ReplyDelta, ...] = ()
+    """What the step added to the answer's parts; empty unless the request asked for them (`parse_reply`)."""
 
     @property
     def is_last(self) -> bool:

@@ -22,7 +22,7 @@ from copyspec_engine.drafter import DraftTree
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.metrics import Counts
-from copyspec_engine.outputs import FinishReason, GenerationOutput, Segment, StreamChunk, TokenLogprob
+from copyspec_engine.outputs import FinishReason, GenerationOutput, Reply, Segment, StreamChunk, TokenLogprob
 from copyspec_engine.prefix_cache import PrefixCache
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.sessions import SessionStore
@@ -242,7 +242,8 @@ class Scheduler:
         taken = 0
         for token in verdict.tokens:
             sequence.token_ids.append(token)
-            segments += sequence.text.push(token, copied=taken < len(verdict.accepted))
+            if token not in sequence.eos_token_ids:
+                segments += sequence.text.push(token, copied=taken < len(verdict.accepted))
             taken += 1
             if sequence.grammar is not None:
                 sequence.grammar.advance((token,))
@@ -383,9 +384,15 @@ def _chunk(
     sequence.segments += segments
     sequence.logprobs += logprobs
     text = "".join(segment.text for segment in segments)
-    output = None if sequence.finish_reason is None else _output(sequence, sequence.finish_reason)
+    deltas, reply = [] if sequence.reply is None else sequence.reply.feed(text), None
+    if sequence.reply is not None and sequence.finish_reason is not None:
+        reply, last = sequence.reply.finish()
+        deltas += last
+    output = None if sequence.finish_reason is None else _output(sequence, sequence.finish_reason, reply)
     heard = logprobs if sequence.request.sampling.logprobs else None
-    return StreamChunk(sequence.request.request_id, text, token_ids, _joined(segments), output, heard)
+    return StreamChunk(
+        sequence.request.request_id, text, token_ids, _joined(segments), output, heard, deltas=tuple(deltas)
+    )
 
 
 def _joined(segments: Seq[Segment]) -> tuple[Segment, ...]:
@@ -394,7 +401,7 @@ def _joined(segments: Seq[Segment]) -> tuple[Segment, ...]:
     return tuple(Segment("".join(segment.text for segment in group), copied) for copied, group in groups)
 
 
-def _output(sequence: Sequence, finish_reason: FinishReason) -> GenerationOutput:
+def _output(sequence: Sequence, finish_reason: FinishReason, reply: Reply | None) -> GenerationOutput:
     return GenerationOutput(
         request_id=sequence.request.request_id,
         text="".join(segment.text for segment in sequence.segments),
@@ -405,4 +412,5 @@ def _output(sequence: Sequence, finish_reason: FinishReason) -> GenerationOutput
         timing=sequence.timing(),
         segments=_joined(sequence.segments),
         logprobs=tuple(sequence.logprobs) if sequence.request.sampling.logprobs else None,
+        reply=reply,
     )

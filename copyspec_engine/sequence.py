@@ -15,7 +15,16 @@ from copyspec_engine.config import DrafterConfig, GenerationRequest
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import Drafter
 from copyspec_engine.memory import SessionMemory
-from copyspec_engine.outputs import DraftStats, FinishReason, Segment, Timing, TokenLogprob, Usage
+from copyspec_engine.outputs import (
+    DraftStats,
+    FinishReason,
+    Reply,
+    ReplyDelta,
+    Segment,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
 from copyspec_engine.sessions import Session
 from copyspec_engine.token_counts import TokenCounts
 
@@ -52,6 +61,14 @@ class TextGrammar(Protocol):
         ...
 
 
+class ReplyReader(Protocol):
+    """Takes one answer apart while it is written (see `replies`)."""
+
+    def feed(self, text: str) -> list[ReplyDelta]: ...
+
+    def finish(self) -> tuple[Reply, list[ReplyDelta]]: ...
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request's state. Only the engine's loop thread touches it after `submit`."""
@@ -77,6 +94,8 @@ class Sequence:
     """Of `token_ids`, brought up to date before they are penalised."""
     grammar: TextGrammar | None = None
     """What the answer must look like."""
+    reply: ReplyReader | None = None
+    """Takes the answer apart, if the request asks for it."""
 
     number: int = field(default_factory=itertools.count().__next__)
     """Its own, where the caller's request_id may come again."""

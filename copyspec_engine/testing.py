@@ -11,12 +11,14 @@ from __future__ import annotations
 import codecs
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from copyspec_engine.chat_format import ChatFormat, find_chat_format
 from copyspec_engine.config import EngineConfig
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.engine import Engine
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["ByteTokenizer", "ScriptedRunner", "scripted_engine"]
 
 _START, _END, _VOCABULARY = 256, 257, 258
+_MARKERS = {_START: "<|im_start|>", _END: "<|im_end|>"}
 
 
 class ByteTokenizer:
@@ -41,10 +44,17 @@ class ByteTokenizer:
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:  # noqa: ARG002 - it adds none
         return list(text.encode())
 
-    def decode(self, token_ids: Seq[int]) -> str:
+    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
+        if not skip_special_tokens:
+            return _prompt_text(token_ids)
         return bytes(token for token in token_ids if token < _START).decode(errors="replace")
 
-    def render(self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]] | None) -> list[int]:
+    def render(
+        self,
+        messages: Seq[dict[str, Any]],
+        tools: Seq[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),  # noqa: ARG002 - it reads none
+    ) -> list[int]:
         ids: list[int] = []
         if tools:
             ids += self._turn("system", json.dumps(list(tools)))
@@ -57,10 +67,14 @@ class ByteTokenizer:
     def _turn(self, role: str, content: str) -> list[int]:
         return [_START, *self.encode(f"{role}\n{content}"), _END, *self.encode("\n")]
 
-    def text_stream(self, stop: Seq[str]) -> TextStream:
+    def chat_format(self) -> ChatFormat:
+        return find_chat_format("<tool_call>")
+
+    def text_stream(self, stop: Seq[str], *, skip_special_tokens: bool = True) -> TextStream:
+        markers = dict.fromkeys(_MARKERS, "") if skip_special_tokens else _MARKERS
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return StoppingTextStream(
-            lambda token: decoder.decode(bytes([token])) if token < _START else "",
+            lambda token: decoder.decode(bytes([token])) if token < _START else markers[token],
             lambda: decoder.decode(b"", final=True),
             stop,
         )
@@ -141,8 +155,8 @@ class ScriptedRunner:
 
 
 def _prompt_text(token_ids: Iterable[int]) -> str:
-    markers = {_START: b"<|im_start|>", _END: b"<|im_end|>"}
-    return b"".join(markers.get(token) or bytes([token]) for token in token_ids).decode(errors="replace")
+    pieces = (_MARKERS[token].encode() if token in _MARKERS else bytes([token]) for token in token_ids)
+    return b"".join(pieces).decode(errors="replace")
 
 
 def scripted_engine(replies: Seq[str] | Callable[[str], str], config: EngineConfig | None = None) -> Engine:

@@ -9,11 +9,13 @@ import inspect
 import json
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tokenizers.decoders import DecodeStream
 
+from copyspec_engine.chat_format import ChatFormat, find_chat_format
 from copyspec_engine.errors import ConfigError, UnsupportedModelError
 from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.outputs import Segment
@@ -33,16 +35,25 @@ class ChatTokenizer(Protocol):
         """Token ids of raw text, with those special tokens around it that the tokenizer adds to a prompt by itself."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text, without special tokens or with their names in it."""
         ...
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
         """Token ids of a conversation up to where the answer begins."""
         ...
 
-    def text_stream(self, stop: Sequence[str]) -> TextStream:
+    def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
         """A fresh detokeniser for one answer."""
+        ...
+
+    def chat_format(self) -> ChatFormat:
+        """How the chat template writes tool calls and reasoning."""
         ...
 
     def fingerprint(self) -> Fingerprint:
@@ -87,21 +98,26 @@ class HFTokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
         if not self._tokenizer.chat_template:
             raise ConfigError("Got messages but this model has no chat template: use prompt=, or an instruction model")
         _refuse_media(messages)
-        options = self._keep_markers_apart(messages)
+        options = {**template_kwargs, **self._keep_markers_apart(messages)}
         try:
             return self._apply_template(messages, tools, options)
         except Exception as error:  # templates raise whatever Jinja or their own raise_exception() gives
             merged = _merge_neighbours(messages)
             if len(merged) < len(messages):  # some templates insist that roles alternate
-                return self.render(merged, tools)
+                return self.render(merged, tools, template_kwargs)
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
 
     def _apply_template(
@@ -136,8 +152,8 @@ class HFTokenizer:
             )
         return {}
 
-    def text_stream(self, stop: Sequence[str]) -> TextStream:
-        stream = DecodeStream(skip_special_tokens=True)
+    def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
+        stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         pending: list[int] = []  # tokens that have given no text yet
 
         def step(token_id: int) -> str:
@@ -146,13 +162,19 @@ class HFTokenizer:
             try:
                 piece: str = stream.step(self._backend, token_id) or ""
             except Exception:  # it gives up on bytes that are no UTF-8, which some tokenizers can write
-                stream = DecodeStream(skip_special_tokens=True)
-                piece = self.decode(pending)
+                stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+                piece = self.decode(pending, skip_special_tokens=skip_special_tokens)
             if piece:
                 pending.clear()
             return piece
 
-        return StoppingTextStream(step, lambda: self.decode(pending), stop)
+        return StoppingTextStream(step, lambda: self.decode(pending, skip_special_tokens=skip_special_tokens), stop)
+
+    def chat_format(self) -> ChatFormat:
+        chat_template = self._tokenizer.chat_template
+        if isinstance(chat_template, dict):  # several by name
+            chat_template = chat_template.get("tool_use") or chat_template.get("default")
+        return find_chat_format(chat_template, getattr(self._tokenizer, "response_template", None))
 
     def fingerprint(self) -> Fingerprint:
         with self._encoding:

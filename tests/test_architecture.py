@@ -44,6 +44,8 @@ LEVELS = {
         "packed_linear",
         "model_runner",
         "stateful_runner",
+        "chat_format",
+        "replies",
         "tokenizer",
         "bundled",
     },
@@ -60,6 +62,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "equivalence",
     "forced",
     "model_runner",
+    "replies",
     "stateful_runner",
     "tokenizer",
 }
