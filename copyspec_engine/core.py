@@ -130,9 +130,22 @@ class EngineCore:
         """What to verify behind each row's last token; nothing behind a piece of a prompt."""
         width = batch.num_tokens
         rows = [row for row in batch.rows if row.samples]
-        drafts = [_draft(row, width, self.model.exact_width) for row in rows]
+        drafts = [self._draft(row, width) for row in rows]
         shared = iter(self.policy.share([row.sequence.drafter for row in rows], drafts, width))
         return [self.scheduler.fit(row, next(shared)) if row.samples else DraftTree() for row in batch.rows]
+
+    def _draft(self, row: ScheduledRow, width: int) -> DraftTree:
+        """What a row would like to verify in a pass that reads `width` tokens anyway."""
+        sequence, exact_width = row.sequence, self.model.exact_width
+        room = _room(sequence, row.num_tokens, exact_width)
+        if isinstance(sequence.drafting, AdaptiveDrafter) and not sequence.first_token_s:
+            room = self.policy.without_delay(width, room)
+        draft = DraftTree() if sequence.drafter is None else sequence.drafter.propose(width, room)
+        if isinstance(sequence.grammar, GrammarState):
+            draft = sequence.grammar.prune(draft, room)
+        if exact_width is not None:  # the keys of a branch would stand between those of the path
+            draft = draft.first(next((i for i, parent in enumerate(draft.parents) if parent != i - 1), len(draft)))
+        return draft
 
     def _commit(self, row: ScheduledRow, result: _Result | Exception) -> StreamChunk | Exception | None:
         """Take over a row's result, or end its request if the row failed."""
@@ -218,18 +231,6 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
     except MemoryFileError as error:
         logger.error("Conversations are kept in memory only: %s", error)
         return None, str(error)
-
-
-def _draft(row: ScheduledRow, width: int, exact_width: int | None) -> DraftTree:
-    """What a row would like to verify in a pass that reads `width` tokens anyway."""
-    sequence = row.sequence
-    room = _room(sequence, row.num_tokens, exact_width)
-    draft = DraftTree() if sequence.drafter is None else sequence.drafter.propose(width, room)
-    if isinstance(sequence.grammar, GrammarState):
-        draft = sequence.grammar.prune(draft, room)
-    if exact_width is not None:  # the keys of a branch would stand between those of the path
-        draft = draft.first(next((i for i, parent in enumerate(draft.parents) if parent != i - 1), len(draft)))
-    return draft
 
 
 def _room(sequence: Sequence, num_tokens: int, exact_width: int | None) -> int:

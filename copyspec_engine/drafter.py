@@ -37,6 +37,8 @@ __all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients"]
 _MAX_NODES = 1024
 _REGION = 2048
 """Tokens of memory that a call in flight holds for its answer at a time."""
+_MOST_DELAY = 1.1
+"""How much longer the pass that gives an answer's first token may take with a draft in it than without."""
 _SHARED = 0.05
 """How far what a call has learnt moves what later conversations start from."""
 
@@ -204,6 +206,14 @@ class DraftingPolicy:
         if isinstance(options, CopySpecDrafter):
             return _BlockDrafter(options, memory, prompt_ids, eos_token_ids)
         return _NoDrafter(memory, prompt_ids)
+
+    def without_delay(self, width: int, room: int) -> int:
+        """Of `room` draft nodes, how many a pass of `width` tokens takes along without a wait that anybody notices.
+
+        A prompt's last pass gives the first token: whoever reads along waits for that one more than for the others.
+        """
+        seconds = self.cost.seconds(width, room + 1)
+        return int(np.searchsorted(seconds, _MOST_DELAY * seconds[0], side="right")) - 1
 
     def share(self, drafters: Seq[Drafter | None], drafts: Seq[DraftTree], width: int) -> list[DraftTree]:
         """Of the drafts for one pass what is worth its time when all of them are in it.
