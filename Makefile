@@ -12,9 +12,10 @@ demo: $(VENV)/.for-demo
 	@echo "==> Main job: a document-rewrite chain on the bundled model, beside plain decoding and transformers"
 	$(BIN)/copyspec demo --compare
 
+# Most tests are one thread's work: several processes with one thread each take half the time of one with all of them.
 test: lint
 	@echo "==> Tests"
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.for-test
 	@echo "==> Format, lint and types"
