@@ -119,7 +119,7 @@ def test_the_gpu_script_runs_on_a_cpu_and_writes_its_figures(tmp_path: Path) -> 
         assert check["forward_passes"]["adaptive"] < check["forward_passes"]["none"] == 3 * 48
 
     steps = report["checks"]["steps"]
-    assert steps["execution"] == "eager"
+    assert steps["execution"] == "packed"
     assert steps["curve"][0]["nodes"] == 1
     assert steps["targets"]["plain step over the limit"]["wanted"] == 1.25
     assert report["checks"]["attention alone"]["points"][0]["kv_bytes_per_s"] > 0

@@ -223,7 +223,7 @@ def test_a_draft_stays_within_the_options_and_the_room(
     assert max(len(draft) for _, draft in verified) == 7
     verified.clear()
     assert len(ask(engine, grammar, "adaptive", max_tokens=30).token_ids) == 30
-    assert [(written, len(draft)) for written, draft in verified] == [([], 29)]
+    assert sum(len(draft) + 1 for _, draft in verified) == 30
 
 
 class Spy:
