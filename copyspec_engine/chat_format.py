@@ -6,7 +6,9 @@ families, told apart by what their chat templates write.
 
 from __future__ import annotations
 
-from typing import Any, cast
+import re
+from collections.abc import Collection
+from typing import Any, Literal, cast
 
 from pydantic import JsonValue
 
@@ -21,17 +23,35 @@ class ChatFormat(Options):
     """How an assistant's message is written in a chat template."""
 
     name: str
-    assistant: str
-    """What the last assistant message of a prompt begins with; text behind it is part of the answer."""
+    marks: tuple[str, ...] = ()
+    """What every chat template of the family holds."""
+    assistant: tuple[str, ...]
+    """What an assistant's message begins behind; text behind the last of it in a prompt is part of the answer."""
     calls: CallLayout | None = None
-    """How tool calls are written; None: nobody knows."""
+    """How tool calls are written; None: nobody knows, or `parts` says how to read them."""
     reasoning: tuple[str, str] | None = ("<think>", "</think>")
     """What opens and closes reasoning; None: there is none."""
+    text_begin: str = ""
+    """What is written between reasoning and text."""
+    parts: dict[str, JsonValue] | None = None
+    """The fields of an answer in transformers' form, where `calls` and `reasoning` do not say enough."""
     own_template: dict[str, JsonValue] | None = None
     """The tokenizer's own response template, in transformers' form."""
+    arguments: Literal["object", "json"] = "object"
+    """In which form the template takes the arguments of earlier calls: as an object, or written as JSON."""
+    short_ids: bool = False
+    """The template takes ids of nine letters and digits only."""
+    reasoning_key: str = "reasoning_content"
+    """Under which key of a message the template looks for reasoning."""
+    prelude: str = ""
+    """Jinja that is put before a template which does not know `tools`, calls or reasoning, and writes them for it."""
 
-    def response_template(self) -> dict[str, Any]:
-        """What transformers' `ResponseParser` needs: the parts of an answer, none of them parsed further."""
+    def response_template(self, names: Collection[str] = ()) -> dict[str, Any]:
+        """What transformers' `ResponseParser` needs. But for a tokenizer's own template, it parses no part further.
+
+        Args:
+            names: of the functions that may be called; without a marker only these tell a call from other JSON.
+        """
         if self.own_template is not None:
             return cast("dict[str, Any]", self.own_template)
         fields: dict[str, Any] = {"content": {"content": "text"}}
@@ -39,10 +59,8 @@ class ChatFormat(Options):
             begin, end = self.reasoning
             fields["thinking"] = {"open": begin, "close": end, "content": "text"}
         if self.calls is not None:
-            fields["tool_calls"] = {"open": self.calls.begin, "repeats": True, "content": "text"}
-            if self.calls.end:
-                fields["tool_calls"]["close"] = self.calls.end
-        return {"start_anchor": self.assistant, "fields": fields}
+            fields |= _call_fields(self.calls, names)
+        return {"start_anchor": list(self.assistant), "fields": self.parts or fields}
 
     def grammar(self, tools: tuple[dict[str, JsonValue], ...], tool_choice: str, *, parallel: bool = True) -> Grammar:
         """A grammar under which an answer calls `tools` in this format.
@@ -50,7 +68,7 @@ class ChatFormat(Options):
         Args:
             tools: OpenAI-style function schemas.
             tool_choice: "auto", "required" or a function's name.
-            parallel: more than one call in an answer.
+            parallel: more than one call in an answer, where the format has room for it.
 
         Raises:
             ConfigError: the tools are not function schemas, or the format is not known.
@@ -64,12 +82,232 @@ class ChatFormat(Options):
         return Grammar(tools=ToolCalls(tools=tools, tool_choice=tool_choice, parallel=parallel, **layout))
 
 
-FORMATS: tuple[tuple[str, ChatFormat], ...] = (
-    ("<tool_call>", ChatFormat(name="hermes", assistant="<|im_start|>assistant", calls=CallLayout())),
-)
-"""(what a chat template of the family holds, its format), the most telling first."""
+def _call_fields(layout: CallLayout, names: Collection[str]) -> dict[str, Any]:
+    """Where the calls of an answer are, as fields of a response template."""
+    calls: dict[str, Any] = {"repeats": True, "content": "text"}
+    if layout.begin:
+        calls["open_pattern"] = rf"(?:{re.escape(layout.before)}\s*)?{re.escape(layout.begin)}"
+    else:
+        known = "|".join(map(re.escape, names)) or "(?!)"
+        name = rf'"{re.escape(layout.name_key)}"\s*:\s*"(?:{known})"'
+        calls["open_pattern"] = rf'\A\s*(?:<\|python_tag\|>|(?=\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?{name}))'
+    if layout.end:
+        calls["close"] = layout.end
+    return {"tool_calls": calls} | ({"rest": {"open": layout.after}} if layout.after else {})
 
-_PLAIN = ChatFormat(name="plain", assistant="<|im_start|>assistant")
+
+def _calls_in_text(call: str, *, begin: str = "", end: str = "", between: str = "", head: str = "") -> str:
+    """Jinja that writes calls and reasoning into the messages' texts.
+
+    Args:
+        call: one call, of the variable `call`, in Jinja.
+        begin, end, between: around all of them, and between two.
+        head: Jinja of what precedes the message's text.
+    """
+    calls = f"{begin}{{%- for call in message.tool_calls -%}}{call}{{%- if not loop.last -%}}{between}{{%- endif -%}}"
+    return (
+        "{%- set ns = namespace(messages=[]) -%}{%- for message in messages -%}"
+        f"{{%- set text -%}}{head}{{{{- message.content -}}}}{{%- if message.tool_calls -%}}{calls}"
+        f"{{%- endfor -%}}{end}{{%- endif -%}}{{%- endset -%}}"
+        "{%- set ns.messages = ns.messages + [dict(message, content=text)] -%}"
+        "{%- endfor -%}{%- set messages = ns.messages -%}"
+    )
+
+
+_CALL_OBJECT = "{{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson -}}"
+
+_SMOLLM3 = (
+    "{%- if tools and xml_tools is not defined -%}{%- set xml_tools = tools -%}{%- endif -%}"
+) + _calls_in_text(
+    "{%- if message.content or not loop.first -%}{{- '\\n' -}}{%- endif -%}"
+    "{{- '<tool_call>\\n' -}}" + _CALL_OBJECT + "{{- '\\n</tool_call>' -}}",
+    head=(
+        "{%- if message.role == 'assistant' and message.reasoning_content -%}"
+        "{{- '<think>\\n' ~ message.reasoning_content ~ '\\n</think>\\n' -}}{%- endif -%}"
+    ),
+)
+
+_PHI = (
+    "{%- if tools -%}{%- set known = namespace(tools=[]) -%}"
+    "{%- for tool in tools -%}{%- set known.tools = known.tools + [tool.function] -%}{%- endfor -%}"
+    "{%- if messages[0].role != 'system' -%}{%- set messages = [{'role': 'system', 'content': ''}] + messages -%}"
+    "{%- endif -%}{%- set messages = [dict(messages[0], tools=known.tools | tojson)] + messages[1:] -%}{%- endif -%}"
+    + _calls_in_text(
+        _CALL_OBJECT, begin="{{- '<|tool_call|>[' -}}", end="{{- ']<|/tool_call|>' -}}", between="{{- ', ' -}}"
+    ).replace("dict(message, ", "dict(message, role='tool_response' if message.role == 'tool' else message.role, ")
+)
+
+_HARMONY: dict[str, JsonValue] = {
+    "thinking": {"open": "<|channel|>analysis<|message|>", "close": ["<|end|>", "<|return|>"]},
+    "preamble": {"open": "<|channel|>commentary<|message|>", "close": ["<|end|>", "<|return|>"]},
+    "content": {"open": "<|channel|>final<|message|>", "close": ["<|return|>", "<|end|>"]},
+    "tool_calls": {
+        "open_pattern": r"(?:<\|channel\|>(?:commentary|analysis))? to=functions\.",
+        "close": ["<|call|>", "<|end|>", "<|return|>"],
+        "repeats": True,
+    },
+}
+
+_GEMMA4: dict[str, JsonValue] = {
+    "content": {"close": ["<turn|>", "<|tool_response>"]},
+    "thinking": {"open": "<|channel>thought\n", "close": "<channel|>"},
+    "tool_calls": {
+        "open_pattern": r"<\|tool_call>call:(?P<name>[\w.\-]+)",
+        "close": "<tool_call|>",
+        "repeats": True,
+        "content": "json",
+        "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
+        "transform": {"name": "{name}", "arguments": "{content}"},
+    },
+}
+
+_FUNCTION_GEMMA: dict[str, JsonValue] = {
+    "content": {"close": ["<start_function_response>", "<end_of_turn>"]},
+    "tool_calls": {
+        "open_pattern": r"<start_function_call>call:(?P<name>[\w.\-]+)",
+        "close": "<end_function_call>",
+        "repeats": True,
+        "content": "json",
+        "content_args": {"unquoted_keys": True, "string_delims": [["<escape>", "<escape>"]]},
+        "transform": {"name": "{name}", "arguments": "{content}"},
+    },
+}
+
+_CHATML = ("<|im_start|>assistant",)
+_MISTRAL = ("[/INST]", "[/TOOL_RESULTS]")
+_DEEPSEEK = ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁end｜>")
+_LLAMA = ("<|start_header_id|>assistant<|end_header_id|>\n\n",)
+_DEEPSEEK_CALLS = CallLayout(
+    style="named",
+    before="<｜tool▁calls▁begin｜>",
+    begin="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+    name_ends=("\n```json\n",),
+    arguments_end="\n```",
+    end="<｜tool▁call▁end｜>",
+    after="<｜tool▁calls▁end｜>",
+)
+_MISTRAL_CALLS = CallLayout(style="named", begin="[TOOL_CALLS]", name_ends=("[ARGS]",), end="", between="")
+
+FORMATS: tuple[ChatFormat, ...] = (
+    ChatFormat(
+        name="gpt-oss",
+        marks=("<|channel|>", "<|message|>"),
+        assistant=("<|start|>assistant",),
+        calls=CallLayout(
+            style="named",
+            begin=" to=functions.",
+            name_ends=("<|channel|>commentary json<|message|>", " <|constrain|>json<|message|>"),
+            end="",
+            repeats=False,
+        ),
+        parts=_HARMONY,
+        text_begin="<|channel|>final<|message|>",
+        reasoning=None,
+        reasoning_key="thinking",
+    ),
+    ChatFormat(
+        name="deepseek",
+        marks=("<｜tool▁sep｜>", "```json"),
+        assistant=_DEEPSEEK,
+        calls=_DEEPSEEK_CALLS,
+        arguments="json",
+    ),
+    ChatFormat(
+        name="deepseek-v3.1",
+        marks=("<｜tool▁sep｜>",),
+        assistant=_DEEPSEEK,
+        calls=_DEEPSEEK_CALLS.model_copy(
+            update={
+                "begin": "<｜tool▁call▁begin｜>",
+                "name_ends": ("<｜tool▁sep｜>",),
+                "arguments_end": "",
+                "between": "",
+            }
+        ),
+        arguments="json",
+    ),
+    ChatFormat(
+        name="gemma4",
+        marks=("<|tool_call>call:",),
+        assistant=("<|turn>model\n", "<tool_response|>"),
+        parts=_GEMMA4,
+    ),
+    ChatFormat(
+        name="functiongemma",
+        marks=("<start_function_call>",),
+        assistant=("<start_of_turn>model\n", "<end_function_response>"),
+        parts=_FUNCTION_GEMMA,
+    ),
+    ChatFormat(
+        name="phi4",
+        marks=("<|tool|>",),
+        assistant=("<|assistant|>",),
+        calls=CallLayout(style="array", begin="<|tool_call|>", end="<|/tool_call|>"),
+        prelude=_PHI,
+    ),
+    ChatFormat(
+        name="mistral-v11",
+        marks=("[ARGS]", "[CALL_ID]"),
+        assistant=_MISTRAL,
+        calls=_MISTRAL_CALLS.model_copy(update={"id_begin": "[CALL_ID]"}),
+        reasoning=("[THINK]", "[/THINK]"),
+        short_ids=True,
+    ),
+    ChatFormat(
+        name="mistral-v13",
+        marks=("[ARGS]",),
+        assistant=_MISTRAL,
+        calls=_MISTRAL_CALLS,
+        reasoning=("[THINK]", "[/THINK]"),
+        short_ids=True,
+    ),
+    ChatFormat(
+        name="mistral",
+        marks=("[TOOL_CALLS]",),
+        assistant=_MISTRAL,
+        calls=CallLayout(style="array", begin="[TOOL_CALLS]", end=""),
+        reasoning=("[THINK]", "[/THINK]"),
+        short_ids=True,
+    ),
+    ChatFormat(
+        name="qwen3-coder",
+        marks=("<tool_call>", "<function="),
+        assistant=_CHATML,
+        parts={
+            "content": {},
+            "thinking": {"open": "<think>", "close": "</think>"},
+            "tool_calls": {
+                "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+                "close_pattern": r"</function>\s*</tool_call>",
+                "repeats": True,
+                "content": "xml-inline",
+                "content_args": {
+                    "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>",
+                },
+                "transform": {"function": {"name": "{name}", "arguments": "{content}"}},
+            },
+        },
+    ),
+    ChatFormat(name="smollm3", marks=("xml_tools",), assistant=_CHATML, calls=CallLayout(), prelude=_SMOLLM3),
+    ChatFormat(name="hermes", marks=("<tool_call>",), assistant=_CHATML, calls=CallLayout()),
+    ChatFormat(
+        name="llama3",
+        marks=("<|start_header_id|>", '"parameters"'),
+        assistant=_LLAMA,
+        calls=CallLayout(begin="", end="", between="; ", arguments_key="parameters", repeats=False),
+    ),
+    ChatFormat(name="llama3-text", marks=("<|start_header_id|>",), assistant=_LLAMA),
+    ChatFormat(
+        name="smollm2",
+        marks=("named SmolLM",),
+        assistant=_CHATML,
+        calls=CallLayout(style="array"),
+    ),
+    ChatFormat(name="gemma", marks=("<start_of_turn>",), assistant=("<start_of_turn>model\n",)),
+)
+"""The known families, the most telling marks first."""
+
+_PLAIN = ChatFormat(name="plain", assistant=_CHATML)
 
 
 def find_chat_format(chat_template: str | None, response_template: dict[str, Any] | None = None) -> ChatFormat:
@@ -79,6 +317,6 @@ def find_chat_format(chat_template: str | None, response_template: dict[str, Any
         chat_template: Jinja source.
         response_template: the tokenizer's own, if it ships one.
     """
-    known = (fmt for mark, fmt in FORMATS if chat_template is not None and mark in chat_template)
+    known = (fmt for fmt in FORMATS if chat_template is not None and all(mark in chat_template for mark in fmt.marks))
     found = next(known, _PLAIN)
     return found if response_template is None else found.model_copy(update={"own_template": response_template})

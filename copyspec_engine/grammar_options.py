@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
@@ -22,17 +22,39 @@ def _chosen_tool(value: object) -> object:
 
 
 class CallLayout(Options):
-    """How a call is written: `begin`, a JSON object with the function's name and arguments, and `end`.
+    """How calls are written: `before`, one or more of `begin`, a call and `end`, `after`.
 
-    A line break may stand before and after the object, and between two calls.
+    White space may stand around a JSON object or array, and `between` two calls.
     """
 
-    begin: str = Field(default="<tool_call>", min_length=1)
-    """Opens a call."""
+    style: Literal["object", "array", "named"] = "object"
+    """object: a JSON object with the function's name and arguments; array: all calls as such objects in one JSON array;
+    named: the name, one of `name_ends`, the arguments as a JSON object, `arguments_end`."""
+    begin: str = "<tool_call>"
+    """Opens a call or the array; "": an answer that begins with an object is a call."""
     end: str = "</tool_call>"
-    """Closes a call."""
+    """Closes it."""
+    before: str = ""
+    """Opens all calls of an answer."""
+    after: str = ""
+    """Closes them; nothing follows."""
+    between: str = "\n"
+    """May stand between two calls."""
+    repeats: bool = True
+    """An answer may hold several calls."""
     name_key: str = Field(default="name", min_length=1)
     arguments_key: str = Field(default="arguments", min_length=1)
+    name_ends: tuple[str, ...] = Field(default=("",), min_length=1)
+    """What may stand between a name and its arguments."""
+    id_begin: str = ""
+    """Opens the call's id behind the name, if there may be one."""
+    arguments_end: str = ""
+
+    @model_validator(mode="after")
+    def _check_begin(self) -> CallLayout:
+        if not self.begin and (self.style != "object" or self.before):
+            raise ValueError(f"Got begin='' with style={self.style!r} but expected a text: only bare objects need none")
+        return self
 
 
 class ToolCalls(CallLayout):

@@ -27,9 +27,12 @@ def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, byt
 
     marker = (grammar.start_after or "").encode()
     if grammar.tools is not None:
-        free = grammar.tools.tool_choice == "auto"
-        text = LLMatcher.grammar_from_lark(_tool_calls(grammar.tools, literal))
-        return text, grammar.tools.begin.encode() if free else marker, free and grammar.tools.parallel
+        calls = grammar.tools
+        free = calls.tool_choice == "auto"
+        text = LLMatcher.grammar_from_lark(_tool_calls(calls, literal))
+        again = free and calls.parallel and calls.repeats and not (calls.before or calls.style == "array")
+        opening = (calls.before or calls.begin).encode() if free else marker
+        return text, opening, again and bool(calls.begin)
     if grammar.regex is not None:
         return LLMatcher.grammar_from_regex(grammar.regex), marker, False
     if grammar.lark is not None:
@@ -42,24 +45,70 @@ def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, byt
 
 
 def _tool_calls(options: ToolCalls, literal: Callable[[str], str]) -> str:
-    """Lark for the calls; where free text precedes a call, for what follows its `begin`."""
+    """Lark for the calls; where free text precedes a call, for what follows its `begin`, or `before` of all calls."""
     functions = [cast("dict[str, Any]", tool["function"]) for tool in options.tools]
     chosen = [function for function in functions if options.tool_choice in ("auto", "required", function["name"])]
-    begin, end = literal(options.begin), literal(options.end)
-    if options.tool_choice == "auto":
+    begin, end, after = literal(options.begin), literal(options.end), literal(options.after)
+    several = options.parallel and options.repeats
+    free = options.tool_choice == "auto"
+    rest = _rest(options, end, several=several)
+    between = f"({literal(options.between)})?" if options.between else ""
+    more = f" ({between} {begin} rest)*" if several and options.style != "array" else ""
+    if not options.begin and free:
+        start = r"rest | TEXT"  # which of them is told by the first letter
+    elif free and options.before:
+        start = f"{begin} rest{more} {after}"
+    elif free:
         start = "rest"
     else:
-        start = f'{begin} rest ("\\n"? {begin} rest)*' if options.parallel else f"{begin} rest"
-    objects = "\n".join(f"f{i}: %json {json.dumps(_call_schema(f, options))}" for i, f in enumerate(chosen))
+        start = f"{literal(options.before)} {begin} rest{more} {after}"
     names = " | ".join(f"f{i}" for i in range(len(chosen)))
-    rest = f'"\\n"? ({names}) "\\n"? {end}' if end else f'"\\n"? ({names})'
-    return f"start: {start}\nrest: {rest}\n{objects}\n"
+    rules = [f"start: {start}", f"rest: {rest}", f"call: {names}"]
+    for i, function in enumerate(chosen):
+        rules += _named_call(i, function, options, literal) if options.style == "named" else [_object(i, function, options)]
+    rules += [r"TEXT: /([ \t\r\n]*[^ \t\r\n{](.|\n)*)?/"] if "TEXT" in start else []
+    return "\n".join(rules) + "\n"
+
+
+def _rest(options: ToolCalls, end: str, *, several: bool) -> str:
+    """What follows the `begin` of a call or array."""
+    if options.style == "named":
+        return f"call {end}"
+    space = r'("\n" | " ")?'
+    inner = "call"
+    if options.style == "array":
+        inner = f'"[" {space} call ("," {space} call)* {space} "]"' if several else '"[" call "]"'
+    if options.begin:
+        inner = f"{space} {inner}"
+    return f"{inner} {space} {end}" if end else inner
+
+
+def _object(number: int, function: dict[str, Any], options: ToolCalls) -> str:
+    """The rule of a call that is a JSON object."""
+    return f"f{number}: %json {json.dumps(_call_schema(function, options))}"
+
+
+def _named_call(
+    number: int, function: dict[str, Any], options: ToolCalls, literal: Callable[[str], str]
+) -> list[str]:
+    """The rules of a call whose name stands before its arguments."""
+    call_id = f"({literal(options.id_begin)} /[a-zA-Z0-9]{{9}}/)?" if options.id_begin else ""
+    name_end = " | ".join(literal(text) or '""' for text in options.name_ends)
+    schema = _LAYOUT | _parameters(function)
+    return [
+        f"f{number}: {quoted(function['name'])} {call_id} ({name_end}) a{number} {literal(options.arguments_end)}",
+        f"a{number}: %json {json.dumps(schema)}",
+    ]
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's arguments."""
+    return function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def _call_schema(function: dict[str, Any], options: ToolCalls) -> dict[str, Any]:
     """The JSON schema of a call of one function."""
-    name, arguments = options.name_key, options.arguments_key
-    parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    name, arguments, parameters = options.name_key, options.arguments_key, _parameters(function)
     return {
         "x-guidance": parameters.get("x-guidance", _LAYOUT["x-guidance"]),
         "type": "object",

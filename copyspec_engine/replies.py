@@ -1,45 +1,64 @@
 """An answer's text taken apart while it is written: text, reasoning, tool calls.
 
 A call that is malformed or cut off becomes an invalid call, never an exception. Joining the deltas of a stream gives
-the same as parsing the whole answer.
+the same as parsing the whole answer. What a piece costs does not depend on how much was written before it.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
-import string
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers.utils.chat_parsing import ResponseParser
+from transformers.utils.chat_parsing.response_templates import load_response_template
 
+from copyspec_engine.call_reader import Call, CallsReader
 from copyspec_engine.chat_format import ChatFormat
-from copyspec_engine.grammar_options import CallLayout
 from copyspec_engine.outputs import InvalidToolCall, Reply, ReplyDelta, ToolCall
 
 __all__ = ["ReplyParser"]
 
-_ID_LETTERS = string.ascii_letters + string.digits
-_ID_LENGTH = 9
-"""Some chat templates (Mistral's) take ids of exactly nine letters and digits."""
+logger = logging.getLogger(__name__)
+
+_REASONING = ("thinking", "reasoning", "reasoning_content")
+"""Names that response templates give to it."""
+
+
+class _Parser(ResponseParser):
+    """Goes on behind a part that cannot be parsed; its closing event then says why."""
+
+    def _close_current(self, events: list[dict[str, Any]]) -> None:
+        field = self._current
+        try:
+            super()._close_current(events)
+        except Exception as error:  # a malformed number or JSON, a transform that does not fit it, deep nesting
+            events.append({"type": "region_close", "field": field, "error": f"{type(error).__name__}: {error}"})
+            self._reset_to_implicit()
 
 
 class _Trimmed:
     """A part whose white space at both ends belongs to the format, not to the text."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self._pieces: list[str] = []
         self._held = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
 
     def feed(self, text: str) -> str:
         """What `text` adds for sure."""
         whole = self._held + text
-        if not self.text:
+        if not self._pieces:
             whole = whole.lstrip()
         added = whole.rstrip()
         self._held = whole[len(added) :]
-        self.text += added
+        if added:
+            self._pieces.append(added)
         return added
 
 
@@ -51,25 +70,58 @@ class ReplyParser:
         prompt: the end of the rendered prompt, special tokens included: a template may have begun the answer, with an
             opened reasoning say.
         tools: OpenAI-style function schemas, by which arguments are read that the format writes without types.
+
+    Raises:
+        ValueError: the tokenizer's own response template is malformed.
     """
 
     def __init__(self, chat_format: ChatFormat, prompt: str = "", tools: Sequence[dict[str, Any]] = ()) -> None:
         self._layout = chat_format.calls if chat_format.own_template is None else None
-        self._parser = ResponseParser(chat_format.response_template(), prefix=prompt, tools=list(tools))
-        self._text, self._reasoning = _Trimmed(), _Trimmed()
-        self._calls: list[_CallReader] = []
+        functions = [tool.get("function", {}) for tool in tools]
+        template = load_response_template(chat_format.response_template([str(f.get("name")) for f in functions]))
+        # A required part that is missing would cost all others.
+        template.fields = {name: replace(field, optional=True) for name, field in template.fields.items()}
+        self._parser: _Parser | None = _Parser(template, prefix=_begun(chat_format, prompt), tools=list(tools))
+        self._unread: list[str] | None = None if template.implicit is not None else []
+        """All text, where what is in no part would be lost."""
+        self._calls: list[Call] = []
+        self._reader: CallsReader | None = None
+        self._reset()
+        self.is_reasoning = False
+        """The prompt has opened a reasoning that the answer goes on with."""
         for event in self._parser.initial_events:  # what the template has written is no part of the answer
             self._take(event)
+            if event["field"] in _REASONING:
+                self.is_reasoning = event["type"] != "region_close"
+        self._reset()
+
+    def _reset(self) -> None:
         self._text, self._reasoning = _Trimmed(), _Trimmed()
 
     def feed(self, text: str) -> list[ReplyDelta]:
         """What more text adds to the parts. `text` is the answer's own, special tokens included."""
-        return [delta for event in self._parser.feed(text) for delta in self._take(event)]
+        if self._unread is not None:
+            self._unread.append(text)
+        if self._parser is None:
+            return self._add_text(text)
+        try:
+            return [delta for event in self._parser.feed(text) for delta in self._take(event)]
+        except Exception:  # a fault of the parser's or a template's, which must not end the answer
+            logger.exception("an answer could not be taken apart: the rest of it is text")
+            self._parser = None
+            return self._add_text(text)
 
     def finish(self) -> tuple[Reply, list[ReplyDelta]]:
         """The whole answer, and what its end added."""
-        _, events = self._parser.finalize()
-        deltas = [delta for event in events for delta in self._take(event)]
+        deltas: list[ReplyDelta] = []
+        if self._parser is not None:
+            try:
+                deltas = [delta for event in self._parser.finalize()[1] for delta in self._take(event)]
+            except Exception:
+                logger.exception("the end of an answer could not be taken apart")
+        self._close_reader()
+        if self._unread and not (self._text.text or self._reasoning.text or self._calls):
+            deltas += self._add_text("".join(self._unread))
         results = [call.result() for call in self._calls]
         return Reply(
             self._text.text,
@@ -80,82 +132,70 @@ class ReplyParser:
 
     def _take(self, event: dict[str, Any]) -> list[ReplyDelta]:
         field, kind = event["field"], event["type"]
+        if field == "rest":
+            return []
         if field == "tool_calls":
-            if kind == "region_open":
-                self._calls.append(_CallReader(len(self._calls), self._layout or CallLayout()))
-            return self._calls[-1].feed(event["text"]) if kind == "region_chunk" else []
+            return self._take_call(event) if self._layout is None else self._read_calls(event)
         if kind != "region_chunk":
             return []
-        if field == "content":
-            added = self._text.feed(event["text"])
-            return [ReplyDelta("text", added)] if added else []
+        if field not in _REASONING:
+            return self._add_text(event["text"])
         added = self._reasoning.feed(event["text"])
         return [ReplyDelta("reasoning", added)] if added else []
 
+    def _add_text(self, text: str) -> list[ReplyDelta]:
+        added = self._text.feed(text)
+        return [ReplyDelta("text", added)] if added else []
 
-class _CallReader:
-    """Reads one call: its name, then its arguments as they come."""
+    def _read_calls(self, event: dict[str, Any]) -> list[ReplyDelta]:
+        """Calls whose layout we know are read as they come."""
+        if event["type"] == "region_open" and self._layout is not None:
+            self._reader = CallsReader(self._layout, self._calls)
+        elif event["type"] == "region_close":
+            self._close_reader()
+        elif self._reader is not None:
+            deltas = self._reader.feed(event["text"])
+            return [d for delta in deltas for d in ([delta] if delta.kind != "text" else self._add_text(delta.text))]
+        return []
 
-    def __init__(self, index: int, layout: CallLayout) -> None:
-        self._index, self._layout = index, layout
-        self._id = "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
-        self._body = ""
-        self._sent: int | None = None
-        """Characters of the arguments that were given out; None while the name is not known."""
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
-    def feed(self, text: str) -> list[ReplyDelta]:
-        self._body += text
-        name, arguments = _parts(self._body, self._layout)
-        if name is None or arguments is None:
+    def _take_call(self, event: dict[str, Any]) -> list[ReplyDelta]:
+        """Calls that transformers parses come as a whole, and may be several."""
+        if event["type"] == "region_open":
+            self._calls.append(Call(len(self._calls)))
             return []
-        first, sent = self._sent is None, self._sent or 0
-        self._sent = len(arguments)
-        if not first and not arguments[sent:]:
+        call = self._calls[-1]
+        if event["type"] == "region_chunk":
+            call.raw.append(event["text"])
             return []
-        begin = {"id": self._id, "name": name} if first else {}
-        return [ReplyDelta("tool_call", arguments[sent:], self._index, **begin)]
-
-    def result(self) -> ToolCall | InvalidToolCall:
-        name, _ = _parts(self._body, self._layout)
-        try:
-            call = json.loads(self._body)
-        except ValueError as error:
-            return InvalidToolCall(self._id, name, self._body.strip(), f"not JSON: {error}")
-        if not isinstance(call, dict) or not isinstance(call.get(self._layout.name_key), str):
-            return InvalidToolCall(self._id, name, self._body.strip(), f"no {self._layout.name_key!r} in the call")
-        arguments = call.get(self._layout.arguments_key, {})
-        if not isinstance(arguments, dict):
-            return InvalidToolCall(self._id, name, self._body.strip(), "the arguments are no JSON object")
-        return ToolCall(self._id, call[self._layout.name_key], arguments)
+        call.error = event.get("error")
+        if call.error is not None:
+            return []
+        first, *others = event["value"] if isinstance(event["value"], list) and event["value"] else [event["value"]]
+        deltas = _read_value(call, first)
+        for value in others:
+            self._calls.append(Call(len(self._calls)))
+            self._calls[-1].raw = call.raw
+            deltas += _read_value(self._calls[-1], value)
+        return deltas
 
 
-def _parts(body: str, layout: CallLayout) -> tuple[str | None, str | None]:
-    """The name in the beginning of a call, and its arguments as far as they are written."""
-    name: str | None = None
-    arguments: str | None = None
-    decoder, at = json.JSONDecoder(), body.find("{") + 1
-    if not at:
-        return None, None
-    try:
-        while True:
-            at = _skip(body, at, " \t\r\n,")
-            key, at = decoder.raw_decode(body, at)
-            at = _skip(body, at, " \t\r\n:")
-            if key == layout.arguments_key:
-                try:
-                    _, end = decoder.raw_decode(body, at)
-                except ValueError:
-                    return name, body[at:]
-                arguments, at = body[at:end], end
-            else:
-                value, at = decoder.raw_decode(body, at)
-                if key == layout.name_key and isinstance(value, str):
-                    name = value
-    except ValueError:
-        return name, arguments
+def _read_value(call: Call, value: object) -> list[ReplyDelta]:
+    """A call as a response template gives it."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        call.error = "no 'name' in the call"
+        return []
+    arguments = function.get("arguments", {})
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return call.named(function["name"]) + call.argue(written)
 
 
-def _skip(text: str, at: int, letters: str) -> int:
-    while at < len(text) and text[at] in letters:
-        at += 1
-    return at
+def _begun(chat_format: ChatFormat, prompt: str) -> str:
+    """The prompt, or nothing of it if no answer begins there: the parser would take all of it for the answer's."""
+    known = chat_format.own_template is not None or any(mark in prompt for mark in chat_format.assistant)
+    return prompt if known else ""

@@ -21,6 +21,7 @@ LEVELS = {
         "survival",
         "token_counts",
         "drafter",
+        "call_reader",
         "grammar_text",
         "growth",
         "kv_pool",
