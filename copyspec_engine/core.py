@@ -8,6 +8,7 @@ from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
+from copyspec_engine.exact_tokens import ExactTokens
 from copyspec_engine.grammar import GrammarState
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.logprobs import with_logprobs
@@ -45,6 +46,7 @@ class EngineCore:
         self.file, self.memory_error = _open_memory(config.memory_path, model)
         is_stateful = model.drafting_error is not None  # nothing of a text can be read without all before it
         self.cache = PrefixCache(self.pool, 0 if is_stateful else _PER_SESSION * config.max_sessions)
+        self.exact_tokens = ExactTokens()
         self.sessions = SessionStore(config, self._drop_kv, self.file, model.runner.vocab_size)
         prefill = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
         self.scheduler = Scheduler(
@@ -168,6 +170,13 @@ class EngineCore:
 
     def _drop_kv(self, session_id: str) -> None:
         self.cache.drop(session_key(session_id))
+        self.exact_tokens.drop(session_id)
+
+    def keep_tokens(self, sequence: Sequence) -> None:
+        """Keep a finished request's token ids for its session's next prompt."""
+        session, session_id = sequence.session, sequence.request.session_id
+        if session is not None and session.is_kept and session_id is not None and sequence.request.messages is not None:
+            self.exact_tokens.keep(session_id, sequence.token_ids)
 
     def close(self) -> None:
         """Let go of the memory file; no step may follow."""

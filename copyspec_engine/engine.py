@@ -39,6 +39,7 @@ from copyspec_engine.errors import (
     RequestFailedError,
 )
 from copyspec_engine.grammar import GrammarCompiler
+from copyspec_engine.grammar_options import Grammar
 from copyspec_engine.handle import RequestHandle, Sink
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, Progress, load_model
@@ -151,7 +152,9 @@ class Engine:
             ConfigError: the chat template refuses the messages, or a token id is not in the vocabulary.
         """
         if request.messages is not None:
-            return self._model.tokenizer.render(request.messages, request.tools, request.chat_template_kwargs)
+            known = self._core.exact_tokens.of(request.session_id)
+            tokenizer = self._model.tokenizer
+            return tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
         if request.prompt is not None:
             return self.encode(request.prompt)
         ids = list(request.prompt_token_ids or ())
@@ -287,6 +290,7 @@ class Engine:
         if wanted > model.num_slots:
             raise ContextOverflowError(wanted, model.num_slots, "the KV pool (kv_cache_tokens)")
         limit = min(model.max_model_len, model.num_slots)
+        reply = self._reply_parser(request, token_ids) if request.parse_reply else None
         eos = frozenset() if params.ignore_eos else model.eos_token_ids
         return Sequence(
             request=request,
@@ -297,12 +301,22 @@ class Engine:
             drafting=(request.drafter or self._config.drafter) if model.drafting_error is None else NoDrafter(),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=model.tokenizer.text_stream(params.stop, skip_special_tokens=not request.parse_reply),
-            reply=self._reply_parser(request, token_ids) if request.parse_reply else None,
+            reply=reply,
             prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),
             deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
             cache_salt=request.cache_salt or self._config.cache_salt,
-            grammar=None if request.grammar is None else self._grammars.begin(request.grammar),
+            grammar=None if request.grammar is None else self._grammars.begin(self._placed(request.grammar, reply)),
         )
+
+    def _placed(self, grammar: Grammar, reply: ReplyParser | None) -> Grammar:
+        """The grammar of an answer that is taken apart holds for its text or calls, not for what precedes them."""
+        calls = grammar.tools
+        if reply is None or grammar.start_after is not None or (calls is not None and calls.tool_choice == "auto"):
+            return grammar
+        start_after = self._chat_format.text_begin if calls is None else ""
+        if reply.is_reasoning and self._chat_format.reasoning is not None:
+            start_after = self._chat_format.reasoning[1]
+        return grammar.model_copy(update={"start_after": start_after}) if start_after else grammar
 
     def _reply_parser(self, request: GenerationRequest, prompt_ids: Seq[int]) -> ReplyParser:
         prompt = self._model.tokenizer.decode(prompt_ids[-_PROMPT_END:], skip_special_tokens=False)
@@ -371,6 +385,8 @@ class Engine:
     def _deliver(self, sequence: Sequence, item: StreamChunk | Exception) -> None:
         """Give a request's reader an item, if it still has one."""
         request_id, last = sequence.request.request_id, isinstance(item, Exception) or item.is_last
+        if last and isinstance(item, StreamChunk):
+            self._core.keep_tokens(sequence)
         with self._lock:
             entry = self._requests.get(request_id)
             if entry is None or entry[0] is not sequence:

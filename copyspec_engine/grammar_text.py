@@ -29,7 +29,7 @@ def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, byt
     if grammar.tools is not None:
         calls = grammar.tools
         free = calls.tool_choice == "auto"
-        text = LLMatcher.grammar_from_lark(_tool_calls(calls, literal))
+        text = LLMatcher.grammar_from_lark(_tool_calls(calls, literal, behind=bool(marker)))
         again = free and calls.parallel and calls.repeats and not (calls.before or calls.style == "array")
         opening = (calls.before or calls.begin).encode() if free else marker
         return text, opening, again and bool(calls.begin)
@@ -44,8 +44,14 @@ def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, byt
     return LLMatcher.grammar_from_json_schema(json.dumps(_LAYOUT | schema)), marker, False
 
 
-def _tool_calls(options: ToolCalls, literal: Callable[[str], str]) -> str:
-    """Lark for the calls; where free text precedes a call, for what follows its `begin`, or `before` of all calls."""
+def _tool_calls(options: ToolCalls, literal: Callable[[str], str], *, behind: bool) -> str:
+    """Lark for the calls; where free text precedes a call, for what follows its `begin`, or `before` of all calls.
+
+    Args:
+        options: what may be called, and how.
+        literal: a marker in Lark.
+        behind: line breaks may stand first, since a reasoning or other text does.
+    """
     functions = [cast("dict[str, Any]", tool["function"]) for tool in options.tools]
     chosen = [function for function in functions if options.tool_choice in ("auto", "required", function["name"])]
     begin, end, after = literal(options.begin), literal(options.end), literal(options.after)
@@ -61,7 +67,8 @@ def _tool_calls(options: ToolCalls, literal: Callable[[str], str]) -> str:
     elif free:
         start = "rest"
     else:
-        start = f"{literal(options.before)} {begin} rest{more} {after}"
+        lines = '("\\n" | "\\n\\n")? ' if behind else ""
+        start = f"{lines}{literal(options.before)} {begin} rest{more} {after}"
     names = " | ".join(f"f{i}" for i in range(len(chosen)))
     rules = [f"start: {start}", f"rest: {rest}", f"call: {names}"]
     for i, function in enumerate(chosen):

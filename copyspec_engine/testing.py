@@ -23,6 +23,7 @@ from copyspec_engine.config import EngineConfig
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
+from copyspec_engine.exact_tokens import Spelling
 from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.scheduler import ScheduledBatch
@@ -54,6 +55,7 @@ class ByteTokenizer:
         messages: Seq[dict[str, Any]],
         tools: Seq[dict[str, Any]] | None,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),  # noqa: ARG002 - it reads none
+        spellings: Seq[Spelling] = (),  # noqa: ARG002 - bytes spell each text in one way only
     ) -> list[int]:
         ids: list[int] = []
         if tools:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tokenizers.decoders import DecodeStream
+from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from copyspec_engine.chat_format import ChatFormat, find_chat_format
+from copyspec_engine.chat_messages import for_template
 from copyspec_engine.errors import ConfigError, UnsupportedModelError
+from copyspec_engine.exact_tokens import Spelling
 from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.outputs import Segment
 from copyspec_engine.sequence import TextStream
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ChatTokenizer", "HFTokenizer", "StoppingTextStream"]
+
+logger = logging.getLogger(__name__)
 
 
 class ChatTokenizer(Protocol):
@@ -44,8 +51,14 @@ class ChatTokenizer(Protocol):
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        spellings: Sequence[Spelling] = (),
     ) -> list[int]:
-        """Token ids of a conversation up to where the answer begins."""
+        """Token ids of a conversation up to where the answer begins.
+
+        Args:
+            messages, tools, template_kwargs: what the chat template renders.
+            spellings: of earlier calls; where the text begins as one of them does, it has the same ids.
+        """
         ...
 
     def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
@@ -87,6 +100,23 @@ class HFTokenizer:
         self._backend: Any = tokenizer.backend_tokenizer
         # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
         self._encoding = threading.Lock()
+        self._chat_format = self._find_format()
+        control = self._control_tokens()
+        self._control_ids = frozenset(control.values())
+        names = sorted(map(re.escape, control), key=len, reverse=True)
+        self._control_names = re.compile("|".join([*names, _FORGED]))
+
+    def _control_tokens(self) -> dict[str, int]:
+        """The ids of special tokens, and of all others that a chat template writes, by name."""
+        template = self._tokenizer.chat_template or ""
+        template = "".join(template.values()) if isinstance(template, dict) else template
+        template += self._chat_format.prelude
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {
+            token.content: token_id
+            for token_id, token in added
+            if token.special or (token.content in template and not token.content.isspace())
+        }
 
     @property
     def eos_token_id(self) -> int | None:
@@ -107,50 +137,115 @@ class HFTokenizer:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        spellings: Sequence[Spelling] = (),
     ) -> list[int]:
         if not self._tokenizer.chat_template:
             raise ConfigError("Got messages but this model has no chat template: use prompt=, or an instruction model")
         _refuse_media(messages)
-        options = {**template_kwargs, **self._keep_markers_apart(messages)}
+        chat_format = self._chat_format
+        ready = for_template(messages, chat_format)
+        options = {"chat_template": self._chat_template(tools, chat_format), **template_kwargs}
+        has_markers = self._has_markers([ready, tools, template_kwargs])
+        if has_markers:
+            options["sanitize_control_tokens"] = True
         try:
-            return self._apply_template(messages, tools, options)
+            rendered = self._apply_template(ready, tools, options, tokenize=has_markers)
         except Exception as error:  # templates raise whatever Jinja or their own raise_exception() gives
             merged = _merge_neighbours(messages)
             if len(merged) < len(messages):  # some templates insist that roles alternate
-                return self.render(merged, tools, template_kwargs)
+                return self.render(merged, tools, template_kwargs, spellings)
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
+        return self._spelled(rendered, spellings) if isinstance(rendered, str) else rendered
 
     def _apply_template(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]
-    ) -> list[int]:
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        options: dict[str, Any],
+        *,
+        tokenize: bool,
+    ) -> str | list[int]:
         with self._encoding:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages),
                 tools=list(tools) if tools else None,
                 add_generation_prompt=True,
-                tokenize=True,
+                tokenize=tokenize,
                 return_dict=False,
                 **options,
             )
-        return cast("list[int]", ids)
+        return cast("str | list[int]", rendered)
 
-    def _keep_markers_apart(self, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Options with which a turn marker inside a message stays plain text and cannot end the turn.
+    def _chat_template(self, tools: Sequence[dict[str, Any]] | None, chat_format: ChatFormat) -> str:
+        """The template, behind what writes the calls for one that cannot."""
+        template: str = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
+        return template if "tool_calls" in template else chat_format.prelude + template
+
+    def _has_markers(self, inputs: object) -> bool:
+        """Whether a text of the caller's holds a control token's name, which must not become the token.
 
         Raises:
-            ConfigError: there is one, and this release of transformers cannot tell it from the template's own.
+            ConfigError: one does, and this release of transformers cannot tell it from the template's own.
         """
-        if "sanitize_control_tokens" in inspect.signature(self._tokenizer.apply_chat_template).parameters:
-            return {"sanitize_control_tokens": True}
-        text = json.dumps(list(messages), default=str, ensure_ascii=False)
-        markers = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        found = next((marker for marker in markers if marker in text), None)
-        if found is not None:
+        found = next((match[0] for text in _texts(inputs) if (match := self._control_names.search(text))), None)
+        if found is None:
+            return False
+        if "sanitize_control_tokens" not in inspect.signature(self._tokenizer.apply_chat_template).parameters:
             raise ConfigError(
                 f"Got a message that holds the control token {found!r}: remove it, or upgrade transformers to a "
                 "release that can keep it apart from those of the chat template (5.23 can)"
             )
-        return {}
+        return True
+
+    # ---- earlier spellings -------------------------------------------------------------------------------------
+
+    def _spelled(self, text: str, spellings: Sequence[Spelling]) -> list[int]:
+        """Token ids of a rendered text, as it was spelled before as far as it is the same text.
+
+        A control token divides a text: what stands before it has the same ids whatever stands behind, and the other way
+        round. So ids can be taken over up to a control token.
+        """
+        best, best_count, best_at = None, 0, 0
+        for spelling in spellings:
+            count, at = self._common(text, self._stretches(spelling))
+            if at > best_at:
+                best, best_count, best_at = spelling, count, at
+        if best is None or best.stretches is None:
+            return self.encode(text, special_tokens=False)
+        end, last = best.stretches[best_count - 1]
+        known = best.token_ids[:end].tolist()
+        if not self._control_names.fullmatch(last):
+            return known + self.encode(text[best_at:], special_tokens=False)
+        # With the control token before it, so that a text in the middle is not taken for one at the beginning.
+        rest = self.encode(last + text[best_at:], special_tokens=False)
+        return known + rest[1:] if rest[0] == known[-1] else self.encode(text, special_tokens=False)
+
+    def _common(self, text: str, stretches: Sequence[tuple[int, str]]) -> tuple[int, int]:
+        """How many stretches a text begins with, and their length, up to where it can be divided."""
+        count = at = 0
+        for _, stretch in stretches:
+            if not text.startswith(stretch, at):
+                break
+            count, at = count + 1, at + len(stretch)
+        while count and not (
+            self._control_names.match(text, at) or self._control_names.fullmatch(stretches[count - 1][1])
+        ):
+            count, at = count - 1, at - len(stretches[count - 1][1])
+        return count, at
+
+    def _stretches(self, spelling: Spelling) -> Sequence[tuple[int, str]]:
+        """The texts of a spelling's stretches; none if they do not say which control tokens are in it."""
+        if spelling.stretches is None:
+            ids = spelling.token_ids
+            ends = sorted({at for i, token in enumerate(ids) if token in self._control_ids for at in (i, i + 1)} - {0})
+            ends += [len(ids)] if ends[-1:] != [len(ids)] else []
+            starts = [0, *ends[:-1]]
+            texts = [self.decode(ids[a:b], skip_special_tokens=False) for a, b in zip(starts, ends, strict=True)]
+            # A control token's name that was spelled in letters, or a decoder that needs to see the whole text.
+            plain = any(self._control_names.search(t) and ids[a] not in self._control_ids for a, t in zip(starts, texts, strict=True))
+            whole = "" if plain else self.decode(ids, skip_special_tokens=False)
+            spelling.stretches = () if plain or "".join(texts) != whole else tuple(zip(ends, texts, strict=True))
+        return spelling.stretches
 
     def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
         stream = DecodeStream(skip_special_tokens=skip_special_tokens)
@@ -171,10 +266,19 @@ class HFTokenizer:
         return StoppingTextStream(step, lambda: self.decode(pending, skip_special_tokens=skip_special_tokens), stop)
 
     def chat_format(self) -> ChatFormat:
+        return self._chat_format
+
+    def _find_format(self) -> ChatFormat:
         chat_template = self._tokenizer.chat_template
         if isinstance(chat_template, dict):  # several by name
             chat_template = chat_template.get("tool_use") or chat_template.get("default")
-        return find_chat_format(chat_template, getattr(self._tokenizer, "response_template", None))
+        own = getattr(self._tokenizer, "response_template", None)
+        try:
+            own = None if own is None else load_response_template(own) and own
+        except Exception as error:  # answers can still be read by what the chat template writes
+            logger.warning("The tokenizer's response template is not used: %s", error)
+            own = None
+        return find_chat_format(chat_template, own)
 
     def fingerprint(self) -> Fingerprint:
         with self._encoding:
@@ -189,6 +293,22 @@ class HFTokenizer:
             width = max(vocab_size, len(self._tokenizer))
             fast: Any = self._tokenizer
             return from_tokenizer(fast, n_vocab=width, eos_token=list(eos_token_ids))
+
+
+_FORGED = "[\U000f0000\U000f0001]"
+"""What transformers puts around a control token's name in a message, to keep it apart."""
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in nested values but the keys, as the template may write them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 _MEDIA = {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file"}

@@ -1,0 +1,105 @@
+"""Messages as chat templates want them: one form comes in, each family's own goes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from copyspec_engine.chat_format import ChatFormat
+
+__all__ = ["for_template"]
+
+_SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_LETTERS = string.ascii_letters + string.digits
+
+
+def for_template(messages: Sequence[dict[str, Any]], chat_format: ChatFormat) -> list[dict[str, Any]]:
+    """Messages in OpenAI's form, changed where the family's templates would fail or leave something out.
+
+    Texts in parts become one text; arguments take the template's form, whether they came as objects or as JSON; ids
+    and reasoning become what it reads; results name their function; a message with several calls becomes several where
+    a template writes one only.
+    """
+    names: dict[str, str] = {}
+    prepared: list[dict[str, Any]] = []
+    for message in messages:
+        ready = dict(message)
+        if "content" in message:
+            ready["content"] = _text(message["content"])
+        if isinstance(message.get("tool_calls"), list | tuple):
+            ready["tool_calls"] = [_call(call, chat_format) for call in message["tool_calls"]]
+            ready["content"] = ready.get("content") or ""
+            names |= {call["id"]: call["function"].get("name") for call in ready["tool_calls"] if "id" in call}
+        if message.get("tool_call_id") is not None:
+            ready["tool_call_id"] = _id(message["tool_call_id"], chat_format)
+            if message.get("name") is None and ready["tool_call_id"] in names:
+                ready["name"] = names[ready["tool_call_id"]]
+        reasoning = message.get("reasoning_content")
+        if reasoning and chat_format.reasoning_key != "reasoning_content":
+            del ready["reasoning_content"]
+            ready[chat_format.reasoning_key] = reasoning
+        prepared.append(ready)
+    one_by_one = chat_format.calls is not None and not chat_format.calls.repeats
+    return _apart(prepared) if one_by_one else prepared
+
+
+def _text(content: object) -> object:
+    """Parts of text as one text; anything else as it is."""
+    if not isinstance(content, list | tuple) or not content:
+        return content
+    texts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+
+
+def _call(call: dict[str, Any], chat_format: ChatFormat) -> dict[str, Any]:
+    function = dict(call.get("function") or {key: call[key] for key in ("name", "arguments") if key in call})
+    arguments = function.get("arguments")
+    if chat_format.arguments == "json" and not isinstance(arguments, str):
+        function["arguments"] = json.dumps(arguments or {}, ensure_ascii=False)
+    elif chat_format.arguments == "object":
+        function["arguments"] = _object(arguments)
+    ready = {"type": "function", "function": function}
+    return ready if call.get("id") is None else {"id": _id(call["id"], chat_format), **ready}
+
+
+def _object(arguments: object) -> object:
+    """Arguments as an object; those of a malformed call stay as they were written."""
+    if not isinstance(arguments, str):
+        return {} if arguments is None else arguments
+    try:
+        return json.loads(arguments or "{}")
+    except ValueError:
+        return arguments
+
+
+def _id(call_id: object, chat_format: ChatFormat) -> object:
+    """The id of a call, or nine letters and digits that stand for it."""
+    if not chat_format.short_ids or (isinstance(call_id, str) and _SHORT_ID.fullmatch(call_id)):
+        return call_id
+    digest = hashlib.blake2b(str(call_id).encode(), digest_size=9).digest()
+    return "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest)
+
+
+def _apart(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each call in a message of its own, with its result behind it."""
+    single: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for at, message in enumerate(messages):
+        calls = message.get("tool_calls") or []
+        if any(message is result for result in results):
+            continue
+        if len(calls) < 2:
+            single.append(message)
+            continue
+        behind = messages[at + 1 :]
+        end = next((i for i, other in enumerate(behind) if other.get("role") != "tool"), len(behind))
+        for number, call in enumerate(calls):
+            first = message if number == 0 else {"role": message["role"], "content": ""}
+            answers = [other for other in behind[:end] if other.get("tool_call_id") == call.get("id")]
+            single += [{**first, "tool_calls": [call]}, *answers]
+            results += answers
+    return single
