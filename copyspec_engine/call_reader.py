@@ -126,7 +126,7 @@ class CallsReader:
         return deltas
 
     def close(self) -> None:
-        """Nothing more comes; a call that was not ended stays as it is, and an answer without one has a malformed one."""
+        """Nothing more comes: a call that was not ended stays as it is; if none was begun there is a malformed one."""
         held, self._held = self._held, ""
         if not held and len(self._calls) > self._first:
             return

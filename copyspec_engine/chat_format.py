@@ -101,7 +101,9 @@ def _calls_in_text(call: str, *, begin: str = "", end: str = "", between: str = 
 
     Args:
         call: one call, of the variable `call`, in Jinja.
-        begin, end, between: around all of them, and between two.
+        begin: before all of them.
+        end: behind all of them.
+        between: between two.
         head: Jinja of what precedes the message's text.
     """
     calls = f"{begin}{{%- for call in message.tool_calls -%}}{call}{{%- if not loop.last -%}}{between}{{%- endif -%}}"
@@ -116,9 +118,7 @@ def _calls_in_text(call: str, *, begin: str = "", end: str = "", between: str = 
 
 _CALL_OBJECT = "{{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson -}}"
 
-_SMOLLM3 = (
-    "{%- if tools and xml_tools is not defined -%}{%- set xml_tools = tools -%}{%- endif -%}"
-) + _calls_in_text(
+_SMOLLM3 = ("{%- if tools and xml_tools is not defined -%}{%- set xml_tools = tools -%}{%- endif -%}") + _calls_in_text(
     "{%- if message.content or not loop.first -%}{{- '\\n' -}}{%- endif -%}"
     "{{- '<tool_call>\\n' -}}" + _CALL_OBJECT + "{{- '\\n</tool_call>' -}}",
     head=(

@@ -51,7 +51,9 @@ def _text(content: object) -> object:
     """Parts of text as one text; anything else as it is."""
     if not isinstance(content, list | tuple) or not content:
         return content
-    texts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content]
+    texts = [
+        part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content
+    ]
     return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
 
 

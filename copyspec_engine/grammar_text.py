@@ -72,7 +72,9 @@ def _tool_calls(options: ToolCalls, literal: Callable[[str], str], *, behind: bo
     names = " | ".join(f"f{i}" for i in range(len(chosen)))
     rules = [f"start: {start}", f"rest: {rest}", f"call: {names}"]
     for i, function in enumerate(chosen):
-        rules += _named_call(i, function, options, literal) if options.style == "named" else [_object(i, function, options)]
+        rules += (
+            _named_call(i, function, options, literal) if options.style == "named" else [_object(i, function, options)]
+        )
     rules += [r"TEXT: /([ \t\r\n]*[^ \t\r\n{](.|\n)*)?/"] if "TEXT" in start else []
     return "\n".join(rules) + "\n"
 
@@ -95,9 +97,7 @@ def _object(number: int, function: dict[str, Any], options: ToolCalls) -> str:
     return f"f{number}: %json {json.dumps(_call_schema(function, options))}"
 
 
-def _named_call(
-    number: int, function: dict[str, Any], options: ToolCalls, literal: Callable[[str], str]
-) -> list[str]:
+def _named_call(number: int, function: dict[str, Any], options: ToolCalls, literal: Callable[[str], str]) -> list[str]:
     """The rules of a call whose name stands before its arguments."""
     call_id = f"({literal(options.id_begin)} /[a-zA-Z0-9]{{9}}/)?" if options.id_begin else ""
     name_end = " | ".join(literal(text) or '""' for text in options.name_ends)

@@ -56,7 +56,9 @@ class ChatTokenizer(Protocol):
         """Token ids of a conversation up to where the answer begins.
 
         Args:
-            messages, tools, template_kwargs: what the chat template renders.
+            messages: in OpenAI's form.
+            tools: OpenAI-style function schemas.
+            template_kwargs: more variables of the chat template.
             spellings: of earlier calls; where the text begins as one of them does, it has the same ids.
         """
         ...
@@ -242,7 +244,10 @@ class HFTokenizer:
             starts = [0, *ends[:-1]]
             texts = [self.decode(ids[a:b], skip_special_tokens=False) for a, b in zip(starts, ends, strict=True)]
             # A control token's name that was spelled in letters, or a decoder that needs to see the whole text.
-            plain = any(self._control_names.search(t) and ids[a] not in self._control_ids for a, t in zip(starts, texts, strict=True))
+            plain = any(
+                self._control_names.search(t) and ids[a] not in self._control_ids
+                for a, t in zip(starts, texts, strict=True)
+            )
             whole = "" if plain else self.decode(ids, skip_special_tokens=False)
             spelling.stretches = () if plain or "".join(texts) != whole else tuple(zip(ends, texts, strict=True))
         return spelling.stretches
@@ -274,7 +279,8 @@ class HFTokenizer:
             chat_template = chat_template.get("tool_use") or chat_template.get("default")
         own = getattr(self._tokenizer, "response_template", None)
         try:
-            own = None if own is None else load_response_template(own) and own
+            if own is not None:
+                load_response_template(own)
         except Exception as error:  # answers can still be read by what the chat template writes
             logger.warning("The tokenizer's response template is not used: %s", error)
             own = None

@@ -1,0 +1,549 @@
+"""Every family's calls and reasoning: read out of answers, put into prompts, prescribed by grammars."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from copyspec_engine import ConfigError, Grammar, Reply, ReplyDelta
+from copyspec_engine.chat_format import ChatFormat, find_chat_format
+from copyspec_engine.chat_messages import for_template
+from copyspec_engine.grammar import GrammarCompiler
+from copyspec_engine.replies import ReplyParser
+from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.tokenizer import HFTokenizer
+
+TEMPLATES = Path(__file__).parent / "data" / "chat_templates"
+ADD = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "add", "parameters": ADD | {"additionalProperties": False}}},
+    {"type": "function", "function": {"name": "now"}},
+]
+Calls = Sequence[tuple[str, dict[str, Any]]]
+ONE: Calls = [("add", {"a": 1, "b": 'x"}'})]
+TWO: Calls = [*ONE, ("now", {})]
+
+
+class Answer(NamedTuple):
+    """What a model writes, what that means, and whether the next prompt begins with it."""
+
+    written: str
+    calls: Calls = ()
+    text: str = ""
+    reasoning: str = ""
+    is_kept: bool = True
+
+
+class Family(NamedTuple):
+    specials: str
+    """Names of special tokens, the end of an answer first."""
+    answers: list[Answer]
+    format: str
+
+
+HERMES_ONE = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "x\\"}"}}\n</tool_call>'
+HERMES_TWO = HERMES_ONE + '\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+ADD_JSON = '{"a": 1, "b": "x\\"}"}'
+CHATML = "<|im_end|> <|im_start|> <tool_call> </tool_call> <think> </think>"
+DEEPSEEK = (
+    "<｜end▁of▁sentence｜> <｜begin▁of▁sentence｜> <｜User｜> <｜Assistant｜> <｜tool▁calls▁begin｜> "
+    "<｜tool▁calls▁end｜> "
+    "<｜tool▁call▁begin｜> <｜tool▁call▁end｜> <｜tool▁sep｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> "
+    "<｜tool▁output▁begin｜> <｜tool▁output▁end｜> <think> </think>"
+)
+V3_ADD = f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{ADD_JSON}\n```<｜tool▁call▁end｜>"
+V3_NOW = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜>"
+V31_ADD = f"<｜tool▁call▁begin｜>add<｜tool▁sep｜>{ADD_JSON}<｜tool▁call▁end｜>"
+V31_NOW = "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+MISTRAL = (
+    "</s> <s> [INST] [/INST] [TOOL_CALLS] [ARGS] [CALL_ID] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+    + ("[/TOOL_RESULTS] [TOOL_CONTENT] [THINK] [/THINK]")
+)
+FAMILIES: dict[str, Family] = {
+    "qwen25": Family(
+        CHATML,
+        [Answer("Sums.\n" + HERMES_TWO, TWO, "Sums."), Answer("Fine.", text="Fine.")],
+        "hermes",
+    ),
+    "qwen3": Family(
+        CHATML,
+        [
+            Answer("<think>\nhm\n</think>\n\n" + HERMES_ONE, ONE, reasoning="hm"),
+            Answer("<think>\nhm\n</think>\n\nSo: " + HERMES_TWO, TWO, "So:", "hm", is_kept=False),  # "So:\n" there
+        ],
+        "hermes",
+    ),
+    "qwen3_coder": Family(
+        CHATML,
+        [
+            Answer(
+                '<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx"}\n</parameter>\n'
+                "</function>\n</tool_call>",
+                ONE,
+                is_kept=False,  # a line break more there
+            )
+        ],
+        "qwen3-coder",
+    ),
+    "llama3": Family(
+        "<|eot_id|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|python_tag|>",
+        [
+            Answer(f'{{"name": "add", "parameters": {ADD_JSON}}}', ONE),
+            Answer(f'<|python_tag|>{{"name": "add", "parameters": {ADD_JSON}}}', ONE, is_kept=False),  # no tag there
+            Answer(f'{{"type": "function", "name": "add", "parameters": {ADD_JSON}}}', ONE, is_kept=False),
+            Answer('{"name": "Ann", "age": 3}', text='{"name": "Ann", "age": 3}'),
+            Answer("It is {so}.", text="It is {so}."),
+        ],
+        "llama3",
+    ),
+    "mistral": Family(
+        MISTRAL.replace("[ARGS] [CALL_ID] ", ""),
+        [
+            Answer(  # behind each call the template writes an id
+                f'[TOOL_CALLS] [{{"name": "add", "arguments": {ADD_JSON}}}, {{"name": "now", "arguments": {{}}}}]',
+                TWO,
+                is_kept=False,
+            ),
+            Answer(f'[TOOL_CALLS][{{"name": "add", "arguments": {ADD_JSON}, "id": "abcdefghi"}}]', ONE, is_kept=False),
+            Answer(" Fine.", text="Fine.", is_kept=False),  # tools stand before the last question only
+        ],
+        "mistral",
+    ),
+    "mistral_v11": Family(
+        MISTRAL,
+        [Answer(f"Hm.[TOOL_CALLS]add[CALL_ID]abcdefgh1[ARGS]{ADD_JSON}", ONE, "Hm.")],
+        "mistral-v11",
+    ),
+    "mistral_v13": Family(
+        MISTRAL,
+        [
+            Answer(f"Hm.[TOOL_CALLS]add[ARGS]{ADD_JSON}[TOOL_CALLS]now[ARGS]{{}}", TWO, "Hm."),
+            Answer(f"[THINK]so[/THINK][TOOL_CALLS]add[ARGS]{ADD_JSON}", ONE, reasoning="so", is_kept=False),
+        ],
+        "mistral-v13",
+    ),
+    "gemma3": Family("<end_of_turn> <bos> <start_of_turn>", [Answer("Fine.", text="Fine.")], "gemma"),
+    "functiongemma": Family(
+        "<end_of_turn> <bos> <start_of_turn> <escape> <start_function_call> <end_function_call> "
+        "<start_function_response> <end_function_response>",
+        [
+            Answer('<start_function_call>call:add{a:1,b:<escape>x"}<escape>}<end_function_call>', ONE),
+            Answer("Fine.", text="Fine."),
+        ],
+        "functiongemma",
+    ),
+    "gemma4": Family(
+        '<turn|> <bos> <|turn> <|"|> <|tool_call> <tool_call|> <|tool_response> <tool_response|>',
+        [
+            Answer('<|tool_call>call:add{a:1,b:<|"|>x"}<|"|>}<tool_call|><|tool_call>call:now{}<tool_call|>', TWO),
+            Answer("<|channel>thought\nhm<channel|>Fine.", text="Fine.", reasoning="hm", is_kept=False),
+        ],
+        "gemma4",
+    ),
+    "phi4_mini": Family(
+        "<|end|> <|system|> <|user|> <|assistant|> <|tool|> <|/tool|> <|tool_call|> <|/tool_call|> <|tool_response|>",
+        [
+            Answer(
+                f'<|tool_call|>[{{"name": "add", "arguments": {ADD_JSON}}}, {{"name": "now", "arguments": {{}}}}]'
+                "<|/tool_call|>",
+                TWO,
+            )
+        ],
+        "phi4",
+    ),
+    "deepseek_v3": Family(
+        DEEPSEEK,
+        [
+            Answer(f"Hm.<｜tool▁calls▁begin｜>{V3_ADD}\n{V3_NOW}<｜tool▁calls▁end｜>", TWO, "Hm."),
+            Answer("<think>\nso\n</think>\n\nFine.", text="Fine.", reasoning="so", is_kept=False),
+        ],
+        "deepseek",
+    ),
+    "deepseek_v31": Family(
+        DEEPSEEK,
+        [Answer(f"<｜tool▁calls▁begin｜>{V31_ADD}{V31_NOW}<｜tool▁calls▁end｜>", TWO), Answer("Fine.", text="Fine.")],
+        "deepseek-v3.1",
+    ),
+    "gpt_oss": Family(
+        "<|call|> <|return|> <|start|> <|end|> <|channel|> <|message|> <|constrain|>",
+        [
+            Answer(
+                "<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.add<|channel|>commentary json"
+                f"<|message|>{ADD_JSON}",
+                ONE,
+                reasoning="hm",
+            ),
+            Answer(  # the template puts the name before the channel
+                f"<|channel|>commentary to=functions.add <|constrain|>json<|message|>{ADD_JSON}", ONE, is_kept=False
+            ),
+            Answer("<|channel|>final<|message|>Fine.", text="Fine."),
+            Answer("Fine.", text="Fine.", is_kept=False),
+            Answer("<|channel|>commentary<|message|>First.<|end|><|start|>assistant", text="First.", is_kept=False),
+        ],
+        "gpt-oss",
+    ),
+    "smollm2": Family(
+        CHATML,
+        [
+            Answer(
+                f'<tool_call>[{{"name": "add", "arguments": {ADD_JSON}}}, {{"name": "now", "arguments": {{}}}}]'
+                "</tool_call>",
+                TWO,
+                is_kept=False,  # the template leaves calls out
+            ),
+            Answer("Fine.", text="Fine."),
+        ],
+        "smollm2",
+    ),
+    "smollm3": Family(CHATML, [Answer("<think>\nhm\n</think>\nSums.\n" + HERMES_TWO, TWO, "Sums.", "hm")], "smollm3"),
+}
+CASES = [(name, answer) for name, family in FAMILIES.items() for answer in family.answers]
+case = pytest.mark.parametrize(("name", "answer"), CASES, ids=lambda it: it if isinstance(it, str) else "")
+USER = {"role": "user", "content": "What is 1 + 2?"}
+
+
+@lru_cache
+def tokenizer_of(name: str) -> HFTokenizer:
+    """Bytes as tokens, with the family's special tokens and chat template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(FAMILIES[name].specials.split(" "))
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    end = FAMILIES[name].specials.split(" ")[0]
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, chat_template=template)
+    return HFTokenizer(fast)
+
+
+def rendered(name: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    tokenizer = tokenizer_of(name)
+    return tokenizer.decode(tokenizer.render(messages, TOOLS, options), skip_special_tokens=False)
+
+
+def parse(parser: ReplyParser, text: str, cut: int | None = None) -> tuple[Reply, list[ReplyDelta]]:
+    """The reply and all deltas, of a text in random pieces, or in one."""
+    rng, deltas, at = random.Random(cut), [], 0
+    while at < len(text):
+        size = len(text) if cut is None else rng.randint(1, 7)
+        deltas += parser.feed(text[at : at + size])
+        at += size
+    reply, last = parser.finish()
+    return reply, deltas + last
+
+
+def joined(deltas: list[ReplyDelta]) -> tuple[str, str, list[tuple[str | None, str | None, str]]]:
+    """Text, reasoning and (id, name, arguments) of each call that the deltas add up to."""
+    calls: dict[int, tuple[str | None, str | None, str]] = {}
+    for delta in (delta for delta in deltas if delta.kind == "tool_call"):
+        if delta.index not in calls:
+            assert delta.id
+            assert delta.name
+        call_id, name, arguments = calls.get(delta.index, (delta.id, delta.name, ""))
+        calls[delta.index] = call_id, name, arguments + delta.text
+    texts = ["".join(delta.text for delta in deltas if delta.kind == kind) for kind in ("text", "reasoning")]
+    return texts[0], texts[1], list(calls.values())
+
+
+def message_of(reply: Reply) -> dict[str, Any]:
+    """An assistant's message in OpenAI's form."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}}
+        for call in reply.tool_calls
+    ]
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text or None}
+    return message | ({"tool_calls": calls} if calls else {}) | {"reasoning_content": reply.reasoning or None}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_template_tells_its_family(name: str) -> None:
+    assert tokenizer_of(name).chat_format().name == FAMILIES[name].format
+
+
+@case
+@pytest.mark.parametrize("cut", [None, *range(6)])
+def test_answers_are_read_the_same_in_whatever_pieces_they_come(name: str, answer: Answer, cut: int | None) -> None:
+    parser = ReplyParser(tokenizer_of(name).chat_format(), rendered(name, [USER]), TOOLS)
+    reply, deltas = parse(parser, answer.written, cut)
+    assert (reply.text, reply.reasoning, reply.invalid_tool_calls) == (answer.text, answer.reasoning, ())
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == list(answer.calls)
+    text, reasoning, calls = joined(deltas)
+    assert (text, reasoning) == (answer.text, answer.reasoning)
+    assert [(call_id, name, json.loads(arguments)) for call_id, name, arguments in calls] == [
+        (call.id, call.name, call.arguments) for call in reply.tool_calls
+    ]
+
+
+@case
+def test_the_next_prompt_begins_with_the_prompt_and_its_answer(name: str, answer: Answer) -> None:
+    prompt = rendered(name, [USER])
+    reply, _ = parse(ReplyParser(tokenizer_of(name).chat_format(), prompt, TOOLS), answer.written)
+    results = [
+        {"role": "tool", "content": f"result {i}", "tool_call_id": call.id} for i, call in enumerate(reply.tool_calls)
+    ]
+    after = rendered(name, [USER, message_of(reply), *(results or [USER])])
+    assert after.startswith(prompt + answer.written) == answer.is_kept
+    for i, _ in enumerate(results):
+        assert f"result {i}" in after or name == "gemma3"
+
+
+def test_arguments_stream_while_they_are_written() -> None:
+    for name, answer in CASES:
+        if tokenizer_of(name).chat_format().calls is None or not answer.calls:
+            continue
+        parser = ReplyParser(tokenizer_of(name).chat_format(), rendered(name, [USER]), TOOLS)
+        deltas = [delta for letter in answer.written for delta in parser.feed(letter) if delta.kind == "tool_call"]
+        assert sum(delta.index == 0 for delta in deltas) > len(ADD_JSON) / 2, name
+
+
+# ---- grammars --------------------------------------------------------------------------------------------------------
+
+PRESCRIBED = [name for name in FAMILIES if tokenizer_of(name).chat_format().calls is not None]
+
+
+@lru_cache
+def compiler_of(name: str) -> GrammarCompiler:
+    tokenizer = tokenizer_of(name)
+    assert tokenizer.eos_token_id is not None
+    return GrammarCompiler(tokenizer, len(tokenizer._tokenizer), frozenset({tokenizer.eos_token_id}))
+
+
+def allows(name: str, grammar: Grammar, text: str) -> bool:
+    """Whether an answer under the grammar can be this text."""
+    tokenizer = tokenizer_of(name)
+    state = compiler_of(name).begin(grammar)
+    assert tokenizer.eos_token_id is not None
+    for token in [*tokenizer.encode(text, special_tokens=False), tokenizer.eos_token_id]:
+        if state.is_terminated and token == tokenizer.eos_token_id:
+            return True
+        try:
+            state.advance([token])
+        except RuntimeError:
+            return False
+    return True
+
+
+def calls_only(name: str, count: int) -> Iterator[str]:
+    """The family's answers of `count` calls and nothing else."""
+    for answer in FAMILIES[name].answers:
+        at = answer.written.find(tokenizer_of(name).chat_format().calls.begin)  # type: ignore[union-attr]
+        before = tokenizer_of(name).chat_format().calls.before  # type: ignore[union-attr]
+        at = answer.written.find(before) if before else at
+        is_canonical = (
+            "python_tag" not in answer.written and '"type"' not in answer.written and '"id"' not in answer.written
+        )
+        if len(answer.calls) == count and is_canonical:
+            yield answer.written[at:]
+
+
+@pytest.mark.parametrize("name", PRESCRIBED)
+def test_grammars_take_a_familys_own_calls_and_no_others(name: str) -> None:
+    chat_format = tokenizer_of(name).chat_format()
+    tools = tuple(TOOLS)
+    written = [*calls_only(name, 1), *calls_only(name, 2)]
+    assert written
+    for text in written:
+        is_single = text in calls_only(name, 1)
+        for choice in ("required", "auto", *(["add"] if is_single else [])):
+            assert allows(name, chat_format.grammar(tools, choice), text), (choice, text)
+        assert allows(name, chat_format.grammar(tools, "required", parallel=False), text) == is_single
+        assert not allows(name, chat_format.grammar(tools, "now"), text)
+        for wrong in (
+            text.replace("add", "sub"),
+            text.replace('"a": 1', '"a": "1"'),
+            text.replace('"a": 1', '"c": 1'),
+            text.replace("{", "[", 1),
+            text[: text.index("add") + 3],
+        ):
+            assert not allows(name, chat_format.grammar(tools, "required"), wrong), wrong
+            is_text = name == "llama3" and not wrong.startswith("{")
+            assert allows(name, chat_format.grammar(tools, "auto"), wrong) == is_text, wrong
+    assert allows(name, chat_format.grammar(tools, "auto"), "No call.")
+    assert not allows(name, chat_format.grammar(tools, "required"), "No call.")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "functiongemma", "qwen3_coder"])
+def test_calls_that_cannot_be_prescribed_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="Got tool_choice='required' but how"):
+        tokenizer_of(name).chat_format().grammar(tuple(TOOLS), "required")
+
+
+# ---- malformed answers -----------------------------------------------------------------------------------------------
+
+
+@case
+@pytest.mark.parametrize("seed", range(4))
+def test_no_answer_is_an_exception(name: str, answer: Answer, seed: int) -> None:
+    """Cut, doubled, with letters changed: the parts are told, and whole and in pieces they are the same."""
+    rng = random.Random(f"{name}{answer.written}{seed}")
+    for _ in range(12):
+        letters = list(answer.written * rng.choice([1, 1, 2]))
+        for _ in range(rng.randint(0, 3)):
+            letters[rng.randrange(len(letters))] = rng.choice(["", "{", "}", '"', "\\", "]", ",", "x", "\n", "<"])
+        text = "".join(letters)[: rng.choice([None, rng.randint(0, len(letters))])]
+        new: Callable[[], ReplyParser] = lambda: ReplyParser(tokenizer_of(name).chat_format(), "", TOOLS)  # noqa: E731
+        (whole, _), (cut, deltas) = parse(new(), text), parse(new(), text, seed)
+        same = [
+            (r.text, r.reasoning, [(c.name, c.arguments) for c in (*r.tool_calls, *r.invalid_tool_calls)])
+            for r in (whole, cut)
+        ]
+        assert same[0] == same[1], text
+        assert joined(deltas)[:2] == (cut.text, cut.reasoning)
+
+
+def own(fields: dict[str, Any]) -> ChatFormat:
+    template = {"start_anchor": "<|im_start|>assistant\n", "fields": {"content": {}, **fields}}
+    return find_chat_format("<tool_call>", template)
+
+
+JSON_CALLS = {
+    "open": "<call>",
+    "close": "</call>",
+    "repeats": True,
+    "content": "json",
+    "transform": {"function": {"name": "{content.name}", "arguments": "{content.arguments}"}},
+}
+
+
+@pytest.mark.parametrize("cut", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        (JSON_CALLS, '{"name": "f", "arguments": {'),
+        (JSON_CALLS, '{"name": "f"}'),
+        (JSON_CALLS, '["f"]'),
+        (JSON_CALLS, "[" * 20_000),
+        (JSON_CALLS, '{"name": 3, "arguments": {}}'),
+        (JSON_CALLS, '{"name": "f", "arguments": [1]}'),
+        (JSON_CALLS | {"transform": "{nothing}"}, "{}"),
+        (JSON_CALLS | {"transform_each": True}, "{}"),
+        (JSON_CALLS | {"transform_each": True}, "[1]"),
+        (JSON_CALLS | {"join": ", "}, '{"name": "f", "arguments": {}}'),
+        (JSON_CALLS | {"content_args": {"string_delims": [["$", "$"]]}}, "\x01"),
+        (JSON_CALLS | {"content": "int"}, "9" * 5000),
+        (JSON_CALLS | {"content": "xml-inline"}, "x"),
+        (JSON_CALLS | {"content": "float", "transform": None}, "x"),
+    ],
+)
+def test_a_templates_own_parser_may_fail_at_a_call_and_nowhere_else(
+    field: dict[str, Any], body: str, cut: int | None
+) -> None:
+    field = {key: value for key, value in field.items() if value is not None}
+    good = "<call>" + json.dumps({"name": "g", "arguments": {"a": 1}}) + "</call>"
+    parser = ReplyParser(own({"tool_calls": field}), "<|im_start|>assistant\n", TOOLS)
+    reply, deltas = parse(parser, f"before <call>{body}</call> behind{good if field == JSON_CALLS else ''}", cut)
+    assert reply.text == joined(deltas)[0] == "before  behind"
+    (invalid,) = reply.invalid_tool_calls
+    assert invalid.arguments == body
+    assert invalid.error
+    assert [call.arguments for call in reply.tool_calls] == ([{"a": 1}] if field == JSON_CALLS else [])
+
+
+def test_a_required_part_that_is_missing_costs_no_other() -> None:
+    chat_format = own({"tool_calls": JSON_CALLS | {"optional": False}, "thinking": {"open": "<t>", "close": "</t>"}})
+    reply, _ = parse(ReplyParser(chat_format, "<|im_start|>assistant\n"), "<t>hm</t> so", 1)
+    assert reply == Reply("so", "hm")
+
+
+def test_a_response_template_that_is_none_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("qwen25")._backend, chat_template="<tool_call>")
+    fast.response_template = {"fields": {"content": {"open": "("}}}
+    assert HFTokenizer(fast).chat_format() == find_chat_format("<tool_call>")
+    assert "response template is not used" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["qwen25", "mistral_v13", "phi4_mini", "gpt_oss", "llama3"])
+@pytest.mark.parametrize("kind", ["text", "call"])
+def test_a_piece_costs_the_same_however_long_the_answer_is(name: str, kind: str) -> None:
+    """16,000 letters in pieces of four, by how much longer the last quarter takes than the first."""
+    call = next(answer.written for answer in FAMILIES[name].answers if answer.calls == ONE or answer.calls == TWO)
+    text = call.replace("x", "word " * 3200) if kind == "call" else "word " * 3200
+    pieces = [text[at : at + 4] for at in range(0, len(text), 4)]
+    quarters = [0.0] * 4
+    for _ in range(3):
+        parser = ReplyParser(tokenizer_of(name).chat_format(), rendered(name, [USER]), TOOLS)
+        times = []
+        for piece in pieces:
+            begin = time.perf_counter()
+            parser.feed(piece)
+            times.append(time.perf_counter() - begin)
+        size = len(times) // 4
+        now = [sorted(times[i * size : (i + 1) * size])[size // 2] for i in range(4)]
+        quarters = [min(a or b, b) for a, b in zip(quarters, now, strict=True)]
+    assert quarters[3] < 2 * quarters[0] + 2e-6
+    assert quarters[3] < 100e-6
+
+
+# ---- messages going in -----------------------------------------------------------------------------------------------
+
+
+def call_message(*ids: str, arguments: object = '{"a": 1}') -> dict[str, Any]:
+    calls = [{"id": i, "type": "function", "function": {"name": "add", "arguments": arguments}} for i in ids]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def test_mistrals_ids_have_nine_letters_and_results_keep_to_them() -> None:
+    messages = [call_message("call_1", "abcdefgh1"), {"role": "tool", "content": "x", "tool_call_id": "call_1"}]
+    ready = for_template(messages, tokenizer_of("mistral").chat_format())
+    (short, kept), result = (call["id"] for call in ready[0]["tool_calls"]), ready[1]["tool_call_id"]
+    assert re.fullmatch("[a-zA-Z0-9]{9}", short)
+    assert (result, kept) == (short, "abcdefgh1")
+    assert ready == for_template(messages, tokenizer_of("mistral").chat_format())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("gemma3", "smollm2")])
+def test_arguments_may_come_as_objects_or_as_json(name: str) -> None:
+    texts = {
+        rendered(name, [USER, call_message("abcdefgh1", arguments=arguments), result])
+        for arguments in ({"a": 1}, '{"a": 1}')
+        for result in [{"role": "tool", "content": "3", "tool_call_id": "abcdefgh1"}]
+    }
+    assert len(texts) == 1
+    assert '\\"' not in texts.pop().split("What is")[1]
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt_oss"])
+def test_calls_that_were_made_together_are_shown_one_by_one_where_a_template_has_room_for_one(name: str) -> None:
+    results = [{"role": "tool", "content": f"result {i}", "tool_call_id": f"id{i}"} for i in (1, 0)]
+    text = rendered(name, [USER, call_message("id0", "id1"), *results, USER])
+    assert text.index("result 0") < text.index("result 1")
+    assert text.count('{"a": 1}') == 2
+
+
+def test_texts_in_parts_are_one_text() -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 2?"}]
+    assert rendered("llama3", [{"role": "user", "content": parts}]) == rendered("llama3", [USER])
+
+
+def test_a_template_that_knows_no_tools_is_told_of_them() -> None:
+    for name in ("phi4_mini", "smollm3"):
+        assert '"add"' in rendered(name, [USER]).replace("'", '"'), name
+    history = [USER, call_message("a"), {"role": "tool", "content": "3", "tool_call_id": "a"}]
+    ids = tokenizer_of("phi4_mini").render(history, TOOLS)
+    assert ids.count(tokenizer_of("phi4_mini").encode("<|tool_call|>")[0]) == 1
+
+
+def test_reasoning_opened_by_the_prompt_comes_before_a_prescribed_call() -> None:
+    prompt = rendered("deepseek_v3", [USER], thinking=True)
+    parser = ReplyParser(tokenizer_of("deepseek_v3").chat_format(), prompt)
+    assert parser.is_reasoning
+    assert parse(parser, "so\n</think>\n\nYes.")[0] == Reply("Yes.", "so")
+    grammar = tokenizer_of("deepseek_v3").chat_format().grammar(tuple(TOOLS), "required")
+    behind = grammar.model_copy(update={"start_after": "</think>"})
+    (calls,) = calls_only("deepseek_v3", 2)
+    assert allows("deepseek_v3", behind, f"so <tool> it is\n</think>\n\n{calls}")
+    assert not allows("deepseek_v3", behind, "so\n</think>\n\nYes.")
+
+
+def test_the_scripted_tokenizer_writes_hermes() -> None:
+    assert ByteTokenizer().chat_format().name == "hermes"
