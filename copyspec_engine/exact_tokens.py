@@ -28,6 +28,8 @@ class Spelling:
         self.token_ids = array("i", token_ids)
         self.stretches: tuple[tuple[int, str], ...] | None = None
         """(index behind the last id, text) of each control token and of what stands between two."""
+        self.begun: tuple[tuple[int, str], ...] = ()
+        """Those of an earlier call that this one begins with."""
 
 
 class ExactTokens:
@@ -51,8 +53,12 @@ class ExactTokens:
         spelling = Spelling(token_ids)
         ids = spelling.token_ids
         with self._lock:
-            before = self._pop(session_id)
-            others = [other for other in before if other.token_ids != ids[: len(other.token_ids)]]
+            others: list[Spelling] = []
+            for other in self._pop(session_id):
+                if other.token_ids != ids[: len(other.token_ids)]:
+                    others.append(other)
+                elif len(other.stretches or ()) > len(spelling.begun):
+                    spelling.begun = other.stretches or ()
             kept = (spelling, *others)[:_PER_SESSION]
             self._sessions[session_id] = kept
             self._num_tokens += _size(kept)

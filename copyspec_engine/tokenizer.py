@@ -105,8 +105,9 @@ class HFTokenizer:
         self._chat_format = self._find_format()
         control = self._control_tokens()
         self._control_ids = frozenset(control.values())
+        self._markers = (*control, *_FORGED)
         names = sorted(map(re.escape, control), key=len, reverse=True)
-        self._control_names = re.compile("|".join([*names, _FORGED]))
+        self._control_names = re.compile("|".join(names) or "(?!)")
 
     def _control_tokens(self) -> dict[str, int]:
         """The ids of special tokens, and of all others that a chat template writes, by name."""
@@ -189,7 +190,8 @@ class HFTokenizer:
         Raises:
             ConfigError: one does, and this release of transformers cannot tell it from the template's own.
         """
-        found = next((match[0] for text in _texts(inputs) if (match := self._control_names.search(text))), None)
+        texts = list(_texts(inputs))
+        found = next((marker for marker in self._markers if any(marker in text for text in texts)), None)
         if found is None:
             return False
         if "sanitize_control_tokens" not in inspect.signature(self._tokenizer.apply_chat_template).parameters:
@@ -238,18 +240,20 @@ class HFTokenizer:
     def _stretches(self, spelling: Spelling) -> Sequence[tuple[int, str]]:
         """The texts of a spelling's stretches; none if they do not say which control tokens are in it."""
         if spelling.stretches is None:
-            ids = spelling.token_ids
-            ends = sorted({at for i, token in enumerate(ids) if token in self._control_ids for at in (i, i + 1)} - {0})
-            ends += [len(ids)] if ends[-1:] != [len(ids)] else []
-            starts = [0, *ends[:-1]]
+            known = list(spelling.begun)
+            while known and not self._control_names.fullmatch(known[-1][1]):
+                known.pop()  # it may go on
+            begin, ids, control = known[-1][0] if known else 0, spelling.token_ids, self._control_ids
+            cuts = {at for i in range(begin, len(ids)) if ids[i] in control for at in (i, i + 1)}
+            ends = sorted((cuts | {len(ids)}) - {begin})
+            starts = [begin, *ends[:-1]]
             texts = [self.decode(ids[a:b], skip_special_tokens=False) for a, b in zip(starts, ends, strict=True)]
             # A control token's name that was spelled in letters, or a decoder that needs to see the whole text.
-            plain = any(
-                self._control_names.search(t) and ids[a] not in self._control_ids
-                for a, t in zip(starts, texts, strict=True)
-            )
-            whole = "" if plain else self.decode(ids, skip_special_tokens=False)
-            spelling.stretches = () if plain or "".join(texts) != whole else tuple(zip(ends, texts, strict=True))
+            pairs = zip(starts, texts, strict=True)
+            is_plain = any(ids[start] not in control and self._control_names.search(text) for start, text in pairs)
+            is_whole = "".join(texts) == self.decode(ids[begin:], skip_special_tokens=False)
+            found = (*known, *zip(ends, texts, strict=True))
+            spelling.stretches = found if is_whole and not is_plain else ()
         return spelling.stretches
 
     def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
@@ -301,7 +305,7 @@ class HFTokenizer:
             return from_tokenizer(fast, n_vocab=width, eos_token=list(eos_token_ids))
 
 
-_FORGED = "[\U000f0000\U000f0001]"
+_FORGED = ("\U000f0000", "\U000f0001")
 """What transformers puts around a control token's name in a message, to keep it apart."""
 
 

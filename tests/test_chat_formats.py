@@ -15,12 +15,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from copyspec_engine import ConfigError, Grammar, Reply, ReplyDelta
+from copyspec_engine import ConfigError, GenerationRequest, Grammar, Reply, ReplyDelta, SamplingParams
 from copyspec_engine.chat_format import ChatFormat, find_chat_format
 from copyspec_engine.chat_messages import for_template
 from copyspec_engine.grammar import GrammarCompiler
 from copyspec_engine.replies import ReplyParser
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, scripted_engine
 from copyspec_engine.tokenizer import HFTokenizer
 
 TEMPLATES = Path(__file__).parent / "data" / "chat_templates"
@@ -543,6 +543,38 @@ def test_reasoning_opened_by_the_prompt_comes_before_a_prescribed_call() -> None
     (calls,) = calls_only("deepseek_v3", 2)
     assert allows("deepseek_v3", behind, f"so <tool> it is\n</think>\n\n{calls}")
     assert not allows("deepseek_v3", behind, "so\n</think>\n\nYes.")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt_end", "written", "reasoning"),
+    [
+        (
+            "gpt_oss",
+            "",
+            '<|channel|>analysis<|message|>{<|end|><|start|>assistant<|channel|>final<|message|>{"a": 1}',
+            "{",
+        ),
+        ("qwen3", "<think>\n", 'so {}\n</think>{"a": 1}', "so {}"),
+        ("qwen3", "", '{"a": 1}', ""),
+    ],
+)
+def test_a_prescribed_answer_begins_behind_what_is_not_its_text(
+    monkeypatch: pytest.MonkeyPatch, name: str, prompt_end: str, written: str, reasoning: str
+) -> None:
+    plain = ByteTokenizer.render
+    chat_format = tokenizer_of(name).chat_format().model_copy(update={"assistant": ("<|im_start|>assistant",)})
+    monkeypatch.setattr(ByteTokenizer, "chat_format", lambda _: chat_format)
+    monkeypatch.setattr(ByteTokenizer, "render", lambda *a: plain(*a) + ByteTokenizer().encode(prompt_end))
+    with scripted_engine(lambda _: written) as engine:
+        request = GenerationRequest(
+            messages=[USER],
+            parse_reply=True,
+            grammar=Grammar(json_schema={"type": "object"}),
+            sampling=SamplingParams(max_tokens=200),
+        )
+        output = engine.generate(request)
+        assert output.text == written
+        assert output.reply == Reply('{"a": 1}', reasoning)
 
 
 def test_the_scripted_tokenizer_writes_hermes() -> None:

@@ -163,6 +163,18 @@ def test_what_is_kept_is_bounded_and_apart() -> None:
     assert (store.of("a"), store.num_tokens) == ((), 0)
 
 
+def test_a_longer_call_knows_the_texts_of_the_one_it_begins_with(tokenizer: HFTokenizer) -> None:
+    store, texts = ExactTokens(), ["hi", ANSWER, "and?", ANSWER, "so?"]
+    for end in (1, 3):
+        ids = tokenizer.render(chat(*texts[:end]), None, {}, store.of("a"))
+        store.keep("a", [*ids, *letters(tokenizer, ANSWER), *tokenizer.encode("<|e|>")])
+    (last,) = store.of("a")
+    assert last.begun
+    third = tokenizer.render(chat(*texts), None, {}, [last])
+    assert third == tokenizer.render(chat(*texts), None, {}, [Spelling(last.token_ids)])
+    assert third[: len(last.token_ids)] == last.token_ids.tolist()
+
+
 def test_it_may_be_used_from_many_threads() -> None:
     store = ExactTokens(max_tokens=500)
 
