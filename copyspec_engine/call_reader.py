@@ -180,7 +180,8 @@ class CallsReader:
             self._state = self._stray
             return rest, []
         call_id = re.search(re.escape(self._layout.id_begin) + r"(\w+)", head) if self._layout.id_begin else None
-        self._state, self._value = self._arguments, _Value()
+        quote = self._layout.string_quote
+        self._state, self._value = self._arguments, _BareValue(quote) if quote else _Value()
         return rest, call.named(name[1], call_id and call_id[1])
 
     def _arguments(self, text: str) -> tuple[str, list[ReplyDelta]]:
@@ -189,7 +190,7 @@ class CallsReader:
         self._calls[-1].raw.append(text[:end])
         if ended:
             self._state = self._between
-        return text[end:], self._calls[-1].argue(text[:end])
+        return text[end:], self._calls[-1].argue(self._value.written(text[:end]))
 
     def _before_key(self, text: str) -> tuple[str, list[ReplyDelta]]:
         """In a call's object, before a key or its end."""
@@ -283,6 +284,10 @@ class _Value:
                 return at, True
         return len(text), False
 
+    def written(self, text: str) -> str:
+        """A text that belongs to the value, as JSON."""
+        return text
+
     def _ends(self, letter: str) -> bool:
         """Take a quote, a bracket or a backslash; whether the value ends with it."""
         if letter == "\\":
@@ -293,3 +298,60 @@ class _Value:
         else:
             self._depth += 1 if letter in "{[" else -1
         return not self._in_string and self._depth <= 0
+
+
+class _BareValue(_Value):
+    """Finds the end of a value whose keys stand bare, and its strings between two of one quote; writes it as JSON."""
+
+    def __init__(self, quote: str) -> None:
+        super().__init__()
+        self._quote = quote
+        self._held = ""
+        """The beginning of a quote, perhaps."""
+        self._word = ""
+        self._json: list[str] = []
+
+    def feed(self, text: str) -> tuple[int, bool]:
+        before, text = len(self._held), self._held + text
+        at, self._held = 0, ""
+        while at < len(text):
+            if self._in_string:
+                at = self._read_string(text, at)
+            elif text.startswith(self._quote, at):
+                self._json.append('"')
+                self._in_string, at = True, at + len(self._quote)
+            elif self._quote.startswith(text[at : at + len(self._quote)]):
+                self._held, at = text[at:], len(text)
+            else:
+                at += 1
+                if self._ends(text[at - 1]):
+                    return at - before, True
+        return len(text) - before, False
+
+    def written(self, text: str) -> str:  # noqa: ARG002 - it was read by `feed`
+        written, self._json = "".join(self._json), []
+        return written
+
+    def _read_string(self, text: str, at: int) -> int:
+        end = text.find(self._quote, at)
+        if end < 0:
+            held = next((n for n in range(len(self._quote) - 1, 0, -1) if text[at:].endswith(self._quote[:n])), 0)
+            end = len(text) - held
+            self._held = text[end:]
+            self._json.append(json.dumps(text[at:end], ensure_ascii=False)[1:-1])
+            return len(text)
+        self._json.append(json.dumps(text[at:end], ensure_ascii=False)[1:])
+        self._in_string = False
+        return end + len(self._quote)
+
+    def _ends(self, letter: str) -> bool:
+        if letter not in "{}[],:":
+            self._word += letter
+            return False
+        word, self._word = self._word.strip(), ""
+        is_json = letter != ":" and re.fullmatch(r"true|false|null|-?\d+(\.\d+)?([eE][+-]?\d+)?", word)
+        if word:
+            self._json.append(word if is_json else json.dumps(word, ensure_ascii=False))
+        self._json.append(letter)
+        self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(letter, 0)
+        return letter in "}]" and self._depth <= 0

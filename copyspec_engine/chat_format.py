@@ -148,31 +148,6 @@ _HARMONY: dict[str, JsonValue] = {
     },
 }
 
-_GEMMA4: dict[str, JsonValue] = {
-    "content": {"close": ["<turn|>", "<|tool_response>"]},
-    "thinking": {"open": "<|channel>thought\n", "close": "<channel|>"},
-    "tool_calls": {
-        "open_pattern": r"<\|tool_call>call:(?P<name>[\w.\-]+)",
-        "close": "<tool_call|>",
-        "repeats": True,
-        "content": "json",
-        "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
-        "transform": {"name": "{name}", "arguments": "{content}"},
-    },
-}
-
-_FUNCTION_GEMMA: dict[str, JsonValue] = {
-    "content": {"close": ["<start_function_response>", "<end_of_turn>"]},
-    "tool_calls": {
-        "open_pattern": r"<start_function_call>call:(?P<name>[\w.\-]+)",
-        "close": "<end_function_call>",
-        "repeats": True,
-        "content": "json",
-        "content_args": {"unquoted_keys": True, "string_delims": [["<escape>", "<escape>"]]},
-        "transform": {"name": "{name}", "arguments": "{content}"},
-    },
-}
-
 _CHATML = ("<|im_start|>assistant",)
 _MISTRAL = ("[/INST]", "[/TOOL_RESULTS]")
 _DEEPSEEK = ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁end｜>")
@@ -230,13 +205,23 @@ FORMATS: tuple[ChatFormat, ...] = (
         name="gemma4",
         marks=("<|tool_call>call:",),
         assistant=("<|turn>model\n", "<tool_response|>"),
-        parts=_GEMMA4,
+        calls=CallLayout(
+            style="named", begin="<|tool_call>call:", end="<tool_call|>", string_quote='<|"|>', between=""
+        ),
+        reasoning=("<|channel>thought\n", "<channel|>"),
     ),
     ChatFormat(
         name="functiongemma",
         marks=("<start_function_call>",),
         assistant=("<start_of_turn>model\n", "<end_function_response>"),
-        parts=_FUNCTION_GEMMA,
+        calls=CallLayout(
+            style="named",
+            begin="<start_function_call>call:",
+            end="<end_function_call>",
+            string_quote="<escape>",
+            between="",
+        ),
+        reasoning=None,
     ),
     ChatFormat(
         name="phi4",

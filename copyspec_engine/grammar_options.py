@@ -49,6 +49,8 @@ class CallLayout(Options):
     id_begin: str = ""
     """Opens the call's id behind the name, if there may be one."""
     arguments_end: str = ""
+    string_quote: str = ""
+    """Named calls only: the arguments are no JSON; keys stand bare, and strings between two of these."""
 
     @model_validator(mode="after")
     def _check_begin(self) -> CallLayout:

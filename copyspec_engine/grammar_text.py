@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, cast
 
+from copyspec_engine.grammar_dialect import dialect_rules
 from copyspec_engine.grammar_options import Grammar, ToolCalls
 
 __all__ = ["quoted", "translate"]
@@ -101,11 +102,10 @@ def _named_call(number: int, function: dict[str, Any], options: ToolCalls, liter
     """The rules of a call whose name stands before its arguments."""
     call_id = f"({literal(options.id_begin)} /[a-zA-Z0-9]{{9}}/)?" if options.id_begin else ""
     name_end = " | ".join(literal(text) or '""' for text in options.name_ends)
-    schema = _LAYOUT | _parameters(function)
-    return [
-        f"f{number}: {quoted(function['name'])} {call_id} ({name_end}) a{number} {literal(options.arguments_end)}",
-        f"a{number}: %json {json.dumps(schema)}",
-    ]
+    call = f"f{number}: {quoted(function['name'])} {call_id} ({name_end}) a{number} {literal(options.arguments_end)}"
+    if options.string_quote:
+        return [call, *dialect_rules(f"a{number}", _parameters(function), literal(options.string_quote))]
+    return [call, f"a{number}: %json {json.dumps(_LAYOUT | _parameters(function))}"]
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:

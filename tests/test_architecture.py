@@ -23,6 +23,7 @@ LEVELS = {
         "call_reader",
         "drafter",
         "exact_tokens",
+        "grammar_dialect",
         "grammar_text",
         "growth",
         "kv_pool",

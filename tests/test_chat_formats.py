@@ -360,8 +360,8 @@ def test_grammars_take_a_familys_own_calls_and_no_others(name: str) -> None:
         assert not allows(name, chat_format.grammar(tools, "now"), text)
         for wrong in (
             text.replace("add", "sub"),
-            text.replace('"a": 1', '"a": "1"'),
-            text.replace('"a": 1', '"c": 1'),
+            re.sub('(a"?: ?)1', '\\1"1"', text),
+            re.sub('a("?: ?)1', "c\\g<1>1", text),
             text.replace("{", "[", 1),
             text[: text.index("add") + 3],
         ):
@@ -372,7 +372,7 @@ def test_grammars_take_a_familys_own_calls_and_no_others(name: str) -> None:
     assert not allows(name, chat_format.grammar(tools, "required"), "No call.")
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma4", "functiongemma", "qwen3_coder"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_coder"])
 def test_calls_that_cannot_be_prescribed_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="Got tool_choice='required' but how"):
         tokenizer_of(name).chat_format().grammar(tuple(TOOLS), "required")
