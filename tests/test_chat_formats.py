@@ -378,6 +378,63 @@ def test_calls_that_cannot_be_prescribed_are_refused(name: str) -> None:
         tokenizer_of(name).chat_format().grammar(tuple(TOOLS), "required")
 
 
+def in_gemmas_way(value: Any) -> str:
+    if isinstance(value, str):
+        return f'<|"|>{value}<|"|>'
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{in_gemmas_way(value[key])}" for key in sorted(value)) + "}"
+    return "[" + ",".join(map(in_gemmas_way, value)) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+GEMMA_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "$defs": {"tree": {"type": "object", "properties": {"left": {"$ref": "#/$defs/tree"}, "x": {"type": "number"}}}},
+    "properties": {
+        "any": {},
+        "flag": {"type": ["boolean", "null"]},
+        "kind": {"enum": ["", "cat", "do g", 3]},
+        "list": {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}},
+        "text": {"type": "string"},
+        "tree": {"$ref": "#/$defs/tree"},
+    },
+    "required": ["kind", "text"],
+}
+
+
+def gemma_call(arguments: dict[str, Any]) -> str:
+    return f"<|tool_call>call:f{in_gemmas_way(arguments)}<tool_call|>"
+
+
+def gemma_allows(arguments: dict[str, Any]) -> bool:
+    tools = ({"type": "function", "function": {"name": "f", "parameters": GEMMA_SCHEMA}},)
+    grammar = tokenizer_of("gemma4").chat_format().grammar(tools, "f", parallel=False)
+    return allows("gemma4", grammar, gemma_call(arguments))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_gemmas_values_are_read_and_prescribed(seed: int) -> None:
+    rng = random.Random(seed)
+    texts = ['a"b', "{x:1}", "<|", '<|"', "\n\\n", "é🙂", "", ", [1]"]
+    tree: dict[str, Any] = {"x": -0.5} if seed % 2 else {"left": {"left": {}, "x": 2}, "x": 1e-05}
+    arguments: dict[str, Any] = {"kind": rng.choice(["", "cat", "do g", 3]), "text": rng.choice(texts)}
+    more = {
+        "any": rng.choice([None, [1, {"k": "v"}], "t", {}]),
+        "flag": rng.choice([True, None]),
+        "list": [1, "x"],
+        "tree": tree,
+    }
+    arguments |= {key: value for key, value in more.items() if rng.random() < 0.6}
+    assert gemma_allows(arguments)
+    for cut in (None, 1, 2):
+        reply, deltas = parse(ReplyParser(tokenizer_of("gemma4").chat_format()), gemma_call(arguments), cut)
+        assert [call.arguments for call in reply.tool_calls] == [arguments]
+        assert json.loads(joined(deltas)[2][0][2]) == arguments
+    wrong = [{"kind": "dog"}, {"text": 1}, {"list": [True]}, {"flag": "x"}, {"tree": {"x": "1"}}, {"other": 1}]
+    for change in wrong:
+        assert not gemma_allows(arguments | change)
+    assert not gemma_allows({"text": "x"})
+
+
 # ---- malformed answers -----------------------------------------------------------------------------------------------
 
 
