@@ -4,17 +4,18 @@ A model may spell a text otherwise than the tokenizer would. Its next prompt hol
 it would have other ids there, and nothing behind them could be reused. So the ids of the last calls are kept for each
 session, and taken wherever a prompt holds exactly their text, whole stretches between control tokens at a time.
 
-The text decides; ids only say how it is spelled. Not covered: how stretches are decoded and compared (tokenizer.py).
+The text decides; ids only say how it is spelled.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["ExactTokens", "Spelling"]
+__all__ = ["ExactTokens", "Speller", "Spelling"]
 
 _PER_SESSION = 8
 _MAX_TOKENS = 1 << 23
@@ -22,7 +23,7 @@ _MAX_TOKENS = 1 << 23
 
 
 class Spelling:
-    """One call's token ids, prompt and answer. The tokenizer adds their texts when it first needs them."""
+    """One call's token ids, prompt and answer; their texts are added when they are first needed."""
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self.token_ids = array("i", token_ids)
@@ -86,3 +87,73 @@ class ExactTokens:
 
 def _size(spellings: Sequence[Spelling]) -> int:
     return sum(len(spelling.token_ids) for spelling in spellings)
+
+
+class Speller:
+    """Spells rendered prompts as earlier calls did.
+
+    A control token divides a text: what stands before it has the same ids whatever stands behind, and the other way
+    round. So ids can be taken over up to a control token.
+
+    Args:
+        control: the ids of control tokens by name.
+        encode: token ids of a text, none added.
+        decode: text of token ids, control tokens by name.
+    """
+
+    def __init__(
+        self,
+        control: Mapping[str, int],
+        encode: Callable[[str], list[int]],
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self._ids, self._encode, self._decode = frozenset(control.values()), encode, decode
+        names = sorted(map(re.escape, control), key=len, reverse=True)
+        self._names = re.compile("|".join(names) or "(?!)")
+
+    def spell(self, text: str, spellings: Sequence[Spelling]) -> list[int]:
+        """Token ids of a text, those of the spelling that it has most in common with as far as it is the same."""
+        best, best_count, best_at = None, 0, 0
+        for spelling in spellings:
+            count, at = self._common(text, self._stretches(spelling))
+            if at > best_at:
+                best, best_count, best_at = spelling, count, at
+        if best is None or best.stretches is None:
+            return self._encode(text)
+        end, last = best.stretches[best_count - 1]
+        known = best.token_ids[:end].tolist()
+        if not self._names.fullmatch(last):
+            return known + self._encode(text[best_at:])
+        # With the control token before it, so that a text in the middle is not taken for one at the beginning.
+        rest = self._encode(last + text[best_at:])
+        return known + rest[1:] if rest[0] == known[-1] else self._encode(text)
+
+    def _common(self, text: str, stretches: Sequence[tuple[int, str]]) -> tuple[int, int]:
+        """How many stretches a text begins with, and their length, up to where it can be divided."""
+        count = at = 0
+        for _, stretch in stretches:
+            if not text.startswith(stretch, at):
+                break
+            count, at = count + 1, at + len(stretch)
+        while count and not (self._names.match(text, at) or self._names.fullmatch(stretches[count - 1][1])):
+            count, at = count - 1, at - len(stretches[count - 1][1])
+        return count, at
+
+    def _stretches(self, spelling: Spelling) -> Sequence[tuple[int, str]]:
+        """The texts of a spelling's stretches; none if they do not say which control tokens are in it."""
+        if spelling.stretches is None:
+            known = list(spelling.begun)
+            while known and not self._names.fullmatch(known[-1][1]):
+                known.pop()  # it may go on
+            begin, ids = known[-1][0] if known else 0, spelling.token_ids
+            cuts = {at for i in range(begin, len(ids)) if ids[i] in self._ids for at in (i, i + 1)}
+            ends = sorted((cuts | {len(ids)}) - {begin})
+            starts = [begin, *ends][: len(ends)]
+            texts = [self._decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)]
+            # A control token's name that was spelled in letters, or a decoder that needs to see the whole text.
+            pairs = zip(starts, texts, strict=True)
+            is_plain = any(ids[start] not in self._ids and self._names.search(text) for start, text in pairs)
+            is_whole = "".join(texts) == self._decode(ids[begin:])
+            found = (*known, *zip(ends, texts, strict=True))
+            spelling.stretches = found if is_whole and not is_plain else ()
+        return spelling.stretches

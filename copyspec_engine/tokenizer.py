@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -21,7 +21,7 @@ from transformers.utils.chat_parsing.response_templates import load_response_tem
 from copyspec_engine.chat_format import ChatFormat, find_chat_format
 from copyspec_engine.chat_messages import for_template
 from copyspec_engine.errors import ConfigError, UnsupportedModelError
-from copyspec_engine.exact_tokens import Spelling
+from copyspec_engine.exact_tokens import Speller, Spelling
 from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.outputs import Segment
 from copyspec_engine.sequence import TextStream
@@ -104,10 +104,10 @@ class HFTokenizer:
         self._encoding = threading.Lock()
         self._chat_format = self._find_format()
         control = self._control_tokens()
-        self._control_ids = frozenset(control.values())
         self._markers = (*control, *_FORGED)
-        names = sorted(map(re.escape, control), key=len, reverse=True)
-        self._control_names = re.compile("|".join(names) or "(?!)")
+        self._speller = Speller(
+            control, partial(self.encode, special_tokens=False), partial(self.decode, skip_special_tokens=False)
+        )
 
     def _control_tokens(self) -> dict[str, int]:
         """The ids of special tokens, and of all others that a chat template writes, by name."""
@@ -158,7 +158,7 @@ class HFTokenizer:
             if len(merged) < len(messages):  # some templates insist that roles alternate
                 return self.render(merged, tools, template_kwargs, spellings)
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
-        return self._spelled(rendered, spellings) if isinstance(rendered, str) else rendered
+        return self._speller.spell(rendered, spellings) if isinstance(rendered, str) else rendered
 
     def _apply_template(
         self,
@@ -200,61 +200,6 @@ class HFTokenizer:
                 "release that can keep it apart from those of the chat template (5.23 can)"
             )
         return True
-
-    # ---- earlier spellings -------------------------------------------------------------------------------------
-
-    def _spelled(self, text: str, spellings: Sequence[Spelling]) -> list[int]:
-        """Token ids of a rendered text, as it was spelled before as far as it is the same text.
-
-        A control token divides a text: what stands before it has the same ids whatever stands behind, and the other way
-        round. So ids can be taken over up to a control token.
-        """
-        best, best_count, best_at = None, 0, 0
-        for spelling in spellings:
-            count, at = self._common(text, self._stretches(spelling))
-            if at > best_at:
-                best, best_count, best_at = spelling, count, at
-        if best is None or best.stretches is None:
-            return self.encode(text, special_tokens=False)
-        end, last = best.stretches[best_count - 1]
-        known = best.token_ids[:end].tolist()
-        if not self._control_names.fullmatch(last):
-            return known + self.encode(text[best_at:], special_tokens=False)
-        # With the control token before it, so that a text in the middle is not taken for one at the beginning.
-        rest = self.encode(last + text[best_at:], special_tokens=False)
-        return known + rest[1:] if rest[0] == known[-1] else self.encode(text, special_tokens=False)
-
-    def _common(self, text: str, stretches: Sequence[tuple[int, str]]) -> tuple[int, int]:
-        """How many stretches a text begins with, and their length, up to where it can be divided."""
-        count = at = 0
-        for _, stretch in stretches:
-            if not text.startswith(stretch, at):
-                break
-            count, at = count + 1, at + len(stretch)
-        while count and not (
-            self._control_names.match(text, at) or self._control_names.fullmatch(stretches[count - 1][1])
-        ):
-            count, at = count - 1, at - len(stretches[count - 1][1])
-        return count, at
-
-    def _stretches(self, spelling: Spelling) -> Sequence[tuple[int, str]]:
-        """The texts of a spelling's stretches; none if they do not say which control tokens are in it."""
-        if spelling.stretches is None:
-            known = list(spelling.begun)
-            while known and not self._control_names.fullmatch(known[-1][1]):
-                known.pop()  # it may go on
-            begin, ids, control = known[-1][0] if known else 0, spelling.token_ids, self._control_ids
-            cuts = {at for i in range(begin, len(ids)) if ids[i] in control for at in (i, i + 1)}
-            ends = sorted((cuts | {len(ids)}) - {begin})
-            starts = [begin, *ends[:-1]]
-            texts = [self.decode(ids[a:b], skip_special_tokens=False) for a, b in zip(starts, ends, strict=True)]
-            # A control token's name that was spelled in letters, or a decoder that needs to see the whole text.
-            pairs = zip(starts, texts, strict=True)
-            is_plain = any(ids[start] not in control and self._control_names.search(text) for start, text in pairs)
-            is_whole = "".join(texts) == self.decode(ids[begin:], skip_special_tokens=False)
-            found = (*known, *zip(ends, texts, strict=True))
-            spelling.stretches = found if is_whole and not is_plain else ()
-        return spelling.stretches
 
     def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
         stream = DecodeStream(skip_special_tokens=skip_special_tokens)

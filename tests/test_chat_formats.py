@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from copyspec_engine import ConfigError, GenerationRequest, Grammar, Reply, ReplyDelta, SamplingParams
 from copyspec_engine.chat_format import ChatFormat, find_chat_format
 from copyspec_engine.chat_messages import for_template
+from copyspec_engine.drafter import DraftTree
 from copyspec_engine.grammar import GrammarCompiler
 from copyspec_engine.replies import ReplyParser
 from copyspec_engine.testing import ByteTokenizer, scripted_engine
@@ -297,6 +298,13 @@ def test_the_next_prompt_begins_with_the_prompt_and_its_answer(name: str, answer
         assert f"result {i}" in after or name == "gemma3"
 
 
+def test_json_is_no_bare_call_where_no_such_function_was_offered() -> None:
+    text = '{"name": "add", "parameters": {"a": 1}}'
+    for tools in ([], TOOLS[1:]):
+        reply, _ = parse(ReplyParser(tokenizer_of("llama3").chat_format(), "", tools), text, 1)
+        assert reply == Reply(text)
+
+
 def test_arguments_stream_while_they_are_written() -> None:
     for name, answer in CASES:
         if tokenizer_of(name).chat_format().calls is None or not answer.calls:
@@ -324,12 +332,16 @@ def allows(name: str, grammar: Grammar, text: str) -> bool:
     state = compiler_of(name).begin(grammar)
     assert tokenizer.eos_token_id is not None
     for token in [*tokenizer.encode(text, special_tokens=False), tokenizer.eos_token_id]:
-        if state.is_terminated and token == tokenizer.eos_token_id:
-            return True
+        if state.is_terminated:
+            return token == tokenizer.eos_token_id
+        mask = state.masks(DraftTree())[0]
+        is_allowed = bool(int(mask[token // 32]) >> token % 32 & 1)
         try:
             state.advance([token])
         except RuntimeError:
+            assert not is_allowed
             return False
+        assert is_allowed
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 import threading
@@ -89,6 +90,19 @@ def test_ids_are_taken_of_what_precedes_a_changed_part(tokenizer: HFTokenizer) -
     assert second != tokenizer.render(chat("hi", "yes", "and?"), None)
 
 
+def test_a_prompt_without_earlier_ids_is_what_transformers_makes_of_it(tokenizer: HFTokenizer) -> None:
+    rng = random.Random(2)
+    words = ["the", " house", "\n", "é🙂", "<|e|>", "<think>", "<|", "\U000f0000", "  x"]
+    for _ in range(100):
+        messages = chat(*("".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(3)))
+        if "sanitize_control_tokens" not in inspect.signature(tokenizer._tokenizer.apply_chat_template).parameters:
+            messages = chat("the house", " x")
+        wanted = tokenizer._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
+        assert tokenizer.render(messages, None) == wanted
+
+
 @pytest.mark.parametrize("marker", ["<|e|>", "<|s|>", "<think>"])
 def test_a_control_tokens_name_is_never_taken_for_the_token(tokenizer: HFTokenizer, marker: str) -> None:
     """Neither in a message, nor in an answer or a prompt that was spelled in letters."""
@@ -173,6 +187,8 @@ def test_a_longer_call_knows_the_texts_of_the_one_it_begins_with(tokenizer: HFTo
     third = tokenizer.render(chat(*texts), None, {}, [last])
     assert third == tokenizer.render(chat(*texts), None, {}, [Spelling(last.token_ids)])
     assert third[: len(last.token_ids)] == last.token_ids.tolist()
+    store.keep("a", last.token_ids)  # the same once more
+    assert tokenizer.render(chat(*texts), None, {}, store.of("a")) == third
 
 
 def test_it_may_be_used_from_many_threads() -> None:
