@@ -5,8 +5,9 @@ Public, so that an integration of one's own can stand on it as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,9 +23,21 @@ from copyspec_engine.config import (
 )
 from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
-from copyspec_engine.outputs import GenerationOutput, Segment
+from copyspec_engine.model_facts import ModelFacts, read_model_facts
+from copyspec_engine.outputs import GenerationOutput, Segment, TokenLogprob
 
-__all__ = ["AdapterOptions", "adopt_engine", "answer_metadata", "clear_errors", "segment_metadata"]
+__all__ = [
+    "AdapterOptions",
+    "ModelFacts",
+    "adopt_engine",
+    "answer_metadata",
+    "clear_errors",
+    "conversation",
+    "current_conversation",
+    "logprobs_metadata",
+    "model_facts",
+    "segment_metadata",
+]
 
 
 class AdapterOptions(BaseModel):
@@ -38,12 +51,37 @@ class AdapterOptions(BaseModel):
     """Keep the fewest tokens whose probabilities reach this sum, above 0 and up to 1 (the default)."""
     top_k: int | None = None
     """Keep this many of the most likely tokens, at least 1; default: all."""
+    min_p: float | None = None
+    """Keep tokens at least this many times as likely as the most likely one, 0 (the default) to 1."""
+    repetition_penalty: float | None = None
+    """Above 1 (the default) makes tokens of prompt and answer less likely, as in transformers."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of tokens that the answer holds, -2 to 2; default: 0."""
+    frequency_penalty: float | None = None
+    """Subtracted from a token's logit for each time that the answer holds it, -2 to 2; default: 0."""
+    logit_bias: dict[int, float] | None = None
+    """What is added to the logits of token ids, -100 (never) to 100 (always)."""
+    logprobs: bool | None = None
+    """Give the natural log-probability of each token of the answer."""
+    top_logprobs: int | None = None
+    """Give those of this many most likely tokens at each place too, up to 20; needs `logprobs`."""
     seed: int | None = None
     """The same seed gives the same answer; default: a fresh one for each call."""
     max_tokens: int | None = None
     """Most tokens to generate, at least 1; default: up to the end of the context."""
     stop: list[str] | None = None
     """Texts that end the answer and are not part of it; one string is accepted too."""
+    stop_token_ids: list[int] | None = None
+    """Token ids that end the answer besides the model's own."""
+    ignore_eos: bool | None = None
+    """Go on after the model's own end-of-sequence ids."""
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds after which the engine ends the answer; default: no limit."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """What else the chat template reads ({"enable_thinking": False}, say)."""
+    cache_salt: str | None = Field(default=None, min_length=1)
+    """Calls with the same salt share the KV of what their prompts have in common, over conversations; default: the
+    engine's."""
     drafter: AdaptiveDrafter | CopySpecDrafter | NoDrafter | None = None
     """Where drafts come from: "adaptive", "copyspec" or "none", or an object with options; default: the engine's."""
     session_id: str | None = Field(default=None, min_length=1)
@@ -70,9 +108,8 @@ class AdapterOptions(BaseModel):
 
     def sampling(self) -> SamplingParams:
         """The sampling options for the engine."""
-        names = ("temperature", "top_p", "top_k", "seed", "max_tokens")
-        values = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return SamplingParams(stop=tuple(self.stop or ()), **values)
+        names = SamplingParams.model_fields
+        return SamplingParams(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
     def request_options(self) -> dict[str, Any]:
         """The options of a `GenerationRequest` besides its input and its session."""
@@ -81,7 +118,36 @@ class AdapterOptions(BaseModel):
             "memory_pool": self.memory_pool,
             "prediction": self.prediction,
             "drafter": self.drafter,
+            "chat_template_kwargs": self.chat_template_kwargs or {},
+            "cache_salt": self.cache_salt,
+            "timeout_s": self.timeout,
         }
+
+
+_conversation: ContextVar[str | None] = ContextVar("copyspec_conversation", default=None)
+
+
+@contextmanager
+def conversation(session_id: str) -> Iterator[None]:
+    """Calls inside the `with` block belong to this conversation, in threads and tasks that take over the context too.
+
+    What a call itself says of its conversation goes first.
+
+    Raises:
+        ConfigError: the id is no text or empty.
+    """
+    if not isinstance(session_id, str) or not session_id:
+        raise ConfigError(f"Got session_id={session_id!r} but expected a text of at least one character")
+    token = _conversation.set(session_id)
+    try:
+        yield
+    finally:
+        _conversation.reset(token)
+
+
+def current_conversation() -> str | None:
+    """The conversation of the innermost `with conversation(...)`; None outside of one."""
+    return _conversation.get()
 
 
 def adopt_engine(options: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +167,18 @@ def adopt_engine(options: dict[str, Any]) -> dict[str, Any]:
                 f"Got {name}={options[name]!r} but the engine has {name}={value!r}: leave {name} out, or pass no engine"
             )
     return {**options, **adopted}
+
+
+def model_facts(engine: Engine | EngineConfig) -> ModelFacts | None:
+    """What is known of a model without loading it; None if it is not on this machine.
+
+    An engine knows its own context and chat format, whatever files there are.
+    """
+    if not isinstance(engine, Engine):
+        return read_model_facts(engine)
+    found, known = read_model_facts(engine.config), engine.chat_format
+    takes_tools = known.calls is not None or (found is not None and found.takes_tools)
+    return ModelFacts(engine.info.max_model_len, known, takes_tools, found is not None and found.reasons)
 
 
 def answer_metadata(output: GenerationOutput) -> dict[str, Any]:
@@ -123,6 +201,22 @@ def answer_metadata(output: GenerationOutput) -> dict[str, Any]:
 def segment_metadata(segments: Iterable[Segment]) -> list[dict[str, Any]]:
     """Pieces of a text and whether each was copied, as plain values."""
     return [{"text": segment.text, "copied": segment.copied} for segment in segments]
+
+
+def logprobs_metadata(engine: Engine, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Log-probabilities in OpenAI's form: {"content": [{"token", "bytes", "logprob", "top_logprobs"}, ...]}."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        token = engine.decode([token_id], skip_special_tokens=False)
+        # A token that is part of a character has no text of its own.
+        return {"token": token, "bytes": None if "\ufffd" in token else list(token.encode()), "logprob": logprob}
+
+    return {
+        "content": [
+            {**entry(found.token_id, found.logprob), "top_logprobs": [entry(*pair) for pair in found.top]}
+            for found in logprobs
+        ]
+    }
 
 
 @contextmanager

@@ -141,9 +141,9 @@ class Engine:
         """Token ids of raw text, with those special tokens around it that the tokenizer adds to a prompt by itself."""
         return self._model.tokenizer.encode(text, special_tokens=special_tokens)
 
-    def decode(self, token_ids: Seq[int]) -> str:
-        """Text of token ids, without special tokens."""
-        return self._model.tokenizer.decode(token_ids)
+    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids, without special tokens or with their names in it."""
+        return self._model.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def tokenize(self, request: GenerationRequest) -> list[int]:
         """The token ids that the model would read for a request.

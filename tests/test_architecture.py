@@ -49,6 +49,7 @@ LEVELS = {
         "stateful_runner",
         "chat_format",
         "chat_messages",
+        "model_facts",
         "replies",
         "tokenizer",
         "bundled",

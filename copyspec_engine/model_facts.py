@@ -1,0 +1,96 @@
+"""What can be known of a model before it is loaded: read from small files that are on this machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from copyspec_engine.bundled import bundled_model_path
+from copyspec_engine.chat_format import ChatFormat, find_chat_format
+from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
+
+__all__ = ["ModelFacts", "read_model_facts"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's own limits and abilities."""
+
+    max_model_len: int | None
+    """Longest prompt plus answer, in tokens, within the limit of the engine's configuration; None: not known."""
+    chat_format: ChatFormat
+    """How its chat template writes tool calls and reasoning."""
+    takes_tools: bool
+    """Its chat template tells the model of tools."""
+    reasons: bool
+    """Its chat template knows reasoning."""
+
+
+def read_model_facts(config: EngineConfig) -> ModelFacts | None:
+    """The facts of a config's model; None for a model that is not on this machine. Nothing is loaded or downloaded."""
+    if config.model == BUNDLED_MODEL:
+        folder: Path | None = bundled_model_path()
+    elif Path(config.model).is_dir():
+        folder = Path(config.model)
+    else:
+        folder = _cached_folder(config.model)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    facts = _read(folder)
+    limits = [limit for limit in (facts.max_model_len, config.max_model_len) if limit is not None]
+    return ModelFacts(min(limits, default=None), facts.chat_format, facts.takes_tools, facts.reasons)
+
+
+def _cached_folder(name: str) -> Path | None:
+    """Where the hub's client keeps a model; None if it has not been downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a folder that is not there, say
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+@lru_cache(maxsize=64)
+def _read(folder: Path) -> ModelFacts:
+    tokenizer = _json(folder / "tokenizer_config.json")
+    template = _chat_template(folder, tokenizer)
+    text = template or ""
+    return ModelFacts(
+        max_model_len=_longest_context(_json(folder / "config.json")),
+        chat_format=find_chat_format(template, tokenizer.get("response_template")),
+        takes_tools="tools" in text,
+        reasons="reasoning_content" in text or "thinking" in text or "<think>" in text,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _chat_template(folder: Path, tokenizer: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = tokenizer.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("tool_use") or named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _longest_context(config: dict[str, Any]) -> int | None:
+    """As the engine limits it: long-context RoPE ("longrope") is used up to its original context only."""
+    text = config.get("text_config") or config
+    limit = text.get("max_position_embeddings")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        original = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+        limit = min((length for length in (limit, original) if length), default=None)
+    return int(limit) if limit else None
