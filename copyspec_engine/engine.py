@@ -311,7 +311,7 @@ class Engine:
     def _placed(self, grammar: Grammar, reply: ReplyParser | None) -> Grammar:
         """The grammar of an answer that is taken apart holds for its text or calls, not for what precedes them."""
         calls = grammar.tools
-        if reply is None or grammar.start_after is not None or (calls is not None and calls.tool_choice == "auto"):
+        if reply is None or grammar.start_after is not None or (calls is not None and calls.is_free):
             return grammar
         start_after = self._chat_format.text_begin if calls is None else ""
         if reply.is_reasoning and self._chat_format.reasoning is not None:

@@ -69,6 +69,8 @@ class ToolCalls(CallLayout):
     the one function to be called, also in OpenAI's form."""
     parallel: bool = True
     """More than one call in an answer; off: the answer ends after the first."""
+    answer_schema: dict[str, JsonValue] | None = None
+    """With "auto": an answer that calls nothing is JSON that fits this schema, and one that calls is calls alone."""
 
     @model_validator(mode="after")
     def _check_tools(self) -> ToolCalls:
@@ -86,7 +88,16 @@ class ToolCalls(CallLayout):
             raise ValueError(
                 f"Got tool_choice={self.tool_choice!r} but expected auto, required or one of {', '.join(names)}"
             )
+        if self.answer_schema is not None and self.tool_choice != "auto":
+            raise ValueError(
+                f"Got answer_schema with tool_choice={self.tool_choice!r} but expected auto: there must be a choice"
+            )
         return self
+
+    @property
+    def is_free(self) -> bool:
+        """Free text may stand where no call does."""
+        return self.tool_choice == "auto" and self.answer_schema is None
 
 
 class Grammar(Options):
@@ -105,6 +116,8 @@ class Grammar(Options):
     """One of these texts."""
     tools: ToolCalls | None = None
     """Calls of functions."""
+    lenient: bool = False
+    """Leave out what llguidance cannot express of a JSON schema, where it would refuse the schema otherwise."""
     start_after: str | None = Field(default=None, min_length=1)
     """The grammar begins behind the first place where this text is written ("</think>", say). What comes before is
     free; an answer that ends before has no form."""
@@ -119,7 +132,7 @@ class Grammar(Options):
             )
         if self.choice is not None and not all(self.choice):
             raise ValueError(f"Got choice={self.choice!r} but expected texts of at least one character")
-        if self.start_after is not None and self.tools is not None and self.tools.tool_choice == "auto":
+        if self.start_after is not None and self.tools is not None and self.tools.is_free:
             raise ValueError(
                 f"Got start_after={self.start_after!r} with tool_choice='auto' but expected one of them: text is free "
                 "until a call begins"

@@ -14,7 +14,11 @@ __all__ = ["quoted", "translate"]
 _WHITE_SPACE = r"[ \t]{1,40}|[\r\n]{1,2}[ \t]{0,40}"
 """What may stand between the parts of JSON: a model that sees no way on must not write line breaks for ever."""
 
-_LAYOUT = {"x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+
+def _guidance(grammar: Grammar) -> dict[str, Any]:
+    """How llguidance reads the JSON schemas of a grammar that do not say so themselves, by the key it looks for."""
+    lenient = {"lenient": True, "coerce_one_of": True} if grammar.lenient else {}
+    return {"x-guidance": {"whitespace_pattern": _WHITE_SPACE, **lenient}}
 
 
 def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, bytes, bool]:
@@ -29,8 +33,8 @@ def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, byt
     marker = (grammar.start_after or "").encode()
     if grammar.tools is not None:
         calls = grammar.tools
-        free = calls.tool_choice == "auto"
-        text = LLMatcher.grammar_from_lark(_tool_calls(calls, literal, behind=bool(marker)))
+        free = calls.is_free
+        text = LLMatcher.grammar_from_lark(_tool_calls(calls, literal, _guidance(grammar), behind=bool(marker)))
         again = free and calls.parallel and calls.repeats and not (calls.before or calls.style == "array")
         opening = (calls.before or calls.begin).encode() if free else marker
         return text, opening, again and bool(calls.begin)
@@ -42,22 +46,23 @@ def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, byt
         texts = " | ".join(map(quoted, grammar.choice))
         return LLMatcher.grammar_from_lark(f"start: {texts}"), marker, False
     schema = {"type": "object"} if grammar.json_schema is None else grammar.json_schema
-    return LLMatcher.grammar_from_json_schema(json.dumps(_LAYOUT | schema)), marker, False
+    return LLMatcher.grammar_from_json_schema(json.dumps(_guidance(grammar) | schema)), marker, False
 
 
-def _tool_calls(options: ToolCalls, literal: Callable[[str], str], *, behind: bool) -> str:
+def _tool_calls(options: ToolCalls, literal: Callable[[str], str], guidance: dict[str, Any], *, behind: bool) -> str:
     """Lark for the calls; where free text precedes a call, for what follows its `begin`, or `before` of all calls.
 
     Args:
         options: what may be called, and how.
         literal: a marker in Lark.
+        guidance: how JSON schemas are read.
         behind: line breaks may stand first, since a reasoning or other text does.
     """
     functions = [cast("dict[str, Any]", tool["function"]) for tool in options.tools]
     chosen = [function for function in functions if options.tool_choice in ("auto", "required", function["name"])]
     begin, end, after = literal(options.begin), literal(options.end), literal(options.after)
     several = options.parallel and options.repeats
-    free = options.tool_choice == "auto"
+    free = options.is_free
     rest = _rest(options, end, several=several)
     between = f"({literal(options.between)})?" if options.between else ""
     more = f" ({between} {begin} rest)*" if several and options.style != "array" else ""
@@ -70,12 +75,19 @@ def _tool_calls(options: ToolCalls, literal: Callable[[str], str], *, behind: bo
     else:
         lines = '("\\n" | "\\n\\n")? ' if behind else ""
         start = f"{lines}{literal(options.before)} {begin} rest{more} {after}"
+    if options.answer_schema is not None:
+        start += " | answer"
     names = " | ".join(f"f{i}" for i in range(len(chosen)))
     rules = [f"start: {start}", f"rest: {rest}", f"call: {names}"]
     for i, function in enumerate(chosen):
         rules += (
-            _named_call(i, function, options, literal) if options.style == "named" else [_object(i, function, options)]
+            _named_call(i, function, options, literal, guidance)
+            if options.style == "named"
+            else [f"f{i}: %json {json.dumps(_call_schema(function, options, guidance))}"]
         )
+    rules += (
+        [f"answer: %json {json.dumps(guidance | options.answer_schema)}"] if options.answer_schema is not None else []
+    )
     rules += [r"TEXT: /([ \t\r\n]*[^ \t\r\n{](.|\n)*)?/"] if "TEXT" in start else []
     return "\n".join(rules) + "\n"
 
@@ -93,19 +105,20 @@ def _rest(options: ToolCalls, end: str, *, several: bool) -> str:
     return f"{inner} {space} {end}" if end else inner
 
 
-def _object(number: int, function: dict[str, Any], options: ToolCalls) -> str:
-    """The rule of a call that is a JSON object."""
-    return f"f{number}: %json {json.dumps(_call_schema(function, options))}"
-
-
-def _named_call(number: int, function: dict[str, Any], options: ToolCalls, literal: Callable[[str], str]) -> list[str]:
+def _named_call(
+    number: int,
+    function: dict[str, Any],
+    options: ToolCalls,
+    literal: Callable[[str], str],
+    guidance: dict[str, Any],
+) -> list[str]:
     """The rules of a call whose name stands before its arguments."""
     call_id = f"({literal(options.id_begin)} /[a-zA-Z0-9]{{9}}/)?" if options.id_begin else ""
     name_end = " | ".join(literal(text) or '""' for text in options.name_ends)
     call = f"f{number}: {quoted(function['name'])} {call_id} ({name_end}) a{number} {literal(options.arguments_end)}"
     if options.string_quote:
         return [call, *dialect_rules(f"a{number}", _parameters(function), literal(options.string_quote))]
-    return [call, f"a{number}: %json {json.dumps(_LAYOUT | _parameters(function))}"]
+    return [call, f"a{number}: %json {json.dumps(guidance | _parameters(function))}"]
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:
@@ -113,11 +126,11 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
     return function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def _call_schema(function: dict[str, Any], options: ToolCalls) -> dict[str, Any]:
+def _call_schema(function: dict[str, Any], options: ToolCalls, guidance: dict[str, Any]) -> dict[str, Any]:
     """The JSON schema of a call of one function."""
     name, arguments, parameters = options.name_key, options.arguments_key, _parameters(function)
     return {
-        "x-guidance": parameters.get("x-guidance", _LAYOUT["x-guidance"]),
+        "x-guidance": parameters.get("x-guidance", guidance["x-guidance"]),
         "type": "object",
         "properties": {name: {"const": function["name"]}, arguments: _moved(parameters, f"#/properties/{arguments}")},
         "required": [name, arguments],
