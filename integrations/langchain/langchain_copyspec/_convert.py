@@ -1,35 +1,68 @@
-"""LangChain messages to engine messages, engine outputs to LangChain messages.
+"""LangChain messages to the chat-template dicts that the engine reads.
 
-Input flow: system, human, AI and free-role messages, their content a string or a list of text blocks, become
-`{"role", "content"}` dicts in the same order. Nothing is merged: two user messages in a row stay two.
-Output flow: text becomes `content`, counts `usage_metadata`, the rest `response_metadata`.
-Not covered: tool calls and tool results, images, audio, files, reasoning. They raise, by name.
+Each message becomes one dict, in the same order; only tool results inside a user message become messages of their own.
+Nothing is merged or dropped: two user messages in a row stay two. Arguments of tool calls stay objects, so that a
+template writes them as the model did. Images, audio and files raise, by name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.messages import (
     AIMessage,
-    AIMessageChunk,
     BaseMessage,
     ChatMessage,
+    FunctionMessage,
     HumanMessage,
     SystemMessage,
     ToolMessage,
 )
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
-from copyspec_engine import ConfigError, GenerationOutput, Segment, StreamChunk
-from copyspec_engine.adapters import answer_metadata, segment_metadata
-from langchain_copyspec._calls import Call
+from copyspec_engine import ConfigError
 
-__all__ = ["PROVIDER", "to_ai_message", "to_ai_message_chunk", "to_engine_messages"]
+__all__ = ["PROVIDER", "to_engine_messages"]
 
 PROVIDER = "copyspec"
 """`ls_provider` in traces and `model_provider` of answers: they must be equal for reported usage to be believed."""
+
+_ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
+    (SystemMessage, "system"),
+    (HumanMessage, "user"),
+    (AIMessage, "assistant"),
+    (ToolMessage, "tool"),
+    (FunctionMessage, "tool"),
+)
+_TEXTS = {"text", "input_text", "output_text", "text-plain"}
+_CALLS = {"tool_call", "tool_use", "function_call"}
+_WRITTEN_ELSEWHERE = {"tool_call_chunk", "invalid_tool_call", "redacted_thinking"}
+"""Blocks whose content is in a field of the message too, or that nobody can read."""
+_MEDIA = {
+    "audio",
+    "document",
+    "file",
+    "image",
+    "image_url",
+    "input_audio",
+    "input_file",
+    "input_image",
+    "media",
+    "video",
+    "video_url",
+}
+
+
+@dataclass
+class _Parts:
+    """What the content of one message holds."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
 
 
 def to_engine_messages(messages: Sequence[BaseMessage]) -> tuple[dict[str, Any], ...]:
@@ -40,94 +73,124 @@ def to_engine_messages(messages: Sequence[BaseMessage]) -> tuple[dict[str, Any],
     """
     if not messages:
         raise ConfigError("Got no messages but expected at least one")
-    return tuple(_to_engine_message(position, message) for position, message in enumerate(messages))
+    names: dict[str, str] = {}
+    """Functions by the ids of their calls: templates want the name of what a result is the result of."""
+    converted: list[dict[str, Any]] = []
+    for position, message in enumerate(messages):
+        converted += _to_engine_messages(position, message, names)
+    return tuple(converted)
 
 
-def _to_engine_message(position: int, message: BaseMessage) -> dict[str, Any]:
-    converted: dict[str, Any] = {"role": _role(position, message), "content": _text(position, message)}
+def _to_engine_messages(position: int, message: BaseMessage, names: dict[str, str]) -> list[dict[str, Any]]:
+    parts = _read(position, message)
+    for result in parts.results:
+        result["name"] = names.get(result["tool_call_id"], "")
+    role = _role(position, message)
+    own: dict[str, Any] = {"role": role, "content": parts.text}
+    if isinstance(message, AIMessage):
+        _add_answer_parts(own, message, parts)
+        names.update({call["id"]: call["function"]["name"] for call in own.get("tool_calls", ())})
+    if isinstance(message, ToolMessage):
+        own |= {"tool_call_id": message.tool_call_id, "name": names.get(message.tool_call_id, "")}
     if message.name:
-        converted["name"] = message.name
-    return converted
+        own["name"] = message.name
+    if parts.results and not parts.text:
+        return parts.results
+    return [*parts.results, own]
 
 
 def _role(position: int, message: BaseMessage) -> str:
-    if isinstance(message, ToolMessage) or (isinstance(message, AIMessage) and message.tool_calls):
-        raise ConfigError(
-            f"Got messages[{position}] with a tool call or its result but expected text: ChatCopySpec has no tool "
-            "calling yet. Leave such messages out, or turn them into text"
-        )
     if isinstance(message, ChatMessage):
         return message.role
-    for kind, role in ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant")):
+    for kind, role in _ROLES:
         if isinstance(message, kind):
             return role
     raise ConfigError(
-        f"Got messages[{position}] of type {type(message).__name__} but expected a system, human, AI or chat message"
+        f"Got messages[{position}] of type {type(message).__name__} but expected a system, human, AI, tool or chat "
+        "message"
     )
 
 
-def _text(position: int, message: BaseMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    return "".join(_block_text(position, block) for block in message.content)
+def _add_answer_parts(own: dict[str, Any], message: AIMessage, parts: _Parts) -> None:
+    """Reasoning, calls, and what was written for calls that could not be read."""
+    reasoning = parts.reasoning or message.additional_kwargs.get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning:
+        own["reasoning_content"] = reasoning
+    known = {call["id"] for call in message.tool_calls}
+    calls = [_call(call["id"], call["name"], call["args"]) for call in message.tool_calls]
+    calls += [call for call in parts.calls if call["id"] not in known]
+    if calls:
+        own["tool_calls"] = calls
+    for call in message.invalid_tool_calls:
+        written = " ".join(part for part in (call.get("name"), call.get("args")) if part)
+        own["content"] = f"{own['content']}\n{written}" if own["content"] else written
 
 
-def _block_text(position: int, block: str | dict[str, Any]) -> str:
+def _call(call_id: str | None, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"id": call_id or "", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _read(position: int, message: BaseMessage) -> _Parts:
+    parts = _Parts()
+    for block in [message.content] if isinstance(message.content, str) else message.content:
+        _read_block(position, block, parts)
+    return parts
+
+
+def _read_block(position: int, block: str | dict[str, Any], parts: _Parts) -> None:
     if isinstance(block, str):
-        return block
+        parts.text += block
+        return
     kind = block.get("type", "text" if "text" in block else "untyped")
-    if kind != "text" or not isinstance(block.get("text"), str):
-        raise ConfigError(
+    if kind in _TEXTS and isinstance(block.get("text"), str):
+        parts.text += block["text"]
+    elif kind in ("reasoning", "thinking", "reasoning_content"):
+        parts.reasoning += _reasoning(block)
+    elif kind in _CALLS and isinstance(block.get("name"), str):
+        parts.calls.append(_call(block.get("call_id") or block.get("id"), block["name"], _arguments(position, block)))
+    elif kind == "tool_result":
+        result = _Parts()
+        content = block.get("content") or ""
+        for inner in [content] if isinstance(content, str) else content:
+            _read_block(position, inner, result)
+        parts.results.append(
+            {"role": "tool", "content": result.text, "tool_call_id": str(block.get("tool_use_id") or "")}
+        )
+    elif kind not in _WRITTEN_ELSEWHERE:
+        raise ConfigError(_unreadable(position, kind))
+
+
+def _unreadable(position: int, kind: str) -> str:
+    if kind in _MEDIA:
+        return (
             f"Got a content block of type {kind!r} in messages[{position}] but expected text: the model reads text "
             "only. Remove the block, or describe it in words"
         )
-    return str(block["text"])
-
-
-def to_ai_message(last: StreamChunk, model: str, call: Call) -> AIMessage:
-    """The whole answer as one message, from its last chunk."""
-    output = last.output
-    assert output is not None, "the last chunk has the whole answer"
-    segments = output.segments if call.include_segments else ()
-    return AIMessage(
-        content=output.text,
-        usage_metadata=_usage(output),
-        response_metadata={"model_provider": PROVIDER, **_metadata(output, model, call, segments)},
+    return (
+        f"Got a content block of type {kind!r} in messages[{position}] but expected text, reasoning, a tool call or "
+        "its result: remove the block, or turn it into text"
     )
 
 
-def to_ai_message_chunk(chunk: StreamChunk, model: str, call: Call, *, first: bool) -> AIMessageChunk:
-    """One piece of the answer.
-
-    Chunks are added up by concatenating texts, so each text in the metadata comes with exactly one chunk: the provider
-    with the first, everything else with the last.
-    """
-    metadata: dict[str, Any] = {"model_provider": PROVIDER} if first else {}
-    segments = chunk.segments if call.include_segments else ()
-    if chunk.output is None:
-        if segments:
-            metadata["copyspec"] = {"segments": segment_metadata(segments)}
-        return AIMessageChunk(content=chunk.text, response_metadata=metadata)
-    return AIMessageChunk(
-        content=chunk.text,
-        usage_metadata=_usage(chunk.output),
-        response_metadata={**metadata, **_metadata(chunk.output, model, call, segments)},
-        chunk_position="last",
-    )
+def _reasoning(block: dict[str, Any]) -> str:
+    """The text of a reasoning block, in LangChain's, Anthropic's, Bedrock's or OpenAI's form."""
+    text = block.get("reasoning") or block.get("thinking") or block.get("reasoning_content") or ""
+    if isinstance(text, dict):
+        text = text.get("text") or ""
+    summary = block.get("summary") or ()
+    return str(text) + "".join(str(part.get("text", "")) for part in summary if isinstance(part, dict))
 
 
-def _usage(output: GenerationOutput) -> UsageMetadata:
-    usage = output.usage
-    return UsageMetadata(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
-        total_tokens=usage.total_tokens,
-        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
-    )
-
-
-def _metadata(output: GenerationOutput, model: str, call: Call, segments: Sequence[Segment]) -> dict[str, Any]:
-    copyspec = {"session_id": call.request.session_id, **answer_metadata(output)}
-    if segments:
-        copyspec["segments"] = segment_metadata(segments)
-    return {"model_name": model, "finish_reason": output.finish_reason, "copyspec": copyspec}
+def _arguments(position: int, block: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call in a content block, as an object."""
+    arguments = next((block[key] for key in ("args", "input", "arguments") if block.get(key)), {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise ConfigError(
+            f"Got a call of {block['name']!r} in messages[{position}] whose arguments are no JSON object: {block!r}"
+        )
+    return arguments

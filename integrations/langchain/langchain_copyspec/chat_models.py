@@ -1,38 +1,41 @@
 """`ChatCopySpec`: the engine as a LangChain chat model.
 
 The engine's stream is the one primitive: `invoke` joins it, and the async methods use the engine's async front door.
-Not covered: tool calling and structured output.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from langchain_core.runnables import Runnable
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 
-from copyspec_engine import Engine, EngineConfig, GenerationRequest, StreamChunk, shared_engine
+from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationRequest, SamplingParams, shared_engine
 from copyspec_engine.adapters import adopt_engine, clear_errors
 from langchain_copyspec._calls import Call, astream_call, stream_call
-from langchain_copyspec._convert import PROVIDER, to_ai_message, to_ai_message_chunk, to_engine_messages
-from langchain_copyspec._options import CallOptions, session_of
+from langchain_copyspec._convert import PROVIDER, to_engine_messages
+from langchain_copyspec._options import CallOptions, deciding
+from langchain_copyspec._profile import model_profile
+from langchain_copyspec._replies import ReplyWriter
+from langchain_copyspec._sessions import ConversationalModel, session_of
+from langchain_copyspec._structured import Method, answer_parser, call_parser, with_raw
+from langchain_copyspec._tools import Tool, ToolOptions, convert_tools, json_schema_of
 
 __all__ = ["ChatCopySpec"]
 
 
-class ChatCopySpec(CallOptions, BaseChatModel):
+class ChatCopySpec(CallOptions, ConversationalModel):
     """Chat model on this machine that drafts answers by copying from the conversation and verifies every token.
 
     The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
@@ -40,10 +43,12 @@ class ChatCopySpec(CallOptions, BaseChatModel):
 
     A conversation keeps its texts and its KV cache over calls. Which one a call belongs to is decided by, in this
     order: the keyword `session_id` of the call; `thread_id`, `session_id` or `conversation_id` in the `configurable`
-    part of its config, then in the config's metadata; the field `session_id`; the instance.
+    part of its config, then in the config's metadata; the innermost `with conversation(id)`; the field `session_id`;
+    the instance.
 
-    All options but `model`, `device`, `dtype`, `engine` and `streaming` are also keywords of a call (`invoke`,
-    `stream`, `bind` ...), for that call.
+    All options but `device`, `dtype`, `engine` and `streaming` are also keywords of a call (`invoke`, `stream`, `bind`
+    ...), for that call. `model` there names any model, loaded on first use as by `ChatCopySpec(model=..., device=...,
+    dtype=...)` with this model's device and dtype; the name of this model changes nothing.
 
     Example:
         ```python
@@ -107,10 +112,12 @@ class ChatCopySpec(CallOptions, BaseChatModel):
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """What decides the answer, for traces and cache keys: the conversation does not."""
-        options = self.model_dump(
-            include={"model", "device", "dtype", "drafter", "temperature", "top_p", "top_k", "seed", "max_tokens"}
-        )
-        return {**options, "stop": self.stop}
+        names = {"model", "device", "dtype", "drafter", "chat_template_kwargs", *SamplingParams.model_fields}
+        return self.model_dump(include=names)
+
+    @override
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        return model_profile(self.engine if isinstance(self.engine, Engine) else self._engine_config())
 
     @override
     def _get_ls_params(self, stop: list[str] | None = None, **options: Any) -> LangSmithParams:
@@ -119,11 +126,11 @@ class ChatCopySpec(CallOptions, BaseChatModel):
 
     @override
     def _get_invocation_params(self, stop: list[str] | None = None, **options: Any) -> dict[str, Any]:
-        return super()._get_invocation_params(stop=self.stop if stop is None else stop, **_deciding(options))
+        return super()._get_invocation_params(stop=self.stop if stop is None else stop, **deciding(options))
 
     @override
     def _get_llm_string(self, stop: list[str] | None = None, **options: Any) -> str:
-        return super()._get_llm_string(stop=stop, **_deciding(options))
+        return super()._get_llm_string(stop=stop, **deciding(options))
 
     @override
     def get_token_ids(self, text: str) -> list[int]:
@@ -133,91 +140,98 @@ class ChatCopySpec(CallOptions, BaseChatModel):
         return self._get_engine().encode(text)
 
     @override
-    def get_num_tokens_from_messages(
-        self,
-        messages: list[BaseMessage],
-        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
-    ) -> int:
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Tool] | None = None) -> int:
         """Exactly the prompt tokens of a call with `messages`; loads the model if no one has.
 
         `tools` are counted as the model's chat template writes them.
         """
         if not messages:
             return 0
-        schemas = tuple(convert_to_openai_tool(tool) for tool in tools) if tools else None
-        return len(self._get_engine().tokenize(GenerationRequest(messages=to_engine_messages(messages), tools=schemas)))
+        request = GenerationRequest(
+            messages=to_engine_messages(messages),
+            tools=convert_tools(tools) if tools else None,
+            chat_template_kwargs=self.chat_template_kwargs or {},
+        )
+        return len(self._get_engine().tokenize(request))
+
+    # Tools and objects
 
     @override
     def bind_tools(
         self,
-        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        tools: Sequence[Tool],
         *,
-        tool_choice: str | None = None,
+        tool_choice: str | dict[str, Any] | bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        strict: bool | None = None,
         **options: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Not there yet.
+        """This model with tools that it may call.
+
+        Args:
+            tools: functions, classes, tools or schemas.
+            tool_choice: "auto" (the default): the model decides; "any", "required" or True: it calls at least one;
+                a tool's name, or OpenAI's or Anthropic's dict with it: it calls that one; "none" or False: it is told
+                of none. A call that is asked for needs the extra "grammar".
+            parallel_tool_calls: False: at most one call in an answer; needs the extra "grammar".
+            strict: True: arguments fit their schemas in every detail, or the call raises; needs the extra "grammar".
+                None: they fit as far as a grammar can express it, where the extra is installed. False: with "auto",
+                the model writes what it likes.
+            options: more options of a call.
 
         Raises:
-            NotImplementedError: always.
+            ConfigError: a tool that cannot be read, or a choice that is not among the tools.
         """
-        raise NotImplementedError(
-            f"Got {len(tools)} tools but ChatCopySpec has no tool calling and no structured output yet: ask for text, "
-            "or use another model for this step"
-        )
-
-    # The conversation: a config reaches these methods, but not those that generate
+        given = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls, "strict": strict}
+        bound = {"tools": convert_tools(tools), **{name: value for name, value in given.items() if value is not None}}
+        with clear_errors("bind_tools"):
+            ToolOptions(**bound)
+        return self.bind(**bound, **options)
 
     @override
-    def invoke(
+    def with_structured_output(
         self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
+        schema: dict[str, Any] | type,
         *,
-        stop: list[str] | None = None,
+        include_raw: bool = False,
+        method: Method = "json_schema",
+        strict: bool | None = None,
         **options: Any,
-    ) -> AIMessage:
-        return super().invoke(input, config, stop=stop, **_with_session(config, options))
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """This model with answers that are objects; streams give the object as far as it is written.
 
-    @override
-    async def ainvoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **options: Any,
-    ) -> AIMessage:
-        return await super().ainvoke(input, config, stop=stop, **_with_session(config, options))
+        Args:
+            schema: a Pydantic class (answers are its instances), or a TypedDict, a JSON schema or an OpenAI function
+                schema (answers are dicts).
+            include_raw: give {"raw": message, "parsed": object, "parsing_error": exception or None} and do not raise.
+            method: "json_schema": the answer is JSON that fits the schema, by grammar; "function_calling": it is a
+                call of a tool with that schema, so that the prompt tells of it; "json_mode": it is any JSON object,
+                and the prompt should say which. All need the extra "grammar".
+            strict: True: what a grammar cannot express of the schema raises; otherwise it is left to the model.
+            options: more options of a call.
 
-    @override
-    def stream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **options: Any,
-    ) -> Iterator[AIMessageChunk]:
-        return super().stream(input, config, stop=stop, **_with_session(config, options))
-
-    @override
-    def astream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **options: Any,
-    ) -> AsyncIterator[AIMessageChunk]:
-        return super().astream(input, config, stop=stop, **_with_session(config, options))
-
-    @override
-    def stream_events(self, input: Any, config: RunnableConfig | None = None, **options: Any) -> Any:
-        return super().stream_events(input, config, **_with_session(config, options))
-
-    @override
-    def astream_events(self, input: Any, config: RunnableConfig | None = None, **options: Any) -> Any:
-        return super().astream_events(input, config, **_with_session(config, options))
+        Raises:
+            ConfigError: an unknown method, or `strict` with "json_mode".
+        """
+        shown = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+        options = {"ls_structured_output_format": shown, **options}
+        if method == "function_calling":
+            name = convert_tools([schema])[0]["function"]["name"]
+            llm = self.bind_tools([schema], tool_choice=name, parallel_tool_calls=False, strict=strict, **options)
+            parser = call_parser(schema, name)
+        elif method == "json_schema":
+            form = {"schema": json_schema_of(schema), "strict": bool(strict)}
+            llm = self.bind(response_format={"type": "json_schema", "json_schema": form}, **options)
+            parser = answer_parser(schema)
+        elif method == "json_mode" and strict is None:
+            llm = self.bind(response_format={"type": "json_object"}, **options)
+            parser = answer_parser(schema)
+        else:
+            raise ConfigError(
+                f"Got method={method!r} with strict={strict!r} but expected json_schema, function_calling, or "
+                "json_mode without strict: it knows no schema"
+            )
+        return with_raw(llm, parser) if include_raw else llm | parser
 
     # Generation
 
@@ -229,9 +243,11 @@ class ChatCopySpec(CallOptions, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **options: Any,
     ) -> ChatResult:
-        call = self._call(messages, stop, options)
-        *_, last = stream_call(self._get_engine(), call)
-        return self._result(call, last)
+        asked = self._asked(messages, stop, options)
+        engine = self._get_engine(asked.model)
+        call = asked.call(engine)
+        *_, last = stream_call(engine, call)
+        return ChatResult(generations=[ChatGeneration(message=self._writer(engine, call, asked).message(last))])
 
     @override
     async def _agenerate(
@@ -241,10 +257,12 @@ class ChatCopySpec(CallOptions, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **options: Any,
     ) -> ChatResult:
-        call = self._call(messages, stop, options)
-        async with aclosing(astream_call(await self._aget_engine(), call)) as chunks:
+        asked = self._asked(messages, stop, options)
+        engine = await self._aget_engine(asked.model)
+        call = asked.call(engine)
+        async with aclosing(astream_call(engine, call)) as chunks:
             *_, last = [chunk async for chunk in chunks]
-        return self._result(call, last)
+        return ChatResult(generations=[ChatGeneration(message=self._writer(engine, call, asked).message(last))])
 
     @override
     def _stream(
@@ -254,13 +272,14 @@ class ChatCopySpec(CallOptions, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **options: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = self._call(messages, stop, options)
-        first = True
-        with closing(stream_call(self._get_engine(), call)) as chunks:
+        asked = self._asked(messages, stop, options)
+        engine = self._get_engine(asked.model)
+        call = asked.call(engine)
+        writer = self._writer(engine, call, asked)
+        with closing(stream_call(engine, call)) as chunks:
             for chunk in chunks:
-                if chunk.text or chunk.is_last:
-                    yield self._chunk(call, chunk, first=first)
-                    first = False
+                for message in writer.chunks(chunk):
+                    yield ChatGenerationChunk(message=message)
 
     @override
     async def _astream(
@@ -270,54 +289,65 @@ class ChatCopySpec(CallOptions, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **options: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = self._call(messages, stop, options)
-        first = True
-        async with aclosing(astream_call(await self._aget_engine(), call)) as chunks:
+        asked = self._asked(messages, stop, options)
+        engine = await self._aget_engine(asked.model)
+        call = asked.call(engine)
+        writer = self._writer(engine, call, asked)
+        async with aclosing(astream_call(engine, call)) as chunks:
             async for chunk in chunks:
-                if chunk.text or chunk.is_last:
-                    yield self._chunk(call, chunk, first=first)
-                    first = False
+                for message in writer.chunks(chunk):
+                    yield ChatGenerationChunk(message=message)
 
-    def _call(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> Call:
+    def _asked(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> _Asked:
+        model = options.pop("model", None)
+        if model is not None and (not isinstance(model, str) or not model):
+            raise ConfigError(f"Got model={model!r} but expected the name of a model or a folder")
         session_id = options.pop("session_id", None) or session_of(None) or self.session_id
-        chosen = self.for_call(stop, {**options, "session_id": session_id or self._instance_session_id})
-        request = GenerationRequest(
-            messages=to_engine_messages(messages),
-            session_id=chosen.session_id,
-            **chosen.request_options(),
-        )
-        return Call(request, chosen.timeout, chosen.max_retries, chosen.include_segments)
+        chosen, tools = self.for_call(stop, {**options, "session_id": session_id or self._instance_session_id})
+        return _Asked(model or self.model, to_engine_messages(messages), chosen, tools)
 
-    def _result(self, call: Call, last: StreamChunk) -> ChatResult:
-        return ChatResult(generations=[ChatGeneration(message=to_ai_message(last, self.model, call))])
-
-    def _chunk(self, call: Call, chunk: StreamChunk, *, first: bool) -> ChatGenerationChunk:
-        return ChatGenerationChunk(message=to_ai_message_chunk(chunk, self.model, call, first=first))
+    def _writer(self, engine: Engine, call: Call, asked: _Asked) -> ReplyWriter:
+        return ReplyWriter(engine, call, asked.model, blocks=self.output_version == "v1")
 
     # Engine
 
-    def _engine_config(self) -> EngineConfig:
+    def _engine_config(self, model: str | None = None) -> EngineConfig:
+        if model is not None and model != self.model:
+            return EngineConfig(model=model, device=self.device, dtype=self.dtype)
         if isinstance(self.engine, Engine):
             return self.engine.config
         return self.engine or EngineConfig(model=self.model, device=self.device, dtype=self.dtype)
 
-    def _get_engine(self) -> Engine:
-        """The engine; loads the model if no one has."""
-        return self.engine if isinstance(self.engine, Engine) else shared_engine(self._engine_config())
+    def _get_engine(self, model: str | None = None) -> Engine:
+        """The engine, or that of another model; loads the model if no one has."""
+        if isinstance(self.engine, Engine) and model in (None, self.model):
+            return self.engine
+        return shared_engine(self._engine_config(model))
 
-    async def _aget_engine(self) -> Engine:
+    async def _aget_engine(self, model: str) -> Engine:
         """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
-        return self.engine if isinstance(self.engine, Engine) else await asyncio.to_thread(self._get_engine)
+        if isinstance(self.engine, Engine) and model == self.model:
+            return self.engine
+        return await asyncio.to_thread(self._get_engine, model)
 
 
-def _deciding(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a call without those that only decide what it may copy, which never changes an answer."""
-    return {name: value for name, value in options.items() if name not in ("session_id", "memory_pool", "prediction")}
+@dataclass(frozen=True)
+class _Asked:
+    """What one call asks for, checked before any model is loaded."""
 
+    model: str
+    messages: tuple[dict[str, Any], ...]
+    options: CallOptions
+    tools: ToolOptions
 
-def _with_session(config: RunnableConfig | None, options: dict[str, Any]) -> dict[str, Any]:
-    """`options` with the conversation that `config` names, unless they name one."""
-    if options.get("session_id") is not None:
-        return options
-    session_id = session_of(config)
-    return options if session_id is None else {**options, "session_id": session_id}
+    def call(self, engine: Engine) -> Call:
+        """The request for an engine."""
+        request = GenerationRequest(
+            messages=self.messages,
+            tools=self.tools.offered,
+            grammar=self.tools.grammar(engine),
+            parse_reply=True,
+            session_id=self.options.session_id,
+            **self.options.request_options(),
+        )
+        return Call(request, self.options.max_retries, self.options.include_segments)

@@ -51,6 +51,11 @@ def test_the_constructor_loads_nothing() -> None:
         ({"prediction": {"type": "image"}}, "prediction=.* but expected a text, or"),
         ({"timeout": 0}, "timeout=0"),
         ({"max_retries": -1}, "max_retries=-1"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"presence_penalty": 3}, "presence_penalty=3"),
+        ({"logit_bias": {5: 101}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs=2 without logprobs"),
+        ({"cache_salt": ""}, "cache_salt=''"),
         ({"temprature": 1}, "unknown option temprature=1"),
     ],
 )
@@ -141,13 +146,3 @@ def test_traces_name_the_options_in_force() -> None:
         "ls_stop": ["x"],
     }
     assert llm._get_ls_params(stop=["y"], temperature=0.7)["ls_stop"] == ["y"]
-
-
-def test_tools_are_refused_when_bound_and_when_called(echo: Engine) -> None:
-    llm = ChatCopySpec(engine=echo)
-    with pytest.raises(NotImplementedError, match="Got 1 tools but ChatCopySpec has no tool calling"):
-        llm.bind_tools([{"title": "add", "type": "object", "properties": {}}])
-    with pytest.raises(NotImplementedError, match="no structured output yet"):
-        llm.with_structured_output({"title": "Point", "type": "object", "properties": {}})
-    with pytest.raises(NotImplementedError, match="Got tools"):
-        llm.invoke("hi", tools=[{"type": "function"}])

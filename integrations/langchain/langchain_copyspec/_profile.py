@@ -1,0 +1,42 @@
+"""What LangChain may know of a model before its first call."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from langchain_core.language_models.model_profile import ModelProfile
+
+from copyspec_engine import Engine, EngineConfig
+from copyspec_engine.adapters import model_facts
+
+__all__ = ["model_profile"]
+
+
+def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
+    """The profile from the model's own config and chat template; None if the model is not on this machine."""
+    facts = model_facts(engine)
+    if facts is None:
+        return None
+    name = engine.config.model if isinstance(engine, Engine) else engine.model
+    has_grammars = importlib.util.find_spec("llguidance") is not None
+    calls = facts.takes_tools and (facts.chat_format.calls is not None or facts.chat_format.own_template is not None)
+    profile = ModelProfile(
+        name=name,
+        open_weights=True,
+        text_inputs=True,
+        image_inputs=False,
+        audio_inputs=False,
+        video_inputs=False,
+        pdf_inputs=False,
+        text_outputs=True,
+        reasoning_output=facts.reasons,
+        tool_calling=calls,
+        tool_choice=calls and has_grammars,
+        tool_call_streaming=calls,
+        structured_output=has_grammars,
+        attachment=False,
+        temperature=True,
+    )
+    if facts.max_model_len is not None:
+        profile |= {"max_input_tokens": facts.max_model_len, "max_output_tokens": facts.max_model_len}
+    return profile

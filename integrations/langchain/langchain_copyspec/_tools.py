@@ -1,0 +1,154 @@
+"""Tools and answer formats of a call: what the prompt says of them, and the grammar that the answer keeps to."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
+
+__all__ = ["Tool", "ToolOptions", "convert_tools", "json_schema_of"]
+
+Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
+"""Whatever LangChain takes for a tool."""
+
+
+def convert_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """OpenAI-style function schemas.
+
+    Raises:
+        ConfigError: one of them cannot be read as a function, or is a server's own tool.
+    """
+    converted = []
+    for tool in tools:
+        try:
+            schema = convert_to_openai_tool(tool)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"Got tool {tool!r} but expected a function, a class, a tool or a schema: {error}"
+            ) from error
+        if schema.get("type") != "function" or "function" not in schema:
+            raise ConfigError(f"Got tool {tool!r} but expected a function: this model has no tools of its own")
+        converted.append(schema)
+    return converted
+
+
+def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
+    """The JSON schema of a class, a function schema, or itself."""
+    if isinstance(schema, Mapping) and "title" not in schema and "name" not in schema:
+        return dict(schema)
+    return convert_to_json_schema(schema)
+
+
+class ToolOptions(BaseModel):
+    """What a call says of tools and of the form of its answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    """OpenAI-style function schemas; whatever LangChain takes for a tool is accepted."""
+    tool_choice: str = "auto"
+    """"auto": the model decides; "required": at least one call; "none": no call; or the name of the tool to call."""
+    parallel_tool_calls: bool = True
+    """More than one call in an answer."""
+    strict: bool | None = None
+    """True: arguments fit their schema in every detail, or the call raises. None: as far as grammars can express it,
+    where the extra "grammar" is installed. False: whatever the model writes, unless a call is asked for."""
+    response_format: dict[str, Any] | None = None
+    """OpenAI's form, or the schema (a class or JSON schema) that the answer fits."""
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _convert(cls, tools: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+        return convert_tools(tools)
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _one_form(cls, choice: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+        """OpenAI's, Anthropic's and LangChain's ways to say it, in one."""
+        if isinstance(choice, Mapping):
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, Mapping) else choice.get("name")
+            choice = choice.get("type") if name is None else name
+        if isinstance(choice, bool):
+            return "required" if choice else "none"
+        return "required" if choice == "any" else choice
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _openai_form(cls, form: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+        if isinstance(form, Mapping) and form.get("type") in ("json_schema", "json_object", "text"):
+            return form
+        return {"type": "json_schema", "json_schema": {"schema": json_schema_of(form)}}
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> ToolOptions:
+        names = [tool["function"]["name"] for tool in self.tools]
+        if self.tool_choice not in ("auto", "none", *(("required", *names) if names else ())):
+            expected = f"auto, none, any, required or one of {', '.join(names)}" if names else "tools to choose from"
+            raise ValueError(f"Got tool_choice={self.tool_choice!r} but expected {expected}")
+        if self.response_format is not None and self.tool_choice not in ("auto", "none"):
+            raise ValueError(
+                f"Got response_format with tool_choice={self.tool_choice!r} but expected one of them: an answer that "
+                "must be a call has no other form"
+            )
+        return self
+
+    @property
+    def offered(self) -> list[dict[str, Any]] | None:
+        """The tools that the prompt tells of: with tool_choice="none" it tells of none."""
+        return self.tools if self.tools and self.tool_choice != "none" else None
+
+    def grammar(self, engine: Engine) -> Grammar | None:
+        """What the answer must look like; None: whatever the model writes.
+
+        Raises:
+            ConfigError: a form is asked for that cannot be had of this model.
+        """
+        answer = self._answer_grammar()
+        tools = self.offered
+        if tools is None:
+            return answer
+        forced = self.tool_choice != "auto"
+        if not forced and answer is None and not self._guides(engine):
+            return None
+        calls = engine.chat_format.grammar(
+            tuple(closed(tool) for tool in tools), self.tool_choice, parallel=self.parallel_tool_calls
+        )
+        if answer is not None and not forced and calls.tools is not None:
+            either = calls.tools.model_copy(update={"answer_schema": answer.json_schema or {"type": "object"}})
+            calls = calls.model_copy(update={"tools": either})
+        return calls.model_copy(update={"lenient": not self.strict})
+
+    def _guides(self, engine: Engine) -> bool:
+        """Whether calls that the model begins by itself are held to their schemas."""
+        if self.strict is None:
+            known = engine.chat_format.calls is not None and importlib.util.find_spec("llguidance") is not None
+            return known or not self.parallel_tool_calls
+        return self.strict or not self.parallel_tool_calls
+
+    def _answer_grammar(self) -> Grammar | None:
+        if self.response_format is None:
+            return None
+        wanted = GenerationRequest(prompt="-", grammar=self.response_format).grammar
+        if wanted is None or wanted.json_schema is None:
+            return wanted
+        strict = self.strict or self.response_format["json_schema"].get("strict")
+        return wanted.model_copy(update={"json_schema": closed(wanted.json_schema), "lenient": not strict})
+
+
+def closed(schema: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """A schema whose objects take only the properties that they name, unless they say otherwise themselves."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: closed(value) for key, value in schema.items()}
+    if schema.get("type") == "object" and isinstance(schema.get("properties"), dict):
+        inner.setdefault("additionalProperties", False)
+    return inner

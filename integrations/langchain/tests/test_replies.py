@@ -1,0 +1,158 @@
+"""What comes back: text, reasoning and calls, whole and in streams, as text and as content blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
+
+from copyspec_engine import Engine
+from langchain_copyspec import ChatCopySpec
+from langchain_copyspec._replies import _ending, _reads_as_object
+
+MakeEngine = Callable[..., Engine]
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "x}"}}\n</tool_call>'
+NO_ARGUMENTS = '<tool_call>{"name": "now"}</tool_call>'
+ANSWER = f"<think>hm, so</think>Let me see.\n{CALL}\n{NO_ARGUMENTS}"
+ARGS = {"a": 1, "b": "x}"}
+
+
+def joined(chunks: list[Any]) -> AIMessageChunk:
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    assert isinstance(total, AIMessageChunk)
+    return total
+
+
+async def everyhow(llm: ChatCopySpec, **options: Any) -> list[AIMessage]:
+    streaming = ChatCopySpec(**{**dict(llm), "streaming": True})
+    return [
+        llm.invoke("go", **options),
+        await llm.ainvoke("go", **options),
+        joined(list(llm.stream("go", **options))),
+        joined([chunk async for chunk in llm.astream("go", **options)]),
+        streaming.invoke("go", **options),
+        await streaming.ainvoke("go", **options),
+    ]
+
+
+@pytest.mark.parametrize("drafter", ["adaptive", "none"])
+async def test_an_answer_comes_apart_on_every_path(make_engine: MakeEngine, drafter: str) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: ANSWER), drafter=drafter)
+    for answer in await everyhow(llm):
+        assert answer.text == answer.content == "Let me see."
+        assert answer.additional_kwargs == {"reasoning_content": "hm, so"}
+        assert [(call["name"], call["args"]) for call in answer.tool_calls] == [("add", ARGS), ("now", {})]
+        assert answer.invalid_tool_calls == []
+        kinds = [block["type"] for block in answer.content_blocks]
+        assert kinds == ["reasoning", "text", "tool_call", "tool_call"]
+
+
+@pytest.mark.parametrize("drafter", ["adaptive", "none"])
+async def test_version_1_gives_content_blocks_on_every_path(make_engine: MakeEngine, drafter: str) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: ANSWER), drafter=drafter, output_version="v1")
+    for answer in await everyhow(llm):
+        assert answer.text == "Let me see."
+        blocks: list[Any] = [
+            {key: value for key, value in block.items() if key not in ("id", "index")}
+            for block in answer.content
+            if isinstance(block, dict)
+        ]
+        assert blocks == [
+            {"type": "reasoning", "reasoning": "hm, so"},
+            {"type": "text", "text": "Let me see."},
+            {"type": "tool_call", "name": "add", "args": ARGS},
+            {"type": "tool_call", "name": "now", "args": {}},
+        ]
+        assert answer.content == answer.content_blocks
+        assert [call["name"] for call in answer.tool_calls] == ["add", "now"]
+
+
+def test_arguments_stream_in_pieces(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: ANSWER), drafter="none")
+    pieces = [piece for chunk in llm.stream("go") for piece in chunk.tool_call_chunks if piece["index"] == 0]
+    assert len(pieces) > 5
+    assert "".join(piece["args"] or "" for piece in pieces) == '{"a": 1, "b": "x}"}'
+    assert [(piece["name"], piece["id"] is None) for piece in pieces[:2]] == [("add", False), (None, True)]
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        (CALL[:-20], "add"),
+        (CALL[: CALL.index("x}") + 1], "add"),
+        (CALL[: CALL.index('"b"')], "add"),
+        (CALL.removesuffix("}\n</tool_call>"), "add"),
+        ('<tool_call>{"name": "add", "argu', "add"),
+        ("<tool_call>add(1)</tool_call>", None),
+        ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', "add"),
+    ],
+)
+async def test_a_call_that_is_cut_off_or_malformed_is_never_a_valid_one(
+    make_engine: MakeEngine, written: str, name: str | None, version: str | None
+) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: f"so: {written}"), output_version=version)
+    for answer in await everyhow(llm):
+        assert answer.tool_calls == []
+        (call,) = answer.invalid_tool_calls
+        assert call["name"] == name
+        assert answer.text == "so:"
+        again = llm.invoke([HumanMessage("go"), answer, HumanMessage("again")])
+        assert again.text == "so:"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"a', '{"a": "b\\', '{"a": [1, {"b": [2', '{"a": "]}"', "[1]", '{"a": 1}', "x"]
+)
+def test_an_ending_makes_any_arguments_malformed(text: str) -> None:
+    assert not _reads_as_object(text + _ending(text))
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+@pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+async def test_event_streams_have_a_block_for_each_part(make_engine: MakeEngine, version: str | None) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: ANSWER), output_version=version)
+    stream = llm.stream_events("go", version="v3")
+    events = list(stream)
+    finished = [event["content"]["type"] for event in events if event["event"] == "content-block-finish"]
+    assert finished == ["reasoning", "text", "tool_call", "tool_call"]
+    message = stream.output
+    assert message.text == "Let me see."
+    assert [(call["name"], call["args"]) for call in message.tool_calls] == [("add", ARGS), ("now", {})]
+    assert message.usage_metadata is not None
+    astream = await llm.astream_events("go", version="v3")
+    assert (await astream.output).tool_calls[0]["args"] == ARGS
+
+
+async def test_log_probabilities_have_openais_form(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: "hé"), logprobs=True, top_logprobs=2)
+    for answer in await everyhow(llm):
+        content = answer.response_metadata["logprobs"]["content"]
+        assert [entry["token"] for entry in content] == ["h", "\ufffd", "\ufffd", "<|im_end|>"]
+        assert [entry["bytes"] for entry in content[:2]] == [[104], None]
+        assert all(entry["logprob"] == 0 and len(entry["top_logprobs"]) == 2 for entry in content)
+        assert content[0]["top_logprobs"][0] == {"token": "h", "bytes": [104], "logprob": 0}
+    assert "logprobs" not in llm.invoke("go", logprobs=False, top_logprobs=0).response_metadata
+
+
+def test_a_tool_loop_keeps_its_turns_apart(make_engine: MakeEngine) -> None:
+    seen: list[str] = []
+
+    def reply(prompt: str) -> str:
+        seen.append(prompt)
+        return CALL if len(seen) == 1 else "It is 3."
+
+    llm = ChatCopySpec(engine=make_engine(reply))
+    question = HumanMessage("1 + 2?")
+    call = llm.invoke([question])
+    result = ToolMessage("3", tool_call_id=call.tool_calls[0]["id"])
+    answer = llm.invoke([question, call, result])
+    assert answer.text == "It is 3."
+    assert "<|im_start|>tool\n3<|im_end|>" in seen[1]
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
