@@ -183,7 +183,7 @@ def _reasoning(block: dict[str, Any]) -> str:
 
 def _arguments(position: int, block: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call in a content block, as an object."""
-    arguments = next((block[key] for key in ("args", "input", "arguments") if block.get(key)), {})
+    arguments: Any = next((block[key] for key in ("args", "input", "arguments") if block.get(key)), {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

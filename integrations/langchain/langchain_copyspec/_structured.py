@@ -12,7 +12,7 @@ from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, Py
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.utils.pydantic import is_basemodel_subclass
+from langchain_core.utils.pydantic import TBaseModel, is_basemodel_subclass
 
 __all__ = ["Method", "answer_parser", "call_parser", "with_raw"]
 
@@ -30,28 +30,28 @@ def _refuse_cut_off(result: list[Generation]) -> None:
         )
 
 
-class _WholeJson(JsonOutputParser):
-    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:  # noqa: ANN401
+class _Whole(BaseOutputParser[Any]):
+    """A parser that takes no object which is cut off."""
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:  # noqa: ANN401 - any object
         _refuse_cut_off(result)
         return super().parse_result(result, partial=partial)
 
 
-class _WholeObject(PydanticOutputParser[Any]):
-    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:  # noqa: ANN401
-        _refuse_cut_off(result)
-        return super().parse_result(result, partial=partial)
+class _WholeJson(_Whole, JsonOutputParser):
+    pass
 
 
-class _WholeJsonCall(JsonOutputKeyToolsParser):
-    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:  # noqa: ANN401
-        _refuse_cut_off(result)
-        return super().parse_result(result, partial=partial)
+class _WholeObject(_Whole, PydanticOutputParser[TBaseModel]):
+    pass
 
 
-class _WholeObjectCall(PydanticToolsParser):
-    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:  # noqa: ANN401
-        _refuse_cut_off(result)
-        return super().parse_result(result, partial=partial)
+class _WholeJsonCall(_Whole, JsonOutputKeyToolsParser):
+    pass
+
+
+class _WholeObjectCall(_Whole, PydanticToolsParser):
+    pass
 
 
 def answer_parser(schema: dict[str, Any] | type) -> BaseOutputParser[Any]:

@@ -1,0 +1,132 @@
+"""Answers as objects: three methods, four kinds of schema, whole and while they are written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.exceptions import OutputParserException
+from pydantic import BaseModel, Field
+from typing_extensions import TypedDict
+
+from copyspec_engine import ConfigError, Engine
+from langchain_copyspec import ChatCopySpec
+
+MakeEngine = Callable[..., Engine]
+
+
+class Joke(BaseModel):
+    """A joke."""
+
+    setup: str = Field(description="how it begins")
+    rating: int | None = None
+
+
+class JokeDict(TypedDict):
+    """A joke."""
+
+    setup: str
+    rating: int
+
+
+JOKE = {"setup": "A cat walks in.", "rating": 7}
+SCHEMAS = [Joke, JokeDict, Joke.model_json_schema(), {"name": "Joke", "parameters": Joke.model_json_schema()}]
+METHODS = ["json_schema", "function_calling", "json_mode"]
+
+
+def reply(prompt: str) -> str:
+    if "<tool_call>" in prompt or '"function"' in prompt:
+        return f"<tool_call>{json.dumps({'name': 'Joke', 'arguments': JOKE})}</tool_call>"
+    return json.dumps(JOKE)
+
+
+@pytest.fixture
+def llm(make_engine: MakeEngine) -> ChatCopySpec:
+    return ChatCopySpec(engine=make_engine(reply))
+
+
+def plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, BaseModel) else value
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("schema", SCHEMAS, ids=["pydantic", "typeddict", "json_schema", "function"])
+async def test_every_method_gives_an_object_of_every_schema(make_engine: MakeEngine, method: Any, schema: Any) -> None:
+    name = schema["title"] if isinstance(schema, dict) and "title" in schema else getattr(schema, "__name__", "Joke")
+
+    def named(prompt: str) -> str:
+        return reply(prompt).replace('"Joke"', f'"{name}"')
+
+    chain = ChatCopySpec(engine=make_engine(named)).with_structured_output(schema, method=method)
+    for value in (chain.invoke("go"), await chain.ainvoke("go")):
+        assert plain(value) == JOKE
+        assert isinstance(value, Joke) == (schema is Joke)
+    *_, last = chain.stream("go")
+    assert plain(last) == JOKE
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_objects_stream_as_far_as_they_are_written(llm: ChatCopySpec, method: Any) -> None:
+    chain = llm.with_structured_output(JokeDict if method != "function_calling" else SCHEMAS[2], method=method)
+    seen = list(chain.stream("go", drafter="none"))  # type: ignore[call-arg]
+    assert len(seen) > 3
+    assert seen[-1] == JOKE
+    setups = [part["setup"] for part in seen if isinstance(part, dict) and "setup" in part]
+    assert all(JOKE["setup"].startswith(setup) for setup in setups)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_message_can_be_had_too(llm: ChatCopySpec, method: Any) -> None:
+    result: Any = llm.with_structured_output(Joke, method=method, include_raw=True).invoke("go")
+    assert result["parsed"] == Joke(**JOKE)
+    assert result["parsing_error"] is None
+    assert result["raw"].usage_metadata["output_tokens"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_an_object_is_no_object(make_engine: MakeEngine, method: Any) -> None:
+    llm = ChatCopySpec(engine=make_engine(reply), max_tokens=60 if method == "function_calling" else 20)
+    with pytest.raises(OutputParserException, match="cut off"):
+        llm.with_structured_output(SCHEMAS[2], method=method).invoke("go")
+    with pytest.raises(OutputParserException, match="cut off"):
+        list(llm.with_structured_output(SCHEMAS[2], method=method).stream("go"))
+    result: Any = llm.with_structured_output(Joke, method=method, include_raw=True).invoke("go")
+    assert result["parsed"] is None
+    assert isinstance(result["parsing_error"], OutputParserException)
+
+
+def test_a_grammar_holds_the_answer_to_the_schema(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: 'Sure! {"setup": "A cat"}'), max_tokens=15)
+    for form in ({"type": "json_object"}, Joke):
+        assert not llm.invoke("go", response_format=form).text.startswith("Sure")
+    assert llm.invoke("go", response_format={"type": "text"}).text == 'Sure! {"setup": '.strip()
+
+
+def test_strict_refuses_what_a_grammar_cannot_express(llm: ChatCopySpec) -> None:
+    schema = {"title": "Joke", "type": "object", "properties": {"setup": {"type": "string"}, "rating": {
+        "type": "integer"}}, "dependentRequired": {"setup": ["rating"]}}  # fmt: skip
+    assert llm.with_structured_output(schema).invoke("go") == JOKE
+    with pytest.raises(ConfigError, match="dependentRequired"):
+        llm.with_structured_output(schema, strict=True).invoke("go")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"method": "xml"}, "method='xml'"), ({"method": "json_mode", "strict": True}, "strict=True")],
+)
+def test_an_unknown_method_raises(llm: ChatCopySpec, options: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        llm.with_structured_output(Joke, **options)
+
+
+def test_an_unknown_option_raises_when_called(llm: ChatCopySpec) -> None:
+    with pytest.raises(ConfigError, match="unknown option hue='red'"):
+        llm.with_structured_output(Joke, hue="red").invoke("go")
+
+
+@pytest.mark.parametrize("form", [{"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "x"}}])
+def test_a_malformed_response_format_raises(llm: ChatCopySpec, form: Any) -> None:
+    with pytest.raises(ConfigError, match="json_schema"):
+        llm.invoke("go", response_format=form)
