@@ -212,7 +212,9 @@ def test_cleared_tool_results_stay_copy_sources(make_engine: MakeEngine) -> None
         if "recall" in text:
             cleared.append("[cleared]" in prompt and TEXT not in prompt)
             return TEXT
-        return "Read." if role == "tool" else call("read_file", path="a.txt")
+        if role == "tool":
+            return "Done."
+        return call("note", text="short") if "note" in text else call("read_file", path="a.txt")
 
     def scenario(llm: ChatCopySpec) -> list[AIMessage]:
         edits = ContextEditingMiddleware(edits=[ClearToolUsesEdit(trigger=50, keep=1)])
