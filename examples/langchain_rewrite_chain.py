@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from langchain_core.output_parsers import StrOutputParser
+from _compare import compare
+from langchain_core.messages import AIMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig
 
@@ -21,14 +22,19 @@ STEPS = (
 )
 
 
-def main() -> None:
-    prompt = ChatPromptTemplate.from_messages([("human", "{document}"), ("human", "{instruction}")])
-    chain = prompt | ChatCopySpec() | StrOutputParser()
+def run(llm: ChatCopySpec) -> list[AIMessage]:
+    chain = ChatPromptTemplate.from_messages([("human", "{document}"), ("human", "{instruction}")]) | llm
     thread: RunnableConfig = {"configurable": {"thread_id": "minutes"}}
-    text = DOCUMENT.read_text(encoding="utf-8")
+    text, answers = DOCUMENT.read_text(encoding="utf-8"), []
     for instruction in STEPS:
-        text = chain.invoke({"document": text, "instruction": instruction}, config=thread)
-    print(text)
+        answers.append(chain.invoke({"document": text, "instruction": instruction}, config=thread))
+        text = str(answers[-1].text)
+    return answers
+
+
+def main() -> None:
+    answers = compare(run)
+    print(answers[-1].text)
 
 
 if __name__ == "__main__":
