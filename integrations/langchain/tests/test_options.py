@@ -108,6 +108,51 @@ def test_pickling_keeps_options_and_the_engines_config(make_engine: MakeEngine) 
     assert loaded._instance_session_id == llm._instance_session_id
 
 
+def test_the_profile_comes_from_the_models_own_files(make_engine: MakeEngine) -> None:
+    profile = ChatCopySpec().profile
+    assert profile is not None
+    assert (profile["name"], profile["max_input_tokens"], profile["tool_calling"]) == ("bundled", 8192, True)
+    assert not profile["image_inputs"]
+    limited = ChatCopySpec(engine=EngineConfig(max_model_len=512)).profile
+    assert limited is not None
+    assert limited["max_input_tokens"] == 512
+    scripted = ChatCopySpec(engine=make_engine([], max_model_len=256)).profile
+    assert scripted is not None
+    assert scripted["max_input_tokens"] == 256
+    assert ChatCopySpec(model="no/such-model").profile is None
+    assert ChatCopySpec(model="/no/such/folder").profile is None
+
+
+def test_another_model_of_a_call_is_loaded_as_by_its_own_constructor(
+    monkeypatch: pytest.MonkeyPatch, make_engine: MakeEngine
+) -> None:
+    engine, other = make_engine(lambda prompt: "own"), make_engine(lambda prompt: "other")
+    asked: list[EngineConfig] = []
+
+    def load(config: EngineConfig) -> Engine:
+        asked.append(config)
+        return other
+
+    monkeypatch.setattr("langchain_copyspec.chat_models.shared_engine", load)
+    llm = ChatCopySpec(engine=engine, output_version="v0")
+    assert llm.invoke("hi", model="scripted").text == "own"
+    assert asked == []
+    for answer in (llm.invoke("hi", model="some/model"), llm.bind(model="some/model").invoke("hi")):
+        assert (answer.text, answer.response_metadata["model_name"]) == ("other", "some/model")
+    assert asked == [EngineConfig(model="some/model")] * 2
+    assert llm._get_ls_params(model="some/model")["ls_model_name"] == "some/model"
+
+
+def test_all_sampling_options_reach_the_engine(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: "abcdef"))
+    assert llm.invoke("go", stop_token_ids=[ord("c")]).text == "abc"
+    assert llm.invoke("go", logit_bias={"98": -100}).text == "a"  # "b" is banned: off the script the answer ends
+    assert llm.invoke("go", ignore_eos=True, max_tokens=9).response_metadata["finish_reason"] == "length"
+    assert llm.bind(min_p=0.5, presence_penalty=1, frequency_penalty=1, repetition_penalty=1.1).invoke("go").text
+    with pytest.raises(ConfigError, match="min_p=3"):
+        llm.invoke("go", min_p=3)
+
+
 def test_a_copy_shares_the_engine(make_engine: MakeEngine) -> None:
     engine = make_engine([])
     llm = ChatCopySpec(engine=engine)
