@@ -637,6 +637,29 @@ def test_every_end_token_may_end_an_answer_and_ids_without_a_token_are_never_all
         assert state.prune(DraftTree.chain((end, end)), 2).tokens == (end,)
 
 
+@pytest.mark.parametrize("reply", ['{"x": 1}', '<tool_call>{"name": "f", "arguments": {}}</tool_call>', "Well, no."])
+def test_with_an_answers_schema_the_answer_is_calls_or_that(reply: str) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    tools = ({"type": "function", "function": {"name": "f"}},)
+    grammar = Grammar(tools=ToolCalls(tools=tools, answer_schema=schema))
+    with scripted_engine(lambda _: reply) as engine:
+        request = GenerationRequest(prompt="go", grammar=grammar, sampling=SamplingParams(max_tokens=60))
+        assert (engine.generate(request).text == reply) == (reply != "Well, no.")
+    with pytest.raises(ConfigError, match="answer_schema with tool_choice='required'"):
+        ToolCalls(tools=tools, answer_schema=schema, tool_choice="required")
+
+
+def test_a_lenient_grammar_leaves_out_what_cannot_be_expressed() -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    with scripted_engine(lambda _: "[1, 2]") as engine:
+        with pytest.raises(ConfigError, match="uniqueItems"):
+            engine.generate(GenerationRequest(prompt="go", grammar=Grammar(json_schema=schema)))
+        assert (
+            engine.generate(GenerationRequest(prompt="go", grammar=Grammar(json_schema=schema, lenient=True))).text
+            == "[1, 2]"
+        )
+
+
 def test_white_space_in_json_comes_to_an_end() -> None:
     state = GrammarCompiler(ByteTokenizer(), 258, frozenset({END})).begin(Grammar(json_object=True))
     for text, kept in (("{\r\n" + " " * 40 + '"', 44), ("{" + " " * 99, 41), ("{" + "\n" * 99, 3)):

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 from langchain_core.language_models import BaseChatModel
 
-from copyspec_engine import AdaptiveDrafter, ConfigError, CopySpecDrafter, Engine, EngineConfig, NoDrafter
+from copyspec_engine import (
+    AdaptiveDrafter,
+    ConfigError,
+    CopySpecDrafter,
+    Engine,
+    EngineConfig,
+    NoDrafter,
+    SamplingParams,
+)
 from langchain_copyspec import ChatCopySpec
 
 MakeEngine = Callable[..., Engine]
@@ -145,12 +153,22 @@ def test_another_model_of_a_call_is_loaded_as_by_its_own_constructor(
 
 def test_all_sampling_options_reach_the_engine(make_engine: MakeEngine) -> None:
     llm = ChatCopySpec(engine=make_engine(lambda prompt: "abcdef"))
-    assert llm.invoke("go", stop_token_ids=[ord("c")]).text == "abc"
-    assert llm.invoke("go", logit_bias={"98": -100}).text == "a"  # "b" is banned: off the script the answer ends
+    assert llm.invoke("go", stop_token_ids=[ord("c")]).text == "ab"
     assert llm.invoke("go", ignore_eos=True, max_tokens=9).response_metadata["finish_reason"] == "length"
     assert llm.bind(min_p=0.5, presence_penalty=1, frequency_penalty=1, repetition_penalty=1.1).invoke("go").text
     with pytest.raises(ConfigError, match="min_p=3"):
         llm.invoke("go", min_p=3)
+    with pytest.raises(ConfigError, match="logit_bias with 9999"):  # the engine knows its own ids
+        llm.invoke("go", logit_bias={"9999": 1})
+    options: dict[str, Any] = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5,
+        "frequency_penalty": 0.5, "logit_bias": {5: 1.0}, "logprobs": True, "top_logprobs": 2, "seed": 3, "stop": ["x"],
+        "max_tokens": 7, "stop_token_ids": [4], "ignore_eos": True,
+    }  # fmt: skip
+    assert options.keys() == SamplingParams.model_fields.keys()
+    assert ChatCopySpec(**options).sampling() == SamplingParams(**options)
+    requested = ChatCopySpec(timeout=3, cache_salt="s", chat_template_kwargs={"a": 1}).request_options()
+    assert (requested["timeout_s"], requested["cache_salt"], requested["chat_template_kwargs"]) == (3, "s", {"a": 1})
 
 
 def test_a_copy_shares_the_engine(make_engine: MakeEngine) -> None:
