@@ -11,6 +11,7 @@ from typing import Annotated, TypedDict
 
 from _compare import compare
 from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.runnables import Runnable, RunnableLambda
 from langgraph.graph import START, StateGraph
 
 from langchain_copyspec import ChatCopySpec
@@ -30,20 +31,23 @@ class State(TypedDict):
     answers: Annotated[list[AIMessage], operator.add]
 
 
+def editor(llm: ChatCopySpec, name: str, instruction: str) -> Runnable[State, State]:
+    """A node that edits one document."""
+
+    def edit(_: State) -> State:
+        text = (DOCUMENTS / name).read_text(encoding="utf-8")
+        return {"answers": [llm.invoke([HumanMessage(text), HumanMessage(instruction)])]}
+
+    return RunnableLambda(edit)
+
+
 def run(llm: ChatCopySpec) -> list[AIMessage]:
     graph = StateGraph(State)
     for name, instruction in EDITS.items():
-
-        def edit(_: State, name: str = name, instruction: str = instruction) -> State:
-            text = (DOCUMENTS / name).read_text(encoding="utf-8")
-            return {"answers": [llm.invoke([HumanMessage(text), HumanMessage(instruction)])]}
-
-        graph.add_node(name, edit)
+        graph.add_node(name, editor(llm, name, instruction))
         graph.add_edge(START, name)
-    answers: list[AIMessage] = graph.compile().invoke({"answers": []}, {"configurable": {"thread_id": "desk"}})[
-        "answers"
-    ]
-    return answers
+    state = graph.compile().invoke({"answers": []}, {"configurable": {"thread_id": "desk"}})
+    return list(state["answers"])
 
 
 def main() -> None:

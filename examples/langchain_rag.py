@@ -28,7 +28,7 @@ def find(question: str) -> str:
     files = ("article.txt", "meeting_notes.md", "service.ini")
     store.add_documents([Document(name, metadata={"file": name}) for name in files])
     found = store.as_retriever(search_kwargs={"k": 1}).invoke(question)[0]
-    return (DOCUMENTS / found.metadata["file"]).read_text(encoding="utf-8")
+    return (DOCUMENTS / str(found.metadata["file"])).read_text(encoding="utf-8")
 
 
 def criticise(answer: str) -> str | None:
