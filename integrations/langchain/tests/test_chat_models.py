@@ -151,6 +151,29 @@ async def test_no_messages_raise(echo: Engine) -> None:
         await llm.ainvoke([])
 
 
+async def test_empty_and_odd_messages_are_messages(echo: Engine) -> None:
+    llm = ChatCopySpec(engine=echo)
+    assert llm.invoke([HumanMessage("")]).text == ""
+    assert llm.invoke([HumanMessage([])]).text == ""
+    assert (
+        llm.invoke([AIMessage("a"), AIMessage("b"), SystemMessage("c"), HumanMessage("d"), HumanMessage("e")]).text
+        == "E"
+    )
+    for wrong in (5, [5], [("nobody", 5)]):
+        with pytest.raises((ValueError, NotImplementedError)):
+            llm.invoke(wrong)  # type: ignore[arg-type]
+        with pytest.raises((ValueError, NotImplementedError)):
+            await llm.ainvoke(wrong)  # type: ignore[arg-type]
+
+
+async def test_a_full_queue_raises_and_the_rest_goes_on(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: "word " * 200, max_running=1, max_waiting=1, drafter="none"))
+    found = await asyncio.gather(*(llm.ainvoke("go") for _ in range(6)), return_exceptions=True)
+    busy = [error for error in found if isinstance(error, copyspec_engine.EngineBusyError)]
+    assert 1 <= len(busy) <= 4
+    assert all(answer in busy or answer.text == ("word " * 200).strip() for answer in found)  # type: ignore[union-attr]
+
+
 async def test_a_prompt_beyond_the_context_raises_for_both_sides(make_engine: MakeEngine) -> None:
     llm = ChatCopySpec(engine=make_engine(["never"], max_model_len=64))
     for error in (
