@@ -60,11 +60,11 @@ def _cached_folder(name: str) -> Path | None:
 def _read(folder: Path) -> ModelFacts:
     tokenizer = _json(folder / "tokenizer_config.json")
     template = _chat_template(folder, tokenizer)
-    text = template or ""
+    text, found = template or "", find_chat_format(template, tokenizer.get("response_template"))
     return ModelFacts(
         max_model_len=_longest_context(_json(folder / "config.json")),
-        chat_format=find_chat_format(template, tokenizer.get("response_template")),
-        takes_tools="tools" in text,
+        chat_format=found,
+        takes_tools="tools" in text or bool(found.prelude),
         reasons="reasoning_content" in text or "thinking" in text or "<think>" in text,
     )
 

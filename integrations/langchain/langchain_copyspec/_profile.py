@@ -19,7 +19,8 @@ def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
         return None
     name = engine.config.model if isinstance(engine, Engine) else engine.model
     has_grammars = importlib.util.find_spec("llguidance") is not None
-    calls = facts.takes_tools and (facts.chat_format.calls is not None or facts.chat_format.own_template is not None)
+    written = facts.chat_format
+    calls = facts.takes_tools and any((written.calls, written.parts, written.own_template))
     profile = ModelProfile(
         name=name,
         open_weights=True,
@@ -31,7 +32,7 @@ def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
         text_outputs=True,
         reasoning_output=facts.reasons,
         tool_calling=calls,
-        tool_choice=calls and has_grammars,
+        tool_choice=calls and written.calls is not None and has_grammars,
         tool_call_streaming=calls,
         structured_output=has_grammars,
         attachment=False,

@@ -141,7 +141,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
 
     @override
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Tool] | None = None) -> int:
-        """Exactly the prompt tokens of a call with `messages`; loads the model if no one has.
+        """Exactly the prompt tokens of a call with `messages` in this conversation; loads the model if no one has.
 
         `tools` are counted as the model's chat template writes them.
         """
@@ -151,6 +151,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
             messages=to_engine_messages(messages),
             tools=convert_tools(tools) if tools else None,
             chat_template_kwargs=self.chat_template_kwargs or {},
+            session_id=session_of(None) or self.session_id or self._instance_session_id,
         )
         return len(self._get_engine().tokenize(request))
 
