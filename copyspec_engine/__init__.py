@@ -36,8 +36,11 @@ from copyspec_engine.errors import (
 )
 from copyspec_engine.grammar_options import Grammar, ToolCalls
 from copyspec_engine.handle import RequestHandle
+from copyspec_engine.memory_view import ConversationMemory, StoredText
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.outputs import (
+    Copy,
+    CopySource,
     DraftStats,
     EngineInfo,
     FinishReason,
@@ -60,6 +63,9 @@ __all__ = [
     "AdaptiveDrafter",
     "ConfigError",
     "ContextOverflowError",
+    "ConversationMemory",
+    "Copy",
+    "CopySource",
     "CopySpecDrafter",
     "CopySpecError",
     "DraftStats",
@@ -84,6 +90,7 @@ __all__ = [
     "RequestHandle",
     "SamplingParams",
     "Segment",
+    "StoredText",
     "StreamChunk",
     "Timing",
     "TokenLogprob",

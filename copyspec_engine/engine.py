@@ -41,6 +41,7 @@ from copyspec_engine.errors import (
 from copyspec_engine.grammar import GrammarCompiler
 from copyspec_engine.grammar_options import Grammar
 from copyspec_engine.handle import RequestHandle, Sink
+from copyspec_engine.memory_view import ConversationMemory
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, Progress, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
@@ -235,6 +236,15 @@ class Engine:
             EngineStoppedError: the engine was closed.
         """
         return self._on_loop(partial(self._core.forget, session_id))
+
+    def memory(self, session_id: str) -> ConversationMemory:
+        """What a conversation remembers; it need not exist. Its methods raise EngineStoppedError once we are closed."""
+        return ConversationMemory(
+            session_id,
+            partial(self._on_loop, partial(self._core.look, session_id)),
+            partial(self._model.tokenizer.decode, skip_special_tokens=False),
+            partial(self.forget, session_id),
+        )
 
     def forget_pool(self, name: str) -> bool:
         """Erase the texts of a shared pool, in memory and on disk; False if there is none. Raises as `forget` does."""

@@ -306,6 +306,7 @@ class StoppingTextStream:
         self._step, self._rest, self._stop = step, rest, tuple(stop)
         self._held: list[Segment] = []
         self._stopped = False
+        self.num_characters = 0
 
     @property
     def stopped(self) -> bool:
@@ -313,6 +314,7 @@ class StoppingTextStream:
 
     def push(self, token_id: int, *, copied: bool) -> list[Segment]:
         piece = self._step(token_id)
+        self.num_characters += len(piece)
         if not piece or self._stopped:
             return []
         self._held.append(Segment(piece, copied))

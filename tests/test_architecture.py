@@ -12,10 +12,12 @@ LEVELS = {
     1: {
         "calibration",
         "compiled",
+        "copies",
         "copy_index",
         "cost",
         "memory",
         "memory_file",
+        "memory_view",
         "sequence",
         "sessions",
         "survival",
