@@ -55,6 +55,7 @@ from copyspec_engine.outputs import (
     ToolCall,
     Usage,
 )
+from copyspec_engine.provenance import CopiedSpan, Explanation
 
 if TYPE_CHECKING:
     from copyspec_engine.engine import Engine, shared_engine
@@ -64,6 +65,7 @@ __all__ = [
     "ConfigError",
     "ContextOverflowError",
     "ConversationMemory",
+    "CopiedSpan",
     "Copy",
     "CopySource",
     "CopySpecDrafter",
@@ -76,6 +78,7 @@ __all__ = [
     "EngineInfo",
     "EngineMetrics",
     "EngineStoppedError",
+    "Explanation",
     "FinishReason",
     "GenerationOutput",
     "GenerationRequest",

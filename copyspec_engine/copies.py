@@ -38,7 +38,7 @@ _STORED: tuple[CopySource, ...] = ("earlier_prompt", "earlier_answer", "earlier_
 class Run(NamedTuple):
     """Accepted tokens in a row whose sources are in a row."""
 
-    count: int
+    num_tokens: int
     kind: str
     """As in `EngineMetrics.accepted_by_source`."""
     text: Span | None = None
@@ -57,7 +57,7 @@ def trace(index: CopyIndex, sources: Iterable[int]) -> list[Run]:
     next_source = 0
     for source in sources:
         if runs and source == next_source:  # what is stored as two texts has a break between
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            runs[-1] = runs[-1]._replace(num_tokens=runs[-1].num_tokens + 1)
         else:
             runs.append(_run_at(index, source))
         next_source = source if source in (0, FORCED) else source + 1 if source > 0 else source - 1
@@ -69,8 +69,8 @@ def cut(runs: Iterable[Run], count: int) -> list[Run]:
     kept: list[Run] = []
     for run in runs:
         if count > 0:
-            kept.append(run if run.count <= count else run._replace(count=count))
-        count -= run.count
+            kept.append(run if run.num_tokens <= count else run._replace(num_tokens=count))
+        count -= run.num_tokens
     return kept
 
 
@@ -130,11 +130,11 @@ class _Window(NamedTuple):
 def _window(index: CopyIndex, run: Run, copied: Sequence[int]) -> _Window:
     text = run.text
     if text is None or not index.holds(text):  # forgotten since
-        return _Window(np.asarray(copied, dtype=np.int64), 0, run.count, is_whole=False)
+        return _Window(np.asarray(copied, dtype=np.int64), 0, run.num_tokens, is_whole=False)
     at = text.first_indexed + run.offset
-    begin, end = max(text.start, at - _AROUND), min(text.stop, at + run.count + _AROUND)
+    begin, end = max(text.start, at - _AROUND), min(text.stop, at + run.num_tokens + _AROUND)
     is_whole = begin == text.start and end == text.stop
-    return _Window(index.read(begin, end - begin), at - begin, at - begin + run.count, is_whole)
+    return _Window(index.read(begin, end - begin), at - begin, at - begin + run.num_tokens, is_whole)
 
 
 @dataclass(slots=True)
@@ -150,7 +150,7 @@ class CopyTrail:
         """A pass has accepted runs of tokens, from the answer's token `start` on."""
         for run in runs:
             self._runs.append((start, run))
-            start += run.count
+            start += run.num_tokens
 
     def make_out(
         self,
@@ -174,7 +174,7 @@ class CopyTrail:
         """
         known: npt.NDArray[np.int64] | None = None
         for start, run in self._runs:
-            copied = token_ids[num_prompt_tokens + start : num_prompt_tokens + start + run.count]
+            copied = token_ids[num_prompt_tokens + start : num_prompt_tokens + start + run.num_tokens]
             place: int | None = None
             if run.text is None:
                 place = run.offset if run.kind == "block" else None
@@ -191,12 +191,12 @@ class CopyTrail:
                     self._copies.append(_stored(start, run, window, is_shared and not memory.has(run.text)))
                     continue
             if place is not None:
-                self._copies += _in_call(start, run.count, place, num_prompt_tokens)
+                self._copies += _in_call(start, run.num_tokens, place, num_prompt_tokens)
             elif run.text is not None:
                 missing = len(prediction_ids) - (run.text.stop - run.text.first_indexed)  # of a very long one
-                self._copies.append(_copy(start, run.count, "prediction", run.offset + missing))
+                self._copies.append(_copy(start, run.num_tokens, "prediction", run.offset + missing))
             else:
-                self._copies.append(_copy(start, run.count, "grammar" if run.kind == "grammar" else "frequent"))
+                self._copies.append(_copy(start, run.num_tokens, "grammar" if run.kind == "grammar" else "frequent"))
         self._runs.clear()
 
     def withdraw(self) -> None:
@@ -233,7 +233,7 @@ def _stored(start: int, run: Run, window: _Window, is_others: bool) -> Copy:
     before, after = window.tokens[: window.first].tolist(), window.tokens[window.stop :].tolist()
     return Copy(
         start,
-        start + run.count,
+        start + run.num_tokens,
         0,
         0,
         "pool" if is_others else _STORED[run.text.kind],

@@ -45,6 +45,7 @@ from copyspec_engine.memory_view import ConversationMemory
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, Progress, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
+from copyspec_engine.provenance import Explanation, explain
 from copyspec_engine.replies import ReplyParser
 from copyspec_engine.sequence import Sequence
 
@@ -236,6 +237,13 @@ class Engine:
             EngineStoppedError: the engine was closed.
         """
         return self._on_loop(partial(self._core.forget, session_id))
+
+    def explain(self, request: GenerationRequest, output: GenerationOutput) -> Explanation:
+        """Where the answer `output` to `request` was copied from, in messages and characters.
+
+        Runs in the caller's thread, and needs nothing of the conversation any more.
+        """
+        return explain(self._model.tokenizer, request, output)
 
     def memory(self, session_id: str) -> ConversationMemory:
         """What a conversation remembers; it need not exist. Its methods raise EngineStoppedError once we are closed."""

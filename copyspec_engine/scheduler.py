@@ -273,7 +273,7 @@ class Scheduler:
         counts.num_completion_tokens += num_tokens
         counts.num_draft_tokens += len(draft)
         for run in runs:
-            counts.accepted[run.kind] += run.count
+            counts.accepted[run.kind] += run.num_tokens
 
     def stop(self, sequence: Sequence, reason: FinishReason) -> StreamChunk:
         """End a waiting or running request early; what it has written so far is its answer."""

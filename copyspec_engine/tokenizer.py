@@ -63,6 +63,15 @@ class ChatTokenizer(Protocol):
         """
         ...
 
+    def render_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The text of which `render` gives the token ids."""
+        ...
+
     def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
         """A fresh detokeniser for one answer."""
         ...
@@ -159,6 +168,27 @@ class HFTokenizer:
                 return self.render(merged, tools, template_kwargs, spellings)
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
         return self._speller.spell(rendered, spellings) if isinstance(rendered, str) else rendered
+
+    def render_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=list(tools) if tools else None,
+                add_generation_prompt=True,
+                tokenize=False,
+                **template_kwargs,
+            )
+        except Exception as error:
+            merged = _merge_neighbours(messages)
+            if len(merged) < len(messages):
+                return self.render_text(merged, tools, template_kwargs)
+            raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
+        return cast("str", text)
 
     def _apply_template(
         self,

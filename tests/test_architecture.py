@@ -51,6 +51,7 @@ LEVELS = {
         "stateful_runner",
         "chat_format",
         "chat_messages",
+        "provenance",
         "replies",
         "tokenizer",
         "bundled",
