@@ -34,13 +34,13 @@ from copyspec_engine.errors import (
     UnsupportedModelError,
     missing_extra,
 )
+from copyspec_engine.explanation import CopiedSpan, CopySource, Explanation
 from copyspec_engine.grammar_options import Grammar, ToolCalls
 from copyspec_engine.handle import RequestHandle
 from copyspec_engine.memory_view import ConversationMemory, StoredText
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.outputs import (
     Copy,
-    CopySource,
     DraftStats,
     EngineInfo,
     FinishReason,
@@ -55,7 +55,6 @@ from copyspec_engine.outputs import (
     ToolCall,
     Usage,
 )
-from copyspec_engine.provenance import CopiedSpan, Explanation
 
 if TYPE_CHECKING:
     from copyspec_engine.engine import Engine, shared_engine

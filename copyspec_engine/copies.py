@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
 from copyspec_engine.copy_index import CopyIndex, Span
+from copyspec_engine.explanation import CopySource
 from copyspec_engine.memory import DECLARED_TEXT, KINDS, SessionMemory
-from copyspec_engine.outputs import Copy, CopySource
+from copyspec_engine.outputs import Copy
 
 __all__ = ["FORCED", "CopyTrail", "Run", "cut", "find_around", "trace"]
 

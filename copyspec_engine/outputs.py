@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from copyspec_engine.explanation import CopySource, Explanation
+
 __all__ = [
     "Copy",
-    "CopySource",
     "DraftStats",
     "EngineInfo",
     "Execution",
@@ -36,22 +37,6 @@ class Segment:
 
     text: str
     copied: bool
-
-
-CopySource = Literal[
-    "prompt",
-    "answer",
-    "prediction",
-    "earlier_prompt",
-    "earlier_answer",
-    "earlier_prediction",
-    "pool",
-    "grammar",
-    "frequent",
-]
-"""prompt: the prompt of this call; answer: what this answer said before; prediction: the declared one;
-earlier_...: a stored text of the conversation that is not in this prompt; pool: what another session put into the
-shared pool; grammar: nothing else was allowed; frequent: a token that is just frequent, from no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +180,10 @@ class GenerationOutput:
     reply: Reply | None = None
     """The answer in its parts; None unless the request asked for them (`parse_reply`)."""
     copies: tuple[Copy, ...] = ()
-    """Where its copied tokens came from, in order; together exactly `draft_stats.num_accepted_tokens` tokens. See
-    `Engine.explain` for places in messages."""
+    """Where its copied tokens came from, in order; together exactly `draft_stats.num_accepted_tokens` tokens."""
+    explanation: Explanation | None = None
+    """The same in messages and characters; None unless the request asked for it (`explain`). See also
+    `Engine.explain`."""
     prompt_token_ids: tuple[int, ...] = field(default=(), repr=False)
     """What the model has read."""
 

@@ -23,10 +23,19 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 
-from copyspec_engine import Engine, EngineConfig, GenerationRequest, StreamChunk, shared_engine
+from copyspec_engine import (
+    ConversationMemory,
+    Engine,
+    EngineConfig,
+    Explanation,
+    GenerationRequest,
+    StreamChunk,
+    shared_engine,
+)
 from copyspec_engine.adapters import adopt_engine, clear_errors
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_ai_message, to_ai_message_chunk, to_engine_messages
+from langchain_copyspec._explain import explain
 from langchain_copyspec._options import CallOptions, session_of
 
 __all__ = ["ChatCopySpec"]
@@ -218,6 +227,28 @@ class ChatCopySpec(CallOptions, BaseChatModel):
     @override
     def astream_events(self, input: Any, config: RunnableConfig | None = None, **options: Any) -> Any:
         return super().astream_events(input, config, **_with_session(config, options))
+
+    # Looking back
+
+    @staticmethod
+    def explain(message: AIMessage) -> Explanation:
+        """Where an answer was copied from, span by span: which message of its call, and which character there.
+
+        Takes what `invoke` returns, and the sum of the chunks of a stream. What stands in no message of the call comes
+        from the conversation's memory, and is shown with some text around it. `rich.print` shows it in colour.
+
+        Raises:
+            ConfigError: the message is no whole answer of ours, or its text was changed.
+        """
+        return explain(message)
+
+    def memory(self, session_id: str | None = None, config: RunnableConfig | None = None) -> ConversationMemory:
+        """What a conversation remembers, to look at, export or clear: the one that a call would belong to.
+
+        Loads the model if no one has.
+        """
+        found = session_id or session_of(config) or self.session_id or self._instance_session_id
+        return self._get_engine().memory(found)
 
     # Generation
 
