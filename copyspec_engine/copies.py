@@ -31,6 +31,8 @@ FORCED = int(np.iinfo(np.int64).min)
 """The source of a token that a grammar leaves no choice about."""
 _SURE = 16
 """Tokens in a row that do not agree by chance."""
+_NEAR = 1024
+"""Tokens on each side of a place among which the next one is looked for first."""
 _AROUND = 64
 """Tokens of a stored text that are looked at on each side of a copy."""
 _STORED: tuple[CopySource, ...] = ("earlier_prompt", "earlier_answer", "earlier_prediction")
@@ -47,7 +49,7 @@ class Run(NamedTuple):
     """Behind the text's first own token; without a text, among the call's own tokens."""
 
 
-def trace(index: CopyIndex, sources: Iterable[int]) -> list[Run]:
+def trace(index: CopyIndex, sources: Sequence[int]) -> list[Run]:
     """The runs of accepted nodes.
 
     Args:
@@ -55,14 +57,15 @@ def trace(index: CopyIndex, sources: Iterable[int]) -> list[Run]:
         sources: as in `DraftTree.sources`, of the accepted nodes from the root down.
     """
     runs: list[Run] = []
-    next_source = 0
-    for source in sources:
-        if runs and source == next_source:  # what is stored as two texts has a break between
-            runs[-1] = runs[-1]._replace(num_tokens=runs[-1].num_tokens + 1)
-        else:
-            runs.append(_run_at(index, source))
-        next_source = source if source in (0, FORCED) else source + 1 if source > 0 else source - 1
-    return runs
+    first = expected = 0
+    for node, source in enumerate(sources):
+        if source != expected:
+            if node:
+                runs.append(_run_at(index, sources[first], node - first))
+            first = node
+        # Between two stored texts there is a break, so no run goes from one to the next.
+        expected = source + 1 if source > 0 else source if source in (0, FORCED) else source - 1
+    return [*runs, _run_at(index, sources[first], len(sources) - first)] if sources else []
 
 
 def cut(runs: Iterable[Run], count: int) -> list[Run]:
@@ -75,13 +78,13 @@ def cut(runs: Iterable[Run], count: int) -> list[Run]:
     return kept
 
 
-def _run_at(index: CopyIndex, source: int) -> Run:
+def _run_at(index: CopyIndex, source: int, count: int) -> Run:
     if source == FORCED:
-        return Run(1, "grammar")
+        return Run(count, "grammar")
     if source < 0:
-        return Run(1, "block", offset=~source)
+        return Run(count, "block", offset=~source)
     text = index.span_at(source) if source else None
-    return Run(1, "frequent") if text is None else Run(1, KINDS[text.kind], text, source - text.first_indexed)
+    return Run(count, "frequent") if text is None else Run(count, KINDS[text.kind], text, source - text.first_indexed)
 
 
 @compiled
@@ -138,6 +141,29 @@ def _window(index: CopyIndex, run: Run, copied: Sequence[int]) -> _Window:
     return _Window(index.read(begin, end - begin), at - begin, at - begin + run.num_tokens, is_whole)
 
 
+class _Prompt:
+    """What a call had before it was drafted for: the first `count` of its tokens."""
+
+    def __init__(self, token_ids: Sequence[int], count: int) -> None:
+        self._token_ids, self._count, self._last = token_ids, count, 0
+        self._tokens: npt.NDArray[np.int64] | None = None
+
+    def find(self, window: _Window) -> int | None:
+        """Where the tokens in a window stand, if what is around them does so too; near the last place at first."""
+        if self._tokens is None:
+            self._tokens = np.array(self._token_ids[: self._count], dtype=np.int64)
+        begin = max(self._last - _NEAR, 0)
+        near = self._tokens[begin : self._last + _NEAR]
+        at, agreeing = find_around(near, window.tokens, window.first, window.stop)
+        if agreeing < len(window.tokens):
+            begin = 0
+            at, agreeing = find_around(self._tokens, window.tokens, window.first, window.stop)
+        if agreeing < _SURE and not (window.is_whole and agreeing == len(window.tokens)):
+            return None
+        self._last = begin + int(at)
+        return self._last
+
+
 @dataclass(slots=True)
 class CopyTrail:
     """The copies of one answer so far."""
@@ -173,22 +199,18 @@ class CopyTrail:
             prediction_ids: the declared text.
             is_shared: the memory is a part of a shared pool.
         """
-        known: npt.NDArray[np.int64] | None = None
+        prompt = _Prompt(token_ids, min(own.values(), default=num_prompt_tokens))
         for start, run in self._runs:
-            copied = token_ids[num_prompt_tokens + start : num_prompt_tokens + start + run.num_tokens]
             place: int | None = None
             if run.text is None:
                 place = run.offset if run.kind == "block" else None
             elif run.text in own:
                 place = own[run.text] + run.offset
             elif not _is_prediction(memory.index, run.text, prediction_ids):
-                window = _window(memory.index, run, copied)
-                if known is None:
-                    known = np.array(token_ids[: min(own.values(), default=num_prompt_tokens)], dtype=np.int64)
-                at, agreeing = find_around(known, window.tokens, window.first, window.stop)
-                if agreeing >= _SURE or (window.is_whole and agreeing == len(window.tokens)):
-                    place = int(at)
-                else:
+                first = num_prompt_tokens + start
+                window = _window(memory.index, run, token_ids[first : first + run.num_tokens])
+                place = prompt.find(window)
+                if place is None:
                     self._copies.append(_stored(start, run, window, is_shared and not memory.has(run.text)))
                     continue
             if place is not None:
