@@ -113,7 +113,7 @@ def text_of(output: GenerationOutput, span: CopiedSpan) -> str:
 @pytest.mark.parametrize("drafter", [AdaptiveDrafter(), CopySpecDrafter()])
 def test_copies_stand_where_they_are_said_to(drafter: AdaptiveDrafter | CopySpecDrafter) -> None:
     chance = random.Random(0)
-    for _ in range(12):
+    for _ in range(8):
         text = " ".join(chance.choices(WORDS, k=60))
         cuts = [(chance.randrange(40), chance.randrange(100, 300)) for _ in range(4)]
         replies = [text[first:stop] + chance.choice(["", text]) for first, stop in cuts]
@@ -232,6 +232,38 @@ def test_streams_and_batches_say_the_same() -> None:
         assert len(cover[1]) == other.draft_stats.num_accepted_tokens
         places = [{(copy.source, (copy.offset or 0) - copy.start) for copy in out.copies} for out in (one, other)]
         assert places[1] <= places[0] | {("frequent", -copy.start) for copy in other.copies}
+
+
+def test_places_hold_while_calls_share_a_small_memory_that_forgets() -> None:
+    chance = random.Random(1)
+    texts = [" ".join(chance.choices(WORDS, k=120)) for _ in range(6)]
+
+    def reply(prompt: str) -> str:
+        first = sum(prompt.encode()) % 6
+        return texts[first][first:] + texts[first - 1] * 2
+
+    config = EngineConfig(model="scripted", max_session_tokens=4096, max_pool_tokens=4096, kv_cache_tokens=40_000)
+    with scripted_engine(reply, config) as engine:
+        for turn in range(3):
+            requests = [
+                GenerationRequest(
+                    messages=messages(chance.choice(texts), "Yes.", f"{chance.choice(texts)} {turn} {i}"),
+                    session_id=chance.choice("ab"),
+                    memory_pool=chance.choice(("p", None)),
+                    prediction=chance.choice((*texts, None)),
+                )
+                for i in range(6)
+            ]
+            for request, handle in [(request, engine.submit(request)) for request in requests]:
+                output = handle.result()
+                calls_own = [copy for copy in output.copies if copy.source in ("prompt", "answer", "prediction")]
+                for copy in calls_own:
+                    copied = list(output.token_ids[copy.start : copy.stop])
+                    assert source_tokens(engine, request, output, copy) == copied
+                covered = sum(copy.stop - copy.start for copy in output.copies)
+                assert covered == output.draft_stats.num_accepted_tokens
+                check_explanation(request, output, engine.explain(request, output))
+        assert len(calls_own) > 1
 
 
 def test_erased_texts_are_not_shown() -> None:
