@@ -371,7 +371,7 @@ def test_chat_answers_shows_its_figures_and_saves_the_conversation(run: Callable
     for text in (
         "Loaded service.ini",
         "per pass",
-        "message 0, from character",
+        "message 2, from character",
         "/save PATH",
         "Cannot read /load nowhere",
     ):

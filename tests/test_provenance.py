@@ -279,6 +279,8 @@ def test_erased_texts_are_not_shown() -> None:
         assert not any(copy.before or copy.after for copy in output.copies if copy.source == "earlier_prompt")
         assert sum(copy.stop - copy.start for copy in output.copies) == output.draft_stats.num_accepted_tokens
         assert len(engine.memory("s")) == 0
+        _, output = ask(engine, "Say it again.")
+        assert not any(source.startswith("earlier") for source in sources(output))
 
 
 def test_find_around_prefers_the_place_with_more_of_the_surroundings() -> None:
