@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
+import copyspec_engine
 from copyspec_engine import (
     AdaptiveDrafter,
     CopiedSpan,
@@ -28,7 +30,9 @@ from copyspec_engine import (
     SamplingParams,
 )
 from copyspec_engine.copies import find_around
+from copyspec_engine.provenance import _contents
 from copyspec_engine.testing import scripted_engine
+from copyspec_engine.tokenizer import HFTokenizer
 
 DOCUMENT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, does not mind this at all; nor do I."
 WORDS = ("fox", "über", "dog", "the", "quick", "日本", "brown", "jumps", "\n", "a")
@@ -112,7 +116,7 @@ def text_of(output: GenerationOutput, span: CopiedSpan) -> str:
 
 @pytest.mark.parametrize("drafter", [AdaptiveDrafter(), CopySpecDrafter()])
 def test_copies_stand_where_they_are_said_to(drafter: AdaptiveDrafter | CopySpecDrafter) -> None:
-    chance = random.Random(0)
+    chance, seen = random.Random(0), set[str]()
     for _ in range(8):
         text = " ".join(chance.choices(WORDS, k=60))
         cuts = [(chance.randrange(40), chance.randrange(100, 300)) for _ in range(4)]
@@ -127,9 +131,10 @@ def test_copies_stand_where_they_are_said_to(drafter: AdaptiveDrafter | CopySpec
                 prediction = text if chance.random() < 0.3 else None
                 asked = ask(engine, *history, prediction=prediction, sampling=SamplingParams(stop=stop))
                 check(engine, *asked)
+                seen |= sources(asked[1])
                 assert reply.startswith(asked[1].text)
                 history.append(asked[1].text)
-    assert {"prompt", "answer"} <= sources(asked[1]) | {"answer"}
+    assert seen >= {"prompt", "answer"}
 
 
 def test_a_document_in_a_message_is_named_by_message_and_character() -> None:
@@ -334,6 +339,33 @@ def make_bundled() -> Callable[[], Engine]:
     from copyspec_engine import shared_engine
 
     return shared_engine
+
+
+@pytest.mark.parametrize(
+    ("content", "is_marked"),
+    [
+        ("{{ m.content }}", True),
+        ("{{ m.content | trim }}", True),
+        ("{{ m.content.split('</think>')[-1] }}", True),  # as many do with earlier answers
+        ("{{ '!' if m.content[-1] == '.' }}{{ m.content }}", False),
+    ],
+)
+def test_contents_are_found_whatever_a_template_does_to_them(content: str, is_marked: bool) -> None:
+    plain = AutoTokenizer.from_pretrained(Path(copyspec_engine.__file__).parent / "bundled" / "model")
+    plain.chat_template = "{% for m in messages %}[{{ m.role }}]" + content + "{% endfor %}[assistant]"
+    tokenizer = HFTokenizer(plain)
+    said = messages("user", "<think>A user.</think> It is a user. ", "  Who?\n", "user", "A user.")
+    request = GenerationRequest(messages=said)
+    rendered = tokenizer.decode(tokenizer.render(said, None), skip_special_tokens=False)
+    parts = _contents(tokenizer, request, said, rendered)
+    assert [part.message for part in parts] == [0, 1, 2, 3, 4]
+    for part in parts:
+        assert part.message is not None
+        there = said[part.message]["content"][part.offset :][: part.stop - part.start]
+        assert rendered[part.start : part.stop] == there
+        assert len(there) >= len("user")
+    if is_marked:
+        assert all(rendered[: part.start].endswith(("]", "] ", "]\n")) for part in parts)
 
 
 def test_an_explanation_can_be_printed() -> None:
