@@ -271,6 +271,28 @@ def test_places_hold_while_calls_share_a_small_memory_that_forgets() -> None:
         assert len(calls_own) > 1
 
 
+async def test_an_explanation_comes_with_the_answer_if_asked_for() -> None:
+    with scripted_engine(lambda _: DOCUMENT) as engine:
+        asked = GenerationRequest(messages=messages(DOCUMENT), explain=True)
+        outputs = [engine.generate(asked), await engine.agenerate(asked), list(engine.stream(asked))[-1].output]
+        for output in outputs:
+            assert output is not None
+            assert output.explanation == engine.explain(asked, output) != Explanation(DOCUMENT, ())
+        assert ask(engine, DOCUMENT)[1].explanation is None
+
+
+def test_an_explanation_that_fails_reaches_the_reader_who_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Explanation:
+        raise ArithmeticError("no idea")
+
+    with scripted_engine([DOCUMENT]) as engine:
+        monkeypatch.setattr(engine, "explain", fail)
+        with engine.submit(GenerationRequest(messages=messages(DOCUMENT), explain=True)) as handle:
+            for _ in range(2):
+                with pytest.raises(ArithmeticError):
+                    handle.result()
+
+
 def test_erased_texts_are_not_shown() -> None:
     """Erasing in the middle of an answer leaves no stored text in what the answer says of itself."""
     secret = "The password is swordfish, and nobody else must ever hear of it, whatever they offer."
