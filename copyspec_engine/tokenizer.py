@@ -175,20 +175,15 @@ class HFTokenizer:
         tools: Sequence[dict[str, Any]] | None,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
+        ready = for_template(messages, self._chat_format)
+        options = {"chat_template": self._chat_template(tools, self._chat_format), **template_kwargs}
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=list(tools) if tools else None,
-                add_generation_prompt=True,
-                tokenize=False,
-                **template_kwargs,
-            )
+            return cast("str", self._apply_template(ready, tools, options, tokenize=False))
         except Exception as error:
             merged = _merge_neighbours(messages)
             if len(merged) < len(messages):
                 return self.render_text(merged, tools, template_kwargs)
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
-        return cast("str", text)
 
     def _apply_template(
         self,

@@ -30,11 +30,12 @@ from copyspec_engine import (
     SamplingParams,
 )
 from copyspec_engine.copies import find_around
-from copyspec_engine.provenance import _contents
+from copyspec_engine.provenance import _contents, _marked, _texts
 from copyspec_engine.testing import scripted_engine
 from copyspec_engine.tokenizer import HFTokenizer
 
 DOCUMENT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, does not mind this at all; nor do I."
+TEMPLATES = sorted((Path(__file__).parent / "data" / "chat_templates").glob("*.jinja"))
 WORDS = ("fox", "über", "dog", "the", "quick", "日本", "brown", "jumps", "\n", "a")
 
 
@@ -388,6 +389,23 @@ def test_contents_are_found_whatever_a_template_does_to_them(content: str, is_ma
         assert len(there) >= len("user")
     if is_marked:
         assert all(rendered[: part.start].endswith(("]", "] ", "]\n")) for part in parts)
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
+def test_contents_are_found_in_every_familys_template(path: Path) -> None:
+    plain = AutoTokenizer.from_pretrained(Path(copyspec_engine.__file__).parent / "bundled" / "model")
+    plain.chat_template = path.read_text()
+    tokenizer = HFTokenizer(plain)
+    said = messages("user", "<think>\nA user?\n</think>\n\nIt is a user.", " Who?\n")
+    rendered = tokenizer.decode(tokenizer.render(said, None), skip_special_tokens=False)
+    texts = list(_texts(said))
+    parts = _marked(tokenizer, GenerationRequest(messages=said), texts, rendered)
+    assert parts is not None
+    assert sorted(part.message or 0 for part in parts) == [0, 1, 2]
+    for part in parts:
+        there = said[part.message or 0]["content"][part.offset :][: part.stop - part.start]
+        assert rendered[part.start : part.stop] == there
+        assert there.strip() in (texts[part.message or 0].text, "It is a user.")
 
 
 def test_an_explanation_can_be_printed() -> None:
