@@ -11,6 +11,7 @@ exactly the tokens that plain decoding would give:
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from copyspec_engine.config import (
@@ -34,10 +35,12 @@ from copyspec_engine.errors import (
     UnsupportedModelError,
     missing_extra,
 )
+from copyspec_engine.explanation import CopiedSpan, CopySource, Explanation
 from copyspec_engine.grammar_options import Grammar, ToolCalls
 from copyspec_engine.handle import RequestHandle
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.outputs import (
+    Copy,
     DraftStats,
     EngineInfo,
     FinishReason,
@@ -55,11 +58,16 @@ from copyspec_engine.outputs import (
 
 if TYPE_CHECKING:
     from copyspec_engine.engine import Engine, shared_engine
+    from copyspec_engine.memory_view import ConversationMemory, StoredText
 
 __all__ = [
     "AdaptiveDrafter",
     "ConfigError",
     "ContextOverflowError",
+    "ConversationMemory",
+    "CopiedSpan",
+    "Copy",
+    "CopySource",
     "CopySpecDrafter",
     "CopySpecError",
     "DraftStats",
@@ -70,6 +78,7 @@ __all__ = [
     "EngineInfo",
     "EngineMetrics",
     "EngineStoppedError",
+    "Explanation",
     "FinishReason",
     "GenerationOutput",
     "GenerationRequest",
@@ -84,6 +93,7 @@ __all__ = [
     "RequestHandle",
     "SamplingParams",
     "Segment",
+    "StoredText",
     "StreamChunk",
     "Timing",
     "TokenLogprob",
@@ -95,13 +105,17 @@ __all__ = [
     "shared_engine",
 ]
 
-_NEEDS_TORCH = ("Engine", "shared_engine")
+_LATER = {
+    "Engine": "engine",
+    "shared_engine": "engine",
+    "ConversationMemory": "memory_view",
+    "StoredText": "memory_view",
+}
+"""The modules of names that need torch or Numba."""
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything
-    """Load torch and transformers only when the engine is used: importing a config must stay quick."""
-    if name in _NEEDS_TORCH:
-        from copyspec_engine import engine
-
-        return getattr(engine, name)
+    """Load torch, transformers and Numba only when the engine is used: importing a config must stay quick."""
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

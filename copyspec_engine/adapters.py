@@ -5,7 +5,7 @@ Public, so that an integration of one's own can stand on it as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,6 +23,7 @@ from copyspec_engine.config import (
 )
 from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
+from copyspec_engine.explanation import Explanation
 from copyspec_engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.outputs import GenerationOutput, Segment, TokenLogprob
 
@@ -34,6 +35,7 @@ __all__ = [
     "clear_errors",
     "conversation",
     "current_conversation",
+    "explain_metadata",
     "logprobs_metadata",
     "model_facts",
     "segment_metadata",
@@ -121,6 +123,7 @@ class AdapterOptions(BaseModel):
             "chat_template_kwargs": self.chat_template_kwargs or {},
             "cache_salt": self.cache_salt,
             "timeout_s": self.timeout,
+            "explain": True,
         }
 
 
@@ -185,6 +188,7 @@ def answer_metadata(output: GenerationOutput) -> dict[str, Any]:
     """How an answer came about, as plain values for a framework's response metadata."""
     stats = output.draft_stats
     return {
+        **_sources(output),
         "num_forward_passes": stats.num_forward_passes,
         "num_prefill_passes": stats.num_prefill_passes,
         "num_draft_tokens": stats.num_draft_tokens,
@@ -196,6 +200,36 @@ def answer_metadata(output: GenerationOutput) -> dict[str, Any]:
         "ttft_s": output.timing.ttft_s,
         "total_s": output.timing.total_s,
     }
+
+
+def _sources(output: GenerationOutput) -> dict[str, Any]:
+    """Where it was copied from, and all that was written if that is not the text that a framework gets."""
+    if output.explanation is None:
+        return {}
+    text = output.text if output.reply is None else output.reply.text
+    written = {} if text == output.text else {"written": output.text}
+    return {**written, "copies": output.explanation.to_list()}
+
+
+def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 - it comes from anywhere
+    """Where an answer was copied from, by the `answer_metadata` that came with it.
+
+    Args:
+        metadata: those values, after a round trip through JSON or pickle too.
+        text: of the answer.
+
+    Raises:
+        ConfigError: these are no such values, or not of this text.
+    """
+    if not isinstance(metadata, Mapping) or "copies" not in metadata:
+        raise ConfigError("Got an answer that does not say where it came from but expected a whole one of copyspec's")
+    explanation = Explanation.from_list(metadata.get("written", text), metadata["copies"])
+    if explanation.spans and explanation.spans[-1].stop > len(explanation.text):
+        raise ConfigError(
+            f"Got an answer of {len(explanation.text)} characters with copies up to {explanation.spans[-1].stop}: its "
+            "text was changed since it was written"
+        )
+    return explanation
 
 
 def segment_metadata(segments: Iterable[Segment]) -> list[dict[str, Any]]:

@@ -11,9 +11,10 @@ texts these are (memory.py).
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -109,6 +110,8 @@ class Span:
     """Still being written; not forgotten before it is closed."""
     used: bool = False
     """Copied from since it was written or last spared."""
+    number: int = field(default_factory=itertools.count(1).__next__)
+    """No other text of this process has it."""
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------

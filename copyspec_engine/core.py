@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
+
 from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
+from copyspec_engine.copies import Run, find_around, trace
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
@@ -14,6 +17,7 @@ from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.logprobs import with_logprobs
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
+from copyspec_engine.memory_view import Snapshot, snapshot
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import FinishReason, StreamChunk
@@ -103,7 +107,10 @@ class EngineCore:
             return [(draft, None) for draft in drafts]
         verdicts = [verify(row.draft, tokens) for row, tokens in zip(rows, sample(logits, rows), strict=True)]
         found = iter(with_logprobs(logits, rows, verdicts))
-        return [(draft, next(found) if row.samples else None) for row, draft in zip(batch.rows, drafts, strict=True)]
+        return [
+            (draft, _traced(row, draft, next(found)) if row.samples else None)
+            for row, draft in zip(batch.rows, drafts, strict=True)
+        ]
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of what runs, and all counts."""
@@ -183,6 +190,10 @@ class EngineCore:
         if self.file is not None:
             self.file.close()
 
+    def look(self, session_id: str) -> Snapshot:
+        """What a session remembers."""
+        return snapshot(self.sessions.peek(session_id))
+
     def forget(self, session_id: str) -> bool:
         """Erase a session (see `SessionStore.forget`); calls of it in flight go on and keep nothing."""
         for sequence in self.scheduler.in_flight:
@@ -229,6 +240,8 @@ def warm_up() -> None:
         draft = drafter.propose(1, 64)
         drafter.observe(draft, (), (0,))
         drafter.finish()
+    tokens = np.arange(8)
+    find_around(tokens, tokens, 2, 4)
 
 
 def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | None, str | None]:
@@ -240,6 +253,16 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
     except MemoryFileError as error:
         logger.error("Conversations are kept in memory only: %s", error)
         return None, str(error)
+
+
+def _traced(row: ScheduledRow, draft: DraftTree, verdict: Verdict) -> Verdict:
+    """A verdict that says where its accepted nodes were copied from; to be asked before any row is written."""
+    memory, accepted = row.sequence.memory, list(verdict.accepted)
+    if not accepted:
+        return verdict
+    if memory is None or not len(draft.sources):
+        return verdict._replace(runs=(Run(len(accepted), "frequent"),))
+    return verdict._replace(runs=tuple(trace(memory.index, draft.sources[accepted].tolist())))
 
 
 def _room(sequence: Sequence, num_tokens: int, exact_width: int | None) -> int:

@@ -6,6 +6,7 @@ published algorithm, "none" proposes nothing. All learn or keep what they need i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
 from typing import Protocol
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig
+from copyspec_engine.copies import FORCED
 from copyspec_engine.copy_index import OVERLAP, EarliestIndex, Span
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.growth import (
@@ -32,7 +34,7 @@ from copyspec_engine.growth import (
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.survival import DECLARED, STARTED, blend, fresh_survival, learn_pace, learn_paths
 
-__all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients"]
+__all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients", "answer_texts"]
 
 _MAX_NODES = 1024
 _REGION = 2048
@@ -56,12 +58,13 @@ class DraftTree:
     probabilities: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), compare=False)
     """How likely each node was held to be, shape (len,); empty if nobody asked."""
     sources: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
-    """The position in the memory's index that each node was copied from, 0 for a frequent token without a source; shape
-    (len,), empty if it was not copied from there."""
+    """Where each node was copied from: a position in the memory's index; 0 for a frequent token without a source; ~i
+    for the call's own token i; `FORCED` by a grammar. Shape (len,), empty if nobody knows."""
 
     @classmethod
-    def chain(cls, tokens: Seq[int]) -> DraftTree:
-        return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)))
+    def chain(cls, tokens: Seq[int], sources: npt.NDArray[np.int64] | None = None) -> DraftTree:
+        parents = tuple(range(-1, len(tokens) - 1))
+        return cls(tuple(tokens), parents) if sources is None else cls(tuple(tokens), parents, sources=sources)
 
     @property
     def is_chain(self) -> bool:
@@ -92,7 +95,7 @@ class DraftTree:
         )
 
     def joined(self, at: int, tokens: Seq[int], room: int) -> DraftTree:
-        """The tree with a chain below node `at` (-1: the root) whose tokens are as likely as the node itself.
+        """The tree with a chain of forced tokens below node `at` (-1: the root), as likely as the node itself.
 
         Nodes that are there already are not added again, but count as that likely; the chain is cut where the tree has
         `room` nodes.
@@ -120,7 +123,7 @@ class DraftTree:
             probabilities = np.append(probabilities, np.full(added, likely))
             probabilities[known] = likely
         if len(sources) == len(self):
-            sources = np.append(sources, np.zeros(added, dtype=np.int64))
+            sources = np.append(sources, np.full(added, FORCED))
         return DraftTree(tuple(new_tokens), tuple(new_parents), probabilities, sources)
 
     def __len__(self) -> int:
@@ -278,6 +281,8 @@ class _AdaptiveDrafter:
         follow(self._index.arrays, self._call, np.asarray(prompt_ids[-len(self._call.tail) :], dtype=np.int64))
         if len(prediction_ids):
             self._call.alignments[0] = predicted, 0, 0
+        self._length = len(prompt_ids)
+        self.answer_texts: dict[Span, int] = {}
         self._first = self._answer = self._open(_REGION)
         self._call.sizes[3] = self._answer.stop
         find_root(self._index.arrays, self._call, self._ingredients, True)
@@ -328,6 +333,7 @@ class _AdaptiveDrafter:
             self._answer = self._open(max(_REGION, OVERLAP + len(written)))
         follow(self._index.arrays, self._call, written)
         self._index.write(self._answer, written)
+        self._length += len(written)
         self._call.sizes[3] = self._answer.stop
         find_root(self._index.arrays, self._call, self._ingredients, False)
 
@@ -340,6 +346,7 @@ class _AdaptiveDrafter:
         """A part of the memory for the answer, or for what comes now of it."""
         span = self._memory.open_answer(size)
         self._index.write(span, self._call.tail[: min(OVERLAP, int(self._call.sizes[0]))][::-1], context=True)
+        self.answer_texts[span] = self._length
         return span
 
 
@@ -350,28 +357,28 @@ class _BlockDrafter:
         self, options: CopySpecDrafter, memory: SessionMemory, prompt_ids: Seq[int], eos_token_ids: frozenset[int]
     ) -> None:
         self._options, self._memory, self._eos = options, memory, eos_token_ids
-        self._token_ids = list(prompt_ids)
+        self._token_ids, self._num_prompt_tokens = list(prompt_ids), len(prompt_ids)
         self._earliest = EarliestIndex(options.min_match_tokens)
 
     def propose(self, num_pending: int, room: int) -> DraftTree:
         position = self._earliest.find(self._token_ids)
         if position is None or room <= 0:
             return DraftTree()
-        tokens = self._token_ids[position : position + min(self._options.block, room)]
-        return DraftTree.chain(_until_end(tokens, self._eos))
+        tokens = _until_end(self._token_ids[position : position + min(self._options.block, room)], self._eos)
+        return DraftTree.chain(tokens, ~np.arange(position, position + len(tokens)))
 
     def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
         self._token_ids += tokens
 
     def finish(self) -> None:
-        self._memory.remember(self._token_ids)
+        self._memory.remember(self._token_ids, self._num_prompt_tokens)
 
 
 class _NoDrafter:
     """Plain decoding, which only remembers."""
 
     def __init__(self, memory: SessionMemory, prompt_ids: Seq[int]) -> None:
-        self._memory, self._token_ids = memory, list(prompt_ids)
+        self._memory, self._token_ids, self._num_prompt_tokens = memory, list(prompt_ids), len(prompt_ids)
 
     def propose(self, num_pending: int, room: int) -> DraftTree:
         return DraftTree()
@@ -380,7 +387,12 @@ class _NoDrafter:
         self._token_ids += tokens
 
     def finish(self) -> None:
-        self._memory.remember(self._token_ids)
+        self._memory.remember(self._token_ids, self._num_prompt_tokens)
+
+
+def answer_texts(drafter: Drafter | None) -> Mapping[Span, int]:
+    """The stored texts to which a drafter writes its answer, and where in the call's tokens each begins."""
+    return drafter.answer_texts if isinstance(drafter, _AdaptiveDrafter) else {}
 
 
 def _pace(drafter: Drafter | None) -> float:

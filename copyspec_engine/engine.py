@@ -22,6 +22,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -38,12 +39,15 @@ from copyspec_engine.errors import (
     MemoryFileError,
     RequestFailedError,
 )
+from copyspec_engine.explanation import Explanation
 from copyspec_engine.grammar import GrammarCompiler
 from copyspec_engine.grammar_options import Grammar
 from copyspec_engine.handle import RequestHandle, Sink
+from copyspec_engine.memory_view import ConversationMemory
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, Progress, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
+from copyspec_engine.provenance import explain
 from copyspec_engine.replies import ReplyParser
 from copyspec_engine.sequence import Sequence
 
@@ -181,6 +185,8 @@ class Engine:
         handle, sequence = RequestHandle(request.request_id), self._prepare(request)
         self._enqueue(sequence, handle.sink)
         handle.on_close(partial(self._abandon, sequence))
+        if request.explain:
+            handle.on_last(partial(self._explained, request))
         return handle
 
     def stream(self, request: GenerationRequest) -> RequestHandle:
@@ -203,6 +209,8 @@ class Engine:
                 item = await items.get()
                 if isinstance(item, Exception):
                     raise item
+                if item.is_last and request.explain:
+                    item = await asyncio.to_thread(self._explained, request, item)
                 yield item
                 if item.is_last:
                     return
@@ -235,6 +243,27 @@ class Engine:
             EngineStoppedError: the engine was closed.
         """
         return self._on_loop(partial(self._core.forget, session_id))
+
+    def explain(self, request: GenerationRequest, output: GenerationOutput) -> Explanation:
+        """Where the answer `output` to `request` was copied from, in messages and characters.
+
+        Runs in the caller's thread, and needs nothing of the conversation any more.
+        """
+        return explain(self._model.tokenizer, request, output)
+
+    def _explained(self, request: GenerationRequest, last: StreamChunk) -> StreamChunk:
+        """An answer's last chunk with its explanation."""
+        assert last.output is not None
+        return replace(last, output=replace(last.output, explanation=self.explain(request, last.output)))
+
+    def memory(self, session_id: str) -> ConversationMemory:
+        """What a conversation remembers; it need not exist. Its methods raise EngineStoppedError once we are closed."""
+        return ConversationMemory(
+            session_id,
+            partial(self._on_loop, partial(self._core.look, session_id)),
+            partial(self._model.tokenizer.decode, skip_special_tokens=False),
+            partial(self.forget, session_id),
+        )
 
     def forget_pool(self, name: str) -> bool:
         """Erase the texts of a shared pool, in memory and on disk; False if there is none. Raises as `forget` does."""

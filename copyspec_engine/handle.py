@@ -29,6 +29,7 @@ class RequestHandle:
         self._items: queue.SimpleQueue[StreamChunk | Exception | None] = queue.SimpleQueue()
         self._last: StreamChunk | Exception | None = None
         self._abandon: Callable[[], None] | None = None
+        self._complete: Callable[[StreamChunk], StreamChunk] | None = None
 
     @property
     def sink(self) -> Sink:
@@ -38,6 +39,10 @@ class RequestHandle:
     def on_close(self, abandon: Callable[[], None]) -> None:
         """Say how to stop the request when nobody will read on."""
         self._abandon = abandon
+
+    def on_last(self, complete: Callable[[StreamChunk], StreamChunk]) -> None:
+        """Say what is to be done with the last chunk, in the thread that reads it."""
+        self._complete = complete
 
     def __iter__(self) -> RequestHandle:
         return self
@@ -49,6 +54,11 @@ class RequestHandle:
         if item is None:  # closed, or read to the end
             self._items.put(None)
             raise StopIteration
+        if isinstance(item, StreamChunk) and item.is_last and self._complete is not None:
+            try:
+                item = self._complete(item)
+            except Exception as error:
+                item = error
         if isinstance(item, Exception) or item.is_last:
             self._last, self._abandon = item, None
         if isinstance(item, Exception):

@@ -8,21 +8,21 @@ Not covered: whose memory it is, for how long, and keeping it on disk (sessions.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from copyspec_engine.copy_index import CopyIndex, Span, TokenArray
+from copyspec_engine.copy_index import OVERLAP, CopyIndex, Span, TokenArray
 from copyspec_engine.memory_file import SavedSegment
 from copyspec_engine.survival import Survival
 
-__all__ = ["ANSWER", "DECLARED_TEXT", "PROMPT", "SessionMemory", "common_prefix_length"]
+__all__ = ["ANSWER", "DECLARED_TEXT", "KINDS", "PROMPT", "SessionMemory", "common_prefix_length"]
 
 PROMPT, ANSWER, DECLARED_TEXT = 0, 1, 2
 """Kinds of texts."""
 
-_KINDS = ("prompt", "answer", "prediction")
+KINDS = ("prompt", "answer", "prediction")
+"""Their names."""
 
 _STARTS = 4
 """Answers and new texts whose beginnings are kept in mind."""
@@ -80,23 +80,27 @@ class SessionMemory:
         """An answer is complete."""
         self._answers = [*self._answers, span][-_STARTS:]
 
-    def remember(self, token_ids: Sequence[int]) -> None:
-        """Keep what is new in a finished call's prompt and answer."""
-        self._add(self.index.append_unseen(token_ids, PROMPT))
-
-    def kinds_of(self, sources: TokenArray) -> Counter[str]:
-        """How many of these positions lie in texts of each kind; 0 is none, a token that is just frequent."""
-        kinds: Counter[str] = Counter()
-        span: Span | None = None
-        for source in sources.tolist():
-            if span is None or not span.start <= source <= span.limit:  # copies run on in one text
-                span = self.index.span_at(source) if source else None
-            kinds["frequent" if span is None else _KINDS[span.kind]] += 1
-        return kinds
+    def remember(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Keep what is new in a finished call's prompt, and its answer, which follows it in `token_ids`."""
+        self._add(self.index.append_unseen(token_ids[:num_prompt_tokens], PROMPT))
+        if len(token_ids) > num_prompt_tokens:
+            overlap = min(OVERLAP, num_prompt_tokens)
+            span = self.index.append(token_ids[num_prompt_tokens - overlap :], ANSWER, overlap=overlap)
+            self.add_answer(self._add([span])[0])
 
     def _add(self, spans: list[Span]) -> list[Span]:
         self._spans += spans
         return spans
+
+    @property
+    def texts(self) -> list[Span]:
+        """The texts that this conversation has added and the index still holds, oldest first."""
+        self._forget_what_is_gone()
+        return list(self._spans)
+
+    def has(self, text: Span) -> bool:
+        """Whether this conversation has added a text."""
+        return text in self._spans
 
     # ---- for whoever keeps it --------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ class EngineMetrics:
     """A snapshot; counts are since the engine was made.
 
     `accepted_by_source` has the keys "prompt", "answer", "prediction", "frequent" (a frequent token, copied from
-    nowhere) and "block" (drafts of the published algorithm).
+    nowhere), "grammar" (forced by it) and "block" (drafts of the published algorithm).
     """
 
     num_running: int

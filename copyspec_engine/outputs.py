@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from copyspec_engine.explanation import CopySource, Explanation
+
 __all__ = [
+    "Copy",
     "DraftStats",
     "EngineInfo",
     "Execution",
@@ -34,6 +37,32 @@ class Segment:
 
     text: str
     copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Tokens of an answer in a row that were copied from places in a row, in one forward pass.
+
+    `answer.token_ids[start:stop]` stands in the source at `offset`. Between the copies of two passes lies at least one
+    token that the model wrote by itself.
+    """
+
+    start: int
+    stop: int
+    """Tokens of the answer, 0 <= start < stop."""
+    text_start: int
+    text_stop: int
+    """The characters of the answer's text that these tokens complete; equal if there are none (half a character, an
+    end-of-sequence id, text behind a stop text)."""
+    source: CopySource
+    offset: int | None = None
+    """Tokens from the source's beginning: that of the prompt, the answer, the prediction or the stored text; None for
+    "grammar" and "frequent"."""
+    stored_text: int | None = None
+    """The number of the stored text in `Engine.memory`, for the sources that are one."""
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    """Tokens around the place in the stored text, at most 64 each; none if it was forgotten meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +179,13 @@ class GenerationOutput:
     """One for each of `token_ids`; None unless the request asked for them."""
     reply: Reply | None = None
     """The answer in its parts; None unless the request asked for them (`parse_reply`)."""
+    copies: tuple[Copy, ...] = ()
+    """Where its copied tokens came from, in order; together exactly `draft_stats.num_accepted_tokens` tokens."""
+    explanation: Explanation | None = None
+    """The same in messages and characters; None unless the request asked for it (`explain`). See also
+    `Engine.explain`."""
+    prompt_token_ids: tuple[int, ...] = field(default=(), repr=False)
+    """What the model has read."""
 
     @property
     def tokens_per_forward(self) -> float:

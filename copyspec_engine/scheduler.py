@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from copyspec_engine.copies import Run, cut
 from copyspec_engine.copy_index import TokenArray
-from copyspec_engine.drafter import DraftTree
+from copyspec_engine.drafter import Drafter, DraftTree, answer_texts
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.metrics import Counts
@@ -245,6 +246,7 @@ class Scheduler:
             if token not in sequence.eos_token_ids:
                 segments += sequence.text.push(token, copied=taken < len(verdict.accepted))
             taken += 1
+            sequence.text_ends.append(sequence.text.num_characters)
             if sequence.grammar is not None:
                 sequence.grammar.advance((token,))
             sequence.finish_reason = _finish_reason(sequence, token)
@@ -252,26 +254,26 @@ class Scheduler:
                 segments += sequence.text.flush()
                 break
         kept, tokens = verdict.accepted[:taken], verdict.tokens[:taken]
+        runs = cut(verdict.runs, len(kept))
+        sequence.trail.note(len(sequence.text_ends) - taken, runs)
         _keep_nodes(sequence, kept)
         sequence.num_draft_tokens += len(draft)
         sequence.num_copied_tokens += len(kept)
         sequence.accepted_lengths.append(len(kept))
-        self._count(sequence, draft, kept, len(tokens))
+        self._count(draft, runs, len(tokens))
         if sequence.drafter is not None:
             sequence.drafter.observe(draft, kept, tokens)
         if sequence.finish_reason is not None:
             self.remove(sequence)
         return _chunk(sequence, tokens, segments, (verdict.logprobs or ())[:taken])
 
-    def _count(self, sequence: Sequence, draft: DraftTree, kept: tuple[int, ...], num_tokens: int) -> None:
+    def _count(self, draft: DraftTree, runs: Seq[Run], num_tokens: int) -> None:
         counts = self.counts
         counts.num_row_passes += 1
         counts.num_completion_tokens += num_tokens
         counts.num_draft_tokens += len(draft)
-        if not len(draft.sources):
-            counts.accepted["block"] += len(kept)
-        elif sequence.memory is not None:
-            counts.accepted += sequence.memory.kinds_of(draft.sources[list(kept)])
+        for run in runs:
+            counts.accepted[run.kind] += run.num_tokens
 
     def stop(self, sequence: Sequence, reason: FinishReason) -> StreamChunk:
         """End a waiting or running request early; what it has written so far is its answer."""
@@ -305,6 +307,7 @@ class Scheduler:
         try:
             self._stop_drafting(sequence)
         finally:
+            sequence.trail.withdraw()
             memory.erase()
             self._use(sequence, self._sessions.open(None).memory)
 
@@ -313,6 +316,8 @@ class Scheduler:
         drafter, memory = sequence.drafter, sequence.memory
         sequence.drafter = sequence.memory = None
         try:
+            if memory is not None:
+                _make_out_copies(sequence, memory, drafter)
             if drafter is not None:
                 drafter.finish()
         finally:
@@ -334,6 +339,17 @@ class Scheduler:
             return
         self._pool.release(slots[computed:])
         self._cache.keep(owner, _tokens(sequence, computed), slots[:computed], sequence.cache_salt)
+
+
+def _make_out_copies(sequence: Sequence, memory: SessionMemory, drafter: Drafter | None) -> None:
+    sequence.trail.make_out(
+        sequence.token_ids,
+        sequence.num_prompt_tokens,
+        memory,
+        answer_texts(drafter),
+        sequence.prediction_ids,
+        is_shared=sequence.request.memory_pool is not None,
+    )
 
 
 def session_key(session_id: str) -> str:
@@ -402,9 +418,10 @@ def _joined(segments: Seq[Segment]) -> tuple[Segment, ...]:
 
 
 def _output(sequence: Sequence, finish_reason: FinishReason, reply: Reply | None) -> GenerationOutput:
+    text = "".join(segment.text for segment in sequence.segments)
     return GenerationOutput(
         request_id=sequence.request.request_id,
-        text="".join(segment.text for segment in sequence.segments),
+        text=text,
         token_ids=tuple(sequence.token_ids[sequence.num_prompt_tokens :]),
         finish_reason=finish_reason,
         usage=sequence.usage(),
@@ -413,4 +430,6 @@ def _output(sequence: Sequence, finish_reason: FinishReason, reply: Reply | None
         segments=_joined(sequence.segments),
         logprobs=tuple(sequence.logprobs) if sequence.request.sampling.logprobs else None,
         reply=reply,
+        copies=sequence.trail.copies(sequence.text_ends, len(text)),
+        prompt_token_ids=tuple(sequence.token_ids[: sequence.num_prompt_tokens]),
     )

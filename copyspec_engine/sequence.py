@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from copyspec_engine.config import DrafterConfig, GenerationRequest
+from copyspec_engine.copies import CopyTrail
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import Drafter
 from copyspec_engine.memory import SessionMemory
@@ -37,6 +38,11 @@ class TextStream(Protocol):
     @property
     def stopped(self) -> bool:
         """A stop text has been completed; nothing is released after it."""
+        ...
+
+    @property
+    def num_characters(self) -> int:
+        """How many the tokens so far have completed, released or not."""
         ...
 
     def push(self, token_id: int, *, copied: bool) -> list[Segment]:
@@ -114,6 +120,9 @@ class Sequence:
     finish_reason: FinishReason | None = None
     segments: list[Segment] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    text_ends: list[int] = field(default_factory=list)
+    """Characters that were complete after each token of the answer."""
+    trail: CopyTrail = field(default_factory=CopyTrail)
     accepted_lengths: list[int] = field(default_factory=list)
     num_prefill_passes: int = 0
     num_draft_tokens: int = 0

@@ -96,6 +96,17 @@ class SessionStore:
             self._try_to_delete([_Owner(oldest)])
         return session
 
+    def peek(self, session_id: str) -> SessionMemory | None:
+        """A session's memory, read from disk if it is only there; None if there is none. Does not count as use."""
+        if session_id not in self._sessions:
+            return None
+        session = self._sessions[session_id]
+        if session is None:
+            memory = SessionMemory(self._config.max_session_tokens)
+            session = Session(self._restored(memory, _Owner(session_id)), is_kept=True)
+            self._sessions[session_id] = session
+        return session.memory
+
     def open_pool(self, name: str, session_id: str | None) -> SessionMemory:
         """A session's part of a shared pool, through which it reads all of it; made when it is new."""
         pool = self._pools.pop(name, None)

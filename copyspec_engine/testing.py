@@ -66,6 +66,14 @@ class ByteTokenizer:
             ids += self._turn(message["role"], _content_text(message))
         return [*ids, _START, *self.encode("assistant\n")]
 
+    def render_text(
+        self,
+        messages: Seq[dict[str, Any]],
+        tools: Seq[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        return self.decode(self.render(messages, tools, template_kwargs), skip_special_tokens=False)
+
     def _turn(self, role: str, content: str) -> list[int]:
         return [_START, *self.encode(f"{role}\n{content}"), _END, *self.encode("\n")]
 

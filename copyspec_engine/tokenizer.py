@@ -63,6 +63,15 @@ class ChatTokenizer(Protocol):
         """
         ...
 
+    def render_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The text of which `render` gives the token ids."""
+        ...
+
     def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
         """A fresh detokeniser for one answer."""
         ...
@@ -159,6 +168,22 @@ class HFTokenizer:
                 return self.render(merged, tools, template_kwargs, spellings)
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
         return self._speller.spell(rendered, spellings) if isinstance(rendered, str) else rendered
+
+    def render_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        ready = for_template(messages, self._chat_format)
+        options = {"chat_template": self._chat_template(tools, self._chat_format), **template_kwargs}
+        try:
+            return cast("str", self._apply_template(ready, tools, options, tokenize=False))
+        except Exception as error:
+            merged = _merge_neighbours(messages)
+            if len(merged) < len(messages):
+                return self.render_text(merged, tools, template_kwargs)
+            raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
 
     def _apply_template(
         self,
@@ -306,6 +331,7 @@ class StoppingTextStream:
         self._step, self._rest, self._stop = step, rest, tuple(stop)
         self._held: list[Segment] = []
         self._stopped = False
+        self.num_characters = 0
 
     @property
     def stopped(self) -> bool:
@@ -313,6 +339,7 @@ class StoppingTextStream:
 
     def push(self, token_id: int, *, copied: bool) -> list[Segment]:
         piece = self._step(token_id)
+        self.num_characters += len(piece)
         if not piece or self._stopped:
             return []
         self._held.append(Segment(piece, copied))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from copyspec_engine.copies import Run
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.outputs import TokenLogprob
 
@@ -24,6 +25,8 @@ class Verdict(NamedTuple):
     """Their tokens and then the bonus token, sampled where the path ends."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `tokens`, if the request asked for them."""
+    runs: tuple[Run, ...] = ()
+    """Where the accepted nodes were copied from, one after the other."""
 
 
 def verify(draft: DraftTree, sampled: Sequence[int]) -> Verdict:

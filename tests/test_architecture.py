@@ -8,14 +8,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
-    0: {"errors", "options", "grammar_options", "config", "metrics", "outputs"},
+    0: {"errors", "options", "grammar_options", "config", "metrics", "explanation", "outputs"},
     1: {
         "calibration",
         "compiled",
+        "copies",
         "copy_index",
         "cost",
         "memory",
         "memory_file",
+        "memory_view",
         "sequence",
         "sessions",
         "survival",
@@ -50,6 +52,7 @@ LEVELS = {
         "chat_format",
         "chat_messages",
         "model_facts",
+        "provenance",
         "replies",
         "tokenizer",
         "bundled",

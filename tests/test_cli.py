@@ -357,15 +357,24 @@ def test_chat_answers_shows_its_figures_and_saves_the_conversation(run: Callable
     path = tmp_path / "talk.md"
     lines = [
         "/stats",
+        "/why",
         "/load service.ini",
         "Append this line:\\",
         "checksum = yes",
         "again, all of it please",
         "/stats",
+        "/why",
     ]
     result = run("chat", input="\n".join([*lines, f"/save {path}", "/help", "/load nowhere", "/quit"]))
     assert result.exit_code == 0, result.output
-    for text in ("No answer yet.", "Loaded service.ini", "per pass", "/save PATH", "Cannot read /load nowhere"):
+    assert result.output.count("No answer yet.") == 2
+    for text in (
+        "Loaded service.ini",
+        "per pass",
+        "message 2, from character",
+        "/save PATH",
+        "Cannot read /load nowhere",
+    ):
         assert text in result.output
     said = path.read_text()
     roles = [line.removeprefix("## ") for line in said.splitlines() if line.startswith("## ")]

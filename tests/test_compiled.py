@@ -16,11 +16,11 @@ PACKAGE = Path(copyspec_engine.__file__).parent
 
 NO_CALL_COMPILES = """
 from numba.core.dispatcher import Dispatcher
-from copyspec_engine import EngineConfig, GenerationRequest, copy_index, growth, survival
+from copyspec_engine import EngineConfig, GenerationRequest, copies, copy_index, growth, survival
 from copyspec_engine.core import warm_up
 from copyspec_engine.testing import scripted_engine
 
-functions = {f for m in (copy_index, growth, survival) for f in vars(m).values() if isinstance(f, Dispatcher)}
+functions = {f for m in (copies, copy_index, growth, survival) for f in vars(m).values() if isinstance(f, Dispatcher)}
 
 def compiled():
     return {f.py_func.__name__: list(f.signatures) for f in functions}
@@ -80,7 +80,8 @@ def run_small(folder: Path, number: int, **environment: str) -> list[str]:
     """Call a compiled function whose callee, in another module, adds `number`; what it gives and its cache hits."""
     (folder / "survival.py").write_text(SMALL.format(number=number), encoding="utf-8")
     (folder / "growth.py").write_text(OUTER, encoding="utf-8")
-    (folder / "copy_index.py").touch()
+    for name in {*SOURCES} - {"compiled.py", "survival.py", "growth.py"}:
+        (folder / name).touch()
     shutil.copy(PACKAGE / "compiled.py", folder)
     done = subprocess.run(
         [sys.executable, str(folder / "growth.py")],

@@ -28,6 +28,7 @@ from copyspec_engine import (
     SamplingParams,
     ToolCalls,
 )
+from copyspec_engine.copies import FORCED
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.grammar import GrammarCompiler, GrammarState
 from copyspec_engine.processors import _unpacked, _unpacked_octets, mask_tokens
@@ -694,7 +695,8 @@ def test_parts_of_a_tree_keep_what_is_known_of_their_nodes() -> None:
     assert (kept.probabilities.tolist(), kept.sources.tolist()) == ([0.9, 0.3, 0.2], [4, 6, 7])
     joined = kept.joined(-1, (5, 7, 9, 9, 9), 5)
     assert (joined.tokens, joined.parents) == ((5, 7, 8, 9, 9), (-1, 0, 1, 1, 3))
-    assert (joined.probabilities.tolist(), joined.sources.tolist()) == ([1.0, 1.0, 0.2, 1.0, 1.0], [4, 6, 7, 0, 0])
+    assert joined.probabilities.tolist() == [1.0, 1.0, 0.2, 1.0, 1.0]
+    assert joined.sources.tolist() == [4, 6, 7, FORCED, FORCED]
     assert joined.joined(2, (1,), 6).probabilities[-1] == 0.2
     plain = DraftTree.chain((1, 2)).joined(1, (3,), 9)
     assert (plain.tokens, plain.parents, len(plain.probabilities)) == ((1, 2, 3), (-1, 0, 1), 0)

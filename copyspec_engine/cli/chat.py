@@ -32,6 +32,7 @@ HELP = """\
 A line that ends with \\ goes on in the next one.
 /load PATH  put a text file into the conversation, as a message of its own
 /stats      figures of the answers so far
+/why        where the last answer was copied from
 /save PATH  write the conversation as Markdown
 /quit       leave (also Ctrl-D)"""
 ReadLine = Callable[[str], str]
@@ -51,7 +52,9 @@ class Chat:
     def say(self, text: str) -> None:
         """One turn; an interrupted answer stays in the conversation as far as it came, one that failed does not."""
         self.messages.append({"role": "user", "content": text})
-        request = GenerationRequest(messages=tuple(self.messages), sampling=self.sampling, session_id=SESSION)
+        request = GenerationRequest(
+            messages=tuple(self.messages), sampling=self.sampling, session_id=SESSION, explain=True
+        )
         show, said = show_on(self.console), ""
         try:
             for chunk in self.engine.stream(request):
@@ -93,6 +96,10 @@ class Chat:
             )
         self.console.print(grid if self.outputs else "No answer yet.")
 
+    def why(self) -> None:
+        """Prints the last answer with its sources; messages are counted from 0, as they were said."""
+        self.console.print(self.outputs[-1].explanation if self.outputs else "No answer yet.")
+
     def save(self, where: str) -> None:
         """Writes the conversation, or says why it cannot."""
         path = Path(os.path.expanduser(where))
@@ -116,6 +123,7 @@ def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, r
     console.print(HELP, markup=False)
     chat = Chat(engine, sampling, console)
     commands = {"/load": chat.load, "/save": chat.save}
+    questions = {"/stats": chat.stats, "/why": chat.why}
     while True:
         try:
             line = _read_message(read_line)
@@ -125,8 +133,8 @@ def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, r
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return 0
-        if command == "/stats":
-            chat.stats()
+        if command in questions:
+            questions[command]()
         elif command in commands and argument.strip():
             commands[command](argument.strip())
         elif command.startswith("/"):

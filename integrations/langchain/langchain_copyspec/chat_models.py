@@ -17,14 +17,24 @@ from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 
-from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationRequest, SamplingParams, shared_engine
+from copyspec_engine import (
+    ConfigError,
+    ConversationMemory,
+    Engine,
+    EngineConfig,
+    Explanation,
+    GenerationRequest,
+    SamplingParams,
+    shared_engine,
+)
 from copyspec_engine.adapters import adopt_engine, clear_errors
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_engine_messages
+from langchain_copyspec._explain import explain
 from langchain_copyspec._options import CallOptions, deciding
 from langchain_copyspec._profile import model_profile
 from langchain_copyspec._replies import ReplyWriter
@@ -233,6 +243,28 @@ class ChatCopySpec(CallOptions, ConversationalModel):
                 "json_mode without strict: it knows no schema"
             )
         return with_raw(llm, parser) if include_raw else llm | parser
+
+    # Looking back
+
+    @staticmethod
+    def explain(message: AIMessage) -> Explanation:
+        """Where an answer was copied from, span by span: which message of its call, and which character there.
+
+        Takes what `invoke` returns, and the sum of the chunks of a stream. What stands in no message of the call comes
+        from the conversation's memory, and is shown with some text around it. `rich.print` shows it in colour.
+
+        Raises:
+            ConfigError: the message is no whole answer of ours, or its text was changed.
+        """
+        return explain(message)
+
+    def memory(self, session_id: str | None = None, config: RunnableConfig | None = None) -> ConversationMemory:
+        """What a conversation remembers, to look at, export or clear: the one that a call would belong to.
+
+        Loads the model if no one has.
+        """
+        found = session_id or session_of(config) or self.session_id or self._instance_session_id
+        return self._get_engine().memory(found)
 
     # Generation
 
