@@ -32,7 +32,7 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import answer_metadata, segment_metadata
+from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata
 
 __all__ = ["Answer"]
 
@@ -225,18 +225,16 @@ class Answer:
         """For each new token its own log-probability, then those of the other likeliest ones."""
         if self._logprobs is None:
             return None
+        entries = logprobs_metadata(self._engine, self._logprobs)["content"]
         return [
-            [
-                self._logprob(found.token_id, found.logprob),
-                *(self._logprob(token, logprob) for token, logprob in found.top if token != found.token_id),
-            ]
-            for found in self._logprobs
+            [_logprob(entry), *(_logprob(other) for other, (token, _) in alternatives if token != found.token_id)]
+            for found, entry in zip(self._logprobs, entries, strict=True)
+            for alternatives in (zip(entry["top_logprobs"], found.top, strict=True),)
         ]
 
-    def _logprob(self, token_id: int, logprob: float) -> LogProb:
-        token = self._engine.decode([token_id], skip_special_tokens=False)
-        # A token that is part of a character has no text of its own.
-        return LogProb(token=token, logprob=logprob, bytes=[] if "\ufffd" in token else list(token.encode()))
+
+def _logprob(entry: dict[str, Any]) -> LogProb:
+    return LogProb(token=entry["token"], logprob=entry["logprob"], bytes=entry["bytes"] or [])
 
 
 def _all_at_once(reply: Reply | None) -> tuple[ReplyDelta, ...]:
