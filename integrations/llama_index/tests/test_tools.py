@@ -1,7 +1,5 @@
 """Tools: what the model is told of them, which calls it may write, and what LlamaIndex gets to see of a call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

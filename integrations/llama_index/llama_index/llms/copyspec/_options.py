@@ -11,7 +11,31 @@ from pydantic import field_validator
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
 from copyspec_engine.adapters import AdapterOptions, clear_errors
 
-__all__ = ["Call", "CallOptions", "ToolUse", "take_tools"]
+__all__ = ["Call", "CallOptions", "ToolUse", "closed", "take_tools"]
+
+_WRITTEN_AS_BY_TEMPLATES = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": True,
+    "coerce_one_of": True,
+}
+"""How calls are written, for llguidance: as chat templates write those of earlier turns, so that they can be copied."""
+
+
+def closed(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON schema
+    """`schema`, with no properties but those it names, unless it says so itself.
+
+    pydantic throws others away, and a small model that may go on writing them will.
+    """
+    if isinstance(schema, list | tuple):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {name: closed(part) for name, part in schema.items()}
+    if schema.get("type") == "object" and "properties" in schema:
+        parts.setdefault("additionalProperties", False)
+    return parts
 
 
 class CallOptions(AdapterOptions):
@@ -57,7 +81,16 @@ class ToolUse:
         chat_format = engine.chat_format
         if chat_format.calls is None and self.choice == "auto":
             return None
-        return chat_format.grammar(self.tools, self.choice, parallel=self.parallel)
+        return chat_format.grammar(tuple(map(_strict, self.tools)), self.choice, parallel=self.parallel)
+
+
+def _strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """A function schema that leaves nothing open: see `closed` and `_WRITTEN_AS_BY_TEMPLATES`."""
+    function = tool.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("parameters") or {}, dict):
+        return tool  # the engine's options will say what is wrong
+    parameters = closed(function.get("parameters") or {"type": "object", "properties": {}})
+    return {**tool, "function": {**function, "parameters": {"x-guidance": _WRITTEN_AS_BY_TEMPLATES, **parameters}}}
 
 
 @dataclass(frozen=True)

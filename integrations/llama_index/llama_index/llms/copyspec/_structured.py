@@ -26,6 +26,7 @@ from pydantic_core import from_json
 from typing_extensions import override
 
 from copyspec_engine import ConfigError, Grammar
+from llama_index.llms.copyspec._options import closed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -200,7 +201,10 @@ def _start(
 
 
 def _options(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    return {**(llm_kwargs or {}), "response_format": Grammar(json_schema=output_cls.model_json_schema(), lenient=True)}
+    return {
+        **(llm_kwargs or {}),
+        "response_format": Grammar(json_schema=closed(output_cls.model_json_schema()), lenient=True),
+    }
 
 
 def _schema_text(output_cls: type[BaseModel]) -> str:
