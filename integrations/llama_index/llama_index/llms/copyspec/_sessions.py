@@ -41,7 +41,10 @@ async def step_session() -> str | None:
         return None
     kept = await store.get(CONTEXT_KEY, default=None)
     if kept is None:
-        async with store.edit_state() as state:  # calls side by side must agree
-            kept = state.get(CONTEXT_KEY) or getattr(state.get("memory"), "session_id", None) or uuid.uuid4().hex
-            state[CONTEXT_KEY] = kept
+        try:
+            async with store.edit_state() as state:  # calls side by side must agree
+                kept = state.get(CONTEXT_KEY) or getattr(state.get("memory"), "session_id", None) or uuid.uuid4().hex
+                state[CONTEXT_KEY] = kept
+        except RuntimeError:  # the step is inside an edit of its own: nothing can be kept now
+            return None
     return str(kept)
