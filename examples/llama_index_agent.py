@@ -34,9 +34,7 @@ async def work(engine: Engine, drafter: str) -> tuple[list[str], float, float]:
     """The agent's answers, tokens per forward pass and seconds."""
     agent = FunctionAgent(tools=[read_document], llm=CopySpec(engine=engine, drafter=drafter))
     context, before, start = Context(agent), engine.metrics(), time.perf_counter()
-    answers = [
-        str(await agent.run(told_to_read(name), ctx=context)) for name in ("meeting_notes.md", "stock_table.csv")
-    ]
+    answers = [str(await agent.run(told_to_read("meeting_notes.md"), ctx=context)) for _ in range(2)]
     after = engine.metrics()
     tokens, passes = after.completion_tokens - before.completion_tokens, after.num_steps - before.num_steps
     return answers, tokens / passes, time.perf_counter() - start
@@ -47,8 +45,7 @@ async def compare() -> None:
         plain, _, plain_s = await work(engine, "none")
         answers, rate, seconds = await work(engine, "adaptive")
     assert answers == plain, "drafting never changes an answer"
-    for answer in answers:
-        print(answer, end="\n\n")
+    print("\n\n".join(answers))
     print(f"-- {rate:.1f} tokens per forward pass, {plain_s / seconds:.1f} times as fast as plain decoding, same text")
 
 

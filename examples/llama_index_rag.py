@@ -29,8 +29,8 @@ from copyspec_engine import Engine
 from llama_index.llms.copyspec import CopySpec
 
 README = Path(__file__).parents[1] / "README.md"
-QUESTION = "What does the memory of each session hold, and how does a draft grow from it?"
-TITLE = "# How drafts are made"
+QUESTION = "Which thread or session is the conversation, and what stays a source to copy from?"
+TITLE = "# Conversations"
 
 
 class WordCounts(BaseEmbedding):
@@ -105,7 +105,8 @@ REFINE = ChatPromptTemplate(
 
 
 def build(llm: CopySpec) -> BaseQueryEngine:
-    passages = [text for text in README.read_text(encoding="utf-8").split("\n\n") if text[:1].isalpha()]
+    paragraphs = README.read_text(encoding="utf-8").split("\n\n")
+    passages = [text for text in paragraphs if text[:1].isalpha() and len(text) < 350]
     nodes = [TextNode(text=text, id_=f"passage-{number}") for number, text in enumerate(passages)]
     refining = VectorStoreIndex(nodes, embed_model=WordCounts()).as_query_engine(
         llm=llm,

@@ -14,7 +14,7 @@ from copyspec_engine import Engine
 from llama_index.llms.copyspec import CopySpec, conversation
 
 DOCUMENT = Path(__file__).parent / "documents" / "meeting_notes.md"
-STEPS = ('Replace "Wednesday" with "Thursday".', "Prepend this line:\nDRAFT, not yet approved", "Delete the last line.")
+STEPS = ('Replace "Wednesday" with "Thursday".', "Prepend this line:\nDRAFT, not yet approved")
 
 
 def rewrite(engine: Engine, drafter: str) -> tuple[str, float, float]:

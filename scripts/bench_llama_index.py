@@ -1,0 +1,92 @@
+"""What `CopySpec` adds to the engine's own time per call, whole and streamed, sync and async, side by side in one run.
+
+Each round asks for the same answer of the bundled model in every way, in turn; the medians of all rounds are compared.
+
+Run: python scripts/bench_llama_index.py [--tokens 200] [--rounds 15] [--drafter none]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+
+from llama_index.core.llms import ChatMessage
+
+from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
+from llama_index.llms.copyspec import CopySpec
+
+PAIRS = {"chat": "generate", "achat": "agenerate", "stream_chat": "stream", "astream_chat": "astream"}
+"""Our method, and the engine's."""
+
+
+async def measure(tokens: int, rounds: int, drafter: str) -> dict[str, float]:
+    """Median seconds of a call, by how it is made."""
+    text = "\n".join(f"line {number}: all work and no play" for number in range(1 + tokens // 6))
+    messages = [ChatMessage(text), ChatMessage("Repeat the document.")]
+    with Engine(EngineConfig(drafter=drafter)) as engine:
+        llm = CopySpec(engine=engine, max_tokens=tokens)
+
+        def request(session: str) -> GenerationRequest:
+            return GenerationRequest(
+                messages=[{"role": "user", "content": message.content} for message in messages],
+                sampling=SamplingParams(max_tokens=tokens),
+                parse_reply=True,
+                session_id=session,
+            )
+
+        async def plainly(answer: Callable[[], object]) -> None:
+            answer()
+
+        async def engine_astream(session: str) -> None:
+            async for _ in engine.astream(request(session)):
+                pass
+
+        async def llm_astream(session: str) -> None:
+            async for _ in await llm.astream_chat(messages, session_id=session):
+                pass
+
+        ways: dict[str, Callable[[str], Awaitable[object]]] = {
+            "generate": lambda session: plainly(lambda: engine.generate(request(session))),
+            "chat": lambda session: plainly(lambda: llm.chat(messages, session_id=session)),
+            "agenerate": lambda session: engine.agenerate(request(session)),
+            "achat": lambda session: llm.achat(messages, session_id=session),
+            "stream": lambda session: plainly(lambda: list(engine.stream(request(session)))),
+            "stream_chat": lambda session: plainly(lambda: list(llm.stream_chat(messages, session_id=session))),
+            "astream": engine_astream,
+            "astream_chat": llm_astream,
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for number in range(rounds + 1):
+            for way, ask in ways.items():
+                session = f"{way}-{number}"
+                await ask(session)  # its prompt is read then: a second call spends its time on the answer
+                started = time.perf_counter()
+                await ask(session)
+                if number:  # the first round warms up
+                    seconds[way].append(time.perf_counter() - started)
+                engine.forget(session)
+    return {way: statistics.median(times) for way, times in seconds.items()}
+
+
+def main() -> None:
+    """Print milliseconds and overheads; exit code 1 if one is above 5 %."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=200, help="length of the answer")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--drafter", default="none", choices=["none", "adaptive", "copyspec"])
+    options = parser.parse_args()
+    medians = asyncio.run(measure(options.tokens, options.rounds, options.drafter))
+    print(f"{options.tokens} tokens, drafter {options.drafter}, median of {options.rounds} rounds")
+    overheads = {ours: medians[ours] / medians[own] - 1 for ours, own in PAIRS.items()}
+    for ours, own in PAIRS.items():
+        print(
+            f"{own:>10} {medians[own] * 1e3:8.1f} ms {ours:>14} {medians[ours] * 1e3:8.1f} ms {overheads[ours]:+8.1%}"
+        )
+    raise SystemExit(max(overheads.values()) > 0.05)
+
+
+if __name__ == "__main__":
+    main()
