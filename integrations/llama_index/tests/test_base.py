@@ -15,10 +15,11 @@ from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.llms import ChatMessage, ChatResponse, CompletionResponse
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.tools import FunctionTool
+from llama_index_instrumentation.dispatcher import instrument_tags
 from pydantic import BaseModel
 
 from copyspec_engine import AdaptiveDrafter, ConfigError, ContextOverflowError, Engine, EngineConfig
-from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
+from llama_index.llms.copyspec import CopySpec, CopySpecCompletion, conversation
 
 MakeEngine = Callable[..., Engine]
 Response = ChatResponse | CompletionResponse
@@ -128,6 +129,21 @@ async def test_the_order_of_conversations_is_keyword_field_instance(echo: Engine
         assert {session(response) for response in responses} == {"field"}
     one, other = CopySpec(engine=echo), CopySpec(engine=echo)
     assert session(one.complete("hi")) == session(one.complete("ho")) != session(other.complete("hi"))
+
+
+async def test_the_code_around_a_call_names_its_conversation(echo: Engine) -> None:
+    async def sessions(**options: Any) -> set[str]:
+        answers = await everyhow(CopySpec(engine=echo, session_id="field"), "hi", **options)
+        return {response.raw["copyspec"]["session_id"] for responses in answers.values() for response in responses}
+
+    with instrument_tags({"session_id": "tag"}):
+        assert await sessions() == {"tag"}
+        with conversation("block"):
+            assert await sessions() == {"block"}
+            assert await sessions(session_id="keyword") == {"keyword"}
+    assert await sessions() == {"field"}
+    with pytest.raises(ConfigError, match="session_id=''"), conversation(""):
+        pass
 
 
 async def test_stop_ends_every_method_before_the_stop_text(make_engine: MakeEngine) -> None:

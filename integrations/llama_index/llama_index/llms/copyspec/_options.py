@@ -129,8 +129,7 @@ class Call:
             prompt=self.prompt,
             tools=tools.tools if tools else None,
             grammar=tools.grammar(engine) if tools else self.response_format,
-            # An answer in a form of its own is that from its first character on: nothing in it is a mark-up.
-            parse_reply=self.messages is not None and self.response_format is None,
+            parse_reply=self.messages is not None,
             session_id=self.session_id,
             **self.options,
         )
