@@ -1,14 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
+from llama_index.core.llms import ChatMessage, ChatResponse, CompletionResponse
 
-from copyspec_engine import Engine, EngineConfig
+from copyspec_engine import Engine, EngineConfig, shared_engine
 from copyspec_engine.testing import scripted_engine
 
 Replies = Sequence[str] | Callable[[str], str]
 MakeEngine = Callable[..., Engine]
+Response = ChatResponse | CompletionResponse
 
 
 @pytest.fixture
@@ -29,3 +33,47 @@ def make_engine() -> Iterator[MakeEngine]:
 def echo(make_engine: MakeEngine) -> Engine:
     """Answers with the last user message, upper-cased."""
     return make_engine(lambda prompt: prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0].upper())
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Engine:
+    """The model that ships with the engine."""
+    return shared_engine(EngineConfig())
+
+
+class Ways:
+    """Every way to ask: eight methods, and what each gives as a list of responses."""
+
+    CHAT = ("chat", "achat", "stream_chat", "astream_chat")
+    COMPLETE = ("complete", "acomplete", "stream_complete", "astream_complete")
+    ALL = CHAT + COMPLETE
+    ASYNC = ("achat", "astream_chat", "acomplete", "astream_complete")
+
+    @staticmethod
+    async def ask(llm: Any, way: str, text: str | list[ChatMessage], **options: Any) -> list[Response]:
+        messages = [ChatMessage(text)] if isinstance(text, str) else text
+        given = getattr(llm, way)(messages if "chat" in way else text, **options)
+        if way in Ways.ASYNC:
+            given = await given
+        if isinstance(given, AsyncGenerator):
+            return [response async for response in given]
+        return list(given) if "stream" in way else [given]
+
+    @staticmethod
+    def text(response: Response) -> str:
+        return response.text if isinstance(response, CompletionResponse) else response.message.content or ""
+
+
+@pytest.fixture
+def ways() -> type[Ways]:
+    return Ways
+
+
+def call_text(tool: str, **arguments: Any) -> str:
+    """How the scripted model writes a call."""
+    return "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
+
+
+@pytest.fixture
+def write_call() -> Callable[..., str]:
+    return call_text

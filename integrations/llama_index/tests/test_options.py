@@ -89,7 +89,7 @@ def test_an_engine_config_gives_every_engine_option() -> None:
 def test_metadata_is_the_engines(make_engine: MakeEngine) -> None:
     metadata = CopySpec(engine=make_engine([], max_model_len=512), max_tokens=7).metadata
     assert (metadata.context_window, metadata.num_output, metadata.model_name) == (512, 7, "scripted")
-    assert (metadata.is_chat_model, metadata.is_function_calling_model) == (True, False)
+    assert (metadata.is_chat_model, metadata.is_function_calling_model) == (True, True)
 
 
 def test_the_default_num_output_leaves_room_for_a_prompt(make_engine: MakeEngine) -> None:

@@ -1,29 +1,29 @@
-"""LlamaIndex messages to engine messages, engine chunks to LlamaIndex responses.
+"""LlamaIndex messages and tools to what chat templates take.
 
-Input flow: each message becomes a `{"role", "content"}` dict, its text blocks joined by newlines as
-`ChatMessage.content` does. Nothing is merged and the history is never changed.
-Output flow: every streamed response has the text so far and what is new in `delta`; the last one has the counts.
-Not covered: tool calls and tool results, thinking, images, audio, video, documents, citations. They raise, by name.
+Each message becomes one dict in the same order, its text blocks joined by newlines as `ChatMessage.content` does;
+nothing is merged and the history is never changed. Calls keep their ids, and a result learns the name of the function
+that its id belongs to. Images, audio, video, documents and citations raise, by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
-    ChatResponse,
-    CompletionResponse,
     MessageRole,
     TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
 )
+from llama_index.core.tools.types import BaseTool
 
-from copyspec_engine import ConfigError, GenerationOutput, StreamChunk
-from copyspec_engine.adapters import answer_metadata, segment_metadata
+from copyspec_engine import ConfigError
 
-__all__ = ["chat_response", "completion_response", "to_engine_messages"]
+__all__ = ["to_engine_messages", "to_function_schema"]
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -32,6 +32,8 @@ _ROLES = {
     MessageRole.ASSISTANT: "assistant",
     MessageRole.CHATBOT: "assistant",
     MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
 }
 
 
@@ -43,69 +45,91 @@ def to_engine_messages(messages: Sequence[ChatMessage]) -> tuple[dict[str, Any],
     """
     if not messages:
         raise ConfigError("Got no messages but expected at least one")
-    return tuple(_to_engine_message(position, message) for position, message in enumerate(messages))
+    converted: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    for position, message in enumerate(messages):
+        converted.append(_to_engine_message(position, message, names))
+        names |= {call["id"]: call["function"]["name"] for call in converted[-1].get("tool_calls", ())}
+    return tuple(converted)
 
 
-def _to_engine_message(position: int, message: ChatMessage) -> dict[str, Any]:
-    role = _ROLES.get(message.role)
-    if role is None or message.additional_kwargs.get("tool_calls"):
-        raise ConfigError(
-            f"Got messages[{position}], a {message.role.value} message with a tool call or its result, but expected "
-            "text: CopySpec has no tool calling yet. Leave such messages out, or turn them into text"
-        )
-    return {"role": role, "content": _text(position, message)}
+def to_function_schema(tool: BaseTool) -> dict[str, Any]:
+    """An OpenAI-style schema, under the tool's own name: calls are looked up by it."""
+    schema = tool.metadata.to_openai_tool(skip_length_check=True)
+    return {**schema, "function": {**schema["function"], "name": tool.metadata.get_name()}}
 
 
-def _text(position: int, message: ChatMessage) -> str:
+def _to_engine_message(position: int, message: ChatMessage, names: Mapping[str, str]) -> dict[str, Any]:
+    role = _ROLES[message.role]
+    converted: dict[str, Any] = {"role": role, "content": _text(position, message, role)}
+    if role == "assistant":
+        thinking = "\n".join(block.content or "" for block in message.blocks if isinstance(block, ThinkingBlock))
+        if thinking:
+            converted["reasoning_content"] = thinking
+        calls = _calls(position, message)
+        if calls:
+            converted["tool_calls"] = calls
+    if role == "tool":
+        call_id = message.additional_kwargs.get("tool_call_id")
+        name = message.additional_kwargs.get("name") or names.get(call_id or "")
+        converted |= {key: value for key, value in (("tool_call_id", call_id), ("name", name)) if value}
+    return converted
+
+
+def _text(position: int, message: ChatMessage, role: str) -> str:
     texts = []
     for block in message.blocks:
         if isinstance(block, TextBlock):
             texts.append(block.text)
         # A cache point is a hint without content; the engine reuses every prefix that it knows anyway.
         elif not isinstance(block, CachePoint):
-            raise ConfigError(
-                f"Got a block of type {block.block_type!r} in messages[{position}] but expected text: the model reads "
-                "text only. Remove the block, or describe it in words"
-            )
+            kind = getattr(block, "block_type", type(block).__name__)
+            if role != "assistant" or not isinstance(block, ThinkingBlock | ToolCallBlock):
+                raise ConfigError(
+                    f"Got a block of type {kind!r} in messages[{position}], a {role} message, but expected text: the "
+                    "model reads text only. Remove the block, or describe it in words"
+                )
     return "\n".join(texts)
 
 
-def chat_response(model: str, session_id: str | None, text: str, last: StreamChunk | GenerationOutput) -> ChatResponse:
-    """The answer so far, of which `last` is the newest chunk; or the whole answer."""
-    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text=text)])
-    return ChatResponse(message=message, delta=_delta(last), raw=_raw(model, session_id, last))
+def _calls(position: int, message: ChatMessage) -> list[dict[str, Any]]:
+    """The message's calls, from its blocks or else, as in older histories, from its `additional_kwargs`."""
+    blocks = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
+    if blocks:
+        given = [(block.tool_call_id, block.tool_name, block.tool_kwargs) for block in blocks]
+    else:
+        given = [_older_call(position, call) for call in message.additional_kwargs.get("tool_calls") or ()]
+    return [
+        {
+            "id": call_id or f"call{position}x{number}",
+            "type": "function",
+            "function": {"name": name, "arguments": _arguments(position, arguments)},
+        }
+        for number, (call_id, name, arguments) in enumerate(given)
+    ]
 
 
-def completion_response(
-    model: str, session_id: str | None, text: str, last: StreamChunk | GenerationOutput
-) -> CompletionResponse:
-    """The answer so far, of which `last` is the newest chunk; or the whole answer."""
-    return CompletionResponse(text=text, delta=_delta(last), raw=_raw(model, session_id, last))
+def _older_call(position: int, call: object) -> tuple[str | None, str, dict[str, Any] | str]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not function.get("name"):
+        raise ConfigError(
+            f"Got tool call {call!r} in messages[{position}] but expected a ToolCallBlock, or "
+            '{"id": ..., "function": {"name": ..., "arguments": ...}}'
+        )
+    return call.get("id"), function["name"], function.get("arguments") or {}
 
 
-def _delta(last: StreamChunk | GenerationOutput) -> str | None:
-    return last.text if isinstance(last, StreamChunk) else None
-
-
-def _raw(model: str, session_id: str | None, last: StreamChunk | GenerationOutput) -> dict[str, Any]:
-    """Metadata of a response; `segments` are the pieces of its delta, or of the whole answer if there is no delta."""
-    copyspec: dict[str, Any] = {"session_id": session_id, "segments": segment_metadata(last.segments)}
-    output = last.output if isinstance(last, StreamChunk) else last
-    if output is None:
-        return {"model": model, "copyspec": copyspec}
-    return {
-        "model": model,
-        "finish_reason": output.finish_reason,
-        "usage": _usage(output),
-        "copyspec": {**copyspec, **answer_metadata(output)},
-    }
-
-
-def _usage(output: GenerationOutput) -> dict[str, int]:
-    usage = output.usage
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-    }
+def _arguments(position: int, arguments: dict[str, Any] | str) -> dict[str, Any]:
+    """Arguments as an object: chat templates write it as their model is used to."""
+    if isinstance(arguments, dict):
+        return arguments
+    try:
+        parsed = json.loads(arguments or "{}")
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ConfigError(
+            f"Got tool call arguments {arguments!r} in messages[{position}] but expected a JSON object: leave the "
+            "message out, or mend them"
+        )
+    return parsed

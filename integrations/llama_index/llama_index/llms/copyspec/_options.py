@@ -1,38 +1,167 @@
-"""Options that a model and each of its calls share; those of tool calling are refused."""
+"""Options of a model and of each of its calls, tools included: checked before the engine sees them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pydantic import field_validator
+
+from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
 from copyspec_engine.adapters import AdapterOptions, clear_errors
 
-__all__ = ["CallOptions", "no_tools"]
+__all__ = ["Call", "CallOptions", "ToolUse", "closed", "take_tools"]
 
-_TOOL_OPTIONS = ("tools", "tool_choice", "tool_required", "response_format")
+_WRITTEN_AS_BY_TEMPLATES = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": True,
+    "coerce_one_of": True,
+}
+"""How calls are written, for llguidance: as chat templates write those of earlier turns, so that they can be copied."""
+
+
+def closed(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON schema
+    """`schema`, with no properties but those it names, unless it says so itself.
+
+    pydantic throws others away, and a small model that may go on writing them will.
+    """
+    if isinstance(schema, list | tuple):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {name: closed(part) for name, part in schema.items()}
+    if schema.get("type") == "object" and "properties" in schema:
+        parts.setdefault("additionalProperties", False)
+    return parts
 
 
 class CallOptions(AdapterOptions):
     """What may be set for a model and again for one call."""
+
+    response_format: Grammar | None = None
+    """What answers must look like: a `Grammar`, or OpenAI's {"type": "json_schema", ...} or {"type": "json_object"}."""
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _grammar_of_dict(cls, value: Any) -> Any:  # noqa: ANN401 - the engine's options check it
+        return GenerationRequest(prompt=" ", grammar=value).grammar
 
     def for_call(self, options: dict[str, Any]) -> CallOptions:
         """These options, replaced by those of one call that are not None.
 
         Raises:
             ConfigError: an unknown option, or a value out of range.
-            NotImplementedError: an option of tool calling or structured output.
         """
-        tools = [name for name in _TOOL_OPTIONS if options.get(name)]
-        if tools:
-            raise no_tools(", ".join(tools))
         fixed = {name: getattr(self, name) for name in CallOptions.model_fields}
         given = {name: value for name, value in options.items() if value is not None}
         with clear_errors("a call of CopySpec"):
             return CallOptions(**{**fixed, **given})
 
 
-def no_tools(got: str) -> NotImplementedError:
-    """The error for a call that needs tool calling."""
-    return NotImplementedError(
-        f"Got {got} but CopySpec has no tool calling yet: ask for text, use a ReActAgent, which calls tools through "
-        "text, or use another model for this step"
-    )
+@dataclass(frozen=True)
+class ToolUse:
+    """Functions that an answer may call."""
+
+    tools: tuple[dict[str, Any], ...]
+    """OpenAI-style schemas."""
+    choice: str
+    """"auto", "required" or a function's name."""
+    parallel: bool
+    """Several calls in one answer."""
+
+    def grammar(self, engine: Engine) -> Grammar | None:
+        """What holds the answer to well-formed calls; None where only the model knows how it writes them.
+
+        Raises:
+            ConfigError: calls are required of such a model.
+        """
+        chat_format = engine.chat_format
+        if chat_format.calls is None and self.choice == "auto":
+            return None
+        return chat_format.grammar(tuple(map(_strict, self.tools)), self.choice, parallel=self.parallel)
+
+
+def _strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """A function schema that leaves nothing open: see `closed` and `_WRITTEN_AS_BY_TEMPLATES`."""
+    function = tool.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("parameters") or {}, dict):
+        return tool  # the engine's options will say what is wrong
+    parameters = closed(function.get("parameters") or {"type": "object", "properties": {}})
+    return {**tool, "function": {**function, "parameters": {"x-guidance": _WRITTEN_AS_BY_TEMPLATES, **parameters}}}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, checked as far as it can be without the engine, which may have to be loaded first."""
+
+    session_id: str
+    options: dict[str, Any]
+    """Of the `GenerationRequest`, besides its input and grammar."""
+    messages: tuple[dict[str, Any], ...] | None = None
+    prompt: str | None = None
+    """Raw text to go on with, instead of messages."""
+    tool_use: ToolUse | None = None
+    response_format: Grammar | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tool_use is not None and self.prompt is not None:
+            raise ConfigError("Got tools with a formatted prompt but expected messages: the chat template writes tools")
+        if self.tool_use is not None and self.response_format is not None:
+            raise ConfigError("Got response_format with tools but expected one of them: an answer has one form")
+
+    @property
+    def parallel(self) -> bool:
+        """Several tool calls may be in the answer."""
+        return self.tool_use is None or self.tool_use.parallel
+
+    def request(self, engine: Engine) -> GenerationRequest:
+        """What to ask of `engine`.
+
+        Raises:
+            ConfigError: no answer can have the form that is asked for.
+        """
+        tools = self.tool_use
+        return GenerationRequest(
+            messages=self.messages,
+            prompt=self.prompt,
+            tools=tools.tools if tools else None,
+            grammar=tools.grammar(engine) if tools else self.response_format,
+            parse_reply=self.messages is not None,
+            session_id=self.session_id,
+            **self.options,
+        )
+
+
+def take_tools(options: dict[str, Any]) -> tuple[ToolUse | None, dict[str, Any]]:
+    """What a call's options say of tools, and the others. `tool_choice="none"` leaves the tools out.
+
+    Raises:
+        ConfigError: an option of tools without tools, or a choice that is none.
+    """
+    others = dict(options)
+    tools = others.pop("tools", None)
+    choice = others.pop("tool_choice", None)
+    parallel = others.pop("parallel_tool_calls", None)
+    if not tools:
+        if choice not in (None, "auto", "none"):
+            raise ConfigError(f"Got tool_choice={choice!r} without tools: pass tools=, or leave tool_choice out")
+        return None, others
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise ConfigError(f"Got tools={tools!r} but expected a list of function schemas")
+    if choice == "none":
+        return None, others
+    return ToolUse(tuple(tools), _choice(choice), parallel is not False), others
+
+
+def _choice(choice: object) -> str:
+    if choice is None:
+        return "auto"
+    if isinstance(choice, Mapping):  # OpenAI's form
+        function = choice.get("function")
+        choice = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(choice, str) or not choice:
+        raise ConfigError(f"Got tool_choice={choice!r} but expected auto, none, required, or a function's name")
+    return "required" if choice == "any" else choice

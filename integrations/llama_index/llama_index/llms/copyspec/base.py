@@ -1,7 +1,6 @@
-"""`CopySpec`: the engine as a LlamaIndex LLM.
+"""`CopySpec`: the engine as a LlamaIndex LLM for chats, tools, agents and structured output.
 
 Every method makes one engine request; the async ones use the engine's async front door and never block the event loop.
-Not covered: tool calling, and structured output other than through the prompt.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
+    MessageRole,
+    ToolCallBlock,
 )
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
@@ -30,29 +31,32 @@ from llama_index.core.tools.types import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 
-from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest, StreamChunk, shared_engine
-from copyspec_engine.adapters import adopt_engine, clear_errors
-from llama_index.llms.copyspec._convert import chat_response, completion_response, to_engine_messages
-from llama_index.llms.copyspec._options import CallOptions, no_tools
+from copyspec_engine import Engine, EngineConfig, GenerationRequest, shared_engine
+from copyspec_engine.adapters import adopt_engine, clear_errors, model_facts
+from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schema
+from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
+from llama_index.llms.copyspec._responses import Answer
+from llama_index.llms.copyspec._sessions import named_session, step_session
+from llama_index.llms.copyspec._structured import GrammarStructuredLLM
 
 __all__ = ["CopySpec"]
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
-Respond = Callable[[str, str | None, str, StreamChunk | GenerationOutput], Response]
-"""Makes a response of (model, session_id, the text so far, the newest chunk or the whole output)."""
+Respond = Callable[[Answer], Response]
 
 
-class CopySpec(CallOptions, FunctionCallingLLM):
+class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     """LLM on this machine that drafts answers by copying from the conversation and verifies every token.
 
-    The answer is token for token that of plain decoding. Weights are loaded on first use (or when `metadata` is read),
-    not by the constructor, and shared by all LLMs of the process with the same `model`, `device` and `dtype`.
+    The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
+    shared by all LLMs of the process with the same `model`, `device` and `dtype`.
 
-    A conversation keeps its texts and its KV cache over calls. A call belongs to the conversation that its keyword
-    `session_id` names, else to that of the field `session_id`, else to one of the instance.
+    A conversation keeps its texts and its KV cache over calls. Which one a call belongs to is decided by, in this
+    order: its keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; in a step of an
+    agent or workflow, the run's context (async methods only); the field `session_id`; the instance.
 
-    The options from `temperature` to `session_id` are also keywords of each call, for that call. `raw["usage"]` of the
-    last response has the token counts and `raw["copyspec"]` the draft statistics.
+    The options from `temperature` on are also keywords of each call, for that call. `raw["usage"]` of the last response
+    has the token counts and `raw["copyspec"]` the draft statistics.
 
     Example:
         ```python
@@ -114,116 +118,209 @@ class CopySpec(CallOptions, FunctionCallingLLM):
     @property
     @override
     def metadata(self) -> LLMMetadata:
-        """What the model can do; loads it if no one has, as its context length is part of the answer."""
-        context = self._get_engine().info.max_model_len
+        """What the model can do, by its own configuration and chat template.
+
+        Agents ask for it on the event loop, so it is read from the model's small files; only a model that is not on
+        this machine yet is loaded for it.
+        """
+        context, takes_tools = self._facts()
         return LLMMetadata(
             context_window=context,
             # LlamaIndex keeps this much of the context free of prompt; its own default may be more than there is.
             num_output=self.max_tokens or min(DEFAULT_NUM_OUTPUTS, context // 4),
             is_chat_model=True,
-            is_function_calling_model=False,
+            is_function_calling_model=takes_tools,
             model_name=self.model,
         )
 
+    def _facts(self) -> tuple[int, bool]:
+        """The model's context in tokens, and whether its chat template takes tools."""
+        facts = model_facts(self.engine if isinstance(self.engine, Engine) else self._engine_config())
+        if facts is None or facts.max_model_len is None:
+            engine = self._get_engine()
+            return engine.info.max_model_len, engine.chat_format.calls is not None
+        return facts.max_model_len, facts.takes_tools
+
     @override
     def to_payload(self) -> dict[str, Any]:
-        """What traces say of this LLM: its options. Unlike the base's it does not read `metadata`.
-
-        LlamaIndex asks for it on the event loop before each async call, where loading the model would block.
-        """
+        """What traces say of this LLM: its options."""
         return {"class_name": self.class_name(), **self.model_dump(exclude={"class_name", "system_prompt"})}
+
+    # Tokens
+
+    def tokenizer(self, text: str) -> list[int]:
+        """The model's own token ids of `text`; loads the model if no one has.
+
+        `Settings.tokenizer = llm.tokenizer` makes splitters, memories and counters count as the model does.
+        """
+        return self._get_engine().encode(text, special_tokens=False)
+
+    def count_tokens(self, messages: Sequence[ChatMessage], tools: Sequence[BaseTool] = ()) -> int:
+        """Exactly the prompt tokens of a call with `messages` and `tools`; loads the model if no one has."""
+        schemas = tuple(to_function_schema(tool) for tool in tools) or None
+        return len(self._get_engine().tokenize(GenerationRequest(messages=to_engine_messages(messages), tools=schemas)))
 
     # Calls
 
     @override
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
-        return self._whole(self._chat_request(messages, options), chat_response)
+        return self._whole(self._chat_call(messages, options), Answer.chat)
 
     @override
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseGen:
-        return self._parts(self._chat_request(messages, options), chat_response)
+        return self._parts(self._chat_call(messages, options), Answer.chat)
 
     @override
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
-        return await self._awhole(self._chat_request(messages, options), chat_response)
+        return await self._awhole(self._chat_call(messages, await self._with_session(options)), Answer.chat)
 
     @override
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseAsyncGen:
-        return self._aparts(self._chat_request(messages, options), chat_response)
+        return self._aparts(self._chat_call(messages, await self._with_session(options)), Answer.chat)
 
     @override
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
         """Answer `prompt` as a user message; with `formatted` continue it as it is, without the chat template."""
-        return self._whole(self._prompt_request(prompt, formatted, options), completion_response)
+        return self._whole(self._prompt_call(prompt, formatted, options), Answer.completion)
 
     @override
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponseGen:
-        return self._parts(self._prompt_request(prompt, formatted, options), completion_response)
+        return self._parts(self._prompt_call(prompt, formatted, options), Answer.completion)
 
     @override
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
-        return await self._awhole(self._prompt_request(prompt, formatted, options), completion_response)
+        call = self._prompt_call(prompt, formatted, await self._with_session(options))
+        return await self._awhole(call, Answer.completion)
 
     @override
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseAsyncGen:
-        return self._aparts(self._prompt_request(prompt, formatted, options), completion_response)
+        call = self._prompt_call(prompt, formatted, await self._with_session(options))
+        return self._aparts(call, Answer.completion)
+
+    # Tools
 
     @override
-    def _prepare_chat_with_tools(self, tools: Sequence[BaseTool], *_: Any, **__: Any) -> dict[str, Any]:
-        raise no_tools(f"{len(tools)} tools")
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | dict[str, Any] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The arguments of `chat` and its like.
+
+        Args:
+            tools: what may be called.
+            user_msg: comes last.
+            chat_history: comes first, and is not changed.
+            verbose: for what the framework prints; nothing is printed here.
+            allow_parallel_tool_calls: several calls in one answer.
+            tool_required: at least one call; where `tool_choice` says otherwise, that goes first.
+            tool_choice: "auto", "none", "required", "any" (the same), or a tool's name, also in OpenAI's form.
+            options: more options of the call.
+        """
+        message = ChatMessage(role=MessageRole.USER, content=user_msg) if isinstance(user_msg, str) else user_msg
+        return {
+            "messages": [*(chat_history or ()), *(() if message is None else (message,))],
+            "tools": [to_function_schema(tool) for tool in tools] or None,
+            "tool_choice": tool_choice or ("required" if tool_required and tools else None),
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **options,
+        }
 
     @override
-    def get_tool_calls_from_response(self, response: ChatResponse, *_: Any, **__: Any) -> list[ToolSelection]:
-        raise no_tools("a request for tool calls")
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **_: Any
+    ) -> list[ToolSelection]:
+        """The complete calls of a response, streamed or whole; one that is still being written is not there yet.
+
+        Raises:
+            ValueError: there is none, and `error_on_no_tool_call`.
+        """
+        calls = [
+            ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=block.tool_kwargs)
+            for block in response.message.blocks
+            if isinstance(block, ToolCallBlock) and isinstance(block.tool_kwargs, dict)
+        ]
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"Got no tool call but expected at least one; the answer was {response.message.content!r}")
+        return calls
 
     # Requests
 
-    def _chat_request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> GenerationRequest:
-        return GenerationRequest(messages=to_engine_messages(messages), **self._request_options(options))
+    async def _with_session(self, options: dict[str, Any]) -> dict[str, Any]:
+        """`options` with the conversation of the workflow step around the call, if nothing else names one."""
+        if options.get("session_id") is not None or named_session() is not None:
+            return options
+        session_id = await step_session()
+        return options if session_id is None else {**options, "session_id": session_id}
 
-    def _prompt_request(self, prompt: str, formatted: bool, options: dict[str, Any]) -> GenerationRequest:
-        """A request to continue `prompt` if it is `formatted`, else to answer it."""
+    def _chat_call(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Call:
+        tool_use, others = take_tools(options)
+        return self._call(others, messages=to_engine_messages(messages), tool_use=tool_use)
+
+    def _prompt_call(self, prompt: str, formatted: bool, options: dict[str, Any]) -> Call:
+        """A call that continues `prompt` if it is `formatted`, else answers it."""
         if formatted:
-            return GenerationRequest(prompt=prompt, **self._request_options(options))
-        return GenerationRequest(messages=({"role": "user", "content": prompt},), **self._request_options(options))
+            return self._call(options, prompt=prompt)
+        return self._call(options, messages=({"role": "user", "content": prompt},))
 
-    def _request_options(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _call(self, options: dict[str, Any], **asked: Any) -> Call:  # noqa: ANN401 - fields of `Call`
+        options = {
+            "session_id": named_session(),
+            **{name: value for name, value in options.items() if value is not None},
+        }
         chosen = self.for_call(options)
-        return {"session_id": chosen.session_id or self._instance_session_id, **chosen.request_options()}
+        return Call(
+            session_id=chosen.session_id or self._instance_session_id,
+            options=chosen.request_options(),
+            response_format=chosen.response_format,
+            **asked,
+        )
 
-    def _whole(self, request: GenerationRequest, respond: Respond[Response]) -> Response:
-        output = self._get_engine().generate(request)
-        return respond(self.model, request.session_id, output.text, output)
+    def _whole(self, call: Call, respond: Respond[Response]) -> Response:
+        engine = self._get_engine()
+        request = call.request(engine)
+        output = engine.generate(request)
+        return respond(Answer.whole(engine, self.model, request, output, parallel=call.parallel))
 
-    async def _awhole(self, request: GenerationRequest, respond: Respond[Response]) -> Response:
-        output = await (await self._aget_engine()).agenerate(request)
-        return respond(self.model, request.session_id, output.text, output)
+    async def _awhole(self, call: Call, respond: Respond[Response]) -> Response:
+        engine = await self._aget_engine()
+        request = call.request(engine)
+        output = await engine.agenerate(request)
+        return respond(Answer.whole(engine, self.model, request, output, parallel=call.parallel))
 
-    def _parts(self, request: GenerationRequest, respond: Respond[Response]) -> Generator[Response, None, None]:
-        engine, text = self._get_engine(), ""
+    def _parts(self, call: Call, respond: Respond[Response]) -> Generator[Response, None, None]:
+        engine = self._get_engine()
+        request = call.request(engine)
+        answer = Answer(engine, self.model, request, parallel=call.parallel)
         with engine.stream(request) as chunks:
             for chunk in chunks:
-                text += chunk.text
-                if chunk.text or chunk.is_last:
-                    yield respond(self.model, request.session_id, text, chunk)
+                if answer.take(chunk):
+                    yield respond(answer)
 
-    async def _aparts(self, request: GenerationRequest, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
-        engine, text = await self._aget_engine(), ""
+    async def _aparts(self, call: Call, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
+        engine = await self._aget_engine()
+        request = call.request(engine)
+        answer = Answer(engine, self.model, request, parallel=call.parallel)
         async with aclosing(engine.astream(request)) as chunks:
             async for chunk in chunks:
-                text += chunk.text
-                if chunk.text or chunk.is_last:
-                    yield respond(self.model, request.session_id, text, chunk)
+                if answer.take(chunk):
+                    yield respond(answer)
 
     # Engine
 

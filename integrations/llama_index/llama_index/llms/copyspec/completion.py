@@ -23,14 +23,15 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from pydantic import ConfigDict, Field
 from typing_extensions import override
 
-from copyspec_engine import GenerationRequest
-from llama_index.llms.copyspec._convert import completion_response
+from llama_index.llms.copyspec._options import Call
+from llama_index.llms.copyspec._responses import Answer
+from llama_index.llms.copyspec._structured import GrammarStructuredLLM
 from llama_index.llms.copyspec.base import CopySpec
 
 __all__ = ["CopySpecCompletion"]
 
 
-class CopySpecCompletion(CustomLLM):
+class CopySpecCompletion(GrammarStructuredLLM, CustomLLM):
     """A view of a `CopySpec` for base models: prompts go to the model as they are, without a chat template.
 
     `completion_to_prompt` and `messages_to_prompt` shape prompts and chats, as in every completion LLM. Calls take the
@@ -58,8 +59,8 @@ class CopySpecCompletion(CustomLLM):
     @property
     @override
     def metadata(self) -> LLMMetadata:
-        """What the model can do; loads it if no one has."""
-        return self.llm.metadata.model_copy(update={"is_chat_model": False})
+        """What the model can do; loads no weights."""
+        return self.llm.metadata.model_copy(update={"is_chat_model": False, "is_function_calling_model": False})
 
     @override
     def to_payload(self) -> dict[str, Any]:
@@ -68,24 +69,26 @@ class CopySpecCompletion(CustomLLM):
     @override
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
-        return self.llm._whole(self._request(prompt, formatted, options), completion_response)
+        return self.llm._whole(self._call(prompt, formatted, options), Answer.completion)
 
     @override
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponseGen:
-        return self.llm._parts(self._request(prompt, formatted, options), completion_response)
+        return self.llm._parts(self._call(prompt, formatted, options), Answer.completion)
 
     @override
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
-        return await self.llm._awhole(self._request(prompt, formatted, options), completion_response)
+        call = self._call(prompt, formatted, await self.llm._with_session(options))
+        return await self.llm._awhole(call, Answer.completion)
 
     @override
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseAsyncGen:
-        return self.llm._aparts(self._request(prompt, formatted, options), completion_response)
+        call = self._call(prompt, formatted, await self.llm._with_session(options))
+        return self.llm._aparts(call, Answer.completion)
 
     @override
     @llm_chat_callback()
@@ -103,7 +106,7 @@ class CopySpecCompletion(CustomLLM):
         assert self.messages_to_prompt is not None, "set by a validator of the base class"
         return self.messages_to_prompt(messages)
 
-    def _request(self, prompt: str, formatted: bool, options: dict[str, Any]) -> GenerationRequest:
+    def _call(self, prompt: str, formatted: bool, options: dict[str, Any]) -> Call:
         if not formatted and self.completion_to_prompt is not None:
             prompt = self.completion_to_prompt(prompt)
-        return self.llm._prompt_request(prompt, True, options)
+        return self.llm._prompt_call(prompt, True, options)

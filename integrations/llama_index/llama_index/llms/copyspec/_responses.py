@@ -1,0 +1,245 @@
+"""What the engine writes as LlamaIndex responses: each has the answer so far, and in `delta` what is new.
+
+Text, reasoning and tool calls become a `TextBlock`, a `ThinkingBlock` and `ToolCallBlock`s. A call whose arguments are
+still being written has them as text; the arguments of a complete one are a dict. The last response has the counts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    ContentBlock,
+    LogProb,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+
+from copyspec_engine import (
+    Engine,
+    GenerationOutput,
+    GenerationRequest,
+    Reply,
+    ReplyDelta,
+    Segment,
+    StreamChunk,
+    TokenLogprob,
+)
+from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata
+
+__all__ = ["Answer"]
+
+
+@dataclass
+class _WrittenCall:
+    """A tool call as far as it is written."""
+
+    id: str | None
+    name: str
+    arguments: dict[str, Any] | str = ""
+    """JSON text while it is written."""
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        if isinstance(self.arguments, str):
+            try:
+                parsed = json.loads(self.arguments or "{}")
+            except ValueError:
+                return  # malformed: it stays text, and the whole reply will not have it
+            self.arguments = parsed if isinstance(parsed, dict) else self.arguments
+
+    def block(self) -> ToolCallBlock:
+        return ToolCallBlock(tool_call_id=self.id, tool_name=self.name, tool_kwargs=self.arguments)
+
+
+class Answer:
+    """One answer as it grows.
+
+    Args:
+        engine: which writes it.
+        model: its name.
+        request: what was asked.
+        parallel: False keeps the first tool call only.
+    """
+
+    def __init__(self, engine: Engine, model: str, request: GenerationRequest, *, parallel: bool = True) -> None:
+        self._engine, self._model, self._request, self._parallel = engine, model, request, parallel
+        self._written = self._text = self._thinking = ""
+        self._calls: list[_WrittenCall] = []
+        self._delta, self._thinking_delta = "", ""
+        self._segments: list[Segment] = []
+        self._logprobs: list[TokenLogprob] | None = None
+        self._output: GenerationOutput | None = None
+        self._is_whole = False
+
+    @classmethod
+    def whole(
+        cls, engine: Engine, model: str, request: GenerationRequest, output: GenerationOutput, *, parallel: bool = True
+    ) -> Answer:
+        """An answer that came in one piece; its responses have no `delta`."""
+        answer = cls(engine, model, request, parallel=parallel)
+        answer.take(
+            StreamChunk(
+                output.request_id,
+                text=output.text,
+                segments=output.segments,
+                output=output,
+                logprobs=output.logprobs,
+                deltas=_all_at_once(output.reply),
+            )
+        )
+        answer._is_whole = True
+        return answer
+
+    def take(self, chunk: StreamChunk) -> bool:
+        """Add a chunk; True if there is something to tell."""
+        self._segments += chunk.segments
+        if chunk.logprobs is not None:
+            self._logprobs = [*(self._logprobs or ()), *chunk.logprobs]
+        self._output = chunk.output
+        self._written += chunk.text
+        if self._request.parse_reply:
+            for delta in chunk.deltas:
+                self._take_delta(delta)
+            if chunk.output is not None and chunk.output.reply is not None:
+                self._finish(chunk.output.reply)
+        else:
+            self._delta += chunk.text
+            self._text += chunk.text
+        return bool(chunk.text or chunk.deltas or chunk.is_last)
+
+    def _take_delta(self, delta: ReplyDelta) -> None:
+        if delta.kind == "reasoning":
+            self._thinking += delta.text
+            self._thinking_delta += delta.text
+        elif delta.kind == "text":
+            self._add_text(self._leading_space(delta.text) + delta.text)
+        else:
+            if delta.index >= len(self._calls):
+                for call in self._calls:
+                    call.end()
+                self._calls.append(_WrittenCall(delta.id, delta.name or ""))
+            call = self._calls[delta.index]
+            if isinstance(call.arguments, str):
+                call.arguments += delta.text
+
+    def _finish(self, reply: Reply) -> None:
+        """Only whole calls stay; and a text that stands alone ends as it was written."""
+        calls = reply.tool_calls if self._parallel else reply.tool_calls[:1]
+        self._calls = [_WrittenCall(call.id, call.name, call.arguments) for call in calls]
+        if self._written.strip() == self._text.strip():  # nothing else was written
+            self._add_text(self._written.lstrip()[len(self._text.lstrip()) :] if self._text else self._written)
+
+    def _leading_space(self, text: str) -> str:
+        """White space is the format's beside other parts, but belongs to a text with which the answer begins."""
+        if self._text or self._thinking or self._calls or text[:1].isspace():
+            return ""
+        return self._written[: len(self._written) - len(self._written.lstrip())]
+
+    def _add_text(self, text: str) -> None:
+        self._text += text
+        self._delta += text
+
+    # Responses
+
+    def chat(self) -> ChatResponse:
+        """The answer so far, and what is new since the last response."""
+        blocks: list[ContentBlock] = [ThinkingBlock(content=self._thinking)] if self._thinking else []
+        if self._text or not self._calls:
+            blocks.append(TextBlock(text=self._text))
+        blocks += [call.block() for call in self._calls]
+        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=self._older_calls())
+        response = ChatResponse(
+            message=message,
+            delta=None if self._is_whole else self._delta,
+            raw=self._raw(),
+            logprobs=self._response_logprobs(),
+            additional_kwargs={"thinking_delta": self._thinking_delta} if self._thinking_delta else {},
+        )
+        self._begin_next()
+        return response
+
+    def completion(self) -> CompletionResponse:
+        """The answer so far, and what is new since the last response; reasoning is in `additional_kwargs`."""
+        response = CompletionResponse(
+            text=self._text,
+            delta=None if self._is_whole else self._delta,
+            raw=self._raw(),
+            logprobs=self._response_logprobs(),
+            additional_kwargs={"thinking": self._thinking} if self._thinking else {},
+        )
+        self._begin_next()
+        return response
+
+    def _begin_next(self) -> None:
+        self._delta = self._thinking_delta = ""
+        self._segments, self._logprobs = [], None
+
+    def _older_calls(self) -> dict[str, Any]:
+        """Complete calls as older code looks for them; `FunctionCallingProgram` streams by nothing else."""
+        calls = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+            }
+            for call in self._calls
+            if isinstance(call.arguments, dict)
+        ]
+        return {"tool_calls": calls} if calls else {}
+
+    def _raw(self) -> dict[str, Any]:
+        """Metadata; `segments` are the pieces of what is new, or of the whole answer, mark-up included."""
+        copyspec: dict[str, Any] = {
+            "session_id": self._request.session_id,
+            "segments": segment_metadata(self._segments),
+        }
+        output = self._output
+        if output is None:
+            return {"model": self._model, "copyspec": copyspec}
+        if output.reply is not None and output.reply.invalid_tool_calls:
+            copyspec["invalid_tool_calls"] = [
+                {"id": call.id, "name": call.name, "arguments": call.arguments, "error": call.error}
+                for call in output.reply.invalid_tool_calls
+            ]
+        return {
+            "model": self._model,
+            "finish_reason": output.finish_reason,
+            "usage": {
+                "prompt_tokens": output.usage.prompt_tokens,
+                "cached_tokens": output.usage.cached_tokens,
+                "completion_tokens": output.usage.completion_tokens,
+                "total_tokens": output.usage.total_tokens,
+            },
+            "copyspec": {**copyspec, **answer_metadata(output)},
+        }
+
+    def _response_logprobs(self) -> list[list[LogProb]] | None:
+        """For each new token its own log-probability, then those of the other likeliest ones."""
+        if self._logprobs is None:
+            return None
+        entries = logprobs_metadata(self._engine, self._logprobs)["content"]
+        return [
+            [_logprob(entry), *(_logprob(other) for other, (token, _) in alternatives if token != found.token_id)]
+            for found, entry in zip(self._logprobs, entries, strict=True)
+            for alternatives in (zip(entry["top_logprobs"], found.top, strict=True),)
+        ]
+
+
+def _logprob(entry: dict[str, Any]) -> LogProb:
+    return LogProb(token=entry["token"], logprob=entry["logprob"], bytes=entry["bytes"] or [])
+
+
+def _all_at_once(reply: Reply | None) -> tuple[ReplyDelta, ...]:
+    """A whole reply as if it had been streamed in one piece. Its calls are taken from the reply itself."""
+    if reply is None:
+        return ()
+    parts = (ReplyDelta("reasoning", reply.reasoning), ReplyDelta("text", reply.text))
+    return tuple(part for part in parts if part.text)

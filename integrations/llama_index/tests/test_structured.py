@@ -1,0 +1,187 @@
+"""Structured prediction: what comes out fits the class, in every form, whatever the model; streams show it grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+from llama_index.core import PromptTemplate
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.llms import ChatMessage
+from llama_index.core.program import FunctionCallingProgram
+from llama_index.core.prompts import ChatPromptTemplate
+from llama_index.core.types import PydanticProgramMode
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from copyspec_engine import ConfigError, Engine
+from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
+
+MakeEngine = Callable[..., Engine]
+
+FORMS = ("structured_predict", "astructured_predict", "stream_structured_predict", "astream_structured_predict")
+
+
+class Part(BaseModel):
+    kind: Literal["bolt", "nut"]
+    sizes: list[Literal[4, 6, 8]] = Field(min_length=1, max_length=2)
+
+
+class Order(BaseModel):
+    """What to send."""
+
+    urgent: bool
+    parts: list[Part] = Field(min_length=1, max_length=2)
+
+
+class Compact(Order):
+    """Written without white space between its parts, of which a model without a will of its own would write a lot."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
+
+
+WANTED = Order(urgent=True, parts=[Part(kind="bolt", sizes=[4, 6]), Part(kind="nut", sizes=[8])])
+PROMPT = PromptTemplate("An order of {what}.")
+
+
+async def predict(llm: Any, form: str, output_cls: type[Order] = Order, **options: Any) -> list[Any]:
+    given = getattr(llm, form)(output_cls, PROMPT, llm_kwargs=options, what="{bolts}")
+    if form.startswith("a"):
+        given = await given
+    if "stream" not in form:
+        return [given]
+    return [part async for part in given] if form.startswith("a") else list(given)
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_the_answer_is_an_object_of_the_class(make_engine: MakeEngine, form: str) -> None:
+    engine = make_engine(lambda prompt: WANTED.model_dump_json())
+    assert (await predict(CopySpec(engine=engine), form))[-1] == WANTED
+    assert (await predict(CopySpecCompletion(llm=CopySpec(engine=engine)), form))[-1] == WANTED
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_any_model_gives_an_object_of_the_class(bundled: Engine, form: str) -> None:
+    """The bundled model knows nothing of orders: the grammar alone makes it one."""
+    llm = CopySpec(engine=bundled, max_tokens=150)
+    drafted, plain = [(await predict(llm, form, Compact, drafter=drafter))[-1] for drafter in ("adaptive", "none")]
+    assert isinstance(drafted, Order)
+    assert drafted == plain
+
+
+@pytest.mark.parametrize("form", FORMS[2:])
+async def test_a_stream_gives_the_object_as_it_grows(make_engine: MakeEngine, form: str) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: WANTED.model_dump_json()), drafter="none")
+    objects = await predict(llm, form)
+    assert objects[-1] == WANTED
+    assert len(objects) > 5
+    counts = [len(getattr(part, "parts", None) or ()) for part in objects]
+    assert counts == sorted(counts)
+    assert set(counts) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_an_answer_that_is_cut_off_says_so(make_engine: MakeEngine, form: str) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: WANTED.model_dump_json()))
+    with pytest.raises(ConfigError, match=r"Order cut off after \d+ characters .*'length'.*raise max_tokens"):
+        await predict(llm, form, max_tokens=20)
+
+
+def test_what_a_validator_refuses_is_refused(make_engine: MakeEngine) -> None:
+    class Even(BaseModel):
+        number: int
+
+        @field_validator("number")
+        @classmethod
+        def _even(cls, number: int) -> int:
+            if number % 2:
+                raise ValueError("odd")
+            return number
+
+    with pytest.raises(ValidationError, match="odd"):
+        CopySpec(engine=make_engine(lambda prompt: '{"number": 3}')).structured_predict(Even, PROMPT, what="x")
+
+
+def test_the_prompt_shows_the_schema_and_is_not_changed(make_engine: MakeEngine) -> None:
+    prompts: list[str] = []
+
+    def answer(prompt: str) -> str:
+        prompts.append(prompt)
+        return WANTED.model_dump_json()
+
+    template = ChatPromptTemplate(message_templates=[ChatMessage("{what} as {{x}}")])
+    before = template.model_copy(deep=True)
+    llm = CopySpec(engine=make_engine(answer), system_prompt="be brief")
+    llm.structured_predict(Order, template, what="bolts")
+    assert template.message_templates == before.message_templates
+    assert prompts[0].startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nbolts as")
+    assert '"enum": ["bolt", "nut"]' in prompts[0]
+
+
+class _Recorder(BaseEventHandler):
+    names: list[str] = Field(default_factory=list)
+
+    def handle(self, event: Any, **_: Any) -> None:
+        self.names.append(type(event).__name__)
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_events_frame_the_call(make_engine: MakeEngine, form: str) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: WANTED.model_dump_json()))
+    root, recorder = get_dispatcher(), _Recorder()
+    root.add_event_handler(recorder)
+    objects = await predict(llm, form)
+    root.event_handlers.remove(recorder)
+    names = [name.removeprefix("LLM").removesuffix("Event") for name in recorder.names]
+    assert names[:2] == ["StructuredPredictStart", "ChatStart"]
+    assert names[-1] == "StructuredPredictEnd"
+    assert names.count("ChatEnd") == 1
+    assert names.count("StructuredPredictInProgress") == (len(objects) if "stream" in form else 0)
+
+
+@pytest.mark.filterwarnings("ignore:The `json` method is deprecated")  # LlamaIndex's StructuredLLM calls it
+async def test_a_structured_llm_answers_with_json(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: WANTED.model_dump_json())).as_structured_llm(Order)
+    asked = [ChatMessage('like {"urgent": false}')]
+    responses = [
+        llm.chat(asked),
+        await llm.achat(asked),
+        list(llm.stream_chat(asked))[-1],
+        [response async for response in await llm.astream_chat(asked)][-1],
+    ]
+    for response in responses:
+        assert response.raw == WANTED
+        assert Order.model_validate_json(response.message.content) == WANTED
+    assert llm.complete("an order").raw == WANTED
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_the_mode_of_function_calls_works_too(make_engine: MakeEngine, write_call: Any, form: str) -> None:
+    answer = write_call("Order", **WANTED.model_dump())
+    llm = CopySpec(engine=make_engine(lambda prompt: answer), pydantic_program_mode=PydanticProgramMode.FUNCTION)
+    assert (await predict(llm, form))[-1] == WANTED
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+async def test_the_mode_of_text_works_too(make_engine: MakeEngine, form: str) -> None:
+    answer = f"Here it is: {WANTED.model_dump_json()}"
+    llm = CopySpec(engine=make_engine(lambda prompt: answer), pydantic_program_mode=PydanticProgramMode.LLM)
+    assert (await predict(llm, form))[-1] == WANTED
+
+
+def test_a_program_of_function_calls_runs(make_engine: MakeEngine, write_call: Any) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: write_call("Order", **WANTED.model_dump())))
+    program = FunctionCallingProgram.from_defaults(output_cls=Order, llm=llm, prompt=PROMPT)
+    assert program(what="bolts") == WANTED
+    assert list(program.stream_call(what="bolts"))[-1] == WANTED
+
+
+def test_a_response_format_holds_for_chats_and_prompts(bundled: Engine) -> None:
+    llm = CopySpec(engine=bundled, max_tokens=100)
+    compact = {"x-guidance": {"whitespace_flexible": False}}
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"enum": [[1, 2], [3, 4]], **compact}}}
+    assert llm.chat([ChatMessage("hi")], response_format=wanted).message.content in ("[1,2]", "[3,4]")
+    assert llm.complete("hi", formatted=True, response_format=wanted).text in ("[1,2]", "[3,4]")
+    with pytest.raises(ConfigError, match="a Grammar, or"):
+        llm.chat([ChatMessage("hi")], response_format={"type": "yaml"})

@@ -1,0 +1,181 @@
+"""Tools: what the model is told of them, which calls it may write, and what LlamaIndex gets to see of a call."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+from llama_index.core.base.llms.types import ToolCallBlock
+from llama_index.core.llms import ChatMessage, ChatResponse, TextBlock
+from llama_index.core.tools import FunctionTool
+
+from copyspec_engine import ConfigError, Engine
+from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
+
+MakeEngine = Callable[..., Engine]
+
+FORMS = ("chat_with_tools", "achat_with_tools", "stream_chat_with_tools", "astream_chat_with_tools")
+
+
+def switch(lamp: Literal["hall", "yard"], on: bool) -> str:
+    """Switches a lamp."""
+    return f"{lamp} is {'on' if on else 'off'}"
+
+
+def look(lamp: Literal["hall", "yard"]) -> str:
+    """Looks at a lamp."""
+    return f"{lamp} is off"
+
+
+TOOLS = [FunctionTool.from_defaults(switch), FunctionTool.from_defaults(look)]
+
+
+async def ask(llm: CopySpec, form: str, **options: Any) -> list[ChatResponse]:
+    given = getattr(llm, form)(options.pop("tools", TOOLS), user_msg=options.pop("user_msg", "Light!"), **options)
+    if form.startswith("a"):
+        given = await given
+    if "stream" not in form:
+        return [given]
+    return [response async for response in given] if form.startswith("a") else list(given)
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_calls_come_with_ids_and_whole_arguments(make_engine: MakeEngine, write_call: Any, form: str) -> None:
+    answer = f"At once.\n{write_call('switch', lamp='hall', on=True)}\n{write_call('look', lamp='yard')}"
+    llm = CopySpec(engine=make_engine(lambda prompt: answer))
+    responses = await ask(llm, form, allow_parallel_tool_calls=True)
+    calls = llm.get_tool_calls_from_response(responses[-1])
+    assert [(call.tool_name, call.tool_kwargs) for call in calls] == [
+        ("switch", {"lamp": "hall", "on": True}),
+        ("look", {"lamp": "yard"}),
+    ]
+    assert len({call.tool_id for call in calls} - {""}) == 2
+    text, *blocks = responses[-1].message.blocks
+    assert text == TextBlock(text="At once.")
+    assert [block.tool_call_id for block in blocks if isinstance(block, ToolCallBlock)] == [c.tool_id for c in calls]
+
+
+@pytest.mark.parametrize("form", FORMS[2:])
+async def test_a_stream_shows_a_call_grow_but_gives_it_only_whole(
+    make_engine: MakeEngine, write_call: Any, form: str
+) -> None:
+    answer = f"{write_call('switch', lamp='hall', on=True)}\n{write_call('look', lamp='yard')}"
+    llm = CopySpec(engine=make_engine(lambda prompt: answer), drafter="none")
+    responses = await ask(llm, form, allow_parallel_tool_calls=True)
+    selections = [llm.get_tool_calls_from_response(response, error_on_no_tool_call=False) for response in responses]
+    assert {len(found) for found in selections} == {0, 1, 2}
+    assert all(found[0].tool_kwargs == {"lamp": "hall", "on": True} for found in selections if found)
+    growing = {
+        block.tool_kwargs
+        for response in responses
+        for block in response.message.blocks
+        if isinstance(block, ToolCallBlock) and isinstance(block.tool_kwargs, str)
+    }
+    assert '{"lamp": "ha' in growing
+    assert len({call.tool_id for found in selections for call in found}) == 2  # an id stays what it was
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"tool_required": True}, {"switch", "look"}),
+        ({"tool_choice": "required"}, {"switch", "look"}),
+        ({"tool_choice": "any"}, {"switch", "look"}),
+        ({"tool_choice": "look"}, {"look"}),
+        ({"tool_choice": {"type": "function", "function": {"name": "look"}}}, {"look"}),
+    ],
+    ids=["tool_required", "required", "any", "by name", "as for OpenAI"],
+)
+async def test_a_required_call_is_made_whatever_the_model_would_say(
+    bundled: Engine, form: str, options: dict[str, Any], names: set[str]
+) -> None:
+    llm = CopySpec(engine=bundled, max_tokens=60)
+    response = (await ask(llm, form, **options))[-1]
+    (call,) = llm.get_tool_calls_from_response(response)
+    assert call.tool_name in names
+    assert call.tool_kwargs["lamp"] in ("hall", "yard")
+
+
+async def test_the_bundled_model_makes_the_call_that_is_asked_for(bundled: Engine) -> None:
+    llm = CopySpec(engine=bundled, max_tokens=60)
+    asked = 'Call this tool:\n{"name": "switch", "arguments": {"lamp": "yard", "on": false}}'
+    response = await llm.apredict_and_call(TOOLS, user_msg=asked)
+    assert response.response == "yard is off"
+    assert llm.predict_and_call(TOOLS, user_msg=asked).response == "yard is off"
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_without_parallel_calls_there_is_one(make_engine: MakeEngine, write_call: Any, form: str) -> None:
+    answer = f"{write_call('look', lamp='hall')}\n{write_call('look', lamp='yard')}"
+    llm = CopySpec(engine=make_engine(lambda prompt: answer))
+    (call,) = llm.get_tool_calls_from_response((await ask(llm, form))[-1])
+    assert call.tool_kwargs == {"lamp": "hall"}
+
+
+def test_the_prompt_tells_of_the_tools_unless_none_may_be_called(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: prompt.replace("<|im_start|>", "").replace("<|im_end|>", "")))
+    assert '"name": "switch"' in (llm.chat_with_tools(TOOLS, "hi").message.content or "")
+    assert "switch" not in (llm.chat_with_tools(TOOLS, "hi", tool_choice="none").message.content or "")
+    assert llm.chat_with_tools([], "hi", tool_required=True).message.content == "user\nhi\nassistant\n"
+
+
+def test_a_call_and_its_result_go_back_with_their_id(make_engine: MakeEngine, write_call: Any) -> None:
+    llm = CopySpec(engine=make_engine([write_call("look", lamp="hall"), "It is off."]))
+    history = [ChatMessage("Is the light on?")]
+    first = llm.chat_with_tools(TOOLS, chat_history=history)
+    (call,) = llm.get_tool_calls_from_response(first)
+    assert history == [ChatMessage("Is the light on?")]
+    result = ChatMessage(role="tool", content="hall is off", additional_kwargs={"tool_call_id": call.tool_id})
+    second = llm.chat_with_tools(TOOLS, chat_history=[*history, first.message, result])
+    assert second.message.content == "It is off."
+    assert llm.get_tool_calls_from_response(second, error_on_no_tool_call=False) == []
+    with pytest.raises(ValueError, match=r"no tool call .* 'It is off.'"):
+        llm.get_tool_calls_from_response(second)
+
+
+def test_a_tool_is_called_by_its_own_name(make_engine: MakeEngine, write_call: Any) -> None:
+    tool = FunctionTool.from_defaults(look, name="lamps.look[int]")
+    llm = CopySpec(engine=make_engine(lambda prompt: write_call("lamps.look[int]", lamp="hall")))
+    assert llm.predict_and_call([tool], user_msg="Look!").response == "hall is off"
+
+
+def test_a_call_that_is_cut_off_is_not_made(make_engine: MakeEngine, write_call: Any) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: write_call("look", lamp="hall")), max_tokens=40)
+    response = llm.chat_with_tools(TOOLS, "Look!")
+    assert llm.get_tool_calls_from_response(response, error_on_no_tool_call=False) == []
+    assert response.raw["finish_reason"] == "length"
+    (invalid,) = response.raw["copyspec"]["invalid_tool_calls"]
+    assert (invalid["name"], invalid["error"][:8]) == ("look", "not JSON")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tool_choice": "lift"}, "tool_choice='lift'"),
+        ({"tool_choice": 3}, "tool_choice=3"),
+        ({"response_format": {"type": "json_object"}}, "response_format with tools"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(echo: Engine, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        CopySpec(engine=echo).chat_with_tools(TOOLS, "hi", **options)
+
+
+def test_options_of_tools_without_tools_are_refused(echo: Engine) -> None:
+    llm = CopySpec(engine=echo)
+    with pytest.raises(ConfigError, match="tool_choice='required' without tools"):
+        llm.chat([ChatMessage("hi")], tool_choice="required")
+    with pytest.raises(ConfigError, match="tools="):
+        llm.chat([ChatMessage("hi")], tools="add")
+    with pytest.raises(ConfigError, match="unknown option tools"):
+        CopySpecCompletion(llm=llm).complete("hi", tools=[{}])
+
+
+async def test_calls_are_the_same_with_and_without_drafting(bundled: Engine) -> None:
+    asked = 'Call this tool:\n{"name": "switch", "arguments": {"lamp": "yard", "on": true}}'
+    found = [
+        (await CopySpec(engine=bundled, drafter=drafter).achat_with_tools(TOOLS, asked)).raw["copyspec"]
+        for drafter in ("adaptive", "none")
+    ]
+    assert found[0]["token_ids"] == found[1]["token_ids"]
+    assert found[0]["tokens_per_forward"] > 1.5
