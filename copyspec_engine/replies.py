@@ -30,6 +30,11 @@ _REASONING = ("thinking", "reasoning", "reasoning_content")
 class _Parser(ResponseParser):
     """Goes on behind a part that cannot be parsed; its closing event then says why."""
 
+    @property
+    def pending(self) -> str:
+        """What was read but may still be a part of something else."""
+        return self._buffer[self._pos :]
+
     def _close_current(self, events: list[dict[str, Any]]) -> None:
         field = self._current
         try:
@@ -39,8 +44,8 @@ class _Parser(ResponseParser):
             self._reset_to_implicit()
 
 
-class _Trimmed:
-    """A part whose white space at both ends belongs to the format, not to the text."""
+class _Part:
+    """A part of an answer; white space between it and another part belongs to the format, not to the text."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
@@ -50,15 +55,21 @@ class _Trimmed:
     def text(self) -> str:
         return "".join(self._pieces)
 
-    def feed(self, text: str) -> str:
-        """What `text` adds for sure."""
+    def feed(self, text: str, *, after_other: bool = True) -> str:
+        """What `text` adds for sure, behind another part or as the first one."""
         whole = self._held + text
-        if not self._pieces:
+        if after_other and not self._pieces:
             whole = whole.lstrip()
         added = whole.rstrip()
         self._held = whole[len(added) :]
         if added:
             self._pieces.append(added)
+        return added
+
+    def end(self) -> str:
+        """What an end of the answer adds: no other part follows."""
+        added, self._held = self._held, ""
+        self._pieces.append(added)
         return added
 
 
@@ -86,17 +97,21 @@ class ReplyParser:
         """All text, where what is in no part would be lost."""
         self._calls: list[Call] = []
         self._reader: CallsReader | None = None
-        self._reset()
         self.is_reasoning = False
         """The prompt has opened a reasoning that the answer goes on with."""
+        self._of_prompt = ""
+        """The prompt's end, which the parser still holds."""
+        self._reset()
         for event in self._parser.initial_events:  # what the template has written is no part of the answer
             self._take(event)
             if event["field"] in _REASONING:
                 self.is_reasoning = event["type"] != "region_close"
         self._reset()
+        self._of_prompt = self._parser.pending
 
     def _reset(self) -> None:
-        self._text, self._reasoning = _Trimmed(), _Trimmed()
+        self._text, self._reasoning = _Part(), _Part()
+        self._has_others, self._in_text = self.is_reasoning, not self.is_reasoning
 
     def feed(self, text: str) -> list[ReplyDelta]:
         """What more text adds to the parts. `text` is the answer's own, special tokens included."""
@@ -122,6 +137,8 @@ class ReplyParser:
         self._close_reader()
         if self._unread and not (self._text.text or self._reasoning.text or self._calls):
             deltas += self._add_text("".join(self._unread))
+        if self._in_text and (rest := self._text.end()):
+            deltas.append(ReplyDelta("text", rest))
         results = [call.result() for call in self._calls]
         return Reply(
             self._text.text,
@@ -132,19 +149,24 @@ class ReplyParser:
 
     def _take(self, event: dict[str, Any]) -> list[ReplyDelta]:
         field, kind = event["field"], event["type"]
+        if field in (*_REASONING, "tool_calls", "rest"):
+            self._has_others, self._in_text = True, False
         if field == "rest":
             return []
         if field == "tool_calls":
             return self._take_call(event) if self._layout is None else self._read_calls(event)
         if kind != "region_chunk":
             return []
+        text = event["text"].removeprefix(self._of_prompt)
+        self._of_prompt = ""
         if field not in _REASONING:
-            return self._add_text(event["text"])
-        added = self._reasoning.feed(event["text"])
+            return self._add_text(text)
+        added = self._reasoning.feed(text)
         return [ReplyDelta("reasoning", added)] if added else []
 
     def _add_text(self, text: str) -> list[ReplyDelta]:
-        added = self._text.feed(text)
+        added = self._text.feed(text, after_other=self._has_others)
+        self._in_text |= bool(added)
         return [ReplyDelta("text", added)] if added else []
 
     def _read_calls(self, event: dict[str, Any]) -> list[ReplyDelta]:

@@ -49,10 +49,19 @@ def test_text_reasoning_and_calls_come_apart(cut: int | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "plain", "a < b\n\n<tool", "<tool_calls>", "  two  spaces\n\nand lines\n"])
 @pytest.mark.parametrize("cut", [None, 1, 2, 3])
-def test_plain_text_stays_as_it_is_but_for_its_ends(text: str, cut: int | None) -> None:
+def test_plain_text_stays_as_it_is(text: str, cut: int | None) -> None:
     reply, deltas = parse(text, cut=cut)
-    assert reply == Reply(text.strip())
-    assert joined(deltas) == (text.strip(), "", [])
+    assert reply == Reply(text)
+    assert joined(deltas) == (text, "", [])
+
+
+@pytest.mark.parametrize("cut", [None, 1, 2, 3])
+def test_white_space_between_parts_is_the_formats(cut: int | None) -> None:
+    reply, deltas = parse(f" <think> hm\n</think>\n\n a \n{CALL}\n", cut=cut)
+    assert (reply.text, reply.reasoning) == ("a", "hm")
+    assert joined(deltas)[:2] == ("a", "hm")
+    assert parse("<think>hm</think>\n\nSo.\n", cut=cut)[0].text == "So.\n"
+    assert parse(f"{CALL}\nDone. ", cut=cut)[0].text == "Done. "
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_grammar_holds_the_answer_to_the_schema(make_engine: MakeEngine) -> No
     llm = ChatCopySpec(engine=make_engine(lambda prompt: 'Sure! {"setup": "A cat"}'), max_tokens=15)
     for form in ({"type": "json_object"}, Joke):
         assert not llm.invoke("go", response_format=form).text.startswith("Sure")
-    assert llm.invoke("go", response_format={"type": "text"}).text == 'Sure! {"setup": '.strip()
+    assert llm.invoke("go", response_format={"type": "text"}).text == 'Sure! {"setup": '
 
 
 def test_strict_refuses_what_a_grammar_cannot_express(llm: ChatCopySpec) -> None:

@@ -71,7 +71,7 @@ class Answer:
 
     def __init__(self, engine: Engine, model: str, request: GenerationRequest, *, parallel: bool = True) -> None:
         self._engine, self._model, self._request, self._parallel = engine, model, request, parallel
-        self._written = self._text = self._thinking = ""
+        self._text = self._thinking = ""
         self._calls: list[_WrittenCall] = []
         self._delta, self._thinking_delta = "", ""
         self._segments: list[Segment] = []
@@ -104,7 +104,6 @@ class Answer:
         if chunk.logprobs is not None:
             self._logprobs = [*(self._logprobs or ()), *chunk.logprobs]
         self._output = chunk.output
-        self._written += chunk.text
         if self._request.parse_reply:
             for delta in chunk.deltas:
                 self._take_delta(delta)
@@ -120,7 +119,7 @@ class Answer:
             self._thinking += delta.text
             self._thinking_delta += delta.text
         elif delta.kind == "text":
-            self._add_text(self._leading_space(delta.text) + delta.text)
+            self._add_text(delta.text)
         else:
             if delta.index >= len(self._calls):
                 for call in self._calls:
@@ -131,17 +130,9 @@ class Answer:
                 call.arguments += delta.text
 
     def _finish(self, reply: Reply) -> None:
-        """Only whole calls stay; and a text that stands alone ends as it was written."""
+        """Only whole calls stay."""
         calls = reply.tool_calls if self._parallel else reply.tool_calls[:1]
         self._calls = [_WrittenCall(call.id, call.name, call.arguments) for call in calls]
-        if self._written.strip() == self._text.strip():  # nothing else was written
-            self._add_text(self._written.lstrip()[len(self._text.lstrip()) :] if self._text else self._written)
-
-    def _leading_space(self, text: str) -> str:
-        """White space is the format's beside other parts, but belongs to a text with which the answer begins."""
-        if self._text or self._thinking or self._calls or text[:1].isspace():
-            return ""
-        return self._written[: len(self._written) - len(self._written.lstrip())]
 
     def _add_text(self, text: str) -> None:
         self._text += text

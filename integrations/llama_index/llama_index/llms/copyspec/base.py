@@ -31,8 +31,15 @@ from llama_index.core.tools.types import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 
-from copyspec_engine import Engine, EngineConfig, GenerationRequest, shared_engine
-from copyspec_engine.adapters import adopt_engine, clear_errors, model_facts
+from copyspec_engine import (
+    ConversationMemory,
+    Engine,
+    EngineConfig,
+    Explanation,
+    GenerationRequest,
+    shared_engine,
+)
+from copyspec_engine.adapters import adopt_engine, clear_errors, explain_metadata, model_facts
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schema
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
 from llama_index.llms.copyspec._responses import Answer
@@ -159,6 +166,29 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         """Exactly the prompt tokens of a call with `messages` and `tools`; loads the model if no one has."""
         schemas = tuple(to_function_schema(tool) for tool in tools) or None
         return len(self._get_engine().tokenize(GenerationRequest(messages=to_engine_messages(messages), tools=schemas)))
+
+    # What was copied, and what is remembered
+
+    @staticmethod
+    def explain(response: ChatResponse | CompletionResponse) -> Explanation:
+        """Where an answer was copied from, span by span: which message of its call, and which character there.
+
+        Takes a whole response, or the last one of a stream. What stands in no message of the call comes from the
+        conversation's memory, and is shown with some text around it. `rich.print` shows it in colour.
+
+        Raises:
+            ConfigError: the response is no whole answer of ours, or its text was changed.
+        """
+        text = response.text if isinstance(response, CompletionResponse) else response.message.content
+        raw = response.raw if isinstance(response.raw, dict) else {}
+        return explain_metadata(raw.get("copyspec"), text or "")
+
+    def memory(self, session_id: str | None = None) -> ConversationMemory:
+        """What a conversation remembers, to look at, export or clear: the one that a call would belong to.
+
+        Loads the model if no one has.
+        """
+        return self._get_engine().memory(session_id or named_session() or self.session_id or self._instance_session_id)
 
     # Calls
 
