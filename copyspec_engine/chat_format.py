@@ -33,6 +33,8 @@ class ChatFormat(Options):
     """What opens and closes reasoning; None: there is none."""
     text_begin: str = ""
     """What is written between reasoning and text."""
+    space_before_text: bool = False
+    """The template writes a space before an answer's text, which is no part of it."""
     parts: dict[str, JsonValue] | None = None
     """The fields of an answer in transformers' form, where `calls` and `reasoning` do not say enough."""
     own_template: dict[str, JsonValue] | None = None
@@ -251,6 +253,7 @@ FORMATS: tuple[ChatFormat, ...] = (
         marks=("[TOOL_CALLS]",),
         assistant=_MISTRAL,
         calls=CallLayout(style="array", begin="[TOOL_CALLS]", end=""),
+        space_before_text=True,
         reasoning=("[THINK]", "[/THINK]"),
         short_ids=True,
     ),

@@ -97,6 +97,7 @@ class ReplyParser:
         """All text, where what is in no part would be lost."""
         self._calls: list[Call] = []
         self._reader: CallsReader | None = None
+        self._spaced = chat_format.space_before_text
         self.is_reasoning = False
         """The prompt has opened a reasoning that the answer goes on with."""
         self._of_prompt = ""
@@ -111,7 +112,7 @@ class ReplyParser:
 
     def _reset(self) -> None:
         self._text, self._reasoning = _Part(), _Part()
-        self._has_others, self._in_text = self.is_reasoning, not self.is_reasoning
+        self._has_others, self._in_text = self.is_reasoning or self._spaced, not self.is_reasoning
 
     def feed(self, text: str) -> list[ReplyDelta]:
         """What more text adds to the parts. `text` is the answer's own, special tokens included."""
