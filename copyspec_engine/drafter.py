@@ -39,7 +39,7 @@ __all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients", "answer_text
 _MAX_NODES = 1024
 _REGION = 2048
 """Tokens of memory that a call in flight holds for its answer at a time."""
-_MOST_DELAY = 1.1
+_MOST_DELAY = 1.05
 """How much longer the pass that gives an answer's first token may take with a draft in it than without."""
 _SHARED = 0.05
 """How far what a call has learnt moves what later conversations start from."""

@@ -144,8 +144,8 @@ def test_a_conversation_starts_from_what_others_have_learnt() -> None:
 
 def test_the_first_token_does_not_wait_for_a_draft() -> None:
     policy = DraftingPolicy(CostCurve([(1, 1.0), (11, 1.5), (21, 3.0)]))
-    assert policy.without_delay(1, 100) == 2  # 1.1 is two tokens on
+    assert policy.without_delay(1, 100) == 1  # 1.05 is one token on
     assert policy.without_delay(1, 1) == 1
-    assert policy.without_delay(11, 100) == 1
+    assert policy.without_delay(11, 100) == 0
     assert policy.without_delay(1, 0) == 0
-    assert DraftingPolicy(CostCurve([(1, 1.0), (64, 1.05)])).without_delay(1, 40) == 40
+    assert DraftingPolicy(CostCurve([(1, 1.0), (64, 1.04)])).without_delay(1, 40) == 40
