@@ -223,7 +223,10 @@ def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 -
     """
     if not isinstance(metadata, Mapping) or "copies" not in metadata:
         raise ConfigError("Got an answer that does not say where it came from but expected a whole one of copyspec's")
-    explanation = Explanation.from_list(metadata.get("written", text), metadata["copies"])
+    try:
+        explanation = Explanation.from_list(metadata.get("written", text), metadata["copies"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"Got copies={metadata['copies']!r} but expected those of an answer: {error}") from None
     if explanation.spans and explanation.spans[-1].stop > len(explanation.text):
         raise ConfigError(
             f"Got an answer of {len(explanation.text)} characters with copies up to {explanation.spans[-1].stop}: its "

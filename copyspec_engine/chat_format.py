@@ -88,11 +88,12 @@ def _call_fields(layout: CallLayout, names: Collection[str]) -> dict[str, Any]:
     """Where the calls of an answer are, as fields of a response template."""
     calls: dict[str, Any] = {"repeats": True, "content": "text"}
     if layout.begin:
-        calls["open_pattern"] = rf"(?:{re.escape(layout.before)}\s*)?{re.escape(layout.begin)}"
+        before = rf"(?:{re.escape(layout.before)}\s{{0,64}})?" if layout.before else ""
+        calls["open_pattern"] = before + re.escape(layout.begin)
     else:
         known = "|".join(map(re.escape, names)) or "(?!)"
         name = rf'"{re.escape(layout.name_key)}"\s*:\s*"(?:{known})"'
-        calls["open_pattern"] = rf'\A\s*(?:<\|python_tag\|>|(?=\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?{name}))'
+        calls["open_pattern"] = rf'\A\s{{0,64}}(?:<\|python_tag\|>|(?=\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?{name}))'
     if layout.end:
         calls["close"] = layout.end
     return {"tool_calls": calls} | ({"rest": {"open": layout.after}} if layout.after else {})

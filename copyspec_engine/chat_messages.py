@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from copyspec_engine.chat_format import ChatFormat
+from copyspec_engine.errors import ConfigError
 
 __all__ = ["for_template"]
 
@@ -31,6 +32,9 @@ def for_template(messages: Sequence[dict[str, Any]], chat_format: ChatFormat) ->
         if "content" in message:
             ready["content"] = _text(message["content"])
         if isinstance(message.get("tool_calls"), list | tuple):
+            for call in message["tool_calls"]:
+                if not isinstance(call, dict):
+                    raise ConfigError(f"Got a tool call {call!r} but expected a dict with its function")
             ready["tool_calls"] = [_call(call, chat_format) for call in message["tool_calls"]]
             ready["content"] = ready.get("content") or ""
             names |= {call["id"]: call["function"].get("name") for call in ready["tool_calls"] if "id" in call}
@@ -99,9 +103,13 @@ def _apart(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         behind = messages[at + 1 :]
         end = next((i for i, other in enumerate(behind) if other.get("role") != "tool"), len(behind))
+        left = behind[:end]
         for number, call in enumerate(calls):
             first = message if number == 0 else {"role": message["role"], "content": ""}
-            answers = [other for other in behind[:end] if other.get("tool_call_id") == call.get("id")]
+            answers = [other for other in left if other.get("tool_call_id") == call.get("id")]
+            if any(other.get("id") == call.get("id") for other in calls[number + 1 :]):  # one result for each of them
+                answers = answers[:1]
+            left = [other for other in left if not any(other is answer for answer in answers)]
             single += [{**first, "tool_calls": [call]}, *answers]
             results += answers
     return single

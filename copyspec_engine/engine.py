@@ -252,9 +252,14 @@ class Engine:
         return explain(self._model.tokenizer, request, output)
 
     def _explained(self, request: GenerationRequest, last: StreamChunk) -> StreamChunk:
-        """An answer's last chunk with its explanation."""
+        """An answer's last chunk with its explanation; without, if that fails: the answer is worth more."""
         assert last.output is not None
-        return replace(last, output=replace(last.output, explanation=self.explain(request, last.output)))
+        try:
+            explanation = self.explain(request, last.output)
+        except Exception:
+            logger.exception("where the answer to request %s came from could not be made out", request.request_id)
+            return last
+        return replace(last, output=replace(last.output, explanation=explanation))
 
     def memory(self, session_id: str) -> ConversationMemory:
         """What a conversation remembers; it need not exist. Its methods raise EngineStoppedError once we are closed."""

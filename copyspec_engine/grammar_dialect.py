@@ -78,7 +78,7 @@ class _Writer:
         if kind == "object" and isinstance(schema.get("properties"), dict):
             return self._rule(lambda: self._object(schema))
         if kind == "array" and "items" in schema:
-            item = self.value(schema["items"])
+            item = self._named(self.value(schema["items"]))
             return f'("[" ({item} ("," {item})*)? "]")'
         names = {"string": "text", "integer": "integer", "number": "number", "object": "object", "array": "list"}
         if kind in ("boolean", "null"):
@@ -106,7 +106,7 @@ class _Writer:
 
     def _object(self, schema: dict[str, Any]) -> str:
         """Members in alphabetical order, each with a comma if one stands before it."""
-        required = schema.get("required") or []
+        required = schema["required"] if isinstance(schema.get("required"), list) else []
         first, rest = '""', '""'
         for key in sorted(schema["properties"], reverse=True):
             member = f"{json.dumps(key + ':', ensure_ascii=False)} {self.value(schema['properties'][key])}"

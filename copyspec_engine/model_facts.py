@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from copyspec_engine.chat_format import ChatFormat, find_chat_format
 from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
 
 __all__ = ["ModelFacts", "read_model_facts"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,11 @@ def _read(folder: Path) -> ModelFacts:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, OSError):  # loading the model will say so
+        logger.warning("%s cannot be read", path, exc_info=True)
+        return {}
     return content if isinstance(content, dict) else {}
 
 

@@ -49,7 +49,8 @@ class _Part:
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
-        self._held = ""
+        self._held: list[str] = []
+        """White space that may still turn out to be between parts."""
 
     @property
     def text(self) -> str:
@@ -57,18 +58,20 @@ class _Part:
 
     def feed(self, text: str, *, after_other: bool = True) -> str:
         """What `text` adds for sure, behind another part or as the first one."""
-        whole = self._held + text
-        if after_other and not self._pieces:
-            whole = whole.lstrip()
+        is_first = after_other and not self._pieces
+        if text.isspace() or not text:
+            if not is_first:
+                self._held.append(text)
+            return ""
+        whole = text.lstrip() if is_first else "".join(self._held) + text
         added = whole.rstrip()
-        self._held = whole[len(added) :]
-        if added:
-            self._pieces.append(added)
+        self._held = [whole[len(added) :]]
+        self._pieces.append(added)
         return added
 
     def end(self) -> str:
         """What an end of the answer adds: no other part follows."""
-        added, self._held = self._held, ""
+        added, self._held = "".join(self._held), []
         self._pieces.append(added)
         return added
 
@@ -88,7 +91,7 @@ class ReplyParser:
 
     def __init__(self, chat_format: ChatFormat, prompt: str = "", tools: Sequence[dict[str, Any]] = ()) -> None:
         self._layout = chat_format.calls if chat_format.own_template is None else None
-        functions = [tool.get("function", {}) for tool in tools]
+        functions = [tool.get("function") or {} for tool in tools]
         template = load_response_template(chat_format.response_template([str(f.get("name")) for f in functions]))
         # A required part that is missing would cost all others.
         template.fields = {name: replace(field, optional=True) for name, field in template.fields.items()}

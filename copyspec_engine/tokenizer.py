@@ -137,7 +137,7 @@ class HFTokenizer:
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         with self._encoding:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
+            ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -155,7 +155,7 @@ class HFTokenizer:
             raise ConfigError("Got messages but this model has no chat template: use prompt=, or an instruction model")
         _refuse_media(messages)
         chat_format = self._chat_format
-        ready = for_template(messages, chat_format)
+        ready = self._without_forged_keys(for_template(messages, chat_format), [tools, template_kwargs])
         options = {"chat_template": self._chat_template(tools, chat_format), **template_kwargs}
         has_markers = self._has_markers([ready, tools, template_kwargs])
         if has_markers:
@@ -167,7 +167,7 @@ class HFTokenizer:
             if len(merged) < len(messages):  # some templates insist that roles alternate
                 return self.render(merged, tools, template_kwargs, spellings)
             raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
-        return self._speller.spell(rendered, spellings) if isinstance(rendered, str) else rendered
+        return self._speller.spell(_encodable(rendered), spellings) if isinstance(rendered, str) else rendered
 
     def render_text(
         self,
@@ -208,6 +208,28 @@ class HFTokenizer:
         """The template, behind what writes the calls for one that cannot."""
         template: str = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
         return template if "tool_calls" in template else chat_format.prelude + template
+
+    def _without_forged_keys(self, messages: list[dict[str, Any]], others: object) -> list[dict[str, Any]]:
+        """Messages in which no key is a control token's name: nobody could tell it from the template's own.
+
+        The arguments of a call that have such a key, which a model may have copied from anywhere, become text.
+
+        Raises:
+            ConfigError: another key is one.
+        """
+        for message in messages:
+            for call in message.get("tool_calls") or ():
+                function = call["function"]
+                if self._forged_key(function.get("arguments")) is not None:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        found = self._forged_key([messages, others])
+        if found is not None:
+            raise ConfigError(f"Got the key {found!r} but it holds the name of a control token: rename it")
+        return messages
+
+    def _forged_key(self, value: object) -> str | None:
+        keys = _keys(value)
+        return next((key for key in keys if any(marker in key for marker in self._markers)), None)
 
     def _has_markers(self, inputs: object) -> bool:
         """Whether a text of the caller's holds a control token's name, which must not become the token.
@@ -289,6 +311,26 @@ def _texts(value: object) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
+
+
+def _keys(value: object) -> Iterator[str]:
+    """All keys in nested values."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _keys(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _keys(item)
+
+
+def _encodable(text: str) -> str:
+    """A text without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 _MEDIA = {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file"}

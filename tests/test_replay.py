@@ -55,7 +55,7 @@ def test_messages_are_read_in_the_chat_templates_form(tokenizer: Tokenizer) -> N
 
 def test_a_gzipped_file_reads_like_a_plain_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
     zipped = tmp_path / "chats.jsonl.gz"
-    zipped.write_bytes(gzip.compress(CHATS.read_bytes()))
+    zipped.write_bytes(gzip.compress(CHATS.read_bytes(), mtime=0))
     assert load_conversations(zipped, tokenizer, ALL) == load_conversations(CHATS, tokenizer, ALL)
 
 
@@ -95,8 +95,8 @@ def test_content_that_is_no_text_counts_as_its_json(tokenizer: Tokenizer, tmp_pa
     ("name", "content", "message"),
     [
         ("plain.jsonl.gz", b'{"messages": []}', "Not a gzipped file"),
-        ("cut.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "end-of-stream"),
-        ("broken.jsonl.gz", gzip.compress(b"{}" * 99)[:15] + b"\xff" * 20, "Cannot read transcript"),
+        ("cut.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "end-of-stream"),
+        ("broken.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:15] + b"\xff" * 20, "Cannot read transcript"),
         ("text.jsonl", b"\nhello\n", "line 2, which is not JSON"),
         ("bytes.jsonl", b"\xff\xfe", "line 1, which is not JSON"),
         ("list.jsonl", b"[1]\n", "line 1 without messages"),

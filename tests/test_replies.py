@@ -117,3 +117,14 @@ def test_an_engine_takes_its_answers_apart_when_asked() -> None:
         assert isinstance(output.reply.tool_calls[0], ToolCall)
         deltas = [delta for chunk in chunks for delta in chunk.deltas]
         assert joined(deltas) == ("Well.", "hm", [("add", '{"a": 1, "b": [2, "}"]}')])
+
+
+@pytest.mark.parametrize("before", ["", "<think>hm</think>"])
+def test_white_space_is_held_without_looking_at_it_again(before: str) -> None:
+    parser = ReplyParser(HERMES, "<|im_start|>assistant\n")
+    parser.feed(before)
+    deltas = [delta for _ in range(3000) for delta in parser.feed("\n")]
+    assert deltas == []
+    assert len(parser._text._held) == (0 if before else 3000)
+    deltas += parser.feed("end")
+    assert "".join(delta.text for delta in deltas) == ("end" if before else "\n" * 3000 + "end")
