@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from llama_index.core.llms import ChatMessage
+import rich
+from llama_index.core.llms import ChatMessage, ChatResponse
 
 from copyspec_engine import Engine
 from llama_index.llms.copyspec import CopySpec, conversation
@@ -17,8 +18,8 @@ DOCUMENT = Path(__file__).parent / "documents" / "meeting_notes.md"
 STEPS = ('Replace "Wednesday" with "Thursday".', "Prepend this line:\nDRAFT, not yet approved")
 
 
-def rewrite(engine: Engine, drafter: str) -> tuple[str, float, float]:
-    """The last version, tokens per forward pass and seconds."""
+def rewrite(engine: Engine, drafter: str) -> tuple[ChatResponse, float, float]:
+    """The response with the last version, tokens per forward pass and seconds."""
     llm, text, start = CopySpec(engine=engine), DOCUMENT.read_text(encoding="utf-8"), time.perf_counter()
     tokens = passes = 0
     with conversation(f"minutes {drafter}"):
@@ -27,15 +28,17 @@ def rewrite(engine: Engine, drafter: str) -> tuple[str, float, float]:
             text = response.message.content or ""
             tokens += response.raw["usage"]["completion_tokens"]
             passes += response.raw["copyspec"]["num_forward_passes"]
-    return text, tokens / passes, time.perf_counter() - start
+    return response, tokens / passes, time.perf_counter() - start
 
 
 def main() -> None:
     with Engine() as engine:
         plain, _, plain_s = rewrite(engine, "none")
-        text, rate, seconds = rewrite(engine, "adaptive")
-    assert text == plain, "drafting never changes an answer"
-    print(text)
+        drafted, rate, seconds = rewrite(engine, "adaptive")
+    assert drafted.message.content == plain.message.content, "drafting never changes an answer"
+    print(drafted.message.content)
+    print("-- Where that was copied from, place by place:")
+    rich.print(CopySpec.explain(drafted))
     print(f"-- {rate:.1f} tokens per forward pass, {plain_s / seconds:.1f} times as fast as plain decoding, same text")
 
 

@@ -113,6 +113,18 @@ def test_a_copy_shares_the_engine(make_engine: MakeEngine) -> None:
     assert CopySpec(engine=engine).model_copy(deep=True).engine is engine
 
 
+def test_options_survive_a_dict_also_inside_of_a_completion_model() -> None:
+    llm = CopySpec(temperature=0.5, stop="x", drafter="copyspec", session_id="s")
+    assert CopySpec.from_dict(llm.to_dict()).to_dict() == llm.to_dict()
+    completion = CopySpecCompletion(llm=llm, system_prompt="be brief")
+    loaded = CopySpecCompletion.from_dict(completion.to_dict())
+    assert loaded.to_dict() == completion.to_dict()
+    assert isinstance(loaded.llm, CopySpec)
+    assert (loaded.llm.temperature, loaded.llm.session_id) == (0.5, "s")
+    with pytest.raises(ConfigError, match="unknown option klass"):
+        CopySpec.from_dict({**llm.to_dict(), "klass": "CopySpec"})
+
+
 def test_options_survive_json(make_engine: MakeEngine) -> None:
     llm = CopySpec(temperature=0.5, stop="x", drafter="copyspec", system_prompt="be brief")
     loaded = CopySpec.from_json(llm.to_json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -68,6 +69,15 @@ async def test_any_model_gives_an_object_of_the_class(bundled: Engine, form: str
     drafted, plain = [(await predict(llm, form, Compact, drafter=drafter))[-1] for drafter in ("adaptive", "none")]
     assert isinstance(drafted, Order)
     assert drafted == plain
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("output_cls", [int, dict[str, int], {"type": "object"}], ids=str)
+async def test_what_is_no_pydantic_class_is_refused_by_name(
+    make_engine: MakeEngine, form: str, output_cls: Any
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"output_cls={output_cls!r} but expected a subclass")):
+        await predict(CopySpec(engine=make_engine([])), form, output_cls)
 
 
 @pytest.mark.parametrize("form", FORMS[2:])

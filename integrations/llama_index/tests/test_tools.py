@@ -1,5 +1,8 @@
 """Tools: what the model is told of them, which calls it may write, and what LlamaIndex gets to see of a call."""
 
+import importlib.util
+import json
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,7 +11,7 @@ from llama_index.core.base.llms.types import ToolCallBlock
 from llama_index.core.llms import ChatMessage, ChatResponse, TextBlock
 from llama_index.core.tools import FunctionTool
 
-from copyspec_engine import ConfigError, Engine
+from copyspec_engine import ConfigError, CopySpecError, Engine
 from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
 
 MakeEngine = Callable[..., Engine]
@@ -27,6 +30,16 @@ def look(lamp: Literal["hall", "yard"]) -> str:
 
 
 TOOLS = [FunctionTool.from_defaults(switch), FunctionTool.from_defaults(look)]
+
+
+@pytest.fixture
+def no_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the extra "grammar" were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "llguidance" else find(name, *rest)
+    )
+    monkeypatch.setitem(sys.modules, "llguidance", None)
 
 
 async def ask(llm: CopySpec, form: str, **options: Any) -> list[ChatResponse]:
@@ -52,6 +65,51 @@ async def test_calls_come_with_ids_and_whole_arguments(make_engine: MakeEngine, 
     text, *blocks = responses[-1].message.blocks
     assert text == TextBlock(text="At once.")
     assert [block.tool_call_id for block in blocks if isinstance(block, ToolCallBlock)] == [c.tool_id for c in calls]
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_call_behind_one_that_cannot_be_read_is_made(
+    make_engine: MakeEngine, write_call: Any, form: str, no_llguidance: None
+) -> None:
+    answer = f"<tool_call>garbage</tool_call>\n{write_call('look', lamp='yard')}\n{write_call('look', lamp='hall')}"
+    llm = CopySpec(engine=make_engine(lambda prompt: answer), drafter="none")
+    for parallel, lamps in ((True, ["yard", "hall"]), (False, ["yard"])):
+        responses = await ask(llm, form, allow_parallel_tool_calls=parallel)
+        calls = llm.get_tool_calls_from_response(responses[-1])
+        assert [call.tool_kwargs["lamp"] for call in calls] == lamps
+        (invalid,) = responses[-1].raw["copyspec"]["invalid_tool_calls"]
+        assert invalid["arguments"] == "garbage"
+        shown = [block for r in responses for block in r.message.blocks if isinstance(block, ToolCallBlock)]
+        assert {block.tool_call_id for block in shown} == {call.tool_id for call in calls}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tools", [TOOLS, []], ids=["left out", "not there"])
+async def test_where_no_tool_may_be_called_no_call_is_made(
+    make_engine: MakeEngine, write_call: Any, form: str, tools: list[FunctionTool]
+) -> None:
+    answer = f"Well.\n{write_call('look', lamp='hall')}"
+    llm = CopySpec(engine=make_engine(lambda prompt: answer), drafter="none")
+    responses = await ask(llm, form, tools=tools, tool_choice="none")
+    for response in responses:
+        assert all(isinstance(block, TextBlock) for block in response.message.blocks)
+        assert response.message.additional_kwargs == {}
+        assert llm.get_tool_calls_from_response(response, error_on_no_tool_call=False) == []
+    assert responses[-1].message.content == "Well."
+    (invalid,) = responses[-1].raw["copyspec"]["invalid_tool_calls"]
+    assert (invalid["name"], json.loads(invalid["arguments"])) == ("look", {"lamp": "hall"})
+    assert "no tool was offered" in invalid["error"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_without_the_extra_free_calls_work_and_required_ones_say_what_to_install(
+    make_engine: MakeEngine, write_call: Any, form: str, no_llguidance: None
+) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: write_call("look", lamp="hall")))
+    (call,) = llm.get_tool_calls_from_response((await ask(llm, form))[-1])
+    assert (call.tool_name, call.tool_kwargs) == ("look", {"lamp": "hall"})
+    with pytest.raises(CopySpecError, match=r'pip install "copyspec\[grammar\]"'):
+        await ask(llm, form, tool_required=True)
 
 
 @pytest.mark.parametrize("form", FORMS[2:])
@@ -133,6 +191,16 @@ def test_a_call_and_its_result_go_back_with_their_id(make_engine: MakeEngine, wr
         llm.get_tool_calls_from_response(second)
 
 
+def test_chat_takes_tools_as_they_are_or_as_schemas(make_engine: MakeEngine, write_call: Any) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: write_call("look", lamp="hall")))
+    schemas = [tool.metadata.to_openai_tool() for tool in TOOLS]
+    for tools in (TOOLS, tuple(TOOLS), schemas):
+        response = llm.chat([ChatMessage("Look!")], tools=tools)
+        (call,) = llm.get_tool_calls_from_response(response)
+        assert (call.tool_name, call.tool_kwargs) == ("look", {"lamp": "hall"})
+        assert response.raw["usage"]["prompt_tokens"] == llm.count_tokens([ChatMessage("Look!")], TOOLS)
+
+
 def test_a_tool_is_called_by_its_own_name(make_engine: MakeEngine, write_call: Any) -> None:
     tool = FunctionTool.from_defaults(look, name="lamps.look[int]")
     llm = CopySpec(engine=make_engine(lambda prompt: write_call("lamps.look[int]", lamp="hall")))
@@ -165,10 +233,30 @@ def test_options_of_tools_without_tools_are_refused(echo: Engine) -> None:
     llm = CopySpec(engine=echo)
     with pytest.raises(ConfigError, match="tool_choice='required' without tools"):
         llm.chat([ChatMessage("hi")], tool_choice="required")
-    with pytest.raises(ConfigError, match="tools="):
-        llm.chat([ChatMessage("hi")], tools="add")
     with pytest.raises(ConfigError, match="unknown option tools"):
         CopySpecCompletion(llm=llm).complete("hi", tools=[{}])
+
+
+@pytest.mark.parametrize(
+    ("tools", "named"),
+    [
+        (5, "tools=5 but expected a list"),
+        (0, "tools=0 but expected a list"),
+        ("add", "tools='add' but expected a list"),
+        ({"type": "function"}, "tools={'type': 'function'} but expected a list"),
+        ([look], r"tools\[0\]=<function look .* FunctionTool.from_defaults"),
+        ([TOOLS[0], 5], r"tools\[1\]=5 but expected a tool"),
+    ],
+)
+def test_what_is_no_tool_is_refused_by_name(echo: Engine, tools: Any, named: str) -> None:
+    llm = CopySpec(engine=echo)
+    for call in (
+        lambda: llm.chat([ChatMessage("hi")], tools=tools),
+        lambda: llm.chat_with_tools(tools, "hi"),
+        lambda: llm.count_tokens([ChatMessage("hi")], tools),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            call()
 
 
 async def test_calls_are_the_same_with_and_without_drafting(bundled: Engine) -> None:

@@ -8,7 +8,7 @@ that its id belongs to. Images, audio, video, documents and citations raise, by 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -23,7 +23,7 @@ from llama_index.core.tools.types import BaseTool
 
 from copyspec_engine import ConfigError
 
-__all__ = ["to_engine_messages", "to_function_schema"]
+__all__ = ["to_engine_messages", "to_function_schemas"]
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -53,8 +53,25 @@ def to_engine_messages(messages: Sequence[ChatMessage]) -> tuple[dict[str, Any],
     return tuple(converted)
 
 
-def to_function_schema(tool: BaseTool) -> dict[str, Any]:
-    """An OpenAI-style schema, under the tool's own name: calls are looked up by it."""
+def to_function_schemas(tools: Iterable[BaseTool | dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """OpenAI-style schemas, under the tools' own names: calls are looked up by them.
+
+    Raises:
+        ConfigError: this is no list, or one of something else.
+    """
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise ConfigError(f"Got tools={tools!r} but expected a list of tools or function schemas")
+    return tuple(_to_function_schema(position, tool) for position, tool in enumerate(tools))
+
+
+def _to_function_schema(position: int, tool: object) -> dict[str, Any]:
+    if isinstance(tool, dict):
+        return tool
+    if not isinstance(tool, BaseTool):
+        raise ConfigError(
+            f"Got tools[{position}]={tool!r} but expected a tool or a function schema: FunctionTool.from_defaults "
+            "makes a tool of a function"
+        )
     schema = tool.metadata.to_openai_tool(skip_length_check=True)
     return {**schema, "function": {**schema["function"], "name": tool.metadata.get_name()}}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import field_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
 from copyspec_engine.adapters import AdapterOptions, clear_errors
+from llama_index.llms.copyspec._convert import to_function_schemas
 
 __all__ = ["Call", "CallOptions", "ToolUse", "closed", "take_tools"]
 
@@ -68,18 +70,28 @@ class ToolUse:
     tools: tuple[dict[str, Any], ...]
     """OpenAI-style schemas."""
     choice: str
-    """"auto", "required" or a function's name."""
+    """"auto", "none", "required" or a function's name."""
     parallel: bool
     """Several calls in one answer."""
 
+    @property
+    def max_calls(self) -> int | None:
+        """Most calls in one answer; None: any number."""
+        if self.choice == "none":
+            return 0
+        return None if self.parallel else 1
+
     def grammar(self, engine: Engine) -> Grammar | None:
-        """What holds the answer to well-formed calls; None where only the model knows how it writes them.
+        """What holds the answer to well-formed calls.
+
+        None where calls of the model's own free will can only be read: nobody else knows how it writes them, or the
+        extra "grammar" is not installed.
 
         Raises:
             ConfigError: calls are required of such a model.
         """
         chat_format = engine.chat_format
-        if chat_format.calls is None and self.choice == "auto":
+        if self.choice == "auto" and (chat_format.calls is None or importlib.util.find_spec("llguidance") is None):
             return None
         return chat_format.grammar(tuple(map(_strict, self.tools)), self.choice, parallel=self.parallel)
 
@@ -107,15 +119,20 @@ class Call:
     response_format: Grammar | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.tool_use is not None and self.prompt is not None:
+        if self.offered is not None and self.prompt is not None:
             raise ConfigError("Got tools with a formatted prompt but expected messages: the chat template writes tools")
-        if self.tool_use is not None and self.response_format is not None:
+        if self.offered is not None and self.response_format is not None:
             raise ConfigError("Got response_format with tools but expected one of them: an answer has one form")
 
     @property
-    def parallel(self) -> bool:
-        """Several tool calls may be in the answer."""
-        return self.tool_use is None or self.tool_use.parallel
+    def offered(self) -> ToolUse | None:
+        """The tools that the prompt tells of: with the choice "none" it tells of none."""
+        return None if self.tool_use is None or self.tool_use.choice == "none" else self.tool_use
+
+    @property
+    def max_calls(self) -> int | None:
+        """Most tool calls that the answer may have; None: any number."""
+        return None if self.tool_use is None else self.tool_use.max_calls
 
     def request(self, engine: Engine) -> GenerationRequest:
         """What to ask of `engine`.
@@ -123,7 +140,7 @@ class Call:
         Raises:
             ConfigError: no answer can have the form that is asked for.
         """
-        tools = self.tool_use
+        tools = self.offered
         return GenerationRequest(
             messages=self.messages,
             prompt=self.prompt,
@@ -136,24 +153,22 @@ class Call:
 
 
 def take_tools(options: dict[str, Any]) -> tuple[ToolUse | None, dict[str, Any]]:
-    """What a call's options say of tools, and the others. `tool_choice="none"` leaves the tools out.
+    """What a call's options say of tools, and the others.
 
     Raises:
-        ConfigError: an option of tools without tools, or a choice that is none.
+        ConfigError: an option of tools without tools, something that is no tool, or a choice that is none.
     """
     others = dict(options)
-    tools = others.pop("tools", None)
+    given = others.pop("tools", None)
+    tools = () if given is None else to_function_schemas(given)
     choice = others.pop("tool_choice", None)
     parallel = others.pop("parallel_tool_calls", None)
     if not tools:
         if choice not in (None, "auto", "none"):
             raise ConfigError(f"Got tool_choice={choice!r} without tools: pass tools=, or leave tool_choice out")
-        return None, others
-    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-        raise ConfigError(f"Got tools={tools!r} but expected a list of function schemas")
-    if choice == "none":
-        return None, others
-    return ToolUse(tuple(tools), _choice(choice), parallel is not False), others
+        if choice != "none":
+            return None, others
+    return ToolUse(tools, _choice(choice), parallel is not False), others
 
 
 def _choice(choice: object) -> str:

@@ -66,13 +66,14 @@ class Answer:
         engine: which writes it.
         model: its name.
         request: what was asked.
-        parallel: False keeps the first tool call only.
+        max_calls: keeps this many tool calls, the first ones; None: all.
     """
 
-    def __init__(self, engine: Engine, model: str, request: GenerationRequest, *, parallel: bool = True) -> None:
-        self._engine, self._model, self._request, self._parallel = engine, model, request, parallel
+    def __init__(self, engine: Engine, model: str, request: GenerationRequest, *, max_calls: int | None = None) -> None:
+        self._engine, self._model, self._request, self._max_calls = engine, model, request, max_calls
         self._text = self._thinking = ""
-        self._calls: list[_WrittenCall] = []
+        self._calls: dict[int, _WrittenCall] = {}
+        """By the engine's numbers, in order; one that cannot be read has a number but never comes."""
         self._delta, self._thinking_delta = "", ""
         self._segments: list[Segment] = []
         self._logprobs: list[TokenLogprob] | None = None
@@ -81,10 +82,16 @@ class Answer:
 
     @classmethod
     def whole(
-        cls, engine: Engine, model: str, request: GenerationRequest, output: GenerationOutput, *, parallel: bool = True
+        cls,
+        engine: Engine,
+        model: str,
+        request: GenerationRequest,
+        output: GenerationOutput,
+        *,
+        max_calls: int | None = None,
     ) -> Answer:
         """An answer that came in one piece; its responses have no `delta`."""
-        answer = cls(engine, model, request, parallel=parallel)
+        answer = cls(engine, model, request, max_calls=max_calls)
         answer.take(
             StreamChunk(
                 output.request_id,
@@ -121,18 +128,23 @@ class Answer:
         elif delta.kind == "text":
             self._add_text(delta.text)
         else:
-            if delta.index >= len(self._calls):
-                for call in self._calls:
-                    call.end()
-                self._calls.append(_WrittenCall(delta.id, delta.name or ""))
-            call = self._calls[delta.index]
-            if isinstance(call.arguments, str):
-                call.arguments += delta.text
+            self._take_call(delta)
+
+    def _take_call(self, delta: ReplyDelta) -> None:
+        if delta.index not in self._calls:
+            for call in self._calls.values():
+                call.end()
+            if len(self._calls) == self._max_calls:
+                return
+            self._calls[delta.index] = _WrittenCall(delta.id, delta.name or "")
+        call = self._calls[delta.index]
+        if isinstance(call.arguments, str):
+            call.arguments += delta.text
 
     def _finish(self, reply: Reply) -> None:
         """Only whole calls stay."""
-        calls = reply.tool_calls if self._parallel else reply.tool_calls[:1]
-        self._calls = [_WrittenCall(call.id, call.name, call.arguments) for call in calls]
+        calls = reply.tool_calls[: self._max_calls]
+        self._calls = {at: _WrittenCall(call.id, call.name, call.arguments) for at, call in enumerate(calls)}
 
     def _add_text(self, text: str) -> None:
         self._text += text
@@ -145,7 +157,7 @@ class Answer:
         blocks: list[ContentBlock] = [ThinkingBlock(content=self._thinking)] if self._thinking else []
         if self._text or not self._calls:
             blocks.append(TextBlock(text=self._text))
-        blocks += [call.block() for call in self._calls]
+        blocks += [call.block() for call in self._calls.values()]
         message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=self._older_calls())
         response = ChatResponse(
             message=message,
@@ -181,7 +193,7 @@ class Answer:
                 "type": "function",
                 "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
             }
-            for call in self._calls
+            for call in self._calls.values()
             if isinstance(call.arguments, dict)
         ]
         return {"tool_calls": calls} if calls else {}
@@ -195,11 +207,8 @@ class Answer:
         output = self._output
         if output is None:
             return {"model": self._model, "copyspec": copyspec}
-        if output.reply is not None and output.reply.invalid_tool_calls:
-            copyspec["invalid_tool_calls"] = [
-                {"id": call.id, "name": call.name, "arguments": call.arguments, "error": call.error}
-                for call in output.reply.invalid_tool_calls
-            ]
+        if output.reply is not None and (invalid := self._invalid_calls(output.reply)):
+            copyspec["invalid_tool_calls"] = invalid
         return {
             "model": self._model,
             "finish_reason": output.finish_reason,
@@ -211,6 +220,21 @@ class Answer:
             },
             "copyspec": {**copyspec, **answer_metadata(output)},
         }
+
+    def _invalid_calls(self, reply: Reply) -> list[dict[str, Any]]:
+        """Calls that nobody makes, and why: they cannot be read, or there was nothing to call."""
+        invalid = [(call.id, call.name, call.arguments, call.error) for call in reply.invalid_tool_calls]
+        if self._max_calls == 0:
+            invalid += [
+                (
+                    call.id,
+                    call.name,
+                    json.dumps(call.arguments, ensure_ascii=False),
+                    'no tool was offered: tool_choice="none"',
+                )
+                for call in reply.tool_calls
+            ]
+        return [dict(zip(("id", "name", "arguments", "error"), values, strict=True)) for values in invalid]
 
     def _response_logprobs(self) -> list[list[LogProb]] | None:
         """For each new token its own log-probability, then those of the other likeliest ones."""

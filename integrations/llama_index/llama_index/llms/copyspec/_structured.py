@@ -7,7 +7,7 @@ give the object as far as it is written. The other program modes work as in ever
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole, TextBlock
 from llama_index.core.instrumentation.events.llm import (
@@ -21,15 +21,12 @@ from llama_index.core.program.utils import FlexibleModel, create_flexible_model
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.types import Model, PydanticProgramMode
 from llama_index_instrumentation import get_dispatcher
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from typing_extensions import override
 
 from copyspec_engine import ConfigError, Grammar
 from llama_index.llms.copyspec._options import closed
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 __all__ = ["GrammarStructuredLLM"]
 
@@ -50,9 +47,11 @@ class GrammarStructuredLLM(LLM):
         """An object of `output_cls`.
 
         Raises:
-            ConfigError: the answer was cut off, or no grammar can be made of the schema.
+            ConfigError: `output_cls` is no pydantic class, no grammar can be made of its schema, or the answer was
+                cut off.
             ValidationError: a validator of the class refuses the answer.
         """
+        _check_class(output_cls)
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             return cast("Model", super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args))
         dispatcher.event(_start(output_cls, prompt, prompt_args))
@@ -74,6 +73,7 @@ class GrammarStructuredLLM(LLM):
         **prompt_args: Any,
     ) -> Model:
         """`structured_predict` for an event loop."""
+        _check_class(output_cls)
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             result = await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
             return cast("Model", result)
@@ -100,6 +100,7 @@ class GrammarStructuredLLM(LLM):
 
         What is not valid yet comes as a `FlexibleModel`, whose missing fields are None.
         """
+        _check_class(output_cls)
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             yield from super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
             return
@@ -126,6 +127,7 @@ class GrammarStructuredLLM(LLM):
         **prompt_args: Any,
     ) -> AsyncGenerator[Model | FlexibleModel, None]:
         """`stream_structured_predict` for an event loop."""
+        _check_class(output_cls)
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             return cast(
                 "AsyncGenerator[Model | FlexibleModel, None]",
@@ -192,6 +194,11 @@ class _Partial:
         except ValidationError:
             self.value = self._flexible.model_validate(data)
         return True
+
+
+def _check_class(output_cls: object) -> None:
+    if not isinstance(output_cls, type) or not issubclass(output_cls, BaseModel):
+        raise ConfigError(f"Got output_cls={output_cls!r} but expected a subclass of pydantic.BaseModel")
 
 
 def _start(

@@ -32,6 +32,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 
 from copyspec_engine import (
+    ConfigError,
     ConversationMemory,
     Engine,
     EngineConfig,
@@ -40,7 +41,7 @@ from copyspec_engine import (
     shared_engine,
 )
 from copyspec_engine.adapters import adopt_engine, clear_errors, explain_metadata, model_facts
-from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schema
+from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
 from llama_index.llms.copyspec._responses import Answer
 from llama_index.llms.copyspec._sessions import named_session, step_session
@@ -99,8 +100,11 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
 
     @model_validator(mode="before")
     @classmethod
-    def _adopt_engine(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return adopt_engine(options)
+    def _adopt_engine(cls, options: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+        if not isinstance(options, dict):
+            return options  # pydantic will say what is wrong
+        # LlamaIndex writes the name of the class beside the fields, and takes only the outermost one out again.
+        return adopt_engine({name: value for name, value in options.items() if name != "class_name"})
 
     @model_validator(mode="after")
     def _check_engine_config(self) -> CopySpec:
@@ -164,21 +168,37 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
 
     def count_tokens(self, messages: Sequence[ChatMessage], tools: Sequence[BaseTool] = ()) -> int:
         """Exactly the prompt tokens of a call with `messages` and `tools`; loads the model if no one has."""
-        schemas = tuple(to_function_schema(tool) for tool in tools) or None
+        schemas = to_function_schemas(tools) or None
         return len(self._get_engine().tokenize(GenerationRequest(messages=to_engine_messages(messages), tools=schemas)))
 
     # What was copied, and what is remembered
 
     @staticmethod
     def explain(response: ChatResponse | CompletionResponse) -> Explanation:
-        """Where an answer was copied from, span by span: which message of its call, and which character there.
+        """Where an answer was copied from, span by span; `rich.print` shows it in colour.
 
-        Takes a whole response, or the last one of a stream. What stands in no message of the call comes from the
-        conversation's memory, and is shown with some text around it. `rich.print` shows it in colour.
+        Takes a whole response, or the last one of a stream. The `source` of a span is one of:
+
+        - "prompt": of this call, `message` from 0 and `offset` in characters of its content; no `message` in what the
+          chat template writes around contents, and in a raw prompt;
+        - "answer": what this answer said before, at `offset`;
+        - "prediction": the one of this call, at `offset`;
+        - "earlier_prompt", "earlier_answer", "earlier_prediction": a text of the conversation's memory that is not in
+          this prompt;
+        - "pool": what another conversation put into the `memory_pool`;
+        - "grammar": nothing else was allowed;
+        - "frequent": a token that is just frequent, copied from no text.
+
+        What is in no text of this call has no `offset`; `before` and `after` have up to 60 characters around it.
 
         Raises:
-            ConfigError: the response is no whole answer of ours, or its text was changed.
+            ConfigError: this is no response, no whole one of ours, or its text was changed.
         """
+        if not isinstance(response, ChatResponse | CompletionResponse):
+            raise ConfigError(
+                f"Got {response!r} but expected a ChatResponse or CompletionResponse: what chat or complete gives, or "
+                "the last one of a stream"
+            )
         text = response.text if isinstance(response, CompletionResponse) else response.message.content
         raw = response.raw if isinstance(response.raw, dict) else {}
         return explain_metadata(raw.get("copyspec"), text or "")
@@ -266,7 +286,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         message = ChatMessage(role=MessageRole.USER, content=user_msg) if isinstance(user_msg, str) else user_msg
         return {
             "messages": [*(chat_history or ()), *(() if message is None else (message,))],
-            "tools": [to_function_schema(tool) for tool in tools] or None,
+            "tools": to_function_schemas(tools) or None,
             "tool_choice": tool_choice or ("required" if tool_required and tools else None),
             "parallel_tool_calls": allow_parallel_tool_calls,
             **options,
@@ -326,18 +346,18 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         engine = self._get_engine()
         request = call.request(engine)
         output = engine.generate(request)
-        return respond(Answer.whole(engine, self.model, request, output, parallel=call.parallel))
+        return respond(Answer.whole(engine, self.model, request, output, max_calls=call.max_calls))
 
     async def _awhole(self, call: Call, respond: Respond[Response]) -> Response:
         engine = await self._aget_engine()
         request = call.request(engine)
         output = await engine.agenerate(request)
-        return respond(Answer.whole(engine, self.model, request, output, parallel=call.parallel))
+        return respond(Answer.whole(engine, self.model, request, output, max_calls=call.max_calls))
 
     def _parts(self, call: Call, respond: Respond[Response]) -> Generator[Response, None, None]:
         engine = self._get_engine()
         request = call.request(engine)
-        answer = Answer(engine, self.model, request, parallel=call.parallel)
+        answer = Answer(engine, self.model, request, max_calls=call.max_calls)
         with engine.stream(request) as chunks:
             for chunk in chunks:
                 if answer.take(chunk):
@@ -346,7 +366,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     async def _aparts(self, call: Call, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
         engine = await self._aget_engine()
         request = call.request(engine)
-        answer = Answer(engine, self.model, request, parallel=call.parallel)
+        answer = Answer(engine, self.model, request, max_calls=call.max_calls)
         async with aclosing(engine.astream(request)) as chunks:
             async for chunk in chunks:
                 if answer.take(chunk):
