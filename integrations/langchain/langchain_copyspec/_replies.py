@@ -40,6 +40,8 @@ class ReplyWriter:
         self._engine, self._call, self._model, self._blocks = engine, call, model, blocks
         self._first = True
         self._index, self._part = -1, ("", 0)
+        self._places: dict[int, int] = {}
+        """Content blocks by the indices of their calls: what ends a call may come behind another one."""
         self._arguments: dict[int, str] = {}
         self._calls: dict[str, int] = {}
 
@@ -102,16 +104,21 @@ class ReplyWriter:
         """
         for call in reply.tool_calls:
             if call.id not in self._calls:
-                yield ReplyDelta("tool_call", json.dumps(call.arguments), len(self._calls), call.id, call.name)
-                self._calls[call.id] = len(self._calls)
+                self._calls[call.id] = self._free_index()
+                args = json.dumps(call.arguments)
+                yield ReplyDelta("tool_call", args, self._calls[call.id], call.id, call.name)
         for invalid in reply.invalid_tool_calls:
-            index = self._calls.setdefault(invalid.id, len(self._calls))
+            index = self._calls.setdefault(invalid.id, self._free_index())
             sent = self._arguments.get(index)
             if sent is None:
                 args = invalid.arguments
                 yield ReplyDelta("tool_call", args + _ending(args), index, invalid.id, invalid.name)
             elif _ending(sent):
                 yield ReplyDelta("tool_call", _ending(sent), index)
+
+    def _free_index(self) -> int:
+        """An index that no call has: those that are unreadable so far have one that is not in any delta."""
+        return 1 + max((*self._calls.values(), *self._arguments), default=-1)
 
     def _note(self, delta: ReplyDelta) -> None:
         if delta.kind == "tool_call":
@@ -120,15 +127,17 @@ class ReplyWriter:
                 self._calls[delta.id] = delta.index
 
     def _piece(self, delta: ReplyDelta) -> AIMessageChunk:
-        if (delta.kind, delta.index) != self._part:
-            self._part = (delta.kind, delta.index)
+        is_call = delta.kind == "tool_call"
+        if (delta.kind, delta.index) != self._part and not (is_call and delta.index in self._places):
             self._index += 1
-        index = self._index if self._blocks else delta.index
-        if delta.kind == "tool_call":
+        self._part = (delta.kind, delta.index)
+        if is_call:
+            place = self._places.setdefault(delta.index, self._index)
+            index = place if self._blocks else delta.index
             part = tool_call_chunk(name=delta.name, args=delta.text, id=delta.id, index=index)
             return self._chunk([dict(part)] if self._blocks else "", {"tool_call_chunks": [part]})
         if self._blocks:
-            return self._chunk([{"type": delta.kind, delta.kind: delta.text, "index": index}], {})
+            return self._chunk([{"type": delta.kind, delta.kind: delta.text, "index": self._index}], {})
         if delta.kind == "text":
             return self._chunk(delta.text, {})
         return self._chunk("", {"additional_kwargs": {"reasoning_content": delta.text}})
