@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import rich
 from _compare import compare
 from langchain_core.messages import AIMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -34,7 +35,8 @@ def run(llm: ChatCopySpec) -> list[AIMessage]:
 
 def main() -> None:
     answers = compare(run)
-    print(answers[-1].text)
+    print("the last version, coloured by where it was copied from:")
+    rich.print(ChatCopySpec.explain(answers[-1]))
 
 
 if __name__ == "__main__":
