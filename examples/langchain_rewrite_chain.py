@@ -35,7 +35,8 @@ def run(llm: ChatCopySpec) -> list[AIMessage]:
 
 def main() -> None:
     answers = compare(run)
-    print("the last version, coloured by where it was copied from:")
+    print(answers[-1].text)
+    print("\nColoured by where it was copied from:")
     rich.print(ChatCopySpec.explain(answers[-1]))
 
 
