@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import rich
 from _compare import compare
 from langchain_core.messages import AIMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -35,6 +36,8 @@ def run(llm: ChatCopySpec) -> list[AIMessage]:
 def main() -> None:
     answers = compare(run)
     print(answers[-1].text)
+    print("\nColoured by where it was copied from:")
+    rich.print(ChatCopySpec.explain(answers[-1]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ template writes them as the model did. Images, audio and files raise, by name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,8 @@ class _Parts:
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
+    invalid: set[str] = field(default_factory=set)
+    """Ids of calls that are malformed, which are in a field of the message too."""
 
 
 def to_engine_messages(messages: Sequence[BaseMessage]) -> tuple[dict[str, Any], ...]:
@@ -116,14 +119,20 @@ def _add_answer_parts(own: dict[str, Any], message: AIMessage, parts: _Parts) ->
     reasoning = parts.reasoning or message.additional_kwargs.get("reasoning_content")
     if isinstance(reasoning, str) and reasoning:
         own["reasoning_content"] = reasoning
-    known = {call["id"] for call in message.tool_calls}
+    known = {call["id"] or "" for call in message.tool_calls}
     calls = [_call(call["id"], call["name"], call["args"]) for call in message.tool_calls]
     calls += [call for call in parts.calls if call["id"] not in known]
     if calls:
         own["tool_calls"] = calls
     for call in message.invalid_tool_calls:
-        written = " ".join(part for part in (call.get("name"), call.get("args")) if part)
+        written = _as_written(call.get("name") or "", call.get("args") or "")
         own["content"] = f"{own['content']}\n{written}" if own["content"] else written
+
+
+def _as_written(name: str, arguments: str) -> str:
+    """A call that could not be read: its arguments may be all that was written of it, with its name before them."""
+    begins = r"\W*(?:(?:name|function|tool|tool_name)\W+)?" + re.escape(name) + r"(?!\w)"
+    return arguments if re.match(begins, arguments) else f"{name} {arguments}".strip()
 
 
 def _call(call_id: str | None, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +141,8 @@ def _call(call_id: str | None, name: str, arguments: dict[str, Any]) -> dict[str
 
 def _read(position: int, message: BaseMessage) -> _Parts:
     parts = _Parts()
+    if isinstance(message, AIMessage):
+        parts.invalid = {call["id"] or "" for call in message.invalid_tool_calls}
     for block in [message.content] if isinstance(message.content, str) else message.content:
         _read_block(position, block, parts)
     return parts
@@ -147,7 +158,9 @@ def _read_block(position: int, block: str | dict[str, Any], parts: _Parts) -> No
     elif kind in ("reasoning", "thinking", "reasoning_content"):
         parts.reasoning += _reasoning(block)
     elif kind in _CALLS and isinstance(block.get("name"), str):
-        parts.calls.append(_call(block.get("call_id") or block.get("id"), block["name"], _arguments(position, block)))
+        call_id = block.get("call_id") or block.get("id") or ""
+        if call_id not in parts.invalid:
+            parts.calls.append(_call(call_id, block["name"], _arguments(position, block)))
     elif kind == "tool_result":
         result = _Parts()
         content = block.get("content") or ""
@@ -155,6 +168,11 @@ def _read_block(position: int, block: str | dict[str, Any], parts: _Parts) -> No
             _read_block(position, inner, result)
         parts.results.append(
             {"role": "tool", "content": result.text, "tool_call_id": str(block.get("tool_use_id") or "")}
+        )
+    elif kind in _TEXTS:
+        raise ConfigError(
+            f"Got text={block.get('text')!r} in a content block of type {kind!r} in messages[{position}] but expected "
+            "a string"
         )
     elif kind not in _WRITTEN_ELSEWHERE:
         raise ConfigError(_unreadable(position, kind))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from langchain_core.messages import AIMessage
 
-from copyspec_engine import Explanation
+from copyspec_engine import ConfigError, Explanation
 from copyspec_engine.adapters import explain_metadata
 
 __all__ = ["explain"]
@@ -16,4 +16,6 @@ def explain(message: AIMessage) -> Explanation:
     Raises:
         ConfigError: the message is no whole answer of ours, or its text was changed.
     """
+    if not isinstance(message, AIMessage):
+        raise ConfigError(f"Got message={message!r} but expected the AIMessage that a call returned")
     return explain_metadata(message.response_metadata.get("copyspec"), str(message.text))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -15,7 +16,16 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.utils.json import parse_partial_json
 
-from copyspec_engine import Engine, GenerationOutput, Reply, ReplyDelta, Segment, StreamChunk, TokenLogprob
+from copyspec_engine import (
+    Engine,
+    GenerationOutput,
+    InvalidToolCall,
+    Reply,
+    ReplyDelta,
+    Segment,
+    StreamChunk,
+    TokenLogprob,
+)
 from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata
 from langchain_copyspec._calls import Call
 from langchain_copyspec._convert import PROVIDER
@@ -40,6 +50,8 @@ class ReplyWriter:
         self._engine, self._call, self._model, self._blocks = engine, call, model, blocks
         self._first = True
         self._index, self._part = -1, ("", 0)
+        self._places: dict[int, int] = {}
+        """Content blocks by the indices of their calls: what ends a call may come behind another one."""
         self._arguments: dict[int, str] = {}
         self._calls: dict[str, int] = {}
 
@@ -50,7 +62,7 @@ class ReplyWriter:
         output = last.output
         assert output is not None, "the last chunk has the whole answer"
         assert output.reply is not None, "every request asks for the parts"
-        reply = output.reply
+        reply = self._allowed(output.reply)
         segments = output.segments if self._call.include_segments else ()
         metadata = {"model_provider": PROVIDER, **self._metadata(output, segments), **self._logprobs(output.logprobs)}
         calls = [{"name": call.name, "args": call.arguments, "id": call.id} for call in reply.tool_calls]
@@ -67,6 +79,16 @@ class ReplyWriter:
             response_metadata={**metadata, "output_version": "v1"} if self._blocks else metadata,
         )
 
+    def _allowed(self, reply: Reply) -> Reply:
+        """The answer, whose calls are invalid where none was to be made: text may look like one."""
+        if self._call.may_call:
+            return reply
+        error = "a call of no tool that was offered: tool_choice is 'none'"
+        refused = tuple(
+            InvalidToolCall(call.id, call.name, json.dumps(call.arguments), error) for call in reply.tool_calls
+        )
+        return replace(reply, tool_calls=(), invalid_tool_calls=refused + reply.invalid_tool_calls)
+
     # A stream
 
     def chunks(self, chunk: StreamChunk) -> list[AIMessageChunk]:
@@ -79,7 +101,7 @@ class ReplyWriter:
         for delta in deltas:
             self._note(delta)
         if chunk.output is not None and chunk.output.reply is not None:
-            deltas += self._corrections(chunk.output.reply)
+            deltas += self._corrections(self._allowed(chunk.output.reply))
         made = [self._piece(delta) for delta in deltas]
         if chunk.output is not None:
             made.append(self._chunk([] if self._blocks else "", {}))
@@ -102,16 +124,21 @@ class ReplyWriter:
         """
         for call in reply.tool_calls:
             if call.id not in self._calls:
-                yield ReplyDelta("tool_call", json.dumps(call.arguments), len(self._calls), call.id, call.name)
-                self._calls[call.id] = len(self._calls)
+                self._calls[call.id] = self._free_index()
+                args = json.dumps(call.arguments)
+                yield ReplyDelta("tool_call", args, self._calls[call.id], call.id, call.name)
         for invalid in reply.invalid_tool_calls:
-            index = self._calls.setdefault(invalid.id, len(self._calls))
+            index = self._calls.setdefault(invalid.id, self._free_index())
             sent = self._arguments.get(index)
             if sent is None:
                 args = invalid.arguments
                 yield ReplyDelta("tool_call", args + _ending(args), index, invalid.id, invalid.name)
             elif _ending(sent):
                 yield ReplyDelta("tool_call", _ending(sent), index)
+
+    def _free_index(self) -> int:
+        """An index that no call has: those that are unreadable so far have one that is not in any delta."""
+        return 1 + max((*self._calls.values(), *self._arguments), default=-1)
 
     def _note(self, delta: ReplyDelta) -> None:
         if delta.kind == "tool_call":
@@ -120,15 +147,17 @@ class ReplyWriter:
                 self._calls[delta.id] = delta.index
 
     def _piece(self, delta: ReplyDelta) -> AIMessageChunk:
-        if (delta.kind, delta.index) != self._part:
-            self._part = (delta.kind, delta.index)
+        is_call = delta.kind == "tool_call"
+        if (delta.kind, delta.index) != self._part and not (is_call and delta.index in self._places):
             self._index += 1
-        index = self._index if self._blocks else delta.index
-        if delta.kind == "tool_call":
+        self._part = (delta.kind, delta.index)
+        if is_call:
+            place = self._places.setdefault(delta.index, self._index)
+            index = place if self._blocks else delta.index
             part = tool_call_chunk(name=delta.name, args=delta.text, id=delta.id, index=index)
             return self._chunk([dict(part)] if self._blocks else "", {"tool_call_chunks": [part]})
         if self._blocks:
-            return self._chunk([{"type": delta.kind, delta.kind: delta.text, "index": index}], {})
+            return self._chunk([{"type": delta.kind, delta.kind: delta.text, "index": self._index}], {})
         if delta.kind == "text":
             return self._chunk(delta.text, {})
         return self._chunk("", {"additional_kwargs": {"reasoning_content": delta.text}})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal, cast
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import LanguageModelInput
@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, Generation
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.pydantic import TBaseModel, is_basemodel_subclass
 
 __all__ = ["Method", "answer_parser", "call_parser", "with_raw"]
@@ -68,12 +68,83 @@ def call_parser(schema: dict[str, Any] | type, name: str) -> BaseOutputParser[An
     return _WholeJsonCall(key_name=name, first_tool_only=True)
 
 
+class _RawResult(dict[str, Any]):
+    """A part of a streamed result: adding the next one adds its message, and replaces everything else."""
+
+    def __add__(self, other: dict[str, Any]) -> _RawResult:
+        both = _RawResult({**self, **other})
+        if "raw" in self and "raw" in other:
+            both["raw"] = self["raw"] + other["raw"]
+        return both
+
+
+class _WithRaw(Runnable[AIMessage, dict[str, Any]]):
+    """Reads a message, whole or while it comes, and keeps it beside the object or the reason why there is none."""
+
+    def __init__(self, parser: BaseOutputParser[Any]) -> None:
+        self._parser = parser
+
+    def invoke(self, input: AIMessage, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        return self._call_with_config(lambda message: {"raw": message, **self._read(message)}, input, config, **kwargs)
+
+    def transform(
+        self,
+        input: Iterator[AIMessage],
+        config: RunnableConfig | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Iterator[dict[str, Any]]:
+        yield from self._transform_stream_with_config(input, self._results, config, **kwargs)
+
+    async def atransform(
+        self,
+        input: AsyncIterator[AIMessage],
+        config: RunnableConfig | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> AsyncIterator[dict[str, Any]]:
+        async for result in self._atransform_stream_with_config(input, self._aresults, config, **kwargs):
+            yield result
+
+    def _results(self, messages: Iterator[AIMessage]) -> Iterator[dict[str, Any]]:
+        whole, parsed = None, None
+        for message in messages:
+            whole = message if whole is None else cast("AIMessage", whole + message)
+            result, parsed = self._part(message, whole, parsed)
+            yield result
+        if whole is not None:
+            yield _RawResult(self._read(whole))
+
+    async def _aresults(self, messages: AsyncIterator[AIMessage]) -> AsyncIterator[dict[str, Any]]:
+        whole, parsed = None, None
+        async for message in messages:
+            whole = message if whole is None else cast("AIMessage", whole + message)
+            result, parsed = self._part(message, whole, parsed)
+            yield result
+        if whole is not None:
+            yield _RawResult(self._read(whole))
+
+    def _part(self, message: AIMessage, whole: AIMessage, last: object) -> tuple[dict[str, Any], object]:
+        """What one more chunk gives: itself, and the object so far where it has grown."""
+        result = _RawResult(raw=message)
+        parsed = self._read(whole, partial=True)["parsed"]
+        if parsed is None or parsed == last:
+            return result, last
+        result["parsed"] = parsed
+        return result, parsed
+
+    def _read(self, message: AIMessage, *, partial: bool = False) -> dict[str, Any]:
+        try:
+            parsed = self._parser.parse_result([ChatGeneration(message=message)], partial=partial)
+        except Exception as error:  # whatever it is, the caller asked to be handed it
+            return {"parsed": None, "parsing_error": error}
+        return {"parsed": parsed, "parsing_error": None}
+
+
 def with_raw(
     model: Runnable[LanguageModelInput, AIMessage], parser: BaseOutputParser[Any]
 ) -> Runnable[LanguageModelInput, dict[str, Any]]:
-    """Gives {"raw": message, "parsed": object or None, "parsing_error": exception or None}."""
-    parsed: Any = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-    failed: Any = RunnablePassthrough.assign(parsed=lambda _: None)
-    reading: Any = parsed.with_fallbacks([failed], exception_key="parsing_error")
-    raw: Any = RunnableMap(raw=model)
-    return raw | reading  # type: ignore[no-any-return]
+    """Gives {"raw": message, "parsed": object or None, "parsing_error": exception or None}.
+
+    Streams give {"raw": chunk} for each chunk, with "parsed" wherever the object has grown, and at last the final
+    "parsed" and "parsing_error"; adding them up gives what `invoke` gives.
+    """
+    return model | _WithRaw(parser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.tools import BaseTool
@@ -24,6 +24,8 @@ def convert_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: one of them cannot be read as a function, or is a server's own tool.
     """
+    if not isinstance(tools, Iterable) or isinstance(tools, (str, Mapping)):
+        raise ConfigError(f"Got tools={tools!r} but expected a list of functions, classes, tools or schemas")
     converted = []
     for tool in tools:
         try:
@@ -39,10 +41,17 @@ def convert_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
-    """The JSON schema of a class, a function schema, or itself."""
+    """The JSON schema of a class, a function schema, or itself.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
     if isinstance(schema, Mapping) and "title" not in schema and "name" not in schema:
         return dict(schema)
-    return convert_to_json_schema(schema)
+    try:
+        return convert_to_json_schema(schema)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"Got schema={schema!r} but expected a class or a JSON schema: {error}") from error
 
 
 class ToolOptions(BaseModel):

@@ -183,7 +183,8 @@ class ChatCopySpec(CallOptions, ConversationalModel):
             tools: functions, classes, tools or schemas.
             tool_choice: "auto" (the default): the model decides; "any", "required" or True: it calls at least one;
                 a tool's name, or OpenAI's or Anthropic's dict with it: it calls that one; "none" or False: it is told
-                of none. A call that is asked for needs the extra "grammar".
+                of none, and what it calls nevertheless is an invalid call. A call that is asked for needs the extra
+                "grammar".
             parallel_tool_calls: False: at most one call in an answer; needs the extra "grammar".
             strict: True: arguments fit their schemas in every detail, or the call raises; needs the extra "grammar".
                 None: they fit as far as a grammar can express it, where the extra is installed. False: with "auto",
@@ -214,7 +215,8 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         Args:
             schema: a Pydantic class (answers are its instances), or a TypedDict, a JSON schema or an OpenAI function
                 schema (answers are dicts).
-            include_raw: give {"raw": message, "parsed": object, "parsing_error": exception or None} and do not raise.
+            include_raw: give {"raw": message, "parsed": object, "parsing_error": exception or None} and do not raise;
+                streams give them as they come.
             method: "json_schema": the answer is JSON that fits the schema, by grammar; "function_calling": it is a
                 call of a tool with that schema, so that the prompt tells of it; "json_mode": it is any JSON object,
                 and the prompt should say which. All need the extra "grammar".
@@ -222,7 +224,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
             options: more options of a call.
 
         Raises:
-            ConfigError: an unknown method, or `strict` with "json_mode".
+            ConfigError: a schema that cannot be read, an unknown method, or `strict` with "json_mode".
         """
         shown = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
         options = {"ls_structured_output_format": shown, **options}
@@ -383,4 +385,4 @@ class _Asked:
             session_id=self.options.session_id,
             **self.options.request_options(),
         )
-        return Call(request, self.options.max_retries, self.options.include_segments)
+        return Call(request, self.options.max_retries, self.options.include_segments, self.tools.tool_choice != "none")

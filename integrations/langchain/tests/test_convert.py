@@ -131,6 +131,40 @@ def test_a_malformed_call_stays_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "args", "written"),
+    [
+        ("add", '{"name": "add", "arguments": {"a": 1, ', '{"name": "add", "arguments": {"a": 1, '),
+        ("add", 'add {"a": 1', 'add {"a": 1'),
+        ("add", "<function=add><parameter=a>", "<function=add><parameter=a>"),
+        ("add", '{"adder": 1', 'add {"adder": 1'),
+        ("add", '{"a": "add"', 'add {"a": "add"'),
+        ("add", None, "add"),
+        (None, "garbage", "garbage"),
+        (None, None, ""),
+    ],
+)
+def test_a_malformed_call_has_its_name_once(name: str | None, args: str | None, written: str) -> None:
+    message = AIMessage("", invalid_tool_calls=[{"name": name, "args": args, "id": None, "error": "x"}])
+    assert to_engine_messages([message]) == ({"role": "assistant", "content": written},)
+
+
+@pytest.mark.parametrize("block", [
+    {"type": "function_call", "name": "add", "arguments": '{"a":', "call_id": "1"},
+    {"type": "tool_use", "name": "add", "input": '{"a":', "id": "1"},
+])  # fmt: skip
+def test_a_malformed_call_of_another_provider_can_be_sent(block: dict[str, Any]) -> None:
+    invalid = {"name": "add", "args": '{"a":', "id": "1", "error": "cut off"}
+    message = AIMessage([block], invalid_tool_calls=[invalid])
+    assert to_engine_messages([message]) == ({"role": "assistant", "content": 'add {"a":'},)
+
+
+def test_a_call_without_an_id_comes_once() -> None:
+    call: Any = {"name": "add", "args": {"a": 1}, "id": None}
+    message = AIMessage([{"type": "tool_call", **call}], tool_calls=[call])
+    assert to_engine_messages([message]) == ({"role": "assistant", "content": "", "tool_calls": [{**ADD, "id": ""}]},)
+
+
+@pytest.mark.parametrize(
     "message",
     [
         AIMessage("yes", additional_kwargs={"reasoning_content": "hm"}),
@@ -152,7 +186,7 @@ def test_reasoning_is_handed_to_the_template(message: AIMessage) -> None:
         (HumanMessage([{"type": "image", "base64": "", "mime_type": "image/png"}]), "'image'.*reads text only"),
         (HumanMessage([{"type": "text", "text": "see"}, {"type": "audio", "url": "x"}]), "'audio'.*reads text only"),
         (ToolMessage([{"type": "file", "base64": ""}], tool_call_id="1"), "'file'.*reads text only"),
-        (HumanMessage([{"type": "text", "text": None}]), "'text'"),
+        (HumanMessage([{"type": "text", "text": None}]), "text=None in a content block of type 'text'.*a string"),
         (HumanMessage([{"type": "new_kind"}]), "'new_kind'"),
         (HumanMessage([{"cachePoint": {}}]), "'untyped'"),
         (AIMessage([{"type": "tool_use", "id": "1", "name": "add", "input": "{"}]), "'add'.*no JSON object"),

@@ -6,6 +6,7 @@ import json
 import pickle
 from functools import reduce
 from operator import add
+from typing import Any
 
 import pytest
 from langchain_core.messages import (
@@ -122,3 +123,9 @@ def test_an_explanation_is_shown_in_colour() -> None:
     shown = console.export_text(styles=True)
     assert "\x1b[32m" in shown
     assert "message 1, from character" in shown
+
+
+@pytest.mark.parametrize("message", ["x", None, {"role": "assistant"}])
+def test_what_is_no_message_cannot_be_explained(message: Any) -> None:
+    with pytest.raises(ConfigError, match="expected the AIMessage"):
+        ChatCopySpec.explain(message)

@@ -23,3 +23,14 @@ def test_the_snippets_run_as_they_stand(monkeypatch: pytest.MonkeyPatch, make_en
     names: dict[str, Any] = {}
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
+
+
+def test_every_row_of_the_table_names_a_test_of_ours() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    text = README.read_text(encoding="utf-8")
+    rows = [row for row in text.splitlines() if row.startswith("| ") and not row.startswith("| |")]
+    assert len(rows) >= 15
+    for row in rows:
+        named = re.search(r"`(test_\w+)` \|$", row)
+        assert named is not None, row
+        assert f"def {named[1]}(" in tests, row

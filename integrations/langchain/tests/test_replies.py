@@ -106,6 +106,42 @@ async def test_a_call_that_is_cut_off_or_malformed_is_never_a_valid_one(
         assert again.text == "so:"
 
 
+GARBAGE, NO_CALL = "<tool_call>garbage</tool_call>", "<tool_call>{}</tool_call>"
+HALF = '<tool_call>{"name": "add", "arguments": {"a": 1, </tool_call>'
+NAMELESS = '<tool_call>{"arguments": {"a": 1}}</tool_call>'
+LATE_NAME = '<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>'
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+@pytest.mark.parametrize(
+    ("written", "valid"),
+    [
+        (GARBAGE + CALL, ["add"]),
+        (GARBAGE + NO_ARGUMENTS, ["now"]),
+        (HALF + NO_ARGUMENTS, ["now"]),
+        (HALF + CALL, ["add"]),
+        (CALL + HALF + NO_ARGUMENTS, ["add", "now"]),
+        (HALF + HALF + CALL, ["add"]),
+        (NO_ARGUMENTS + '<tool_call>{"name": "add"', ["now"]),
+        (GARBAGE + HALF + NO_CALL + CALL + NO_ARGUMENTS, ["add", "now"]),
+        (NAMELESS + NO_ARGUMENTS + GARBAGE, ["now"]),
+        (GARBAGE + LATE_NAME, ["add"]),
+        ("<tool_call>", []),
+        (f"First.{HALF}{CALL}", ["add"]),
+    ],
+)
+async def test_malformed_calls_spoil_no_good_ones_nor_pass_for_them(
+    make_engine: MakeEngine, written: str, valid: list[str], version: str | None
+) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: written), output_version=version)
+    answers = await everyhow(llm)
+    for answer in answers:
+        assert sorted(call["name"] for call in answer.tool_calls) == sorted(valid)
+        assert all(call["args"] in (ARGS, {}, {"a": 1}) for call in answer.tool_calls)
+        names = [str(call["name"]) for call in answer.invalid_tool_calls]
+        assert sorted(names) == sorted(str(call["name"]) for call in answers[0].invalid_tool_calls)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", '{"a', '{"a": "b\\', '{"a": [1, {"b": [2', '{"a": "]}"', "[1]", '{"a": 1}', "x"]
 )

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.chat_history import InMemoryChatMessageHistory
+from langchain_core.messages import AIMessage, HumanMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_core.runnables.history import RunnableWithMessageHistory
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 
@@ -190,3 +192,22 @@ async def test_conversations_that_name_a_pool_copy_from_each_other(make_engine: 
     stranger = llm.invoke("hi", session_id="d").response_metadata["copyspec"]
     assert shared["num_forward_passes"] < alone / 2
     assert stranger["num_forward_passes"] > alone / 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_history_that_is_trimmed_loses_no_source(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: TEXT if "Write" in prompt else "Fine."), max_tokens=400)
+    history = InMemoryChatMessageHistory()
+    trim = trim_messages(max_tokens=1, strategy="last", token_counter=len)
+    chain = RunnableWithMessageHistory(trim | llm, lambda session_id: history)
+    undrafted = RunnableWithMessageHistory(trim | llm.bind(drafter="none"), lambda session_id: history)
+    thread: Any = {"configurable": {"session_id": "s-1"}}
+    chain.invoke([HumanMessage(f"Note this: {TEXT}")], thread)
+    drafted = chain.invoke([HumanMessage("Write it.")], thread)
+    plain = undrafted.invoke([HumanMessage("Write it.")], thread)
+    assert drafted.text == plain.text == TEXT
+    assert drafted.usage_metadata["input_tokens"] < 100  # the text is in no prompt any more
+    passes = [answer.response_metadata["copyspec"]["num_forward_passes"] for answer in (drafted, plain)]
+    assert passes[0] < passes[1] / 3
+    assert {span.source for span in llm.explain(drafted).spans} >= {"earlier_prompt"}
+    assert len(history.messages) == 6

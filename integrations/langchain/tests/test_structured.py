@@ -85,6 +85,36 @@ def test_the_message_can_be_had_too(llm: ChatCopySpec, method: Any) -> None:
     assert result["raw"].usage_metadata["output_tokens"] > 0
 
 
+@pytest.mark.parametrize("is_cut_off", [False, True])
+@pytest.mark.parametrize("schema", [SCHEMAS[2], Joke], ids=["json_schema", "pydantic"])
+@pytest.mark.parametrize("method", METHODS)
+async def test_the_message_streams_beside_the_object(
+    llm: ChatCopySpec, method: Any, schema: Any, is_cut_off: bool
+) -> None:
+    chain: Any = llm.with_structured_output(schema, method=method, include_raw=True)
+    cut = 60 if method == "function_calling" else 20
+    options = {"max_tokens": cut if is_cut_off else 200, "drafter": "none"}
+    whole = chain.invoke("go", **options)
+    parts = list(chain.stream("go", **options))
+    aparts = [part async for part in chain.astream("go", **options)]
+    awhole = await chain.ainvoke("go", **options)
+    assert len([part for part in parts if "raw" in part]) > 10
+    assert [part.get("parsed") for part in parts] == [part.get("parsed") for part in aparts]
+    grown = [part["parsed"] for part in parts[:-1] if "parsed" in part]
+    assert len(grown) > 3 or schema is Joke
+    for first, *others in (parts, aparts):
+        total = first
+        for part in others:
+            total += part
+        for result in (total, awhole):
+            assert result["parsed"] == whole["parsed"]
+            assert type(result["parsing_error"]) is type(whole["parsing_error"])
+            assert result["raw"].text == whole["raw"].text
+            assert result["raw"].usage_metadata["output_tokens"] == whole["raw"].usage_metadata["output_tokens"]
+    assert plain(whole["parsed"]) == (None if is_cut_off else JOKE)
+    assert isinstance(whole["parsing_error"], OutputParserException if is_cut_off else type(None))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_half_an_object_is_no_object(make_engine: MakeEngine, method: Any) -> None:
     llm = ChatCopySpec(engine=make_engine(reply), max_tokens=60 if method == "function_calling" else 20)
@@ -101,7 +131,7 @@ def test_a_grammar_holds_the_answer_to_the_schema(make_engine: MakeEngine) -> No
     llm = ChatCopySpec(engine=make_engine(lambda prompt: 'Sure! {"setup": "A cat"}'), max_tokens=15)
     for form in ({"type": "json_object"}, Joke):
         assert not llm.invoke("go", response_format=form).text.startswith("Sure")
-    assert llm.invoke("go", response_format={"type": "text"}).text == 'Sure! {"setup": '
+    assert llm.invoke("go", response_format={"type": "text"}).text == 'Sure! {"setup":'
 
 
 def test_strict_refuses_what_a_grammar_cannot_express(llm: ChatCopySpec) -> None:
@@ -119,6 +149,15 @@ def test_strict_refuses_what_a_grammar_cannot_express(llm: ChatCopySpec) -> None
 def test_an_unknown_method_raises(llm: ChatCopySpec, options: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         llm.with_structured_output(Joke, **options)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+@pytest.mark.parametrize("schema", [5, "Joke", None, {}])
+def test_what_is_no_schema_raises(method: Any, schema: Any) -> None:
+    if (method, schema) == ("json_schema", {}):
+        return
+    with pytest.raises(ConfigError, match="expected a"):
+        ChatCopySpec().with_structured_output(schema, method=method)
 
 
 def test_an_unknown_option_raises_when_called(llm: ChatCopySpec) -> None:
