@@ -421,7 +421,7 @@ class CopyIndex:
     def close(self, span: Span) -> None:
         """The text is complete; unused room at the end of the ring is given back."""
         span.is_open = False
-        if self._spans and self._spans[-1] is span:
+        if self.arrays.bounds[1] == span.limit + 1:  # nothing was ever put behind it, forgotten texts included
             span.limit = span.stop
             self.arrays.bounds[1] = span.limit + 1
 

@@ -94,6 +94,18 @@ def test_index_equals_brute_force_whatever_happened_to_its_texts(  # noqa: C901 
         assert_equals_brute_force(index, texts[span])
 
 
+def test_a_text_that_ends_in_front_of_a_forgotten_one_hides_nothing() -> None:
+    index = CopyIndex(20)
+    index.append([0, 0])
+    last = index.open(0)
+    forgotten = index.append([0, 0])
+    index.erase([forgotten])
+    index.close(last)
+    assert_equals_brute_force(index, [0, 0])
+    index.append([1, 0, 0])
+    assert_equals_brute_force(index, [0, 0])
+
+
 def test_index_equals_brute_force_across_growth_and_many_texts() -> None:
     rng = random.Random(0)
     index = CopyIndex(6000)
