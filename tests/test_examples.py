@@ -15,6 +15,7 @@ EXPECTED = {
     "langchain_evaluator_optimizer.py": ["Printed in May.", "draft 3: 9", "the same without drafting"],
     "langchain_parallel_nodes.py": ["Local news", "the same without drafting"],
     "langchain_rag.py": ["port = 9000", "checksum = yes", "the same without drafting"],
+    "langchain_summarization.py": ["the same without drafting", "an earlier prompt, not in this one"],
     "langchain_rewrite_chain.py": [
         "DRAFT, not yet approved\n# Weekly planning",
         "Next meeting: Thursday",
