@@ -25,14 +25,15 @@ from copyspec_engine import Engine
 from copyspec_engine.testing import scripted_engine
 from langchain_copyspec import ChatCopySpec
 
-ARTICLE = (Path(__file__).parent / "documents" / "article.txt").read_text(encoding="utf-8").rstrip()
+DOCUMENTS = Path(__file__).parent / "documents"
+ARTICLE = (DOCUMENTS / "article.txt").read_text(encoding="utf-8").rstrip()
 QUESTIONS = ("Read article.txt.", "Thanks. Is it about a ferry?", "Now quote it in full.")
 
 
 @tool
 def read_file(path: str) -> str:
     """Read a file."""
-    return ARTICLE
+    return (DOCUMENTS / Path(path).name).read_text(encoding="utf-8").rstrip()
 
 
 def reply(prompt: str) -> str:

@@ -38,8 +38,6 @@ BEYOND_THE_BUNDLED_MODEL = {
     **dict.fromkeys(
         (
             "test_bind_runnables_as_tools",
-            "test_tool_choice",
-            "test_structured_few_shot_examples",
             "test_structured_output",
             "test_structured_output_async",
             "test_structured_output_pydantic_2_v1",
