@@ -13,6 +13,8 @@ __all__ = ["PackedLinear", "pack_linears", "unpack_linears", "why_not_packed"]
 
 _ROWS = 8
 """Rows that the layout is chosen for; all layouts serve any number."""
+_LEAST_WEIGHTS = 1 << 19
+"""Smaller layers stay as they are: their weights stay in the cache, and threads cost them more than they gain."""
 
 
 class PackedLinear(nn.Module):
@@ -49,7 +51,7 @@ def why_not_packed(model: nn.Module) -> str | None:
     if not available or not hasattr(operators, "_reorder_linear_weight"):
         return "this build of torch has no oneDNN"
     if not any(_can_be_packed(module) for module in model.modules()):
-        return "no linear layer holds float32 on a CPU"
+        return "no linear layer is large and holds float32 on a CPU"
     return None
 
 
@@ -79,7 +81,7 @@ def _can_be_packed(module: nn.Module) -> bool:
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"
         and module.weight.layout == torch.strided
-        and module.weight.numel() > 0
+        and module.weight.numel() >= max(_LEAST_WEIGHTS, 1)
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )

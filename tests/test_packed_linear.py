@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from copyspec_engine import EngineConfig, equivalence, packed_linear
+from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams, equivalence, packed_linear
 from copyspec_engine.checkpoint import relative_difference
 from copyspec_engine.equivalence import check_equivalence
 from copyspec_engine.model_runner import ModelRunner, prepare
@@ -18,7 +18,12 @@ from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, build_model
 
 CONFIG = EngineConfig(model="tiny", step_cost=STEP_COST)
-pytestmark = pytest.mark.skipif(why_not_packed(nn.Linear(2, 2)) is not None, reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(why_not_packed(nn.Linear(1024, 1024)) is not None, reason="torch without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "_LEAST_WEIGHTS", 1)
 
 
 @torch.inference_mode()
@@ -59,7 +64,7 @@ def test_layers_that_compute_something_else_stay() -> None:
     model = nn.Sequential(*others)
     pack_linears(model)
     assert list(model) == others
-    assert why_not_packed(model) == "no linear layer holds float32 on a CPU"
+    assert why_not_packed(model) == "no linear layer is large and holds float32 on a CPU"
 
 
 def test_a_model_on_a_cpu_is_served_packed_and_others_keep_their_weights(make_engine: Any) -> None:
@@ -94,3 +99,27 @@ def test_a_model_that_cannot_be_packed_runs_as_it_is(monkeypatch: pytest.MonkeyP
     assert (loaded.execution, loaded.execution_error) == ("eager", "this build of torch has no oneDNN")
     monkeypatch.setattr(packed_linear.torch.backends.mkldnn, "is_available", lambda: False)
     assert why_not_packed(nn.Linear(2, 2)) == "this build of torch has no oneDNN"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
+def test_a_packed_model_writes_the_tokens_of_plain_decoding(make_engine: Any, name: str) -> None:
+    engine = make_engine(name)
+    assert engine.info.execution == "packed"
+    prompt = tuple(b"the cat sat on the mat; the cat sat on the rat; the cat")
+    answers = [
+        engine.generate(
+            GenerationRequest(
+                prompt_token_ids=prompt, drafter=drafter, sampling=SamplingParams(max_tokens=80, ignore_eos=True)
+            )
+        )
+        for drafter in ("none", "adaptive", "copyspec")
+    ]
+    assert {answer.token_ids for answer in answers} == {answers[0].token_ids}
+    assert answers[1].draft_stats.num_draft_tokens > 0
+
+
+def test_small_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(1024, 1024))
+    pack_linears(model)
+    assert [type(layer) for layer in model] == [nn.Linear, PackedLinear]
