@@ -42,7 +42,7 @@ $(VENV)/.for-demo: $(VENV)/.created $(INPUTS)
 
 $(VENV)/.for-test: $(VENV)/.for-demo $(INPUTS)
 	@echo "==> Installing what the tests need"
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,dev]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,eval,dev]'
 	@touch $@
 
 clean:

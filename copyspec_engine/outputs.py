@@ -147,6 +147,8 @@ class DraftStats:
     """Draft tokens offered for verification."""
     num_accepted_tokens: int = 0
     """Tokens of the answer that came from accepted drafts."""
+    draft_lengths: tuple[int, ...] = ()
+    """Draft tokens offered in each forward pass, in order."""
     accepted_lengths: tuple[int, ...] = ()
     """Accepted draft tokens of each forward pass, in order."""
 

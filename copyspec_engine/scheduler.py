@@ -257,7 +257,7 @@ class Scheduler:
         runs = cut(verdict.runs, len(kept))
         sequence.trail.note(len(sequence.text_ends) - taken, runs)
         _keep_nodes(sequence, kept)
-        sequence.num_draft_tokens += len(draft)
+        sequence.draft_lengths.append(len(draft))
         sequence.num_copied_tokens += len(kept)
         sequence.accepted_lengths.append(len(kept))
         self._count(draft, runs, len(tokens))

@@ -123,9 +123,9 @@ class Sequence:
     text_ends: list[int] = field(default_factory=list)
     """Characters that were complete after each token of the answer."""
     trail: CopyTrail = field(default_factory=CopyTrail)
+    draft_lengths: list[int] = field(default_factory=list)
     accepted_lengths: list[int] = field(default_factory=list)
     num_prefill_passes: int = 0
-    num_draft_tokens: int = 0
     num_copied_tokens: int = 0
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
@@ -150,8 +150,9 @@ class Sequence:
         return DraftStats(
             num_forward_passes=len(self.accepted_lengths),
             num_prefill_passes=self.num_prefill_passes,
-            num_draft_tokens=self.num_draft_tokens,
+            num_draft_tokens=sum(self.draft_lengths),
             num_accepted_tokens=self.num_copied_tokens,
+            draft_lengths=tuple(self.draft_lengths),
             accepted_lengths=tuple(self.accepted_lengths),
         )
 

@@ -58,7 +58,7 @@ LEVELS = {
         "bundled",
     },
     3: {"core", "engine"},
-    4: {"testing", "adapters", "replay", "peers", "forced", "cli", "__main__"},
+    4: {"testing", "adapters", "replay", "peers", "forced", "evaluation", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 MAY_IMPORT_TRANSFORMERS = {
@@ -118,10 +118,10 @@ def test_the_lower_levels_know_neither_torch_nor_transformers() -> None:
 def test_outer_code_uses_public_names_only() -> None:
     import copyspec_engine
 
-    outer = [PACKAGE / "cli", ROOT / "integrations", ROOT / "examples"]
+    outer = [PACKAGE / "cli", PACKAGE / "evaluation", ROOT / "integrations", ROOT / "examples"]
     public = {f"copyspec_engine.{name}" for name in copyspec_engine.__all__} | {"copyspec_engine"}
     for path in (file for folder in outer for file in sorted(folder.rglob("*.py")) if "tests" not in file.parts):
-        inside = "cli" if PACKAGE / "cli" in path.parents else ""
+        inside = next((part for part in ("cli", "evaluation") if PACKAGE / part in path.parents), "")
         for imported in modules_imported(path):
             pieces = imported.split(".")
             if pieces[0] != "copyspec_engine" or pieces[1:2] == [inside]:
@@ -130,6 +130,7 @@ def test_outer_code_uses_public_names_only() -> None:
                 "adapters",
                 "bundled",
                 "calibration",
+                "evaluation",
                 "forced",
                 "peers",
                 "replay",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import random
 import subprocess
 import sys
@@ -89,7 +90,9 @@ def test_counts_add_up(echo: Engine) -> None:
     stats = output.draft_stats
     assert output.usage.completion_tokens == len(output.token_ids) == len(DOCUMENT) + 1
     assert stats.num_accepted_tokens == sum(stats.accepted_lengths)
-    assert stats.num_forward_passes == len(stats.accepted_lengths)
+    assert stats.num_forward_passes == len(stats.accepted_lengths) == len(stats.draft_lengths)
+    assert stats.num_draft_tokens == sum(stats.draft_lengths)
+    assert all(map(operator.ge, stats.draft_lengths, stats.accepted_lengths))
     assert stats.num_accepted_tokens + stats.num_forward_passes >= output.usage.completion_tokens
     assert stats.num_draft_tokens >= stats.num_accepted_tokens
     assert output.tokens_per_forward > 10

@@ -1,0 +1,271 @@
+"""What a run leaves behind: a folder with `run.json`, a line in `turns.jsonl` for every answer, and a summary.
+
+The lines of a task (a conversation) are complete when each of the run's writers has written each of its turns. A run
+that was killed goes on behind the last complete task: a conversation that was cut off begins anew, since what the
+engine knew of it (its memory, the very tokens of its answers) is gone.
+
+Not covered: writing answers (run.py), what the figures say (summary.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from copyspec_engine import ConfigError
+
+__all__ = ["PLAIN", "RUN_FILE", "TURNS_FILE", "RunFacts", "RunFolder", "TurnRecord", "read_turns"]
+
+RUN_FILE, TURNS_FILE = "run.json", "turns.jsonl"
+PLAIN = "none"
+"""The writer that does not draft; what every other one is measured against, on the same decoder in the same run."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TurnRecord(_Record):
+    """One answer: what was asked, what was written, and how it came about."""
+
+    task: str
+    """The task's own id in its data set ("81", "HumanEval/0")."""
+    category: str
+    turn: int = Field(ge=1)
+    writer: str
+    """Name of the drafter: "adaptive", "copyspec" or "none" (`PLAIN`)."""
+    messages: tuple[dict[str, Any], ...]
+    """The whole prompt of this turn as chat messages, earlier answers of the same writer in it."""
+    text: str
+    """The answer."""
+    token_ids: tuple[int, ...]
+    """Of the answer, its end-of-sequence token included."""
+    prompt_tokens: int = Field(ge=0)
+    cached_tokens: int = Field(default=0, ge=0)
+    """Prompt tokens whose KV was reused from the turn before."""
+    finish_reason: str
+    forward_passes: int = Field(ge=1)
+    """Passes that gave a token."""
+    draft_lengths: tuple[int, ...] = ()
+    """Tokens offered in each of these passes, in order."""
+    accepted_lengths: tuple[int, ...] = ()
+    """Tokens accepted in each of these passes, in order; each pass wrote one more, but where the answer ended."""
+    accepted_by_source: dict[str, int] = Field(default_factory=dict)
+    """Accepted tokens by where they were copied from, as `Copy.source`."""
+    copies: tuple[dict[str, Any], ...] = ()
+    """The copied spans of `text`, as `Explanation.to_list` gives them; `message` counts `messages`."""
+    prefill_s: float | None = None
+    """From the call to the first token; None, as the next one, where no model ran."""
+    decode_s: float | None = None
+    """From the first token to the last."""
+    modelled_passes: float | None = None
+    """Cost of the turn's passes, in passes of one token, under the run's cost model; only where no model ran."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted_lengths)
+
+    @property
+    def seconds(self) -> float | None:
+        """Prefill and decoding."""
+        return None if self.prefill_s is None or self.decode_s is None else self.prefill_s + self.decode_s
+
+
+class RunFacts(_Record):
+    """What was run, on what: the content of `run.json`."""
+
+    format: Literal[1] = 1
+    benchmark: str
+    drafter: str
+    """Name of the drafter that is measured; "none" for a run of plain decoding alone."""
+    drafter_options: dict[str, Any] = Field(default_factory=dict)
+    writers: tuple[str, ...]
+    """Who writes each task: the drafter, and plain decoding beside it."""
+    model: str
+    """Name of the checkpoint; "shape NAME" for random weights that write recorded answers; "" where no model ran."""
+    device: str = ""
+    dtype: str = ""
+    data: str
+    """File or hub name of the tasks, or of the recorded answers."""
+    recorded: bool = False
+    """The answers were recorded before, and forced through the logits: figures of speed count, texts say nothing."""
+    num_tasks: int = Field(ge=0)
+    max_new_tokens: int = Field(ge=1)
+    execute_code: bool = False
+    step_cost: tuple[tuple[int, float], ...] = ()
+    """(tokens, seconds) of a verify pass, as measured at load; or the cost model, in passes of one token."""
+    command: str
+    date: str
+    """When it began, ISO 8601."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+
+    def differences(self, other: RunFacts) -> list[str]:
+        """Fields that decide about answers or speed and are not the same in `other`."""
+        names = (
+            "benchmark",
+            "drafter_options",
+            "writers",
+            "model",
+            "device",
+            "dtype",
+            "data",
+            "recorded",
+            "max_new_tokens",
+            "versions",
+        )
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+def read_turns(path: Path) -> Iterator[TurnRecord]:
+    """The records of a `turns.jsonl`, without a last line that was cut off while it was written.
+
+    Raises:
+        ConfigError: there is no such file, or a line is no record.
+    """
+    for number, line in enumerate(_lines(path), 1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            yield TurnRecord.model_validate_json(line)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"])) or "the line"
+            raise ConfigError(
+                f"Got {path} line {number}, which is no record of a turn: {where}: {problem['msg']}"
+            ) from None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror or error}") from None
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def turns_path(self) -> Path:
+        return self.path / TURNS_FILE
+
+    def facts(self) -> RunFacts:
+        """What was run.
+
+        Raises:
+            ConfigError: the folder holds no run.
+        """
+        path = self.path / RUN_FILE
+        try:
+            return RunFacts.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                f"Got {self.path}, which holds no run: cannot read {path} ({error.strerror or error})"
+            ) from None
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise ConfigError(f"Got {path}, which is no run: {problem['loc']}: {problem['msg']}") from None
+
+    def turns(self) -> list[TurnRecord]:
+        """All records.
+
+        Raises:
+            ConfigError: see `read_turns`.
+        """
+        return list(read_turns(self.turns_path))
+
+    def begin(self, facts: RunFacts, turns_of: dict[str, int]) -> list[TurnRecord]:
+        """Start the run, or go on with it: what is complete already stays, what is not is dropped.
+
+        Args:
+            facts: of the run that starts.
+            turns_of: how many turns each task has, by its id.
+
+        Returns:
+            The records of complete tasks.
+
+        Raises:
+            ConfigError: the folder cannot be written, or holds another run.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"Cannot write --output {self.path}: {error.strerror or error}") from None
+        if not (self.path / RUN_FILE).exists():
+            self._write(self.path / RUN_FILE, facts.model_dump_json(indent=1) + "\n")
+            self._write(self.turns_path, "")
+            return []
+        before = self.facts()
+        if different := facts.differences(before):
+            name = different[0]
+            raise ConfigError(
+                f"Got --output {self.path}, which holds another run ({name} was {_shown(getattr(before, name))}, is "
+                f"{_shown(getattr(facts, name))}): choose another folder, or delete this one"
+            )
+        done = self.turns() if self.turns_path.exists() else []
+        kept = [record for record in done if _is_complete(record.task, done, facts.writers, turns_of)]
+        self._write(self.turns_path, "".join(f"{record.model_dump_json()}\n" for record in kept))
+        self._write(
+            self.path / RUN_FILE, facts.model_copy(update={"date": before.date}).model_dump_json(indent=1) + "\n"
+        )
+        return kept
+
+    def append(self, record: TurnRecord) -> None:
+        """Add a record, in one piece and for good: it survives whatever happens to this process afterwards."""
+        line = f"{record.model_dump_json()}\n".encode()
+        file = os.open(self.turns_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line)
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file of the folder, as a whole or not at all."""
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        self._write(path, text)
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:  # noqa: ANN401 - whatever JSON holds
+        return self.write(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(f"Cannot write {path}: {error.strerror or error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_complete(task: str, records: Sequence[TurnRecord], writers: Sequence[str], turns_of: dict[str, int]) -> bool:
+    written = {(record.turn, record.writer) for record in records if record.task == task}
+    expected = {(turn, writer) for turn in range(1, turns_of.get(task, 0) + 1) for writer in writers}
+    return bool(expected) and written == expected
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
