@@ -1,4 +1,4 @@
-"""The five benchmarks of the paper (arXiv 2502.08923, section 4): what is asked, turn by turn, of each row of their data.
+"""The five benchmarks of the paper (arXiv 2502.08923, section 4): what is asked, turn by turn, of each row of data.
 
 A row is read in the layout of the published file or of the data set on the hub; `Task` is what both become.
 
@@ -141,7 +141,9 @@ def _gsm8k(row: Row, where: str) -> Task:
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("cnndm", "CNN/DailyMail: extractive summaries", 1, Hub("abisee/cnn_dailymail", "3.0.0", "test"), _cnndm),
+        Benchmark(
+            "cnndm", "CNN/DailyMail: extractive summaries", 1, Hub("abisee/cnn_dailymail", "3.0.0", "test"), _cnndm
+        ),
         Benchmark("humaneval", "HumanEval: programs", 1, Hub("openai/openai_humaneval", None, "test"), _humaneval),
         Benchmark(
             "mt-bench", "MT-Bench: two turns", 2, Hub("HuggingFaceH4/mt_bench_prompts", None, "train"), _mt_bench

@@ -121,9 +121,7 @@ def load_recorded(benchmark: Benchmark, path: Path, model: str | None, limit: in
     return _checked(tasks[:limit], str(path))
 
 
-def _recorded_task(
-    benchmark: Benchmark, record: Mapping[str, Any], messages: list[dict[str, Any]], where: str
-) -> Task:
+def _recorded_task(benchmark: Benchmark, record: Mapping[str, Any], messages: list[dict[str, Any]], where: str) -> Task:
     talk = [message for message in messages if message["role"] != "system"]
     asked, answered = talk[::2], talk[1::2]
     in_turns = [message["role"] for message in talk] == ["user", "assistant"] * benchmark.num_turns
