@@ -24,7 +24,7 @@ from copyspec_engine.cli.loading import BUNDLED
 from copyspec_engine.evaluation.benchmarks import Benchmark, Task
 from copyspec_engine.evaluation.data import load_recorded, load_tasks
 from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
-from copyspec_engine.evaluation.run import EngineSubject, ReplaySubject, Subject, run_tasks, writers_of
+from copyspec_engine.evaluation.run import EngineSubject, ReplaySubject, Subject, Writer, run_tasks, writers_of
 from copyspec_engine.evaluation.summary import summary
 from copyspec_engine.replay import load_tokenizer
 
@@ -64,10 +64,11 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
     tasks = _tasks(options)
     with _folder(options) as folder, _subject(options, console) as (subject, about):
         runs_model = options.replay is None or options.shape is not None
-        writers = writers_of(options.drafter, plain=runs_model if options.plain is None else options.plain)
+        writer = Writer(options.drafter.name, options.drafter)
+        writers = writers_of(writer, plain=runs_model if options.plain is None else options.plain)
         facts = RunFacts(
             benchmark=options.benchmark.name,
-            drafter=options.drafter.name,
+            drafter=writer.name,
             drafter_options=options.drafter.model_dump(mode="json", exclude={"name"}),
             writers=tuple(writer.name for writer in writers),
             data=str(options.replay or options.data or options.benchmark.name),

@@ -9,7 +9,7 @@ Not covered: what the answers are worth (metrics.py), figures (summary.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenizers import Tokenizer
@@ -24,7 +24,7 @@ from copyspec_engine import (
     SamplingParams,
 )
 from copyspec_engine.evaluation.benchmarks import Task
-from copyspec_engine.evaluation.records import RunFacts, RunFolder, TurnRecord
+from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
 from copyspec_engine.evaluation.turns import turn_record
 from copyspec_engine.peers import Contestant, ours
 from copyspec_engine.replay import (
@@ -42,35 +42,45 @@ from copyspec_engine.replay import (
 if TYPE_CHECKING:
     from copyspec_engine.forced.recorded import RecordedEngine
 
-__all__ = ["EngineSubject", "ReplaySubject", "Subject", "run_tasks", "writers_of"]
+__all__ = ["EngineSubject", "ReplaySubject", "Subject", "Writer", "run_tasks", "writers_of"]
 
 _WARM_UP_TOKENS = 16
 
 Messages = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """One way of writing answers on the run's decoder."""
+
+    name: str
+    drafter: DrafterConfig
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What else a `GenerationRequest` is to have."""
+
+
 class Subject(Protocol):
     """What answers."""
 
-    def warm_up(self, task: Task) -> None:
+    def warm_up(self, task: Task, writers: Sequence[Writer]) -> None:
         """Do once what the first call of a process does, so that nobody's time counts it."""
 
-    def write(self, task: Task, turn: int, messages: Messages, drafter: DrafterConfig) -> TurnRecord:
+    def write(self, task: Task, turn: int, messages: Messages, writer: Writer) -> TurnRecord:
         """The answer to turn `turn` (from 1) of a task."""
 
-    def forget(self, task: Task) -> None:
+    def forget(self, task: Task, writers: Sequence[Writer]) -> None:
         """The task is over."""
 
 
-def writers_of(drafter: DrafterConfig, *, plain: bool) -> tuple[DrafterConfig, ...]:
-    """Who writes a task: the drafter, and plain decoding beside it if it is wanted and not the same."""
-    return (drafter, NoDrafter()) if plain and not isinstance(drafter, NoDrafter) else (drafter,)
+def writers_of(writer: Writer, *, plain: bool) -> tuple[Writer, ...]:
+    """Who writes a task: the writer that is measured, and plain decoding beside it if it is wanted and not the same."""
+    return (writer, Writer(PLAIN, NoDrafter())) if plain and writer.name != PLAIN else (writer,)
 
 
 def run_tasks(
     subject: Subject,
     tasks: Sequence[Task],
-    writers: Sequence[DrafterConfig],
+    writers: Sequence[Writer],
     folder: RunFolder,
     facts: RunFacts,
     on_turn: Callable[[TurnRecord], None],
@@ -98,17 +108,17 @@ def run_tasks(
     done = {record.task for record in records}
     left = [(number, task) for number, task in enumerate(tasks) if task.id not in done]
     if left:
-        subject.warm_up(left[0][1])
+        subject.warm_up(left[0][1], writers)
     for number, task in left:
         for record in _write_task(subject, task, number, writers):
             folder.append(record)
             records.append(record)
             on_turn(record)
-        subject.forget(task)
+        subject.forget(task, writers)
     return records
 
 
-def _write_task(subject: Subject, task: Task, number: int, writers: Sequence[DrafterConfig]) -> Iterator[TurnRecord]:
+def _write_task(subject: Subject, task: Task, number: int, writers: Sequence[Writer]) -> Iterator[TurnRecord]:
     """The records of a task, as they are written."""
     histories: dict[str, list[dict[str, Any]]] = {writer.name: [] for writer in writers}
     for turn, prompt in enumerate(task.prompts, 1):
@@ -129,24 +139,23 @@ class EngineSubject:
     max_new_tokens: int
     recorded: RecordedEngine | None = None
 
-    def warm_up(self, task: Task) -> None:
-        messages = [{"role": "user", "content": task.prompts[0]}]
-        for drafter in ("adaptive", "copyspec", "none"):
-            options: dict[str, Any] = {"drafter": drafter, "session_id": "warm-up"}
-            sampling = SamplingParams(max_tokens=min(self.max_new_tokens, _WARM_UP_TOKENS))
-            self._answer(task, 1, GenerationRequest(messages=messages, sampling=sampling, explain=True, **options))
-        self.engine.forget("warm-up")
+    def warm_up(self, task: Task, writers: Sequence[Writer]) -> None:
+        short = replace(self, max_new_tokens=min(self.max_new_tokens, _WARM_UP_TOKENS))
+        for writer in writers:
+            short.write(task, 1, [{"role": "user", "content": task.prompts[0]}], writer)
+        self.forget(task, writers)
 
-    def write(self, task: Task, turn: int, messages: Messages, drafter: DrafterConfig) -> TurnRecord:
+    def write(self, task: Task, turn: int, messages: Messages, writer: Writer) -> TurnRecord:
         request = GenerationRequest(
             messages=[dict(message) for message in messages],
             sampling=SamplingParams(max_tokens=self.max_new_tokens),
-            drafter=drafter,
-            session_id=_session(task, drafter.name),
+            drafter=writer.drafter,
+            session_id=_session(task, writer),
             explain=True,
+            **writer.options,
         )
         output = self._answer(task, turn, request)
-        return turn_record(task.id, task.category, turn, drafter.name, messages, output)
+        return turn_record(task.id, task.category, turn, writer.name, messages, output)
 
     def _answer(self, task: Task, turn: int, request: GenerationRequest) -> GenerationOutput:
         if self.recorded is None:
@@ -161,13 +170,13 @@ class EngineSubject:
         finally:
             self.recorded.forget(request.request_id)
 
-    def forget(self, task: Task) -> None:
-        for name in ("adaptive", "copyspec", "none"):
-            self.engine.forget(_session(task, name))
+    def forget(self, task: Task, writers: Sequence[Writer]) -> None:
+        for writer in writers:
+            self.engine.forget(_session(task, writer))
 
 
-def _session(task: Task, writer: str) -> str:
-    return f"{writer} {task.id}"
+def _session(task: Task, writer: Writer) -> str:
+    return f"{writer.name} {task.id}"
 
 
 class ReplaySubject:
@@ -188,30 +197,30 @@ class ReplaySubject:
         self._end = end_token(tokenizer)
         if self._end is None:
             raise ConfigError(f"Got a tokenizer without {END_OF_MESSAGE} but answers have to end: name another one")
-        self._contestants: dict[DrafterConfig, Contestant] = {}
+        self._contestants: dict[str, Contestant] = {}
         """What a drafter learns over conversations lives here."""
         self._calls: dict[str, Begin] = {}
         """The conversation of each writer that is under way."""
 
-    def warm_up(self, task: Task) -> None:
+    def warm_up(self, task: Task, writers: Sequence[Writer]) -> None:
         """Nothing is timed."""
 
-    def write(self, task: Task, turn: int, messages: Messages, drafter: DrafterConfig) -> TurnRecord:
+    def write(self, task: Task, turn: int, messages: Messages, writer: Writer) -> TurnRecord:
         if task.recorded is None:
             raise ConfigError(f"Got task {task.id} without recorded answers")
         talk = [*map(dict, messages), {"role": "assistant", "content": task.recorded[turn - 1]}]
         *_, call = calls_of(tuple(in_tokens(talk, self._tokenizer)), "full")
         answer, tally = call.answer_ids[: self._most], Tally()
-        begin = self._calls.get(drafter.name)
+        begin = self._calls.get(writer.name)
         if begin is None:
-            contestant = self._contestants.setdefault(drafter, ours(drafter, self.cost, self._end))
-            begin = self._calls[drafter.name] = contestant()
+            contestant = self._contestants.setdefault(writer.name, ours(writer.drafter, self.cost, self._end))
+            begin = self._calls[writer.name] = contestant()
         replay(begin, [Call(call.prompt_ids, answer)], tally)
         return TurnRecord(
             task=task.id,
             category=task.category,
             turn=turn,
-            writer=drafter.name,
+            writer=writer.name,
             messages=tuple(dict(message) for message in messages),
             text=self._tokenizer.decode(answer),
             token_ids=answer,
@@ -223,5 +232,5 @@ class ReplaySubject:
             modelled_passes=round(tally.modelled_passes(self.cost), 6),
         )
 
-    def forget(self, task: Task) -> None:  # noqa: ARG002 - one conversation at a time
+    def forget(self, task: Task, writers: Sequence[Writer]) -> None:  # noqa: ARG002 - one conversation at a time
         self._calls.clear()
