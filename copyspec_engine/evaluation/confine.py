@@ -4,9 +4,9 @@ Two mechanisms of the Linux kernel do it, and neither can be undone by the proce
 
 - Landlock decides about paths: the folders of the interpreter, its packages and the shared libraries may be read, the
   working folder may be read and written, nothing else may be opened.
-- A seccomp filter decides about system calls: `CALLS` is all there is. It has no calls that start a process or a
-  thread, run another program, open a socket, send a signal, look into another process, make a folder or a link, change
-  the rights or times of a file (of which Landlock says nothing), or raise a limit.
+- A seccomp filter decides about system calls: `CALLS` and `COMMANDS` are all there is. Among them is none that starts a
+  process or a thread, runs another program, opens a socket, sends a signal, looks into another process, makes a folder
+  or a link, changes the rights or times of a file (of which Landlock says nothing), or changes a limit.
 
 Resource limits bound processor time, memory, the size of a file and the number of open files. Where any of this cannot
 be had the program is not run. Only the standard library is used, since this file runs in a bare interpreter.
@@ -30,7 +30,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-__all__ = ["CALLS", "CONFINED", "OUT_OF_MEMORY", "seccomp_filter"]
+__all__ = ["CALLS", "COMMANDS", "CONFINED", "OUT_OF_MEMORY", "seccomp_filter"]
 
 CONFINED = b"confined"
 """What the parent is told once every layer is in place; anything else is the reason why one is not."""
@@ -132,10 +132,16 @@ CALLS: dict[str, tuple[int | None, int | None]] = {
     "set_robust_list": (273, 99),
 }
 
-# fcntl with these commands only: F_SETOWN would send signals to any process of the user.
-_FCNTL = (72, 25)
-_FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
+COMMANDS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
+    # name: (its numbers, the values that its second argument may have)
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: F_SETOWN would send signals to any process.
+    "fcntl": ((72, 25), (0, 1, 2, 3, 4, 1030)),
+    # FIONCLEX, FIOCLEX: tempfile sets them.
+    "ioctl": ((16, 29), (0x5450, 0x5451)),
+}
 
+_NUMBER, _ARCHITECTURE, _SECOND_ARGUMENT = 0, 4, 24
+"""Where seccomp has them, in bytes."""
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMNS = {"x86_64": 0, "aarch64": 1}
 
@@ -163,18 +169,19 @@ def seccomp_filter(machine: str) -> bytes:
         raise OSError(f"an x86_64 or aarch64 processor (this one is {machine})")
     column = _COLUMNS[machine]
     allow, deny, kill = _give(0x7FFF0000), _give(0x00050000 | 38), _give(0x80000000)
-    program = [_load(4), _skip_unless(_AUDIT_ARCH[machine], 1), _jump(1), kill, _load(0)]
+    program = [_load(_ARCHITECTURE), _skip_unless(_AUDIT_ARCH[machine], 1), _jump(1), kill, _load(_NUMBER)]
     for numbers in CALLS.values():
         if (number := numbers[column]) is not None:
             program += [_skip_unless(number, 1), allow]
-    program += [_skip_unless(_FCNTL[column], 1), _jump(1), deny, _load(16 + 8)]  # 16: the arguments, 8 bytes each
-    for command in _FCNTL_COMMANDS:
-        program += [_skip_unless(command, 1), allow]
+    for pair, commands in COMMANDS.values():
+        checks = [_load(_SECOND_ARGUMENT)]
+        for command in commands:
+            checks += [_skip_unless(command, 1), allow]
+        program += [_skip_unless(pair[column], len(checks) + 1), *checks, deny]
     return b"".join([*program, deny])
 
 
 def _load(offset: int) -> bytes:
-    """Load 4 bytes of what seccomp knows of the call: its number at 0, the architecture at 4."""
     return struct.pack("=HBBI", 0x20, 0, 0, offset)
 
 
@@ -298,7 +305,9 @@ def _run(source: bytes) -> NoReturn:
     except MemoryError:
         os.write(2, b"MemoryError\n")  # a traceback would need memory
         os._exit(OUT_OF_MEMORY)
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         frames = error.__traceback__
         traceback.print_exception(type(error), error, frames.tb_next if frames else None)  # without this function
         sys.exit(1)

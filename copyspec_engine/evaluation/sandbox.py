@@ -1,10 +1,10 @@
 """Runs Python programs that a model wrote, each in a process of its own that can do nothing but compute and print.
 
 A program may use one thread of one process, read the standard library and the installed packages (NumPy among them),
-and read and write files in its own temporary folder, which has no subfolders. It has no network, starts no process,
-sends no signal, sees no other file and no environment variable of this process. What it asks for beyond that fails with
-an `OSError` in the program. It needs Linux 6.2 or newer on x86_64 or aarch64 and no rights; where the kernel lacks a
-layer of it, no program is run.
+and read and write files in its own temporary folder, which has no subfolders. It has no network (so no asyncio, which
+needs sockets), starts no process, sends no signal, sees no other file and no environment variable of this process. What
+it asks for beyond that fails with an `OSError` in the program. The sandbox needs Linux 6.2 or newer with Landlock, on
+x86_64 or aarch64, and no rights of root; where the kernel lacks a layer of it, no program is run.
 
 Not covered: how the process confines itself (confine.py), what the programs mean (metrics.py).
 """
