@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import platform
-import sys
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -24,18 +22,16 @@ from copyspec_engine.evaluation.metrics import (
     pass_at_1,
     rouge,
 )
-from copyspec_engine.evaluation.sandbox import CodeResult, check_sandbox, run_code
+from copyspec_engine.evaluation.sandbox import CodeResult, Limits, run_code
+from tests.test_sandbox import CAN_CONFINE, WHY_NOT
 
 
 @pytest.fixture(scope="module")
 def sandboxed() -> Callable[[str], CodeResult]:
-    if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"):
-        try:
-            check_sandbox()
-        except ConfigError as error:
-            pytest.skip(str(error))
-        return run_code
-    return pytest.skip("generated programs run on Linux only")
+    """The sandbox, which does not wait long for a program that does not end."""
+    if not CAN_CONFINE:
+        pytest.skip(WHY_NOT)
+    return lambda source: run_code(source, Limits(cpu_s=1))
 
 
 def printing(stdout: str, status: Any = "ok") -> Callable[[str], CodeResult]:
@@ -224,12 +220,7 @@ def test_an_answer_without_a_program_that_ends_well_is_wrong() -> None:
     ],
 )
 def test_programs_of_answers_are_run(code: str, correct: bool, sandboxed: Callable[[str], CodeResult]) -> None:
-    if "while" in code:
-        from copyspec_engine.evaluation.sandbox import Limits
-
-        assert gsm8k_correct(f"```python\n{code}\n```", "#### 18", lambda s: run_code(s, Limits(cpu_s=1))) is correct
-    else:
-        assert gsm8k_correct(f"So:\n```python\n{code}\n```\nDone.", "#### 18", sandboxed) is correct
+    assert gsm8k_correct(f"So:\n```python\n{code}\n```\nDone.", "#### 18", sandboxed) is correct
 
 
 # HumanEval
@@ -250,7 +241,7 @@ PROBLEMS: dict[str, dict[str, str]] = {
             "def largest(xs: List[float]) -> float:\n    ''' Twice the largest. '''\n"
         ),
         "entry_point": "largest",
-        "canonical_solution": "    best = -math.inf\n    for x in xs:\n\n        best = max(best, x)\n    return double(best)\n",
+        "canonical_solution": "    best = -math.inf\n\n    for x in xs:\n        best = max(best, x)\n    return 2 * best\n",
         "wrong": "    return double(xs[0])\n",
         "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 3, 2]) == double(3)\n",
     },
@@ -278,7 +269,7 @@ PROBLEMS: dict[str, dict[str, str]] = {
         "{prompt}{body}",
         "```python\n{body}```\nThis goes on.",
         "{body}\nThis answers the question.\n",
-        "```python\nfrom __future__ import annotations\n\n{prompt}{body}\n\nif __name__ == '__main__':\n    input()\n```",
+        "```python\nfrom __future__ import annotations\n\n{prompt}{body}\nif __name__ == '__main__':\n    exit()\n```",
     ],
     ids=["continuation", "block", "chat", "whole text", "body in a block", "continuation, then prose", "script"],
 )
@@ -307,9 +298,7 @@ def test_right_solutions_pass_and_wrong_ones_fail(
 def test_answers_that_do_not_reach_the_end_of_the_tests_fail(
     answer: str, sandboxed: Callable[[str], CodeResult]
 ) -> None:
-    from copyspec_engine.evaluation.sandbox import Limits
-
-    assert not humaneval_correct(PROBLEMS["a sum"], answer, lambda source: run_code(source, Limits(cpu_s=1)))
+    assert not humaneval_correct(PROBLEMS["a sum"], answer, sandboxed)
 
 
 def test_a_function_alone_has_the_imports_and_helpers_of_its_prompt(sandboxed: Callable[[str], CodeResult]) -> None:

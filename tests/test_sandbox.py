@@ -25,11 +25,13 @@ from copyspec_engine import ConfigError
 from copyspec_engine.evaluation import confine, sandbox
 from copyspec_engine.evaluation.sandbox import Limits, check_sandbox, run_code
 
-LANDLOCK = sys.platform == "linux" and ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) >= 3
-confined = pytest.mark.skipif(
-    not LANDLOCK or platform.machine() not in ("x86_64", "aarch64"),
-    reason="generated programs run on Linux 6.2 or newer with Landlock, on x86_64 or aarch64",
+CAN_CONFINE = (
+    sys.platform == "linux"
+    and platform.machine() in ("x86_64", "aarch64")
+    and ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) >= 3  # the version of Landlock
 )
+WHY_NOT = "generated programs run on Linux 6.2 or newer with Landlock, on x86_64 or aarch64"
+confined = pytest.mark.skipif(not CAN_CONFINE, reason=WHY_NOT)
 
 SECRET = "nobody's business"
 ESCAPES = {
