@@ -241,7 +241,7 @@ PROBLEMS: dict[str, dict[str, str]] = {
             "def largest(xs: List[float]) -> float:\n    ''' Twice the largest. '''\n"
         ),
         "entry_point": "largest",
-        "canonical_solution": "    best = -math.inf\n\n    for x in xs:\n        best = max(best, x)\n    return 2 * best\n",
+        "canonical_solution": "    ordered = sorted([-math.inf, *xs])\n\n    return double(ordered[-1])\n",
         "wrong": "    return double(xs[0])\n",
         "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 3, 2]) == double(3)\n",
     },

@@ -12,7 +12,7 @@ Resource limits bound processor time, memory, the size of a file and the number 
 be had the program is not run. Only the standard library is used, since this file runs in a bare interpreter.
 
 Not covered: wall-clock time, the total size of the working folder, the environment and the inherited files, which are
-the parent's to bound (sandbox.py); hiding that a path exists, since `stat` needs no right.
+the parent's to bound (sandbox.py); hiding that a path exists or where a link leads, which Landlock leaves open.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def _confine(spec: dict[str, Any]) -> None:
     kernel.prctl("seccomp filters", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, described)
 
 
-def _run(source: bytes) -> NoReturn:
+def _run(source: str) -> NoReturn:
     """Run the program as a script would be, and end with its exit status."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = module, ["program.py"]
@@ -322,7 +322,7 @@ def main() -> NoReturn:
     """
     spec = json.loads(sys.argv[1])
     with open(0, "rb", closefd=False) as stdin:
-        source = stdin.read()
+        source = stdin.read().decode("utf-8", "surrogatepass")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)

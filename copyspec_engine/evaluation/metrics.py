@@ -164,12 +164,12 @@ def humaneval_solution(problem: Mapping[str, Any], answer_text: str) -> str:
     Else the last block, or the text, is read as what follows the prompt: its lines up to the first without indentation.
     """
     definition = re.compile(rf"^def {re.escape(problem['entry_point'])}\b", re.MULTILINE)
-    blocks = _python_blocks(answer_text)
-    for code in (*reversed(blocks), *([] if blocks else [answer_text])):
+    candidates = _python_blocks(answer_text) or [answer_text]
+    for code in reversed(candidates):
         if definition.search(code):
             return code
     body = []
-    for line in (blocks[-1] if blocks else answer_text).splitlines():
+    for line in candidates[-1].splitlines():
         if line and not line[0].isspace():
             break
         body.append(line)

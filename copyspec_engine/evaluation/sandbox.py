@@ -67,9 +67,9 @@ class CodeResult:
     """How a program ended."""
 
     status: Status
-    """"ok": it ended with exit status 0. "error": an exception, another exit status or a crash. "timeout": `cpu_s` or
-    `wall_s` were over. "memory": a `MemoryError`, or the kernel ran out of memory. "disk": too many or too large files
-    in the temporary folder (a single file that grows too large is an `OSError` of the program)."""
+    """With "ok" it ended with exit status 0; with "error" by an exception, another exit status or a crash; with
+    "timeout" since `cpu_s` or `wall_s` were over; with "memory" by a `MemoryError`, or since the kernel had no more; with
+    "disk" since its folder held too much, or more than 1000 files (one file too large is an `OSError` in it)."""
     stdout: str
     """What it printed, at most the last `Limits.output_bytes` of it."""
     stderr: str
@@ -88,18 +88,18 @@ def check_sandbox() -> None:
         ConfigError: they cannot; says what is missing.
     """
     result = run_code(_PROBE)
-    if result.stdout != "refused refused\n":
+    if result.stdout != "refused\nrefused\n":
         found = " ".join((result.stdout or result.stderr).split())
         raise _unavailable(f"a kernel that enforces Landlock and seccomp (a probe ended with {found!r})")
 
 
 _PROBE = """
 import os, socket
-for escape in (lambda: os.listdir("/"), socket.socket):
+for escape, argument in ((os.listdir, "/"), (socket.socket, socket.AF_INET)):
     try:
-        escape()
+        escape(argument)
     except OSError:
-        print("refused", end=" " if escape is not socket.socket else "\\n")
+        print("refused")
 """
 
 
@@ -117,14 +117,14 @@ def run_code(source: str, limits: Limits = _DEFAULT_LIMITS) -> CodeResult:
     reader, writer = os.pipe()
     with (
         os.fdopen(reader, "rb") as report,
+        os.fdopen(writer, "wb") as reporting_end,
         tempfile.TemporaryDirectory(prefix="copyspec-") as folder,
         tempfile.TemporaryFile() as program,
     ):
-        with os.fdopen(writer, "wb"):  # ours is closed when the process has its own
-            program.write(source.encode("utf-8", "surrogatepass"))
-            program.seek(0)
-            process = _start(folder, program, writer, limits)
-        with process:
+        program.write(source.encode("utf-8", "surrogatepass"))
+        program.seek(0)
+        with _start(folder, program, writer, limits) as process:
+            reporting_end.close()  # the process has its own
             try:
                 result = _Watch(process, Path(folder), limits).result()
             finally:
