@@ -395,11 +395,12 @@ def test_a_program_ends_with_the_process_that_asked_for_it() -> None:
         "from copyspec_engine.evaluation.sandbox import Limits, run_code\n"
         "limits = Limits(wall_s=100)\n"
         "threading.Thread(target=run_code, args=('import time; time.sleep(100)', limits), daemon=True).start()\n"
-        "children = ''\n"
-        "while not children:\n"
+        "facts = child = ''\n"
+        "while 'Seccomp:\\t2' not in facts:\n"  # until it is confined
         "    time.sleep(0.01)\n"
-        "    children = ''.join(p.read_text() for p in Path('/proc/self/task').glob('*/children'))\n"
-        "print(children, flush=True)\n"
+        "    child = ''.join(p.read_text() for p in Path('/proc/self/task').glob('*/children')).strip()\n"
+        "    facts = Path('/proc', child, 'status').read_text() if child else ''\n"
+        "print(child, flush=True)\n"
         "time.sleep(100)\n"
     )
     with subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True) as parent:

@@ -68,8 +68,8 @@ class CodeResult:
 
     status: Status
     """With "ok" it ended with exit status 0; with "error" by an exception, another exit status or a crash; with
-    "timeout" since `cpu_s` or `wall_s` were over; with "memory" by a `MemoryError`, or since the kernel had no more; with
-    "disk" since its folder held too much, or more than 1000 files (one file too large is an `OSError` in it)."""
+    "timeout" since `cpu_s` or `wall_s` were over; with "memory" by a `MemoryError`, or since the kernel had no more;
+    with "disk" since its folder held too much, or more than 1000 files (one file too large is an `OSError` in it)."""
     stdout: str
     """What it printed, at most the last `Limits.output_bytes` of it."""
     stderr: str
