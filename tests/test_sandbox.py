@@ -260,9 +260,9 @@ LIMITED = {
         "timeout",
     ),
     "a loop in compiled code": ("sum(range(10**12))", Limits(cpu_s=1), "timeout"),
-    "one huge object": ("b'x' * 10**11", Limits(), "memory"),
+    "one huge object": ("bytes(3 * 10**9)", Limits(), "memory"),
     "a growing list": ("kept = []\nwhile True: kept.append(bytes(10**6))", Limits(memory_bytes=2**28), "memory"),
-    "a huge array": ("import numpy; numpy.ones(10**10)", Limits(), "memory"),
+    "a huge array": ("import numpy; numpy.empty(3 * 10**9, 'u1')", Limits(), "memory"),
     "many files": (
         "import time\nfor i in range(20): open(str(i), 'wb').write(bytes(10**5))\ntime.sleep(100)",
         Limits(file_bytes=10**6),
