@@ -25,6 +25,8 @@ from copyspec_engine.evaluation.benchmarks import Benchmark, Task
 from copyspec_engine.evaluation.data import load_recorded, load_tasks
 from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
 from copyspec_engine.evaluation.run import EngineSubject, ReplaySubject, Subject, Writer, run_tasks, writers_of
+from copyspec_engine.evaluation.sandbox import check_sandbox
+from copyspec_engine.evaluation.scoring import score
 from copyspec_engine.evaluation.summary import summary
 from copyspec_engine.replay import load_tokenizer
 
@@ -61,6 +63,8 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
         CopySpecError: an option, the data or the model cannot work; found before anything is written.
     """
     _check(options)
+    if options.execute_code:
+        check_sandbox()
     tasks = _tasks(options)
     with _folder(options) as folder, _subject(options, console) as (subject, about):
         runs_model = options.replay is None or options.shape is not None
@@ -84,7 +88,12 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
         with _Bar(console, facts, tasks) as bar:
             records = run_tasks(subject, tasks, writers, folder, facts, bar.advance)
         facts = folder.facts()
-        found = summary(facts, records, {})
+        own = [record for record in records if record.writer == writer.name]
+        with console.status("Scoring the answers ..."):
+            metrics = (
+                {} if facts.recorded else score(facts.benchmark, tasks, own, folder, execute_code=facts.execute_code)
+            )
+        found = summary(facts, records, metrics)
         folder.write_json("summary.json", found)
         _print(found, facts, console)
         if options.output is not None:

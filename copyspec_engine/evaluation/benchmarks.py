@@ -118,6 +118,7 @@ def _cnndm(row: Row, where: str) -> Task:
 def _humaneval(row: Row, where: str) -> Task:
     """OpenAI's {"task_id", "prompt", "entry_point", "test", ...}; HumanEval+ has the same with more tests."""
     data = {name: _text(row, name, where) for name in ("task_id", "prompt", "entry_point", "test")}
+    data["canonical_solution"] = str(row.get("canonical_solution", ""))
     return Task(data["task_id"], "code", (_HUMANEVAL_PROMPT.format(prompt=data["prompt"].strip()),), data)
 
 
