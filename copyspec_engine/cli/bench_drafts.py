@@ -30,7 +30,7 @@ from copyspec_engine.replay import (
     replay,
 )
 
-__all__ = ["DraftsOptions", "machine", "run_drafts", "source_names", "sources", "version", "versions"]
+__all__ = ["DraftsOptions", "machine", "processor", "run_drafts", "source_names", "sources", "version", "versions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,4 +168,12 @@ def version(package: str) -> str:
 
 def machine() -> dict[str, str | int]:
     """What the times were measured on."""
-    return {"system": platform.platform(), "cpu_cores": os.cpu_count() or 0}
+    return {"system": platform.platform(), "cpu": processor(), "cpu_cores": os.cpu_count() or 0}
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -32,13 +32,12 @@ def run_eval_report(paths: Sequence[Path], markdown_path: Path | None, html_path
     for table in found:
         console.print(_grid(table))
     title = f"copyspec eval: {', '.join(dict.fromkeys(run.facts.benchmark for run in runs))}"
-    written = {
-        (markdown_path, "--markdown"): lambda: f"# {title}\n\n" + "\n".join(markdown(table) for table in found),
-        (html_path, "--html"): lambda: page(title, found, charts(runs)),
-    }
-    for (path, option), text in written.items():
+    if markdown_path:
+        write_text(markdown_path, f"# {title}\n\n" + "\n".join(map(markdown, found)), "--markdown")
+    if html_path:
+        write_text(html_path, page(title, found, charts(runs)), "--html")
+    for path in (markdown_path, html_path):
         if path:
-            write_text(path, text(), option)
             console.print(f"Wrote {escape(str(path))}", soft_wrap=True)
     return 0
 

@@ -25,6 +25,8 @@ class Bars:
     reference: float | None = None
     """Height of a line across all groups: what plain decoding has."""
     log: bool = False
+    shares: bool = False
+    """Heights are shares of one, shown as percentages."""
 
 
 @dataclass(frozen=True, slots=True)

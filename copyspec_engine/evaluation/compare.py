@@ -221,9 +221,9 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     for name in dict.fromkeys(run.facts.benchmark for run in runs):
         found += _benchmark_charts(name, [run for run in runs if run.facts.benchmark == name])
     shares = {run.letter: histogram(run.own) for run in runs}
-    if lengths := next((tuple(share) for share in shares.values() if share), ()):
+    if lengths := max(map(tuple, shares.values()), key=len):
         series = tuple((letter, tuple(map(share.get, lengths))) for letter, share in shares.items())
-        found.append(Bars("Draft tokens accepted in a pass", "share of passes", lengths, series))
+        found.append(Bars("Draft tokens accepted in a pass", "share of passes", lengths, series, shares=True))
     costs = tuple((run.letter, tuple(run.relative_cost.items())) for run in runs if len(run.facts.step_cost) > 1)
     if costs:
         found.append(Lines("T(k): cost of a verify pass", "tokens k", "passes of one token", costs, log_x=True))

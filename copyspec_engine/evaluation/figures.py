@@ -36,13 +36,15 @@ def complete_tasks(facts: RunFacts, records: Sequence[TurnRecord]) -> list[TurnR
 
 
 def histogram(records: Iterable[TurnRecord]) -> dict[str, float]:
-    """Shares of the passes by the number of draft tokens accepted, all of `LENGTHS`; empty where none was counted."""
+    """Shares of the passes by accepted draft tokens, as far up as there are any of `LENGTHS`."""
     counts = Counter(
         next(name for name, most in LENGTHS.items() if length <= most)
         for record in records
         for length in record.accepted_lengths
     )
-    return {name: counts[name] / counts.total() for name in LENGTHS} if counts else {}
+    names = list(LENGTHS)
+    longest = max(map(names.index, counts), default=-1)
+    return {name: counts[name] / counts.total() for name in names[: longest + 1]}
 
 
 def sources(records: Iterable[TurnRecord]) -> dict[str, int]:
@@ -73,6 +75,7 @@ def run_plots(facts: RunFacts, records: Sequence[TurnRecord], summary: Mapping[s
             "share of passes",
             tuple(shares),
             ((facts.drafter, tuple(shares.values())),),
+            shares=True,
         ),
     }
     caption = f"{facts.benchmark}, {facts.drafter}: {run_conditions(facts)}\n{facts.command}"

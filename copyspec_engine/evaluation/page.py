@@ -31,7 +31,7 @@ thead th { font-weight: 600; border-bottom: 1px solid var(--ink); }
 tbody tr { border-bottom: 1px solid var(--rule); }
 tbody tr.same { border-bottom-color: transparent; }
 .figures td, .figures thead th.figure { text-align: right; white-space: nowrap; }
-.words td { min-width: 9rem; max-width: 26rem; overflow-wrap: anywhere; }
+.words td { min-width: 11rem; max-width: 26rem; overflow-wrap: anywhere; }
 p { margin: .5rem 0; color: var(--soft); font-size: .9rem; }
 .charts { display: grid; gap: 1.6rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; max-width: 34rem; }

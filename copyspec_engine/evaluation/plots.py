@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["check_installed", "drawn_data", "save", "write_plots"]
 
 INK = "#77808b"
-COLOURS = ("#2f9e58", "#8a929b", "#4b83d6", "#c7722a", "#a667c5", "#c24d6a", "#8f8a22")
-HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++")
+COLOURS = ("#2f9e58", "#4b83d6", "#c7722a", "#a667c5", "#8a929b", "#c24d6a", "#8f8a22")
+HATCHES = ("", "////", "||||", "\\\\\\\\", "xxxx", "----", "++++")  # dots would take a quarter of a megabyte
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "copyspec",  # the same ids each time
     "svg.fonttype": "path",  # the same letters everywhere
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -39,7 +39,7 @@ SETTINGS = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
 }
-CAPTION_LETTERS = 118
+CAPTION_LETTERS = 165
 """Letters of a caption in a line, over the usual width."""
 DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 
@@ -110,17 +110,19 @@ def drawn_data(path: Path) -> str:
 def _figure(plot: Plot) -> Figure:
     from matplotlib.figure import Figure
 
+    names = list(dict.fromkeys(name for chart in plot.charts for name, _ in chart.series))
     lines = [line for part in plot.caption.splitlines() for line in textwrap.wrap(part, CAPTION_LETTERS)]
-    below = 0.2 * len(lines) + 0.1  # inches
+    below = 0.16 * len(lines) + 0.15  # inches
     height = 4.0 + below
     drawn = Figure(figsize=(10, height))
     drawn.set_layout_engine("constrained", rect=(0, below / height, 1, 1 - below / height))
     for axes, chart in zip(drawn.subplots(1, len(plot.charts), squeeze=False)[0], plot.charts, strict=True):
         _style(axes, chart)
+        looks = [names.index(name) for name, _ in chart.series]
         if isinstance(chart, Bars):
-            _bars(axes, chart)
+            _bars(axes, chart, looks)
         else:
-            _lines(axes, chart)
+            _lines(axes, chart, looks)
         if len(chart.series) > 1:
             axes.legend(frameon=False, fontsize=9)
     drawn.text(0.01, 0.08 / height, "\n".join(lines), fontsize=8, va="bottom")
@@ -138,7 +140,7 @@ def _style(axes: Axes, chart: Chart) -> None:
         axes.axhline(chart.reference, color=INK, linewidth=1, linestyle="--")
 
 
-def _bars(axes: Axes, chart: Bars) -> None:
+def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
     width = 0.8 / len(chart.series)
     for place, (name, values) in enumerate(chart.series):
         shown = [(group, value) for group, value in enumerate(values) if value is not None]
@@ -148,32 +150,35 @@ def _bars(axes: Axes, chart: Bars) -> None:
             [value for _, value in shown],
             width * 0.9,
             label=name,
-            color=COLOURS[place % len(COLOURS)],
-            hatch=HATCHES[place % len(HATCHES)],
+            color=COLOURS[looks[place] % len(COLOURS)],
+            hatch=HATCHES[looks[place] % len(HATCHES)],
             edgecolor="#ffffff66",
             linewidth=0,
         )
-    steep = sum(map(len, chart.groups)) > 80
-    axes.set_xticks(
-        range(len(chart.groups)), chart.groups, rotation=25 if steep else 0, ha="right" if steep else "center"
-    )
+    labels = [group.replace(", ", "\n") for group in chart.groups]
+    steep = sum(max(map(len, label.split("\n"))) for label in labels) > 130
+    axes.set_xticks(range(len(labels)), labels, rotation=25 if steep else 0, ha="right" if steep else "center")
+    axes.tick_params(axis="x", labelsize=8.5 if len(labels) > 5 else 10)
+    if chart.shares:
+        axes.yaxis.set_major_formatter("{x:.0%}")
     if chart.log:
         _log_scale(axes.set_yscale, axes.yaxis)
 
 
-def _lines(axes: Axes, chart: Lines) -> None:
+def _lines(axes: Axes, chart: Lines, looks: Sequence[int]) -> None:
     gap = (float("nan"), float("nan"))
-    for place, (name, points) in enumerate(chart.series):
-        x, y = zip(*(gap if point is None else point for point in points), strict=True)
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-        axes.plot(x, y, label=name, color=colour, marker=marker, markersize=5, linewidth=1.6)
+    for look, (name, points) in zip(looks, chart.series, strict=True):
+        drawn = [gap if point is None else point for point in points]
+        colour, marker = COLOURS[look % len(COLOURS)], MARKERS[look % len(MARKERS)]
+        axes.plot(*zip(*drawn, strict=True), label=name, color=colour, marker=marker, markersize=5, linewidth=1.6)
     axes.set_xlabel(chart.x_label)
     if chart.log_x:
         _log_scale(axes.set_xscale, axes.xaxis)
     if chart.log_y:
         _log_scale(axes.set_yscale, axes.yaxis)
-    for x, y, text in chart.notes:
-        axes.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", fontsize=8, ha="center")
+    for place, (x, y, text) in enumerate(chart.notes):
+        side = "right" if place and place + 1 == len(chart.notes) else "left" if place == 0 else "center"
+        axes.annotate(text, (x, y), xytext=(0, 13), textcoords="offset points", fontsize=8, ha=side)
 
 
 def _log_scale(set_scale: Any, axis: Any) -> None:  # noqa: ANN401 - of either axis

@@ -90,8 +90,10 @@ def metric_text(value: object) -> str:
 def accepted_table(named: Sequence[tuple[str, Sequence[TurnRecord]]]) -> Table:
     """Shares of the passes by accepted draft tokens, a column for each of the named lists of records."""
     shares = [(name, histogram(records)) for name, records in named]
-    lengths = next((tuple(share) for _, share in shares if share), ())
-    rows = tuple((length, *(percent(share.get(length)) for _, share in shares)) for length in lengths)
+    lengths = max((tuple(share) for _, share in shares), key=len)
+    rows = tuple(
+        (length, *(percent(share.get(length, 0.0) if share else None) for _, share in shares)) for length in lengths
+    )
     return Table("Draft tokens accepted in a pass", ("accepted tokens", *(name for name, _ in shares)), rows)
 
 

@@ -44,12 +44,14 @@ def drawn(chart: Chart, identifier: str) -> str:
 
 def _in_words(chart: Chart) -> str:
     parts = []
-    for name, values in chart.series:
-        if isinstance(chart, Bars):
+    if isinstance(chart, Bars):
+        for name, values in chart.series:
             said = [f"{group} {figure(value)}" for group, value in zip(chart.groups, values, strict=True)]
-        else:
-            said = [f"{figure(point[0])}: {figure(point[1])}" for point in values if isinstance(point, tuple)]
-        parts.append(f"{name}: {', '.join(said)}.")
+            parts.append(f"{name}: {', '.join(said)}.")
+    else:
+        for name, points in chart.series:
+            said = [f"{point[0]:g}: {figure(point[1])}" for point in points if point is not None]
+            parts.append(f"{name}: {', '.join(said)}.")
     return f"{chart.y_label}. {' '.join(parts)}"
 
 
@@ -82,7 +84,7 @@ def _bars(chart: Bars) -> tuple[float, list[str]]:
 
 
 def _short(value: float, chart: Bars) -> str:
-    return f"{value:.0%}" if chart.y_label.startswith("share") else figure(value)
+    return f"{value:.0%}" if chart.shares else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", title: str = "") -> str:
@@ -92,23 +94,27 @@ def _text(x: float, y: float, text: str, anchor: str = "start", title: str = "")
 
 def _lines(chart: Lines) -> tuple[float, list[str]]:
     points = [point for _, line in chart.series for point in line if point is not None]
-    left, right, top, bottom = 46.0, WIDTH - 26.0, 22.0, HEIGHT - 40.0
+    left, right, top, bottom = 46.0, WIDTH - 36.0, 22.0, HEIGHT - 40.0
     across, x_ticks = _axis([x for x, _ in points], left, right, chart.log_x)
     up, y_ticks = _axis(
         [0.0, *(y for _, y in points)] if not chart.log_y else [y for _, y in points], bottom, top, chart.log_y
     )
     body = [_text(left - 40, 12, chart.y_label), _text((left + right) / 2, HEIGHT - 6, chart.x_label, "middle")]
     for tick in y_ticks:
-        body.append(f'<path class="grid" d="M{left} {up(tick):.1f}H{right}"/>')
-        body.append(_text(left - 5, up(tick) + 4, f"{tick:g}", "end"))
+        body.append(f'<path class="grid" d="M{left} {up(tick):.1f}H{right + 8}"/>')
+        body.append(_text(left - 10, up(tick) + 4, f"{tick:g}", "end"))
     body += [_text(across(tick), bottom + 17, f"{tick:g}", "middle") for tick in x_ticks]
+    ends: dict[tuple[int, int], list[tuple[float, float, str]]] = {}
     for place, (name, line) in enumerate(chart.series):
         places = [(across(point[0]), up(point[1])) for point in line if point is not None]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         kind, marker = f"s{place % NUM_COLOURS}", MARKERS[place % len(MARKERS)]
         body.append(f'<path class="{kind} line" d="M{path}"/>')
         body += [f'<path class="{kind}" transform="translate({x:.1f} {y:.1f})" d="{marker}"/>' for x, y in places]
-        body.append(_text(places[-1][0] + 8, places[-1][1] + 4, name))
+        x, y = places[-1]
+        ends.setdefault((int(x / 20), int(y / 14)), []).append((x, y, name))
+    for same in ends.values():  # lines that end together share one label
+        body.append(_text(same[0][0] + 8, same[0][1] + 4, ", ".join(name for *_, name in same)))
     return HEIGHT, body
 
 

@@ -1,0 +1,113 @@
+"""`copyspec bench report`: puts the figures of result files into the READMEs and into plots, or finds what differs.
+
+A README says where: between `<!-- bench: begin NAME -->` and `<!-- bench: end -->`, NAME one of `BLOCKS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from copyspec_engine import ConfigError
+from copyspec_engine.cli.report import write_text
+from copyspec_engine.cli.results.drafts import (
+    drafts_plots,
+    drafts_tables,
+    history_tables,
+    ingredients_tables,
+    propose_tables,
+)
+from copyspec_engine.cli.results.engine import engine_plots, engine_tables
+from copyspec_engine.cli.results.files import Results, load_results
+from copyspec_engine.cli.results.runs import eval_plots, eval_tables
+from copyspec_engine.evaluation.charts import Plot
+from copyspec_engine.evaluation.plots import check_installed, drawn_data, save
+from copyspec_engine.evaluation.tables import Table, markdown
+
+__all__ = ["BLOCKS", "run_bench_report"]
+
+BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
+    "drafts": drafts_tables,
+    "history": history_tables,
+    "ingredients": ingredients_tables,
+    "propose": propose_tables,
+    "engine": engine_tables,
+    "eval": eval_tables,
+}
+"""The tables that a README may hold."""
+PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (drafts_plots, engine_plots, eval_plots)
+BLOCK = re.compile(r"(<!-- bench: begin (.*?) -->\n)(.*?)(<!-- bench: end -->)", flags=re.DOTALL)
+
+
+def run_bench_report(results: Path, readmes: Sequence[Path], plots: Path, check: bool, console: Console) -> int:
+    """Writes the tables and the plots.
+
+    Args:
+        results: folder of the JSON files.
+        readmes: the files with blocks.
+        plots: folder of the plots; one that no result gives any more is deleted.
+        check: write nothing, say what differs from the results.
+        console: what was written, or differs, is said here.
+
+    Returns:
+        The exit code: 1 if something differs, else 0.
+
+    Raises:
+        CopySpecError: a file cannot be read or written, or a plot cannot be drawn.
+    """
+    found = load_results(results)
+    texts = {path: (old := _read(path), _filled(old, path, found)) for path in readmes}
+    outdated = [path for path, (old, new) in texts.items() if old != new]
+    wanted = {plots / f"{plot.name}.svg": plot for make in PLOTS for plot in make(found)}
+    different = [path for path, plot in wanted.items() if drawn_data(path) != plot.data]
+    left_over = [path for path in sorted(plots.glob("*.svg")) if path not in wanted and drawn_data(path)]
+    if check:
+        for path in (*outdated, *different, *left_over):
+            _say(console, f"{path} is not what {results} gives: run `copyspec bench report`")
+        return int(bool(outdated or different or left_over))
+    if different:
+        check_installed()
+    for path in outdated:
+        write_text(path, texts[path][1], "--readme")
+    for path in different:
+        save(wanted[path], path)
+    for path in left_over:
+        path.unlink()
+    for verb, paths in (("Wrote", (*outdated, *different)), ("Deleted", left_over)):
+        for path in paths:
+            _say(console, f"{verb} {path}")
+    return 0
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(escape(text), soft_wrap=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot read --readme {path}: {error.strerror or error}") from None
+
+
+def _filled(text: str, path: Path, results: Results) -> str:
+    """The text with each of its blocks as the results give it."""
+    num_begun = text.count("<!-- bench: begin")
+    if num_begun == 0 or num_begun != len(BLOCK.findall(text)):
+        raise ConfigError(
+            f"Got --readme {path} without blocks that begin and end: write <!-- bench: begin drafts --> and "
+            "<!-- bench: end -->, each on its own line"
+        )
+
+    def fill(block: re.Match[str]) -> str:
+        name = block[2]
+        if name not in BLOCKS:
+            raise ConfigError(f"Got block {name!r} in {path} but expected one of {', '.join(BLOCKS)}")
+        tables = [f"*{table.title}*\n\n{markdown(table, level=0)}" for table in BLOCKS[name](results)]
+        return f"{block[1]}{chr(10).join(tables)}{block[4]}"
+
+    return BLOCK.sub(fill, text)
