@@ -21,7 +21,7 @@ from copyspec_engine.cli.results.drafts import (
     ingredients_tables,
     propose_tables,
 )
-from copyspec_engine.cli.results.engine import engine_plots, engine_tables
+from copyspec_engine.cli.results.engine import engine_plots, engine_tables, speed_tables
 from copyspec_engine.cli.results.files import Results, load_results
 from copyspec_engine.cli.results.runs import eval_plots, eval_tables
 from copyspec_engine.evaluation.charts import Plot
@@ -36,6 +36,7 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "ingredients": ingredients_tables,
     "propose": propose_tables,
     "engine": engine_tables,
+    "speed": speed_tables,
     "eval": eval_tables,
 }
 """The tables that a README may hold."""
@@ -107,7 +108,9 @@ def _filled(text: str, path: Path, results: Results) -> str:
         name = block[2]
         if name not in BLOCKS:
             raise ConfigError(f"Got block {name!r} in {path} but expected one of {', '.join(BLOCKS)}")
-        tables = [f"*{table.title}*\n\n{markdown(table, level=0)}" for table in BLOCKS[name](results)]
-        return f"{block[1]}{chr(10).join(tables)}{block[4]}"
+        tables = BLOCKS[name](results)
+        titles = [f"*{table.title}*\n\n" if len(tables) > 1 else "" for table in tables]
+        shown = [f"{title}{markdown(table, level=0)}" for title, table in zip(titles, tables, strict=True)]
+        return f"{block[1]}{chr(10).join(shown)}{block[4]}"
 
     return BLOCK.sub(fill, text)

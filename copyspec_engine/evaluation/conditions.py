@@ -28,13 +28,16 @@ def day(date: str | None) -> str:
 
 
 def shortened(command: str) -> str:
-    """A command without all but the first of an option's values, where there are more than two."""
+    """A command without where it wrote its figures, and without all but the first of more than two values."""
     words: list[str] = []
     values: list[str] = []
     for word in [*shlex.split(command), "--"]:
         if not word.startswith("-"):
             values.append(word)
             continue
+        if words and words[-1] == "--json":
+            words.pop()
+            values = values[1:]
         many = bool(words) and len(values) > MOST_VALUES
         words += [shlex.quote(values[0]), f"...({len(values) - 1} more)"] if many else map(shlex.quote, values)
         words.append(word)

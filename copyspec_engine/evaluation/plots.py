@@ -83,10 +83,11 @@ def save(plot: Plot, path: Path) -> Path:
     import matplotlib
 
     # A date, or the version of what drew it, would make each drawing another file.
+    title = "; ".join(chart.title for chart in plot.charts)
     metadata = (
-        {"Title": plot.name, "Description": plot.data, "Date": None, "Creator": None}
+        {"Title": title, "Description": plot.data, "Date": None, "Creator": None}
         if path.suffix == ".svg"
-        else {"Title": plot.name, "Software": None}
+        else {"Title": title, "Software": None}
     )
     with matplotlib.rc_context(SETTINGS):
         figure = _figure(plot)
@@ -155,14 +156,18 @@ def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
             edgecolor="#ffffff66",
             linewidth=0,
         )
-    labels = [group.replace(", ", "\n") for group in chart.groups]
-    steep = sum(max(map(len, label.split("\n"))) for label in labels) > 130
-    axes.set_xticks(range(len(labels)), labels, rotation=25 if steep else 0, ha="right" if steep else "center")
-    axes.tick_params(axis="x", labelsize=8.5 if len(labels) > 5 else 10)
+    axes.set_xticks(range(len(chart.groups)), [_wrapped(group, 105 // len(chart.groups)) for group in chart.groups])
+    axes.tick_params(axis="x", labelsize=8.5 if len(chart.groups) > 5 else 10)
     if chart.shares:
         axes.yaxis.set_major_formatter("{x:.0%}")
     if chart.log:
         _log_scale(axes.set_yscale, axes.yaxis)
+
+
+def _wrapped(name: str, width: int) -> str:
+    """A name in lines of so many letters, broken behind commas and underscores."""
+    parts = [textwrap.wrap(part.replace("_", "_ "), max(width, 4)) for part in name.split(", ")]
+    return "\n".join(line.replace("_ ", "_") for lines in parts for line in lines)
 
 
 def _lines(axes: Axes, chart: Lines, looks: Sequence[int]) -> None:
@@ -178,7 +183,9 @@ def _lines(axes: Axes, chart: Lines, looks: Sequence[int]) -> None:
         _log_scale(axes.set_yscale, axes.yaxis)
     for place, (x, y, text) in enumerate(chart.notes):
         side = "right" if place and place + 1 == len(chart.notes) else "left" if place == 0 else "center"
-        axes.annotate(text, (x, y), xytext=(0, 13), textcoords="offset points", fontsize=8, ha=side)
+        axes.annotate(
+            text, (x, y), xytext=(0, 22 if side == "left" else 8), textcoords="offset points", fontsize=8, ha=side
+        )
 
 
 def _log_scale(set_scale: Any, axis: Any) -> None:  # noqa: ANN401 - of either axis

@@ -67,8 +67,7 @@ def _drafts_table(main: Result, results: Results) -> Table:
     over = ("over the best peer", "modelled speed, gpu curve", "cpu curve")
     headings = ("conversations", *SHOWN.values(), OURS, *over, "history trimmed, without memory", "with memory")
     files = [result for result in (main, cpu, trimmed) if result]
-    title = f"Tokens per forward pass, {conditions(main)}"
-    return Table(title, headings, body, 1, notes(files))
+    return Table(f"Tokens per forward pass, {conditions(main)}", headings, body, 1, notes(files))
 
 
 def drafts_plots(results: Results) -> list[Plot]:
@@ -109,8 +108,11 @@ def history_tables(results: Results) -> list[Table]:
     )
     kinds = (result.record["history"] for result in files)
     headings = tuple(heading for kind in kinds for heading in (f"{kind}, without memory", "with memory"))
-    title = f"Tokens per forward pass where the history is trimmed, {conditions(files[0])}"
-    return [Table(title, ("conversations", *headings), body, 1, notes(files))]
+    return [
+        Table(
+            "Tokens per forward pass where the history is trimmed", ("conversations", *headings), body, 1, notes(files)
+        )
+    ]
 
 
 def ingredients_tables(results: Results) -> list[Table]:
@@ -129,8 +131,7 @@ def _ingredients_table(result: Result) -> Table:
         )
         for source in _sources(result)
     )
-    title = f"Tokens per forward and modelled speed ({result.record['cost_model']} curve), each ingredient off"
-    title = f"{title}, {conditions(result)}"
+    title = f"Each ingredient off, {result.record['cost_model']} curve, {conditions(result)}"
     headings = ("conversations", OURS, *(name.removeprefix(f"{OURS}-").replace("-", " ") for name in off))
     return Table(title, headings, body, 1, notes([result]))
 

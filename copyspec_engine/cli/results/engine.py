@@ -10,7 +10,7 @@ from copyspec_engine.evaluation.charts import Bars, Lines, Plot
 from copyspec_engine.evaluation.conditions import hardware, shortened
 from copyspec_engine.evaluation.tables import Table, figure, times
 
-__all__ = ["engine_plots", "engine_tables"]
+__all__ = ["engine_plots", "engine_tables", "speed_tables"]
 
 OURS, PLAIN, REFERENCE, TOGETHER = "ours", "ours-plain", "generate", "generate-batch"
 NAMES = {
@@ -69,8 +69,13 @@ def _turns_table(group: Sequence[Result]) -> Table:
         over = [times(ours["tokens_per_s"] / speed if speed else None) for speed in speeds]
         cells = (str(ours["tokens"]), f"**{figure(ours['tokens_per_s'])}**", *map(figure, speeds), *over)
         body.append((source, str(turn), *cells, figure(ours["tokens_per_forward"])))
-    title = f"Tokens per second, {conditions(group[0])}"
-    return Table(title, (*headings, *ratios, "tokens per pass"), tuple(body), 2, notes(group))
+    return Table(
+        f"Tokens per second, {conditions(group[0])}",
+        (*headings, *ratios, "tokens per pass"),
+        tuple(body),
+        2,
+        notes(group),
+    )
 
 
 def _together_table(result: Result) -> Table:
@@ -84,8 +89,48 @@ def _together_table(result: Result) -> Table:
         over = [times(row["tokens_per_s"] / other if other else None) for other in others]
         body.append((source, str(row["concurrency"]), NAMES[peer], figure(row["tokens_per_s"]), *over))
     headings = ("conversations", "at once", "", "tokens/s", "over one by one", f"over {NAMES[TOGETHER]}")
-    title = f"Conversations at once, {conditions(result)}"
-    return Table(title, headings, tuple(body), 3, notes([result]))
+    return Table(f"Conversations at once, {conditions(result)}", headings, tuple(body), 3, notes([result]))
+
+
+def speed_tables(results: Results) -> list[Table]:
+    """All of it in short, one table for all shapes and machines: ours over each peer, first turns and later ones."""
+    files = [result for group in _groups(results) for result in group]
+    files += [result for result in results["engine"] if result not in files]
+    cells = [(result, *row) for result in files for row in _speed_rows(result)]
+    peers = [peer for peer in (*PEERS, TOGETHER) if any(peer in speeds for *_, speeds, _ in cells)]
+    several = len({conditions(result) for result in files}) > 1
+    body = []
+    for result, source, turns, speeds, per_pass in cells:
+        over = (times(speeds[OURS] / speeds[peer] if peer in speeds else None) for peer in peers)
+        where = (conditions(result),) if several else ()
+        body.append((source, turns, *where, f"**{figure(speeds[OURS])}**", *over, figure(per_pass)))
+    labels = ("conversations", "turns", *(("measured on",) if several else ()))
+    headings = (*labels, "tokens/s", *(f"over {NAMES[peer]}" for peer in peers), "tokens per pass")
+    return [Table("Speed", headings, tuple(body), len(labels), notes(files))] if files else []
+
+
+def _speed_rows(result: Result) -> Iterator[tuple[str, str, dict[str, float], float]]:
+    """(source, turns, tokens per second of each peer, tokens per pass of ours) of first and of later turns."""
+    at_once = {
+        (row["source"], row["peer"]): row for row in result.record.get("concurrency", ()) if row["concurrency"] > 1
+    }
+    own = [row for row in result.rows if (row["concurrency"] > 1) == bool(at_once)]
+    for source in dict.fromkeys(row["source"] for row in own):
+        last = max(row["turn"] for row in own if row["source"] == source)
+        for first, most, name in ((1, 1, "1"), (2, last, "2" if last == 2 else f"2 to {last}")):
+            rows = [row for row in own if row["source"] == source and first <= row["turn"] <= most]
+            peers = dict.fromkeys(row["peer"] for row in rows)
+            if OURS not in peers:
+                continue
+            speeds = {peer: _rate([row for row in rows if row["peer"] == peer], "seconds") for peer in peers}
+            if at_once:  # seconds of turns that run side by side do not add up
+                speeds = {peer: at_once[source, peer]["tokens_per_s"] for peer in peers}
+                name = f"{name}, {at_once[source, OURS]['concurrency']} at once"
+            yield source, name, speeds, _rate([row for row in rows if row["peer"] == OURS], "forward_passes")
+
+
+def _rate(rows: Sequence[Row], key: str) -> float:
+    return float(sum(row["tokens"] for row in rows) / sum(row[key] for row in rows))
 
 
 def engine_plots(results: Results) -> list[Plot]:

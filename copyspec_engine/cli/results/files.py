@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,19 @@ KINDS = {
     ),
     "engine": Kind(
         frozenset({"results", "summary", "shape", "device", "dtype", *_FACTS}),
-        frozenset({"source", "conversation", "turn", "peer", "concurrency", "prompt_tokens", *_SPEEDS}),
+        frozenset(
+            {
+                "source",
+                "conversation",
+                "turn",
+                "peer",
+                "concurrency",
+                "prompt_tokens",
+                "seconds",
+                "forward_passes",
+                *_SPEEDS,
+            }
+        ),
     ),
     "eval": Kind(
         frozenset({"rows", "facts", "benchmark", "drafter", "model", "identical", "metrics"}),
@@ -131,10 +144,9 @@ def conditions(result: Result) -> str:
 
 
 def notes(results: Sequence[Result]) -> str:
-    """Where the figures of a table come from, a line for each file; its conditions only if the first has others."""
-    lines = []
-    for result in results:
-        said = conditions(result)
-        other = f"{said}, " if said != conditions(results[0]) else ""
-        lines.append(f"- `{result.name}`: {other}`{shortened(result.facts['command'])}`")
-    return "\n".join(lines)
+    """Where the figures of a table come from: conditions once for all files in a row that share them, then commands."""
+    parts: list[str] = []
+    for said, files in groupby(results, conditions):
+        commands = [f"`{file.name}` by `{shortened(file.facts['command'])}`" for file in files]
+        parts.append(f"{said[:1].upper()}{said[1:]}: {', '.join(commands)}.")
+    return " ".join(parts)

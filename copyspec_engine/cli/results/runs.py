@@ -29,7 +29,7 @@ def eval_tables(results: Results) -> list[Table]:
         return []
     body = tuple(_cells(result, row) for result in files for row in _rows(result))
     headings = ("benchmark", "model", "drafter", "turn", *FIGURES, "identical", "metrics")
-    return [Table(f"Evaluation runs, {conditions(files[0])}", headings, body, 4, notes(files))]
+    return [Table("Evaluation runs", headings, body, 4, notes(files))]
 
 
 def _cells(result: Result, row: Mapping[str, Any]) -> tuple[str, ...]:
