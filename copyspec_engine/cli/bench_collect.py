@@ -6,7 +6,7 @@ A README says where: between `<!-- bench: begin NAME -->` and `<!-- bench: end -
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -61,8 +61,9 @@ def run_bench_report(results: Path, readmes: Sequence[Path], plots: Path, check:
         CopySpecError: a file cannot be read or written, or a plot cannot be drawn.
     """
     found = load_results(results)
-    texts = {path: (old := _read(path), _filled(old, path, found)) for path in readmes}
-    outdated = [path for path, (old, new) in texts.items() if old != new]
+    old = {path: _read(path) for path in readmes}
+    new = {path: _filled(text, path, found) for path, text in old.items()}
+    outdated = [path for path in old if old[path] != new[path]]
     wanted = {plots / f"{plot.name}.svg": plot for make in PLOTS for plot in make(found)}
     different = [path for path, plot in wanted.items() if drawn_data(path) != plot.data]
     left_over = [path for path in sorted(plots.glob("*.svg")) if path not in wanted and drawn_data(path)]
@@ -70,18 +71,29 @@ def run_bench_report(results: Path, readmes: Sequence[Path], plots: Path, check:
         for path in (*outdated, *different, *left_over):
             _say(console, f"{path} is not what {results} gives: run `copyspec bench report`")
         return int(bool(outdated or different or left_over))
-    if different:
+    _write({path: new[path] for path in outdated}, {path: wanted[path] for path in different}, left_over, console)
+    for name in _not_shown(found, old.values()):
+        _say(console, f"Left out {name}: no --readme has a block <!-- bench: begin {name} -->")
+    return 0
+
+
+def _write(texts: dict[Path, str], plots: dict[Path, Plot], left_over: Sequence[Path], console: Console) -> None:
+    if plots:
         check_installed()
-    for path in outdated:
-        write_text(path, texts[path][1], "--readme")
-    for path in different:
-        save(wanted[path], path)
+    for path, text in texts.items():
+        write_text(path, text, "--readme")
+        _say(console, f"Wrote {path}")
+    for path, plot in plots.items():
+        _say(console, f"Wrote {save(plot, path)}")
     for path in left_over:
         path.unlink()
-    for verb, paths in (("Wrote", (*outdated, *different)), ("Deleted", left_over)):
-        for path in paths:
-            _say(console, f"{verb} {path}")
-    return 0
+        _say(console, f"Deleted {path}")
+
+
+def _not_shown(results: Results, texts: Iterable[str]) -> list[str]:
+    """Tables that no README has a block for."""
+    shown = {block[2] for text in texts for block in BLOCK.finditer(text)}
+    return [name for name, tables in BLOCKS.items() if name not in shown and tables(results)]
 
 
 def _say(console: Console, text: str) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from copyspec_engine import ConfigError
+from copyspec_engine.calibration import cpu_name
 from copyspec_engine.cli.bench_report import comparison, comparison_table, ingredient_table, source_table
 from copyspec_engine.cli.report import check_writable, write_record
 from copyspec_engine.peers import INGREDIENTS, OURS, PEERS, contestant, installed
@@ -30,7 +31,7 @@ from copyspec_engine.replay import (
     replay,
 )
 
-__all__ = ["DraftsOptions", "machine", "processor", "run_drafts", "source_names", "sources", "version", "versions"]
+__all__ = ["DraftsOptions", "machine", "run_drafts", "source_names", "sources", "version", "versions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +169,4 @@ def version(package: str) -> str:
 
 def machine() -> dict[str, str | int]:
     """What the times were measured on."""
-    return {"system": platform.platform(), "cpu": processor(), "cpu_cores": os.cpu_count() or 0}
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return {"system": platform.platform(), "cpu": cpu_name(), "cpu_cores": os.cpu_count() or 0}

@@ -8,7 +8,7 @@ from typing import Any
 
 from copyspec_engine.evaluation.charts import Bars, Plot
 from copyspec_engine.evaluation.conditions import run_conditions
-from copyspec_engine.evaluation.records import RunFacts, TurnRecord
+from copyspec_engine.evaluation.records import PLAIN, RunFacts, TurnRecord
 from copyspec_engine.evaluation.summary import ALL
 
 __all__ = ["LENGTHS", "complete_tasks", "histogram", "run_plots", "sources", "turn_name"]
@@ -83,6 +83,7 @@ def run_plots(facts: RunFacts, records: Sequence[TurnRecord], summary: Mapping[s
         Plot(name, (chart,), caption)
         for name, chart in charts.items()
         if any(value is not None for _, values in chart.series for value in values)
+        and not (name == "speedup" and facts.drafter == PLAIN)
     ]
 
 
