@@ -9,16 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from copyspec_engine.cli import bench_collect
 from copyspec_engine.cli.bench_collect import BLOCK, BLOCKS, PLOTS
 from copyspec_engine.cli.bench_drafts import machine
 from copyspec_engine.cli.main import app
 from copyspec_engine.cli.results.files import KINDS, load_results
-from copyspec_engine.evaluation.charts import Bars, Lines
-from copyspec_engine.evaluation.plots import drawn_data
+from copyspec_engine.evaluation.charts import Bars, Lines, Plot
+from copyspec_engine.evaluation.plots import DESCRIPTION, drawn_data, save
 from copyspec_engine.evaluation.records import RunFacts
 from copyspec_engine.evaluation.tables import Table
 
@@ -48,7 +50,7 @@ def drafts(tokens: dict[str, float], *, curve: str = "gpu", history: str = "full
     }
 
 
-def engine(*turns: tuple[int, int, dict[str, float]], concurrency: int = 1, **more: Any) -> dict[str, Any]:
+def engine(*turns: tuple[int, int, dict[str, float]], at_once: int = 1, **more: Any) -> dict[str, Any]:
     """Turns of one source: (turn, prompt tokens, seconds of each peer); ten tokens in each, ours in two passes."""
     results = [
         {
@@ -56,7 +58,7 @@ def engine(*turns: tuple[int, int, dict[str, float]], concurrency: int = 1, **mo
             "conversation": 1,
             "turn": turn,
             "peer": peer,
-            "concurrency": concurrency,
+            "concurrency": at_once,
             "prompt_tokens": prompt,
             "tokens": 10,
             "forward_passes": 2 if peer == "ours" else 10,
@@ -137,23 +139,28 @@ ALL: dict[str, dict[str, Any]] = {
         (2, 25, {"ours": 0.5, "ours-plain": 2.0, "generate": 4.0}),
         (3, 45, {"ours": 0.5, "generate": 6.0}),
     ),
-    "engine_at_once": engine(
-        (1, 5, {"ours": 1.0, "generate-batch": 3.0}),
-        concurrency=2,
-        concurrency_rows=None,
-    ),
+    "engine_at_once": engine((1, 5, {"ours": 1.0, "generate-batch": 3.0}), at_once=2),
     "eval_gsm8k": run_summary(),
 }
-del ALL["engine_at_once"]["concurrency_rows"]
 ALL["engine_at_once"]["concurrency"] = [
     {"source": "chats", "peer": peer, "concurrency": at_once, "tokens_per_s": speed}
     for peer, at_once, speed in (("ours", 1, 10.0), ("ours", 2, 15.0), ("generate-batch", 2, 5.0))
 ]
 
 
+def not_drawn(plot: Plot, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'<svg xmlns:dc="{DESCRIPTION[1:-12]}"><dc:description>{escape(plot.data)}</dc:description></svg>')
+    return path
+
+
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """report(*words) runs the command in a folder with results of every kind and a README with every block."""
+    """report(*words) runs the command in a folder with results of every kind and a README with every block.
+
+    Plots are written without a drawing, which takes long.
+    """
+    monkeypatch.setattr(bench_collect, "save", not_drawn)
     monkeypatch.chdir(tmp_path)
     Path("benchmarks/results").mkdir(parents=True)
     for name, record in ALL.items():
@@ -228,7 +235,8 @@ def test_machines_do_not_share_a_table(report: Callable[..., Result]) -> None:
     assert "bundled, bfloat16, NVIDIA H200, 2026-11-20" in {row[2] for row in speed.rows}
 
 
-def test_plots_hold_what_the_results_give(report: Callable[..., Result]) -> None:
+def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_collect, "save", save)
     assert report().exit_code == 0
     plots = {plot.name: plot for make in PLOTS for plot in make(load_results(Path("benchmarks/results")))}
     names = {"drafts_gpu", "context_bundled_cpu_float32", "workloads_bundled_cpu_float32", "evaluation"}
@@ -290,6 +298,14 @@ def test_a_plot_without_results_goes_and_other_pictures_stay(report: Callable[..
     assert not Path("docs/plots/evaluation.svg").exists()
     assert mine.exists()
     assert block_of("eval") == ""
+
+
+def test_a_file_without_ours_has_nothing_to_show(report: Callable[..., Result]) -> None:
+    alone = engine((1, 5, {"generate": 0.2}), shape="other")
+    Path("benchmarks/results/other.json").write_text(json.dumps(alone), encoding="utf-8")
+    assert report().exit_code == 0
+    assert "other" not in Path("README.md").read_text(encoding="utf-8")
+    assert not Path("docs/plots/context_other_cpu_float32.svg").exists()
 
 
 def test_results_that_no_readme_shows_are_named(report: Callable[..., Result]) -> None:

@@ -20,7 +20,7 @@ from copyspec_engine.evaluation.charts import Bars, Lines
 from copyspec_engine.evaluation.compare import charts, load_runs, tables
 from copyspec_engine.evaluation.conditions import hardware, shortened
 from copyspec_engine.evaluation.figures import complete_tasks, histogram, run_plots
-from copyspec_engine.evaluation.plots import drawn_data, write_plots
+from copyspec_engine.evaluation.plots import drawn_data, save, write_plots
 from copyspec_engine.evaluation.records import RunFacts, RunFolder, TurnRecord
 from copyspec_engine.evaluation.report import summary_markdown
 from copyspec_engine.evaluation.summary import summary
@@ -198,9 +198,7 @@ def test_plots_are_drawn_as_svg_and_png_with_their_numbers(tmp_path: Path) -> No
     assert speed.groups == ("writing", "math", "all")
     assert speed.series == (("turn 1", (2.0, 1.0, 1.3333)), ("turn 2", (4.0, 2.0, 2.6667)))
     assert plots[0].caption.endswith("some/model, bfloat16, NVIDIA H200, 2026-11-21\ncopyspec eval mt-redundant")
-    before = [path.read_bytes() for path in paths[::2]]
-    write_plots(run, facts, records, figures_of(facts, records))
-    assert [path.read_bytes() for path in paths[::2]] == before
+    assert save(plots[0], tmp_path / "again.svg").read_bytes() == paths[0].read_bytes()
 
 
 def test_plots_need_matplotlib_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +335,20 @@ def test_one_category_is_shown_by_turn(tmp_path: Path) -> None:
     chart = charts(load_runs([tmp_path / "one"]))[0]
     assert isinstance(chart, Bars)
     assert (chart.groups, chart.series) == (("turn 1", "turn 2", "all turns"), (("A", (1.0, 2.0, 1.5)),))
+
+
+def test_speed_is_modelled_only_where_nothing_was_timed(tmp_path: Path) -> None:
+    facts = facts_of()
+    written(tmp_path / "timed")
+    written(tmp_path / "replayed", records_of(facts, timed=False))
+    (alone, _, *_), (both, _, *_) = (
+        charts(load_runs([tmp_path / name for name in names])) for names in (["replayed"], ["timed", "replayed"])
+    )
+    assert (alone.title, alone.series[0][1]) == (
+        "Modelled speed over plain decoding: mt-redundant, turn 1",
+        (2.0, 1.0, 1.3333),
+    )
+    assert (both.title, both.series[1][1]) == ("Speed over plain decoding: mt-redundant, turn 1", (None, None, None))
 
 
 class Page(HTMLParser):

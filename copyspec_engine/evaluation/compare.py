@@ -239,20 +239,19 @@ def _benchmark_charts(benchmark: str, runs: Sequence[Run]) -> Iterator[Bars]:
     for part in parts:
         names = tuple(category if categories else turn_name(turn) for turn, category in part)
         where = f"{benchmark}, {turn_name(part[0][0])}" if categories else benchmark
-        for label, keys in _COMPARED:
-            values = [{(row["turn"], row["category"]): _first(row, keys) for row in run.rows} for run in runs]
+        for label, unit, key in _compared(runs):
+            values = [{(row["turn"], row["category"]): row[key] for row in run.rows} for run in runs]
             series = tuple(
                 (run.letter, tuple(value.get(key) for key in part)) for run, value in zip(runs, values, strict=True)
             )
             if any(height is not None for _, heights in series for height in heights):
-                yield Bars(f"{label}: {where}", "times" if keys[1:] else "tokens", names, series, 1.0)
+                yield Bars(f"{label}: {where}", unit, names, series, 1.0)
 
 
-_COMPARED = (
-    ("Speed over plain decoding", ("speedup", "modelled_speedup")),
-    ("Tokens per forward pass", ("tokens_per_forward",)),
-)
-
-
-def _first(row: dict[str, Any], keys: Sequence[str]) -> float | None:
-    return next((row[key] for key in keys if row[key] is not None), None)
+def _compared(runs: Sequence[Run]) -> tuple[tuple[str, str, str], ...]:
+    """(title, unit, key of a summary's row); speed is modelled where none of the runs was timed."""
+    timed = any(row["speedup"] is not None for run in runs for row in run.rows)
+    speed = ("Speed over plain decoding", "times", "speedup")
+    if not timed:
+        speed = ("Modelled speed over plain decoding", "times", "modelled_speedup")
+    return speed, ("Tokens per forward pass", "tokens", "tokens_per_forward")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from copyspec_engine.evaluation.charts import Chart
-from copyspec_engine.evaluation.svg import drawn
+from copyspec_engine.evaluation.svg import NUM_COLOURS, drawn
 from copyspec_engine.evaluation.tables import Table
 
 __all__ = ["page"]
@@ -30,7 +30,9 @@ th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; 
 thead th { font-weight: 600; border-bottom: 1px solid var(--ink); }
 tbody tr { border-bottom: 1px solid var(--rule); }
 tbody tr.same { border-bottom-color: transparent; }
-.figures td, .figures thead th.figure { text-align: right; white-space: nowrap; }
+.figures td, .figures thead th.figure { text-align: right; }
+.figures td { white-space: nowrap; }
+.figures thead th { vertical-align: bottom; }
 .words td { min-width: 11rem; max-width: 26rem; overflow-wrap: anywhere; }
 p { margin: .5rem 0; color: var(--soft); font-size: .9rem; }
 .charts { display: grid; gap: 1.6rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
@@ -41,7 +43,7 @@ svg text { font: 11.5px system-ui, sans-serif; fill: var(--ink); }
 .reference { stroke: var(--soft); stroke-dasharray: 3 3; fill: none; }
 .grid { stroke: var(--rule); fill: none; }
 """
-COLOURS = "".join(f".s{place} {{ fill: var(--s{place}); stroke: var(--s{place}); }}\n" for place in range(6))
+COLOURS = "".join(f".s{place} {{ fill: var(--s{place}); stroke: var(--s{place}); }}\n" for place in range(NUM_COLOURS))
 AFTER = "rect { stroke: none; }\n.line { fill: none; stroke-width: 2; }\n"
 
 

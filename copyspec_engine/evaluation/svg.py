@@ -84,7 +84,9 @@ def _bars(chart: Bars) -> tuple[float, list[str]]:
 
 
 def _short(value: float, chart: Bars) -> str:
-    return f"{value:.0%}" if chart.shares else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    if chart.shares:
+        return f"{value:.0%}" if value >= 0.01 or not value else f"{value:.1%}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", title: str = "") -> str:

@@ -31,11 +31,11 @@ Turn = tuple[str, str, int | str]
 
 
 def _groups(results: Results) -> Iterator[list[Result]]:
-    """Files of one shape on one machine, without the runs of many conversations at once."""
+    """Files of one shape on one machine that measured ours, without the runs of many conversations at once."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results["engine"]:
         facts = result.facts
-        if "concurrency" not in facts:
+        if "concurrency" not in facts and any(row["peer"] == OURS for row in result.rows):
             on = hardware(facts["machine"], facts["device"])
             groups.setdefault((facts["shape"], facts["device"], facts["dtype"], on), []).append(result)
     yield from groups.values()
@@ -54,7 +54,7 @@ def _turns(group: Sequence[Result]) -> dict[Turn, dict[str, Row]]:
         for row in result.record["summary"]:
             turns.setdefault((result.name, row["source"], row["turn"]), {})[row["peer"]] = row
     alone = {key[:2] for key in turns if sum(other[:2] == key[:2] for other in turns) == 2}
-    return {key: peers for key, peers in turns.items() if key[2] != "all" or key[:2] not in alone}
+    return {key: peers for key, peers in turns.items() if OURS in peers and (key[2] != "all" or key[:2] not in alone)}
 
 
 def _turns_table(group: Sequence[Result]) -> Table:
@@ -95,7 +95,7 @@ def _together_table(result: Result) -> Table:
 def speed_tables(results: Results) -> list[Table]:
     """All of it in short, one table for all shapes and machines: ours over each peer, first turns and later ones."""
     files = [result for group in _groups(results) for result in group]
-    files += [result for result in results["engine"] if result not in files]
+    files += [result for result in results["engine"] if "concurrency" in result.facts]
     cells = [(result, *row) for result in files for row in _speed_rows(result)]
     peers = [peer for peer in (*PEERS, TOGETHER) if any(peer in speeds for *_, speeds, _ in cells)]
     several = len({conditions(result) for result in files}) > 1

@@ -139,8 +139,8 @@ def conditions(result: Result) -> str:
     facts = result.facts
     on = hardware(facts["machine"], facts.get("device", "cpu"))
     model = facts.get("shape") or facts.get("model")
-    what = f"{model}, {facts['dtype']}" if model else f"{facts['tokenizer']} tokens" if "tokenizer" in facts else ""
-    return ", ".join(part for part in (what, on, day(facts.get("date"))) if part)
+    what = model or (f"{facts['tokenizer']} tokens" if "tokenizer" in facts else "")
+    return ", ".join(part for part in (what, facts.get("dtype"), on, day(facts.get("date"))) if part)
 
 
 def notes(results: Sequence[Result]) -> str:
