@@ -34,6 +34,7 @@ tbody tr.same { border-bottom-color: transparent; }
 .figures td { white-space: nowrap; }
 .figures thead th { vertical-align: bottom; }
 .words td { min-width: 11rem; max-width: 26rem; overflow-wrap: anywhere; }
+@media (max-width: 30rem) { table { font-size: .75rem; } th, td { padding-right: .45rem; } }
 p { margin: .5rem 0; color: var(--soft); font-size: .9rem; }
 .charts { display: grid; gap: 1.6rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; max-width: 34rem; }
