@@ -19,7 +19,7 @@ from copyspec_engine.errors import ConfigError, missing_extra
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.replay import Begin
 
-__all__ = ["INGREDIENTS", "OURS", "PEERS", "Contestant", "Session", "contestant", "installed"]
+__all__ = ["INGREDIENTS", "OURS", "PEERS", "Contestant", "Session", "contestant", "installed", "ours"]
 
 OURS = "adaptive"
 PEERS = ("copyspec", "copyspec-64", "prompt-lookup", "arctic", "arctic-tuned")
@@ -53,11 +53,11 @@ def contestant(name: str, cost: CostCurve, end: int | None = None) -> Contestant
         CopySpecError: it needs a package that is not installed.
     """
     if name == "none":
-        return _policy(NoDrafter(), cost, end)
+        return ours(NoDrafter(), cost, end)
     if name == "copyspec":
-        return _policy(CopySpecDrafter(), cost, end)
+        return ours(CopySpecDrafter(), cost, end)
     if name == "copyspec-64":
-        return _policy(CopySpecDrafter(block=64), cost, end)
+        return ours(CopySpecDrafter(block=64), cost, end)
     if name == "prompt-lookup":
         return lambda: _ending(PromptLookup, end)
     if name == "arctic":
@@ -65,11 +65,11 @@ def contestant(name: str, cost: CostCurve, end: int | None = None) -> Contestant
     if name == "arctic-tuned":
         return lambda: _ending(ArcticConversation(max_spec_tokens=192, max_spec_factor=4.0).begin, end)
     if name == "adaptive-no-memory":
-        return _policy(AdaptiveDrafter(), cost, end, remember=False)
+        return ours(AdaptiveDrafter(), cost, end, remember=False)
     if name in INGREDIENTS:
-        return _policy(AdaptiveDrafter(), cost, end, Ingredients(**{INGREDIENTS[name]: False}))
+        return ours(AdaptiveDrafter(), cost, end, Ingredients(**{INGREDIENTS[name]: False}))
     if name == OURS:
-        return _policy(AdaptiveDrafter(), cost, end)
+        return ours(AdaptiveDrafter(), cost, end)
     raise ConfigError(f"Got drafter {name!r} but expected one of {', '.join(('none', *PEERS, OURS, *INGREDIENTS))}")
 
 
@@ -78,7 +78,7 @@ def installed(name: str) -> bool:
     return not name.startswith("arctic") or importlib.util.find_spec("arctic_inference") is not None
 
 
-def _policy(
+def ours(
     options: DrafterConfig,
     cost: CostCurve,
     end: int | None,
@@ -86,6 +86,15 @@ def _policy(
     *,
     remember: bool = True,
 ) -> Contestant:
+    """Our drafter with options of one's own; see `contestant`.
+
+    Args:
+        options: which way.
+        cost: what a pass costs.
+        end: the token that ends an answer.
+        ingredients: what takes part in adaptive drafts; default: all.
+        remember: keep texts from one call of a conversation to the next.
+    """
     policy, eos = DraftingPolicy(cost), frozenset() if end is None else frozenset((end,))
 
     def conversation() -> Begin:

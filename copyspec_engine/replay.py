@@ -41,10 +41,13 @@ __all__ = [
     "Tally",
     "calls_of",
     "end_token",
+    "in_tokens",
     "load_conversations",
     "load_cost_curve",
     "load_tokenizer",
+    "messages_of",
     "read_conversations",
+    "read_json_lines",
     "replay",
 ]
 
@@ -180,7 +183,7 @@ def read_conversations(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[Messa
         ConfigError: see `load_conversations`.
     """
     for messages in read_transcript(path):
-        yield tuple(_in_tokens(messages, tokenizer))
+        yield tuple(in_tokens(messages, tokenizer))
 
 
 def read_transcript(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -189,23 +192,42 @@ def read_transcript(path: Path) -> Iterator[list[dict[str, Any]]]:
     Raises:
         ConfigError: see `load_conversations`.
     """
+    for where, record in read_json_lines(path, "transcript"):
+        yield messages_of(record, where)
+
+
+def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) of each line of a JSON Lines file that is not blank; gzipped if its name ends with .gz.
+
+    Args:
+        path: the file.
+        what: what to call it in errors.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is not JSON.
+    """
     if not path.is_file():
-        raise ConfigError(f"Got transcript {path} but there is no such file")
+        raise ConfigError(f"Got {what} {path} but there is no such file")
     number = 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _messages(json.loads(line), f"{path} line {number}")
+                    yield f"{path} line {number}", json.loads(line)
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"Cannot read transcript {path}: {error}") from None
+        raise ConfigError(f"Cannot read {what} {path}: {error}") from None
     except ValueError as error:  # of JSON or of UTF-8
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"Got transcript {path} line {number or 1}, which is not JSON: {error}") from None
+        raise ConfigError(f"Got {what} {path} line {number or 1}, which is not JSON: {error}") from None
 
 
-def _messages(record: object, where: str) -> list[dict[str, Any]]:
+def messages_of(record: object, where: str) -> list[dict[str, Any]]:
+    """The messages of one line of a transcript.
+
+    Raises:
+        ConfigError: it holds none.
+    """
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ConfigError(
@@ -217,7 +239,9 @@ def _messages(record: object, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _in_tokens(messages: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[Message]:
+def in_tokens(messages: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[Message]:
+    """Messages in tokens, up to the one that takes them over `MAX_CONTEXT`."""
+
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -261,10 +285,10 @@ class Tally:
     """Answer tokens written."""
     tokens_read: int = 0
     """Prompt and answer tokens of all calls; a prompt that repeats the call before it counts again."""
-    accepted: int = 0
-    """Draft nodes on accepted paths."""
-    passes: Counter[int] = field(default_factory=Counter)
-    """Forward passes by the number of draft nodes in them."""
+    draft_lengths: array[int] = field(default_factory=lambda: array("l"))
+    """Draft nodes of each forward pass."""
+    accepted_lengths: array[int] = field(default_factory=lambda: array("l"))
+    """Draft nodes on the accepted path of each forward pass."""
     propose_ns: array[int] = field(default_factory=lambda: array("q"))
     """Nanoseconds of each `propose`."""
     observe_ns: array[int] = field(default_factory=lambda: array("q"))
@@ -272,17 +296,30 @@ class Tally:
     call_ns: int = 0
     """Nanoseconds of opening and finishing calls."""
 
+    @property
+    def num_passes(self) -> int:
+        return len(self.draft_lengths)
+
+    @property
+    def accepted(self) -> int:
+        """Draft nodes on accepted paths."""
+        return sum(self.accepted_lengths)
+
+    def modelled_passes(self, cost: CostCurve) -> float:
+        """What all passes cost, in passes of one token."""
+        widths = Counter(self.draft_lengths)
+        seconds = sum(count * float(cost.seconds(1 + width)[0]) for width, count in widths.items())
+        return seconds / float(cost.seconds(1)[0])
+
     def figures(self, cost: CostCurve) -> dict[str, float]:
         """The replay in figures; the keys are documented in benchmarks/README.md."""
-        passes, nodes = self.passes.total(), sum(width * count for width, count in self.passes.items())
-        plain = float(cost.seconds(1)[0])
-        modelled = sum(count * float(cost.seconds(1 + width)[0]) / plain for width, count in self.passes.items())
+        passes, nodes = self.num_passes, sum(self.draft_lengths)
         return {
             "tokens": self.tokens,
             "tokens_per_forward": round(self.tokens / passes, 4),
             "draft_nodes": round(nodes / passes, 3),
             "accepted_share": round(self.accepted / nodes, 4) if nodes else 0.0,
-            "modelled_speedup": round(self.tokens / modelled, 4),
+            "modelled_speedup": round(self.tokens / self.modelled_passes(cost), 4),
             "propose_us_p50": _percentile_us(self.propose_ns, 50),
             "propose_us_p99": _percentile_us(self.propose_ns, 99),
             "observe_us_p50": _percentile_us(self.observe_ns, 50),
@@ -319,8 +356,8 @@ def _write(drafter: Drafter, answer: Sequence[int], tally: Tally) -> None:
         start = clock()
         drafter.observe(draft, accepted, tokens)
         tally.observe_ns.append(clock() - start)
-        tally.passes[len(draft)] += 1
-        tally.accepted += len(accepted)
+        tally.draft_lengths.append(len(draft))
+        tally.accepted_lengths.append(len(accepted))
         done += len(tokens)
 
 

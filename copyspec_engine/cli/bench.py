@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from copyspec_engine import ConfigError
 from copyspec_engine.cli.exits import console, exit_with
+from copyspec_engine.cli.words import RecordedCommand
 
 __all__ = ["bench"]
 
 bench = typer.Typer(
     no_args_is_help=True, help="Measure on recorded conversations: drafts and propose need no model, engine builds one."
 )
-
-
-class _ManyValues(TyperCommand):
-    """Lets an option that may be repeated take its values in a row: `--transcripts A B C`.
-
-    Keeps the words of the command line in the context, for the record of a measurement.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer and click differ on the type
-        ctx.meta["command"] = shlex.join([*ctx.command_path.split(), *args])
-        repeatable = {flag for option in self.params if getattr(option, "multiple", False) for flag in option.opts}
-        words: list[str] = []
-        flag = None
-        for word in args:
-            if word.startswith("-"):
-                flag = word if word in repeatable else None
-            elif flag and words[-1] != flag:
-                words.append(flag)
-            words.append(word)
-        return super().parse_args(ctx, words)
 
 
 def _check_count(option: str, value: int, most: int = 10**9) -> None:
@@ -65,7 +44,7 @@ TokenizerDir = Annotated[
 JsonPath = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures to this file.")]
 
 
-@bench.command(cls=_ManyValues)
+@bench.command(cls=RecordedCommand)
 def drafts(
     context: typer.Context,
     transcripts: Transcripts,
@@ -108,7 +87,7 @@ def drafts(
     exit_with(run)
 
 
-@bench.command(cls=_ManyValues)
+@bench.command(cls=RecordedCommand)
 def report(
     results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the JSON files.")] = Path(
         "benchmarks/results"
@@ -129,7 +108,7 @@ def report(
     exit_with(run)
 
 
-@bench.command(cls=_ManyValues)
+@bench.command(cls=RecordedCommand)
 def propose(
     context: typer.Context,
     transcripts: Transcripts,
@@ -154,7 +133,7 @@ def propose(
     exit_with(run)
 
 
-@bench.command(cls=_ManyValues)
+@bench.command(cls=RecordedCommand)
 def engine(
     context: typer.Context,
     transcripts: Transcripts,

@@ -167,6 +167,15 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def machine() -> dict[str, str | int]:
-    """What the times were measured on."""
-    return {"system": platform.platform(), "cpu": cpu_name(), "cpu_cores": os.cpu_count() or 0}
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the times were measured on.
+
+    Args:
+        device: where the model ran; of a CUDA device the name is there too.
+    """
+    found: dict[str, Any] = {"system": platform.platform(), "cpu": cpu_name(), "cpu_cores": os.cpu_count() or 0}
+    if device.startswith("cuda"):
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from copyspec_engine import EngineConfig, SamplingParams
+from copyspec_engine import SamplingParams
 from copyspec_engine.cli.bench import bench
 from copyspec_engine.cli.documents import shipped_names
+from copyspec_engine.cli.eval import evaluations
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.frameworks import FRAMEWORKS
+from copyspec_engine.cli.loading import BUNDLED, DtypeName, engine_config
 
 __all__ = ["app", "main"]
-
-BUNDLED = "bundled"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,10 +28,10 @@ app = typer.Typer(
     help="Local language models that copy from the conversation: the same answers in fewer forward passes.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(evaluations, name="eval")
 
 Model = Annotated[str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[
     DtypeName,
     typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
@@ -59,7 +59,7 @@ def demo(
     """
 
     def run() -> int:
-        config = _config(model, device, dtype)
+        config = engine_config(model, device, dtype)
         from copyspec_engine.cli.demo import DemoOptions, run_demo
 
         return run_demo(DemoOptions(config, file, framework, compare, json, svg), console())
@@ -79,7 +79,7 @@ def chat(
     """Talk to a model; copied text is coloured."""
 
     def run() -> int:
-        config = _config(model, device, dtype)
+        config = engine_config(model, device, dtype)
         from copyspec_engine.cli.chat import run_chat
 
         sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
@@ -93,7 +93,7 @@ def info(model: Model = BUNDLED, device: Device = "auto", dtype: Dtype = "auto")
     """Show the device, the model, its memory and the versions."""
 
     def run() -> int:
-        config = _config(model, device, dtype)
+        config = engine_config(model, device, dtype)
         from copyspec_engine.cli.info import run_info
 
         return run_info(config, console())
@@ -118,19 +118,12 @@ def calibrate(
     """
 
     def run() -> int:
-        config = _config(model, device, dtype)
+        config = engine_config(model, device, dtype)
         from copyspec_engine.cli.calibrate import CalibrateOptions, run_calibrate
 
         return run_calibrate(CalibrateOptions(config, json), console())
 
     exit_with(run)
-
-
-def _config(model: str, device: str, dtype: DtypeName) -> EngineConfig:
-    if model == BUNDLED:
-        # It loads in a moment, so that a progress bar is only noise. tqdm reads this when it is imported.
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    return EngineConfig(model=model, device=device, dtype=dtype)
 
 
 def main() -> None:

@@ -1,0 +1,167 @@
+"""`copyspec eval`: the options of the five benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from copyspec_engine import AdaptiveDrafter, ConfigError, CopySpecDrafter, DrafterConfig, NoDrafter
+from copyspec_engine.cli.exits import console, exit_with
+from copyspec_engine.cli.loading import BUNDLED, DtypeName, engine_config
+from copyspec_engine.cli.words import RecordedCommand
+from copyspec_engine.evaluation.benchmarks import BENCHMARKS
+
+__all__ = ["evaluations"]
+
+evaluations = typer.Typer(
+    no_args_is_help=True,
+    help="The benchmarks of the CopySpec paper, with and without drafting on the same decoder, and reports on runs.",
+)
+
+DrafterName = Literal["adaptive", "copyspec", "none"]
+
+
+def _drafter(
+    name: DrafterName | None, use_copy: bool, min_match_tokens: int | None, block: int | None
+) -> DrafterConfig:
+    """The drafter that the options ask for; the paper's options ask for the paper's algorithm."""
+    of_paper = {"min_match_tokens": min_match_tokens, "block": block}
+    given = {option: value for option, value in of_paper.items() if value is not None}
+    if not use_copy:
+        if name not in (None, "none") or given:
+            raise ConfigError("Got --no-use-copy with a drafter or its options: leave one of them out")
+        return NoDrafter()
+    if name is None:
+        name = "copyspec" if given else "adaptive"
+    if given and name != "copyspec":
+        raise ConfigError(
+            f"Got --gamma or --number-copy with --drafter {name} but they are options of the paper's algorithm: leave "
+            "--drafter out, or name copyspec"
+        )
+    return {"adaptive": AdaptiveDrafter, "none": NoDrafter}[name]() if name != "copyspec" else CopySpecDrafter(**given)
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model-path", "--model", help='Hub name or local folder; "bundled" is the small model that comes along.'
+        ),
+    ] = BUNDLED,
+    model_id: Annotated[
+        str | None, typer.Option(help="What the model is called in reports; default: its path.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR|NAME",
+            help='JSON Lines file, or what the package datasets loads; "sample": a few tasks that come along. Default: '
+            "the benchmark's data set on the hub.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first tasks only.")] = None,
+    per_category: Annotated[int | None, typer.Option(help="Take the first tasks of each category only.")] = None,
+    drafter: Annotated[DrafterName | None, typer.Option(help="Default: adaptive.")] = None,
+    use_copy: Annotated[bool, typer.Option("--use-copy/--no-use-copy", help="Draft at all.")] = True,
+    gamma: Annotated[
+        int | None,
+        typer.Option("--gamma", help="Tokens that must match before copying starts; of --drafter copyspec (3)."),
+    ] = None,
+    number_copy: Annotated[
+        int | None, typer.Option("--number-copy", help="Tokens copied at a time; of --drafter copyspec (10).")
+    ] = None,
+    draft_path: Annotated[str | None, typer.Option(help="A draft model.")] = None,
+    delta: Annotated[int | None, typer.Option(help="Tokens that the draft model writes at a time.")] = None,
+    use_redundant: Annotated[
+        bool, typer.Option("--use-redundant", help="Of mt-bench: the questions of mt-redundant.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-token", "--max-new-tokens", help="Most tokens of an answer.")
+    ] = 1024,
+    plain: Annotated[
+        bool | None,
+        typer.Option(
+            "--plain/--no-plain", help="Write each answer without drafting too, side by side; default: if a model runs."
+        ),
+    ] = None,
+    execute_code: Annotated[
+        bool, typer.Option("--execute-code", help="Run the programs that the model wrote, confined, to score them.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the run here; one that was cut off goes on.")
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Recorded conversations instead of --data, whose answers are written again."),
+    ] = None,
+    replay_model: Annotated[str | None, typer.Option(help="Take the conversations of this model only.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(metavar="DIR", help="Of --replay: the folder with the tokenizer of that model.")
+    ] = "bundled",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of --replay: force the answers through random weights of this shape, and time them; default: count "
+            "passes without a model.",
+        ),
+    ] = None,
+    cost_model: Annotated[
+        str | None,
+        typer.Option(metavar="gpu|cpu|FILE", help="Of --replay without --shape: what a pass costs; default: gpu."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        DtypeName,
+        typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
+    ] = "auto",
+) -> None:
+    """Run a benchmark turn by turn, greedily, with and without drafting.
+
+    Exit code 1 if an answer differs from plain decoding in float32.
+    """
+
+    def run() -> int:
+        name = str(context.info_name)
+        if use_redundant and name != "mt-bench":
+            raise ConfigError(f"Got --use-redundant with {name} but it is an option of mt-bench")
+        for option, value in (
+            ("--limit", limit),
+            ("--per-category", per_category),
+            ("--max-new-token", max_new_tokens),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"Got {option} {value} but expected at least 1")
+        if draft_path is not None or delta is not None:
+            raise ConfigError("Got --draft-path or --delta but draft models are not there yet: leave them out")
+        config = engine_config(model, device, dtype)
+        from copyspec_engine.cli.evaluate import EvalOptions, run_eval
+
+        options = EvalOptions(
+            benchmark=BENCHMARKS["mt-redundant" if use_redundant else name],
+            drafter=_drafter(drafter, use_copy, gamma, number_copy),
+            config=config,
+            model_id=model_id,
+            data=data,
+            limit=limit,
+            per_category=per_category,
+            max_new_tokens=max_new_tokens,
+            plain=plain,
+            execute_code=execute_code,
+            output=output,
+            replay=replay,
+            replay_model=replay_model,
+            tokenizer=tokenizer,
+            shape=shape,
+            cost_model=cost_model,
+        )
+        return run_eval(options, context.meta["command"], console())
+
+    exit_with(run)
+
+
+for _benchmark in BENCHMARKS.values():
+    evaluations.command(name=_benchmark.name, help=f"{_benchmark.title}.", cls=RecordedCommand)(evaluate)

@@ -1,0 +1,245 @@
+"""One run of `copyspec eval`: loads tasks and model, writes answers, prints figures and leaves them in a folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from copyspec_engine import ConfigError, DrafterConfig, Engine, EngineConfig
+from copyspec_engine.cli.bench_drafts import machine, versions
+from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.loading import BUNDLED
+from copyspec_engine.evaluation.benchmarks import Benchmark, Task
+from copyspec_engine.evaluation.data import load_recorded, load_tasks
+from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
+from copyspec_engine.evaluation.run import EngineSubject, ReplaySubject, Subject, run_tasks, writers_of
+from copyspec_engine.evaluation.summary import summary
+from copyspec_engine.replay import load_tokenizer
+
+__all__ = ["EvalOptions", "run_eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """The command's options."""
+
+    benchmark: Benchmark
+    drafter: DrafterConfig
+    config: EngineConfig
+    model_id: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    per_category: int | None = None
+    max_new_tokens: int = 1024
+    plain: bool | None = None
+    """Write plain decoding beside the drafter; default: where a model runs."""
+    execute_code: bool = False
+    output: Path | None = None
+    replay: Path | None = None
+    replay_model: str | None = None
+    tokenizer: str = "bundled"
+    shape: str | None = None
+    cost_model: str | None = None
+
+
+def run_eval(options: EvalOptions, command: str, console: Console) -> int:
+    """Runs the benchmark and returns the exit code: 1 if an answer differs from plain decoding in float32, else 0.
+
+    Raises:
+        CopySpecError: an option, the data or the model cannot work; found before anything is written.
+    """
+    _check(options)
+    tasks = _tasks(options)
+    with _folder(options) as folder, _subject(options, console) as (subject, about):
+        runs_model = options.replay is None or options.shape is not None
+        writers = writers_of(options.drafter, plain=runs_model if options.plain is None else options.plain)
+        facts = RunFacts(
+            benchmark=options.benchmark.name,
+            drafter=options.drafter.name,
+            drafter_options=options.drafter.model_dump(mode="json", exclude={"name"}),
+            writers=tuple(writer.name for writer in writers),
+            data=str(options.replay or options.data or options.benchmark.name),
+            recorded=options.replay is not None,
+            num_tasks=len(tasks),
+            max_new_tokens=options.max_new_tokens,
+            execute_code=options.execute_code,
+            command=command,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            machine=machine(),
+            **about,
+        )
+        with _Bar(console, facts, tasks) as bar:
+            records = run_tasks(subject, tasks, writers, folder, facts, bar.advance)
+        facts = folder.facts()
+        found = summary(facts, records, {})
+        folder.write_json("summary.json", found)
+        _print(found, facts, console)
+        if options.output is not None:
+            console.print(f"Wrote {escape(str(folder.path))}", soft_wrap=True)
+    differs = found["identical"]["same"] < found["identical"]["of"]
+    return 1 if differs and facts.dtype in ("float32", "") else 0
+
+
+def _check(options: EvalOptions) -> None:
+    if options.replay is None:
+        for option, value in (
+            ("--shape", options.shape),
+            ("--replay-model", options.replay_model),
+            ("--cost-model", options.cost_model),
+        ):
+            if value is not None:
+                raise ConfigError(f"Got {option} {value} without --replay: name the recorded conversations")
+        return
+    if options.data is not None:
+        raise ConfigError(f"Got --data {options.data} with --replay {options.replay}: tasks come from one of them")
+    if options.execute_code:
+        raise ConfigError("Got --execute-code with --replay but recorded answers say nothing about this model")
+    if options.config.model != BUNDLED:
+        raise ConfigError(
+            f"Got --model-path {options.config.model} with --replay: name a --shape, whose weights are random"
+        )
+    if options.shape is None and options.plain:
+        raise ConfigError(
+            "Got --plain with --replay but plain decoding takes one pass a token: add a --shape to time it"
+        )
+    if options.shape is not None and options.cost_model is not None:
+        raise ConfigError(f"Got --cost-model {options.cost_model} with --shape, whose passes are measured")
+
+
+def _tasks(options: EvalOptions) -> list[Task]:
+    """The tasks, each category's first ones if so asked."""
+    limit = None if options.per_category else options.limit
+    if options.replay is None:
+        tasks = load_tasks(options.benchmark, options.data, limit)
+    else:
+        tasks = load_recorded(options.benchmark, options.replay, options.replay_model, limit)
+    if options.per_category:
+        by_category = {task.category: [t for t in tasks if t.category == task.category] for task in tasks}
+        kept = {task.id for own in by_category.values() for task in own[: options.per_category]}
+        tasks = list(islice((task for task in tasks if task.id in kept), options.limit))
+    return tasks
+
+
+@contextmanager
+def _folder(options: EvalOptions) -> Iterator[RunFolder]:
+    """Where the run goes: the folder that was named, or one that is gone afterwards."""
+    if options.output is not None:
+        yield RunFolder(options.output.expanduser())
+        return
+    with tempfile.TemporaryDirectory(prefix="copyspec-eval-") as path:
+        yield RunFolder(Path(path))
+
+
+@contextmanager
+def _subject(options: EvalOptions, console: Console) -> Iterator[tuple[Subject, dict[str, Any]]]:
+    """What answers, and what is to be said of it."""
+    most = options.max_new_tokens
+    if options.replay is not None and options.shape is None:
+        replayed = ReplaySubject(load_tokenizer(options.tokenizer), options.cost_model or "gpu", most)
+        about = {"model": options.model_id or "", "step_cost": replayed.cost.points, "versions": versions()}
+        yield replayed, about
+    elif options.shape is not None:
+        from copyspec_engine.forced.recorded import open_recorded
+
+        with console.status(f"Building a model of the shape {escape(options.shape)} ..."):
+            opened = open_recorded(
+                options.shape,
+                options.tokenizer,
+                device=options.config.device,
+                dtype=options.config.dtype,
+                step_cost=options.config.step_cost,
+            )
+            recorded = opened.__enter__()
+        try:
+            name = options.model_id or f"shape {options.shape}"
+            yield EngineSubject(recorded.engine, most, recorded), _about(recorded.engine, name)
+        finally:
+            opened.__exit__(None, None, None)
+    else:
+        with console.status(f"Loading the model {escape(options.config.model)} ...") as status:
+            engine = Engine(options.config, on_progress=shown_on(status))
+        with engine:
+            yield EngineSubject(engine, most), _about(engine, options.model_id or options.config.model)
+
+
+def _about(engine: Engine, name: str) -> dict[str, Any]:
+    info = engine.info
+    return {
+        "model": name,
+        "device": info.device,
+        "dtype": info.dtype,
+        "step_cost": info.step_cost,
+        "versions": dict(info.versions),
+    }
+
+
+class _Bar:
+    """Progress over all answers, with tokens per second of each writer so far."""
+
+    def __init__(self, console: Console, facts: RunFacts, tasks: Sequence[Task]) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._name = facts.benchmark
+        self._total = len(facts.writers) * sum(len(task.prompts) for task in tasks)
+        self._task: TaskID | None = None
+        self._sums: dict[str, list[float]] = {writer: [0, 0.0] for writer in facts.writers}
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        self._task = self._progress.add_task(self._name, total=self._total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, record: TurnRecord) -> None:
+        """One answer is there."""
+        assert self._task is not None
+        sums = self._sums[record.writer]
+        sums[0] += record.num_tokens
+        sums[1] += record.seconds or 0.0
+        rates = [f"{name} {tokens / seconds:.1f}" for name, (tokens, seconds) in self._sums.items() if seconds]
+        shown = f"{self._name}  {', '.join(rates)} tokens/s" if rates else self._name
+        self._progress.update(self._task, advance=1, description=shown)
+
+
+def _print(found: dict[str, Any], facts: RunFacts, console: Console) -> None:
+    grid = Table(box=box.SIMPLE, padding=0)
+    modelled = all(row["tokens_per_s"] is None for row in found["rows"])
+    grid.add_column("\nturn", justify="right")
+    grid.add_column("\ncategory", no_wrap=True)
+    headings = ["\ntokens", "tokens/\nforward", "\ncopied"]
+    headings += ["modelled\nspeed"] if modelled else ["tokens/\nsecond", "plain\ndecoding", "over\nplain"]
+    for heading in headings:
+        grid.add_column(heading, justify="right")
+    keys = ["modelled_speedup"] if modelled else ["tokens_per_s", "plain_tokens_per_s", "speedup"]
+    for place, row in enumerate(found["rows"]):
+        later = found["rows"][place + 1 :]
+        speeds = ["" if row[key] is None else f"{row[key]:.2f}{'x' if 'speedup' in key else ''}" for key in keys]
+        figures = (str(row["tokens"]), f"{row['tokens_per_forward']:.2f}", f"{row['copied_share']:.0%}", *speeds)
+        first = not place or found["rows"][place - 1]["turn"] != row["turn"]
+        grid.add_row(
+            str(row["turn"]) if first else "",
+            escape(str(row["category"])),
+            *figures,
+            style="bold" if row["category"] == "all" else None,
+            end_section=not later or later[0]["turn"] != row["turn"],
+        )
+    console.print(f"[italic]{facts.benchmark}, {facts.drafter}, {escape(facts.model or 'no model')}[/]")
+    console.print(grid)
+    if PLAIN in facts.writers and facts.drafter != PLAIN:
+        console.print(f"identical outputs: {found['identical']['same']}/{found['identical']['of']}")
+    for name, value in found["metrics"].items():
+        console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

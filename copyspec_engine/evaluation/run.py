@@ -1,0 +1,227 @@
+"""A run: every task written by its writers side by side, each answer on disk before the next one begins.
+
+Who writes is a drafter and plain decoding, on the same decoder, turn by turn, each time another one first, so that a
+machine that slows down slows both down alike. Each has a session of its own, and its own answers in its prompts.
+
+Not covered: what the answers are worth (metrics.py), figures (summary.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tokenizers import Tokenizer
+
+from copyspec_engine import (
+    ConfigError,
+    DrafterConfig,
+    Engine,
+    GenerationOutput,
+    GenerationRequest,
+    NoDrafter,
+    SamplingParams,
+)
+from copyspec_engine.evaluation.benchmarks import Task
+from copyspec_engine.evaluation.records import RunFacts, RunFolder, TurnRecord
+from copyspec_engine.evaluation.turns import turn_record
+from copyspec_engine.peers import Contestant, ours
+from copyspec_engine.replay import (
+    END_OF_MESSAGE,
+    Begin,
+    Call,
+    Tally,
+    calls_of,
+    end_token,
+    in_tokens,
+    load_cost_curve,
+    replay,
+)
+
+if TYPE_CHECKING:
+    from copyspec_engine.forced.recorded import RecordedEngine
+
+__all__ = ["EngineSubject", "ReplaySubject", "Subject", "run_tasks", "writers_of"]
+
+_WARM_UP_TOKENS = 16
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Subject(Protocol):
+    """What answers."""
+
+    def warm_up(self, task: Task) -> None:
+        """Do once what the first call of a process does, so that nobody's time counts it."""
+
+    def write(self, task: Task, turn: int, messages: Messages, drafter: DrafterConfig) -> TurnRecord:
+        """The answer to turn `turn` (from 1) of a task."""
+
+    def forget(self, task: Task) -> None:
+        """The task is over."""
+
+
+def writers_of(drafter: DrafterConfig, *, plain: bool) -> tuple[DrafterConfig, ...]:
+    """Who writes a task: the drafter, and plain decoding beside it if it is wanted and not the same."""
+    return (drafter, NoDrafter()) if plain and not isinstance(drafter, NoDrafter) else (drafter,)
+
+
+def run_tasks(
+    subject: Subject,
+    tasks: Sequence[Task],
+    writers: Sequence[DrafterConfig],
+    folder: RunFolder,
+    facts: RunFacts,
+    on_turn: Callable[[TurnRecord], None],
+) -> list[TurnRecord]:
+    """Writes what the folder does not hold yet.
+
+    Args:
+        subject: what answers.
+        tasks: all of the run.
+        writers: with different names.
+        folder: where the records go.
+        facts: of the run, for the folder.
+        on_turn: told of each record, of those that were there already too.
+
+    Returns:
+        All records.
+
+    Raises:
+        ConfigError: the folder holds another run, or cannot be written.
+        CopySpecError: an answer failed. What was written before stays in the folder.
+    """
+    records = folder.begin(facts, {task.id: len(task.prompts) for task in tasks})
+    for record in records:
+        on_turn(record)
+    done = {record.task for record in records}
+    left = [(number, task) for number, task in enumerate(tasks) if task.id not in done]
+    if left:
+        subject.warm_up(left[0][1])
+    for number, task in left:
+        for record in _write_task(subject, task, number, writers):
+            folder.append(record)
+            records.append(record)
+            on_turn(record)
+        subject.forget(task)
+    return records
+
+
+def _write_task(subject: Subject, task: Task, number: int, writers: Sequence[DrafterConfig]) -> Iterator[TurnRecord]:
+    """The records of a task, as they are written."""
+    histories: dict[str, list[dict[str, Any]]] = {writer.name: [] for writer in writers}
+    for turn, prompt in enumerate(task.prompts, 1):
+        first = (number + turn) % len(writers)
+        for writer in (*writers[first:], *writers[:first]):
+            messages = histories[writer.name]
+            messages.append({"role": "user", "content": prompt})
+            record = subject.write(task, turn, messages, writer)
+            messages.append({"role": "assistant", "content": record.text})
+            yield record
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSubject:
+    """An engine; with `recorded`, one that is told what to answer."""
+
+    engine: Engine
+    max_new_tokens: int
+    recorded: RecordedEngine | None = None
+
+    def warm_up(self, task: Task) -> None:
+        messages = [{"role": "user", "content": task.prompts[0]}]
+        for drafter in ("adaptive", "copyspec", "none"):
+            options: dict[str, Any] = {"drafter": drafter, "session_id": "warm-up"}
+            sampling = SamplingParams(max_tokens=min(self.max_new_tokens, _WARM_UP_TOKENS))
+            self._answer(task, 1, GenerationRequest(messages=messages, sampling=sampling, explain=True, **options))
+        self.engine.forget("warm-up")
+
+    def write(self, task: Task, turn: int, messages: Messages, drafter: DrafterConfig) -> TurnRecord:
+        request = GenerationRequest(
+            messages=[dict(message) for message in messages],
+            sampling=SamplingParams(max_tokens=self.max_new_tokens),
+            drafter=drafter,
+            session_id=_session(task, drafter.name),
+            explain=True,
+        )
+        output = self._answer(task, turn, request)
+        return turn_record(task.id, task.category, turn, drafter.name, messages, output)
+
+    def _answer(self, task: Task, turn: int, request: GenerationRequest) -> GenerationOutput:
+        if self.recorded is None:
+            return self.engine.generate(request)
+        if task.recorded is None:
+            raise ConfigError(f"Got task {task.id} without recorded answers")
+        self.recorded.prescribe(request.request_id, task.recorded[turn - 1])
+        try:
+            output = self.engine.generate(request)
+            self.recorded.check(output)
+            return output
+        finally:
+            self.recorded.forget(request.request_id)
+
+    def forget(self, task: Task) -> None:
+        for name in ("adaptive", "copyspec", "none"):
+            self.engine.forget(_session(task, name))
+
+
+def _session(task: Task, writer: str) -> str:
+    return f"{writer} {task.id}"
+
+
+class ReplaySubject:
+    """Recorded answers through a drafter alone, without a model: passes are counted, and their cost is modelled.
+
+    Args:
+        tokenizer: of the model whose answers they are.
+        cost_model: see `load_cost_curve`.
+        max_new_tokens: longer answers are cut.
+
+    Raises:
+        ConfigError: no such cost model, or the tokenizer has no token that ends a message.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, cost_model: str, max_new_tokens: int) -> None:
+        self._tokenizer, self._most = tokenizer, max_new_tokens
+        self.cost = load_cost_curve(cost_model)
+        self._end = end_token(tokenizer)
+        if self._end is None:
+            raise ConfigError(f"Got a tokenizer without {END_OF_MESSAGE} but answers have to end: name another one")
+        self._contestants: dict[DrafterConfig, Contestant] = {}
+        """What a drafter learns over conversations lives here."""
+        self._calls: dict[str, Begin] = {}
+        """The conversation of each writer that is under way."""
+
+    def warm_up(self, task: Task) -> None:
+        """Nothing is timed."""
+
+    def write(self, task: Task, turn: int, messages: Messages, drafter: DrafterConfig) -> TurnRecord:
+        if task.recorded is None:
+            raise ConfigError(f"Got task {task.id} without recorded answers")
+        talk = [*map(dict, messages), {"role": "assistant", "content": task.recorded[turn - 1]}]
+        *_, call = calls_of(tuple(in_tokens(talk, self._tokenizer)), "full")
+        answer, tally = call.answer_ids[: self._most], Tally()
+        begin = self._calls.get(drafter.name)
+        if begin is None:
+            contestant = self._contestants.setdefault(drafter, ours(drafter, self.cost, self._end))
+            begin = self._calls[drafter.name] = contestant()
+        replay(begin, [Call(call.prompt_ids, answer)], tally)
+        return TurnRecord(
+            task=task.id,
+            category=task.category,
+            turn=turn,
+            writer=drafter.name,
+            messages=tuple(dict(message) for message in messages),
+            text=self._tokenizer.decode(answer),
+            token_ids=answer,
+            prompt_tokens=len(call.prompt_ids),
+            finish_reason="stop" if len(answer) == len(call.answer_ids) else "length",
+            forward_passes=tally.num_passes,
+            draft_lengths=tuple(tally.draft_lengths),
+            accepted_lengths=tuple(tally.accepted_lengths),
+            modelled_passes=round(tally.modelled_passes(self.cost), 6),
+        )
+
+    def forget(self, task: Task) -> None:  # noqa: ARG002 - one conversation at a time
+        self._calls.clear()

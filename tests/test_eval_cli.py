@@ -1,0 +1,246 @@
+"""`copyspec eval` from end to end: on the bundled model, on recorded answers, killed and resumed; never times."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from copyspec_engine.cli.main import app
+from copyspec_engine.evaluation.benchmarks import BENCHMARKS
+from copyspec_engine.evaluation.data import SAMPLE, load_tasks
+from copyspec_engine.evaluation.records import RunFolder, TurnRecord, read_turns
+from copyspec_engine.forced.records import ForcedMismatchError
+from copyspec_engine.forced.runner import ForcedRunner
+from copyspec_engine.forced.shapes import SHAPES
+
+TINY = {
+    "model_type": "qwen2",
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+POEM = "The bell rings twice.\nThe boats turn home.\nNobody counts the gulls."
+TALK = [
+    {"role": "user", "content": "Write a poem."},
+    {"role": "assistant", "content": POEM},
+    {"role": "user", "content": "Vary it."},
+    {"role": "assistant", "content": POEM.replace("gulls", "terns")},
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["eval", *map(str, words)])
+
+
+def passed(*words: str | Path) -> str:
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def written(folder: Path) -> list[TurnRecord]:
+    return list(read_turns(folder / "turns.jsonl"))
+
+
+def answers(records: list[TurnRecord]) -> dict[tuple[str, int, str], tuple[int, ...]]:
+    return {(record.task, record.turn, record.writer): record.token_ids for record in records}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recorded") / "talk.jsonl"
+    rows = [{"id": f"{i}", "category": ("stem", "math")[i % 2], "model": "M", "messages": TALK} for i in range(4)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_runs_on_the_bundled_model(tmp_path: Path, name: str) -> None:
+    output = passed(name, "--data", "sample", "--max-new-token", "48", "--output", tmp_path)
+    tasks, turns = load_tasks(BENCHMARKS[name], SAMPLE), BENCHMARKS[name].num_turns
+    assert f"identical outputs: {len(tasks)}/{len(tasks)}" in output
+    records = written(tmp_path)
+    assert len(records) == len(tasks) * turns * 2
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["benchmark"], found["drafter"], found["model"]) == (name, "adaptive", "bundled")
+    assert found["identical"] == {"same": len(tasks), "of": len(tasks)}
+    assert {row["turn"] for row in found["rows"]} == {*range(1, turns + 1), "all"}
+    assert all(row["tokens_per_forward"] >= 1 and row["tokens_per_s"] > 0 for row in found["rows"])
+    for record in records:
+        assert len(record.draft_lengths) == len(record.accepted_lengths) == record.forward_passes
+        assert sum(record.accepted_by_source.values()) == record.num_accepted
+        assert [message["role"] for message in record.messages] == ["user", "assistant"] * (record.turn - 1) + ["user"]
+        assert record.writer == "adaptive" or record.num_accepted == 0
+
+
+def test_the_second_turn_has_the_first_answer_in_its_prompt(tmp_path: Path) -> None:
+    passed("mt-redundant", "--data", "sample", "--limit", "1", "--output", tmp_path)
+    first, second = [record for record in written(tmp_path) if record.writer == "adaptive"]
+    assert second.messages[:2] == (*first.messages, {"role": "assistant", "content": first.text})
+    assert second.cached_tokens > 0
+    assert sum(copy["stop"] - copy["start"] for copy in second.copies) > len(second.text) / 2
+
+
+def test_the_flags_of_the_paper(tmp_path: Path) -> None:
+    passed(
+        *("mt-bench", "--use-redundant", "--model-path", "bundled", "--model-id", "mine", "--use-copy", "--gamma", "4"),
+        *("--number-copy", "7", "--max-new-token", "40", "--limit", "1", "--data", "sample", "--output", tmp_path),
+    )
+    facts = RunFolder(tmp_path).facts()
+    assert (facts.benchmark, facts.model, facts.drafter, facts.max_new_tokens) == (
+        "mt-redundant",
+        "mine",
+        "copyspec",
+        40,
+    )
+    assert facts.drafter_options == {"min_match_tokens": 4, "block": 7}
+    assert max(length for record in written(tmp_path) for length in record.draft_lengths) == 7
+
+
+def test_plain_decoding_alone(tmp_path: Path) -> None:
+    output = passed("mt-bench", "--data", "sample", "--limit", "1", "--no-use-copy", "--output", tmp_path)
+    assert "identical" not in output
+    assert {record.writer for record in written(tmp_path)} == {"none"}
+    assert json.loads((tmp_path / "summary.json").read_text())["identical"] == {"same": 0, "of": 0}
+
+
+def test_tasks_of_each_category(recorded: Path, tmp_path: Path) -> None:
+    passed("mt-redundant", "--replay", recorded, "--per-category", "1", "--output", tmp_path)
+    assert [(r.task, r.category) for r in written(tmp_path) if r.turn == 1] == [("0", "stem"), ("1", "math")]
+
+
+def test_recorded_answers_without_a_model(recorded: Path, tmp_path: Path) -> None:
+    output = passed("mt-redundant", "--replay", recorded, "--drafter", "copyspec", "--output", tmp_path)
+    assert "modelled" in output
+    records = written(tmp_path)
+    assert {record.writer for record in records} == {"copyspec"}
+    assert all(record.seconds is None and record.modelled_passes for record in records)
+    assert [record.text.removesuffix("<|im_end|>") for record in records[:2]] == [
+        TALK[1]["content"],
+        TALK[3]["content"],
+    ]
+    assert records[1].forward_passes < records[0].forward_passes
+    assert max(map(max, (record.draft_lengths for record in records))) == 10
+
+
+def test_recorded_answers_through_a_shape(recorded: Path, tmp_path: Path) -> None:
+    for drafter in ("adaptive", "copyspec"):
+        folder = tmp_path / drafter
+        output = passed(
+            "mt-redundant", "--replay", recorded, "--shape", "tiny", "--drafter", drafter, "--output", folder
+        )
+        assert "identical outputs: 4/4" in output
+        texts = {(record.task, record.turn, record.writer): record.text for record in written(folder)}
+        assert all(text == TALK[2 * turn - 1]["content"] for (_, turn, _), text in texts.items())
+        assert RunFolder(folder).facts().model == "shape tiny"
+        second = next(r for r in written(folder) if r.writer == drafter and r.task == "3" and r.turn == 2)
+        assert second.num_accepted > 0.7 * second.num_tokens
+        assert second.cached_tokens > 0
+
+
+def test_a_shape_that_writes_anything_else_is_an_error(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = ForcedRunner._tokens
+
+    def wrong(self: ForcedRunner, row: Any, draft: Any) -> list[int]:
+        return [token ^ (len(row.sequence.token_ids) % 7 == 0) for token in honest(self, row, draft)]
+
+    monkeypatch.setattr(ForcedRunner, "_tokens", wrong)
+    result = run("mt-redundant", "--replay", recorded, "--shape", "tiny", "--limit", "1")
+    assert isinstance(result.exception, ForcedMismatchError)
+
+
+BAD = [
+    (("mt-bench", "--gamma", "3", "--drafter", "adaptive"), "options of the paper's algorithm"),
+    (("mt-bench", "--no-use-copy", "--gamma", "3"), "--no-use-copy with a drafter"),
+    (("mt-bench", "--gamma", "0"), "min_match_tokens=0"),
+    (("gsm8k", "--use-redundant"), "option of mt-bench"),
+    (("gsm8k", "--limit", "0"), "--limit 0"),
+    (("gsm8k", "--max-new-token", "0"), "--max-new-token 0"),
+    (("gsm8k", "--shape", "tiny"), "--shape tiny without --replay"),
+    (("gsm8k", "--cost-model", "cpu"), "--cost-model cpu without --replay"),
+    (("gsm8k", "--replay-model", "M"), "--replay-model M without --replay"),
+    (("mt-bench", "--replay", "x", "--data", "sample"), "--data sample with --replay x"),
+    (("mt-bench", "--replay", "x", "--model-path", "m"), "--model-path m with --replay"),
+    (("mt-bench", "--replay", "x", "--execute-code"), "--execute-code with --replay"),
+    (("mt-bench", "--replay", "x", "--plain"), "--plain with --replay"),
+    (("mt-bench", "--replay", "x", "--shape", "tiny", "--cost-model", "cpu"), "--cost-model cpu with --shape"),
+    (("mt-bench", "--replay", "missing.jsonl"), "no such file"),
+    (("mt-bench", "--data", "missing.jsonl"), "no such file"),
+]
+
+
+@pytest.mark.parametrize(("words", "problem"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_options_that_cannot_work_are_one_line(words: tuple[str, ...], problem: str) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert problem in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_value_for_a_flag_is_refused() -> None:
+    assert run("mt-bench", "--data", "sample", "--use-copy", "False").exit_code == 2
+
+
+def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": i, "category": "x", "turns": [f"Repeat this text:\nline {i} of many", "Repeat the document."]}
+        for i in range(14)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ["mt-bench", "--data", str(data), "--max-new-token", "24", "--output"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "copyspec_engine", "eval", *words, str(killed)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        turns = killed / "turns.jsonl"
+        while not (turns.exists() and turns.read_bytes().count(b"\n") >= 6):
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    before = turns.read_bytes()
+    complete = before[: len(b"".join(before.splitlines(keepends=True)[: before.count(b"\n") // 4 * 4]))]
+    assert 4 <= complete.count(b"\n") < 4 * 14
+    passed(*words, killed)
+    assert turns.read_bytes().startswith(complete), "what was complete is not written again"
+    passed(*words, whole)
+    assert answers(written(killed)) == answers(written(whole))
+    rewritten = turns.read_bytes()
+    passed(*words, killed)
+    assert turns.read_bytes() == rewritten, "a run that is complete writes nothing"
+
+
+def test_a_limit_can_be_raised_later(tmp_path: Path) -> None:
+    words = ("mt-bench", "--data", "sample", "--max-new-token", "16", "--output", tmp_path)
+    passed(*words, "--limit", "1")
+    first = (tmp_path / "turns.jsonl").read_bytes()
+    passed(*words)
+    assert (tmp_path / "turns.jsonl").read_bytes().startswith(first)
+    assert len({record.task for record in written(tmp_path)}) == 3
+
+
+def test_without_a_folder_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.chdir(tmp_path)
+    passed("mt-bench", "--data", "sample", "--limit", "1", "--max-new-token", "8")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("copyspec")] == []
