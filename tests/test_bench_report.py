@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from copyspec_engine.cli import bench_collect
@@ -383,3 +384,9 @@ def test_records_say_when_and_on_which_cpu(tmp_path: Path) -> None:
     record = json.loads(out.read_text(encoding="utf-8"))
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
     assert record["machine"]["cpu"] == machine()["cpu"] != ""
+
+
+def test_a_machine_names_the_gpu_that_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", {"cuda:1": "NVIDIA H200"}.__getitem__)
+    assert machine("cuda:1")["gpu"] == "NVIDIA H200"
+    assert "gpu" not in machine()

@@ -165,13 +165,14 @@ def test_the_summary_says_what_was_run_and_what_came_out() -> None:
 
 
 def test_what_was_not_timed_says_that_it_is_modelled() -> None:
-    facts = facts_of(model="", device="", dtype="", machine={})
+    facts = facts_of(model="", device="", dtype="", machine={}, writers=("adaptive",))
     records = records_of(facts, timed=False)
     text = summary_markdown(facts, records, figures_of(facts, records))
     assert "| all | all | 60 | 2.22 | 55.0% | - | 2.22x modelled |" in text
     assert "Nothing was timed" in text
     assert "- model: no model, recorded answers replayed\n" in text
     assert "- device" not in text
+    assert "identical outputs" not in text
 
 
 def test_a_run_of_plain_decoding_compares_with_nothing() -> None:

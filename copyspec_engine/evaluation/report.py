@@ -8,7 +8,7 @@ from typing import Any
 
 from copyspec_engine.evaluation.conditions import hardware, model_name
 from copyspec_engine.evaluation.figures import histogram, sources
-from copyspec_engine.evaluation.records import PLAIN, RunFacts, TurnRecord
+from copyspec_engine.evaluation.records import RunFacts, TurnRecord
 from copyspec_engine.evaluation.tables import Table, figure, markdown, percent, times
 
 __all__ = ["FIGURES", "accepted_table", "figure_cells", "metric_text", "summary_markdown"]
@@ -33,8 +33,8 @@ def summary_markdown(facts: RunFacts, records: Sequence[TurnRecord], summary: Ma
             Table("Figures by turn and category", ("turn", "category", *FIGURES), rows, 2, _figures_note(summary))
         ),
     ]
-    if facts.drafter != PLAIN:
-        same = summary["identical"]
+    same = summary["identical"]
+    if same["of"]:
         parts.append(
             f"identical outputs: {same['same']}/{same['of']} (tasks, token for token, beside plain decoding)\n"
         )
