@@ -450,3 +450,5 @@ def test_conditions_name_the_hardware_and_the_command() -> None:
     assert hardware({"cpu_cores": 2, "gpu": None}, "cuda") == "2 CPU cores"
     command = "copyspec bench drafts --transcripts a b c --tokenizer 'my dir' --json out.json --ingredients"
     assert shortened(command) == "copyspec bench drafts --transcripts a ...(2 more) --tokenizer 'my dir' --ingredients"
+    command = "python -m copyspec_engine eval gsm8k --limit 3 --output runs/a"
+    assert shortened(command) == "python -m copyspec_engine eval gsm8k --limit 3"

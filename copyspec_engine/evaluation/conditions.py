@@ -32,10 +32,10 @@ def shortened(command: str) -> str:
     words: list[str] = []
     values: list[str] = []
     for word in [*shlex.split(command), "--"]:
-        if not word.startswith("-"):
+        if not word.startswith("--"):
             values.append(word)
             continue
-        if words and words[-1] == "--json":
+        if words and words[-1] in ("--json", "--output"):
             words.pop()
             values = values[1:]
         many = bool(words) and len(values) > MOST_VALUES
