@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from copyspec_engine import EngineConfig, shared_engine
+from copyspec_engine.calibration import cpu_name
 from copyspec_engine.cli.chain import steps_for
 from copyspec_engine.cli.demo import Chain
 from copyspec_engine.cli.documents import load_document, shipped_names
@@ -77,15 +78,9 @@ def _conditions(framework: str) -> str:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return (
         f"Measured on {datetime.date.today():%Y-%m-%d} with `python scripts/measure_demo.py` through {framework}, on "
-        f"{os.cpu_count()} CPU cores ({_processor()}), float32, Python {platform.python_version()}, torch "
+        f"{os.cpu_count()} CPU cores ({cpu_name()}), float32, Python {platform.python_version()}, torch "
         f"{torch.__version__}; the load average was {load:.1f} at the end."
     )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

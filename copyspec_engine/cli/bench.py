@@ -88,6 +88,27 @@ def drafts(
 
 
 @bench.command(cls=RecordedCommand)
+def report(
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the JSON files.")] = Path(
+        "benchmarks/results"
+    ),
+    readme: Annotated[
+        list[Path], typer.Option(metavar="FILE...", help="Markdown with <!-- bench: begin NAME --> blocks.")
+    ] = [Path("README.md"), Path("benchmarks/README.md")],  # noqa: B006 - read only
+    plots: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the plots.")] = Path("docs/plots"),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if something differs.")] = False,
+) -> None:
+    """Put the figures of all results into the READMEs' tables and into plots."""
+
+    def run() -> int:
+        from copyspec_engine.cli.bench_collect import run_bench_report
+
+        return run_bench_report(results, readme, plots, check, console())
+
+    exit_with(run)
+
+
+@bench.command(cls=RecordedCommand)
 def propose(
     context: typer.Context,
     transcripts: Transcripts,

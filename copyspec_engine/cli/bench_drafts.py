@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from copyspec_engine import ConfigError
+from copyspec_engine.calibration import cpu_name
 from copyspec_engine.cli.bench_report import comparison, comparison_table, ingredient_table, source_table
 from copyspec_engine.cli.report import check_writable, write_record
 from copyspec_engine.peers import INGREDIENTS, OURS, PEERS, contestant, installed
@@ -166,6 +167,15 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def machine() -> dict[str, str | int]:
-    """What the times were measured on."""
-    return {"system": platform.platform(), "cpu_cores": os.cpu_count() or 0}
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the times were measured on.
+
+    Args:
+        device: where the model ran; of a CUDA device the name is there too.
+    """
+    found: dict[str, Any] = {"system": platform.platform(), "cpu": cpu_name(), "cpu_cores": os.cpu_count() or 0}
+    if device.startswith("cuda"):
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found

@@ -87,7 +87,7 @@ def run_engine(options: EngineOptions, json_path: Path | None, command: str, con
             "renumbered_tokens": num_renumbered,
             "command": command,
             "versions": {**versions(), "torch": torch.__version__, "transformers": version("transformers")},
-            "machine": {**machine(), **_threads(facts.device)},
+            "machine": {**machine(facts.device), **_threads()},
         }
         write_record(json_path, record, console)
     return 0
@@ -193,8 +193,7 @@ def _print(figures: Figures, limit: dict[str, float], curve: Sequence[dict[str, 
     console.print(limit_line(limit, curve), soft_wrap=True)
 
 
-def _threads(device: str) -> dict[str, Any]:
+def _threads() -> dict[str, Any]:
     """What the speed of this process hangs on besides its hardware."""
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     waiting = os.environ.get("OMP_WAIT_POLICY", "")
-    return {"threads": torch.get_num_threads(), "omp_wait_policy": waiting, "gpu": gpu}
+    return {"threads": torch.get_num_threads(), "omp_wait_policy": waiting}

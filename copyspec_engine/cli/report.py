@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -133,8 +134,9 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def write_record(path: Path, record: dict[str, Any], console: Console) -> None:
-    """Write a benchmark's figures as JSON, and say so. Raises as `write_text` does."""
-    write_text(path, json.dumps(record, indent=1) + "\n", "--json")
+    """Write a benchmark's figures and the time as JSON, and say so. Raises as `write_text` does."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    write_text(path, json.dumps({**record, "date": now}, indent=1) + "\n", "--json")
     console.print(f"Wrote {escape(str(path))}", soft_wrap=True)
 
 

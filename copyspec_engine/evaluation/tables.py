@@ -1,0 +1,49 @@
+"""A table of figures as it is, whoever shows it: Markdown here, a terminal in cli, a page in page.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["NONE", "Table", "figure", "markdown", "percent", "times"]
+
+NONE = "-"
+"""What is shown where a figure does not exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under headings; the first `num_labels` columns say what a row is about, the others hold its figures."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_labels: int = 1
+    note: str = ""
+    """Where the figures come from; Markdown."""
+
+
+def markdown(table: Table, level: int = 2) -> str:
+    """The table under its title as a heading of this level; level 0 leaves the title out."""
+    rules = ["---"] * table.num_labels + ["---:"] * (len(table.headings) - table.num_labels)
+    lines = [table.headings, *table.rows]
+    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines]
+    title = f"{'#' * level} {table.title}\n\n" if level else ""
+    note = f"\n{table.note}\n" if table.note else ""
+    return f"{title}{head}|{'|'.join(rules)}|\n{''.join(body)}{note}"
+
+
+def figure(value: float | None) -> str:
+    """Three digits, or all of a whole number."""
+    if value is None:
+        return NONE
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def percent(value: float | None) -> str:
+    """A share."""
+    return NONE if value is None else f"{value:.1%}"
+
+
+def times(value: float | None) -> str:
+    """A ratio."""
+    return NONE if value is None else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
