@@ -165,3 +165,21 @@ def evaluate(
 
 for _benchmark in BENCHMARKS.values():
     evaluations.command(name=_benchmark.name, help=f"{_benchmark.title}.", cls=RecordedCommand)(evaluate)
+
+
+@evaluations.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs.")],
+    markdown: Annotated[Path | None, typer.Option(metavar="OUT.md", help="Write the tables to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT.html", help="Write one page with tables and charts to this file.")
+    ] = None,
+) -> None:
+    """Compare runs side by side: speed by turn and category, accepted lengths, costs of a pass, equal outputs."""
+
+    def run() -> int:
+        from copyspec_engine.cli.eval_report import run_eval_report
+
+        return run_eval_report(runs, markdown, html, console())
+
+    exit_with(run)

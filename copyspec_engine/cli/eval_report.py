@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 
 from copyspec_engine.cli.report import check_writable, write_text
 from copyspec_engine.evaluation.compare import charts, load_runs, tables
-from copyspec_engine.evaluation.page import page
+from copyspec_engine.evaluation.report_page import page
 from copyspec_engine.evaluation.tables import Table, markdown
 
 __all__ = ["run_eval_report"]

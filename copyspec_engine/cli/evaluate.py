@@ -23,7 +23,9 @@ from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.loading import BUNDLED
 from copyspec_engine.evaluation.benchmarks import Benchmark, Task
 from copyspec_engine.evaluation.data import load_recorded, load_tasks
+from copyspec_engine.evaluation.plots import check_installed, write_plots
 from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
+from copyspec_engine.evaluation.report import summary_markdown
 from copyspec_engine.evaluation.run import EngineSubject, ReplaySubject, Subject, Writer, run_tasks, writers_of
 from copyspec_engine.evaluation.sandbox import check_sandbox
 from copyspec_engine.evaluation.scoring import score
@@ -65,6 +67,8 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
     _check(options)
     if options.execute_code:
         check_sandbox()
+    if options.output is not None:
+        check_installed()
     tasks = _tasks(options)
     with _folder(options) as folder, _subject(options, console) as (subject, about):
         runs_model = options.replay is None or options.shape is not None
@@ -82,7 +86,7 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
             execute_code=options.execute_code,
             command=command,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            machine=machine(),
+            machine=machine(about.get("device", "cpu")),
             **about,
         )
         with _Bar(console, facts, tasks) as bar:
@@ -94,9 +98,11 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
                 {} if facts.recorded else score(facts.benchmark, tasks, own, folder, execute_code=facts.execute_code)
             )
         found = summary(facts, records, metrics)
-        folder.write_json("summary.json", found)
         _print(found, facts, console)
         if options.output is not None:
+            folder.write_json("summary.json", found)
+            folder.write("summary.md", summary_markdown(facts, records, found))
+            write_plots(folder, facts, records, found)
             console.print(f"Wrote {escape(str(folder.path))}", soft_wrap=True)
     differs = found["identical"]["same"] < found["identical"]["of"]
     return 1 if differs and facts.dtype in ("float32", "") else 0

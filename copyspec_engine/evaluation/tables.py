@@ -1,4 +1,4 @@
-"""A table of figures as it is, whoever shows it: Markdown here, a terminal in cli, a page in page.py."""
+"""A table of figures as it is, whoever shows it: Markdown here, a terminal in cli, a page in report_page.py."""
 
 from __future__ import annotations
 
