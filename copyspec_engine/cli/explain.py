@@ -66,13 +66,19 @@ def run_explain(options: ExplainOptions, console: Console) -> int:
     tasks = _tasks([record.task for record in run.records if record.writer == writer], options.tasks)
     conversations = transcripts(run.records, writer, tasks[: options.limit], run.decode)
     write_text(options.output, render_page(run.title, run.facts, writer, conversations), "--output")
-    answers = sum(len(conversation.answers) for conversation in conversations)
+    counts = (
+        _count(sum(len(one.answers) for one in conversations), "answer"),
+        _count(len(conversations), "conversation"),
+    )
     console.print(
-        f"Wrote {escape(str(options.output))}: {answers} answers in {len(conversations)} conversations. Open it in a "
-        "browser.",
+        f"Wrote {escape(str(options.output))}: {counts[0]} in {counts[1]}. Open it in a browser.",
         soft_wrap=True,
     )
     return 0
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _writer(records: Sequence[TurnRecord], wanted: str | None) -> str:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -20,18 +21,31 @@ from copyspec_engine.evaluation.page.transcript import Answer, Conversation, Mes
 
 __all__ = ["render_page"]
 
-KINDS: dict[CopySource, tuple[str, str, str]] = {
-    "prompt": ("", "prompt", "a message of the call; the small number says which"),
-    "answer": ("a", "this answer", "what the answer itself said before"),
-    "prediction": ("p", "prediction", "the text that the caller declared"),
-    "earlier_prompt": ("e", "earlier prompt", "remembered from an earlier call, not in this one"),
-    "earlier_answer": ("ea", "earlier answer", "remembered from an earlier call, not in this one"),
-    "earlier_prediction": ("ep", "earlier prediction", "remembered from an earlier call, not in this one"),
-    "pool": ("s", "shared pool", "a text of another conversation in the pool"),
-    "grammar": ("g", "grammar", "nothing else was allowed there"),
-    "frequent": ("f", "frequent token", "from no text, just frequent"),
+
+class Kind(NamedTuple):
+    """How the page speaks of a kind of source."""
+
+    mark: str
+    """Stands behind longer copies, where a prompt's have the message's number."""
+    name: str
+    heading: str
+    meaning: str
+
+
+_REMEMBERED = "remembered from an earlier call, not in this one"
+KINDS: dict[CopySource, Kind] = {
+    "prompt": Kind("", "prompt", "Copied from the prompt", "a message of the call, by its number"),
+    "answer": Kind("a", "this answer", "Copied from this answer", "what the answer said before"),
+    "prediction": Kind("p", "prediction", "Copied from the prediction", "the text that the caller declared"),
+    "earlier_prompt": Kind("e", "earlier prompt", "Copied from an earlier prompt", _REMEMBERED),
+    "earlier_answer": Kind("ea", "earlier answer", "Copied from an earlier answer", _REMEMBERED),
+    "earlier_prediction": Kind("ep", "earlier prediction", "Copied from an earlier prediction", _REMEMBERED),
+    "pool": Kind("s", "shared pool", "Copied from the shared pool", "a text of another conversation"),
+    "grammar": Kind("g", "grammar", "Forced by the grammar", "nothing else was allowed there"),
+    "frequent": Kind("f", "frequent token", "A frequent token", "guessed because it is frequent, from no text"),
 }
-"""The mark of each kind of source (a prompt's is the message's number), its name, and what it means."""
+MARKED_CHARACTERS = 12
+"""Copies of fewer have no mark: it would tear words apart."""
 LONG_CHARACTERS, LONG_LINES = 1500, 18
 """Messages of more than this are folded until someone asks for them."""
 
@@ -74,7 +88,7 @@ def render_page(title: str, facts: Sequence[str], writer: str, conversations: Se
 
 def exact(text: str) -> Markup:
     """A text as a browser reads it back: line ends as they are, and something in place of a zero, which HTML drops."""
-    return Markup(escape(text).replace("\r", "&#13;").replace("\0", "\N{REPLACEMENT CHARACTER}"))
+    return Markup(str(escape(text)).replace("\r", "&#13;").replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
 
 def _sources_in(answers: Sequence[Answer]) -> list[CopySource]:
@@ -89,7 +103,9 @@ def _is_long(message: Message) -> bool:
 
 
 def _mark(span: CopiedSpan) -> str:
-    return KINDS[span.source][0] if span.message is None else str(span.message)
+    if span.stop - span.start < MARKED_CHARACTERS:
+        return ""
+    return KINDS[span.source].mark if span.message is None else str(span.message)
 
 
 def _place(piece: Piece) -> str:
@@ -105,7 +121,7 @@ def _place(piece: Piece) -> str:
         return f"from its character {span.offset:,}"
     if span.source == "prompt":
         return "between the messages, where the chat template writes"
-    return KINDS[span.source][2]
+    return KINDS[span.source].meaning
 
 
 def _number(value: float, digits: int = 0) -> str:

@@ -1,5 +1,3 @@
-"use strict";
-
 const tip = document.getElementById("tip");
 const back = document.getElementById("back");
 const AROUND = 60, SHOWN = 200; // characters of a source in the tooltip
@@ -54,9 +52,7 @@ function excerpt(copy) {
 }
 
 function describeCopy(copy) {
-  const head = document.createElement("p");
-  head.append("Copied from ", element("strong", copy.dataset.source));
-  return [head, element("p", copy.dataset.place), ...excerpt(copy)];
+  return [element("strong", copy.dataset.heading), element("p", copy.dataset.place), ...excerpt(copy)];
 }
 
 function describePass(pass) {
@@ -161,7 +157,7 @@ function unfold(text) {
   if (button && text.classList.contains("folded")) toggle(button);
 }
 
-function scrollTo(place) {
+function bringUp(place) {
   const top = place.getClientRects()[0]?.top ?? 0;
   scrollBy({ top: top - innerHeight / 3, behavior: "instant" });
 }
@@ -169,15 +165,15 @@ function scrollTo(place) {
 function visit(copy) {
   hide();
   jumped = copy;
-  const { at, start, stop, source, place } = copy.dataset;
+  const { at, start, stop, place } = copy.dataset;
   const text = document.getElementById(at);
   unfold(text);
   const range = rangeIn(text, Number(start), Number(stop));
   CSS.highlights.set("source", new Highlight(range));
   text.focus({ preventScroll: true });
-  scrollTo(range);
+  bringUp(range);
   back.hidden = false;
-  back.firstElementChild.textContent = `Source: ${source}, ${place}`;
+  back.firstElementChild.textContent = `Source: ${place}`;
 }
 
 function leave() {
@@ -187,7 +183,7 @@ function leave() {
   back.hidden = true;
   unfold(from);
   from.focus({ preventScroll: true });
-  scrollTo(from);
+  bringUp(from);
 }
 
 function follow() {
