@@ -21,6 +21,7 @@ from copyspec_engine.cli.main import app
 from copyspec_engine.evaluation.page import render_page, transcripts
 from copyspec_engine.evaluation.page.figures import Figures
 from copyspec_engine.evaluation.page.html import exact
+from copyspec_engine.evaluation.page.passes import pass_ends
 from copyspec_engine.evaluation.records import RunFacts, RunFolder, TurnRecord
 from copyspec_engine.testing import scripted_engine
 
@@ -162,6 +163,21 @@ def test_a_span_without_a_place_has_no_link_but_its_surroundings() -> None:
     assert "Copied from an earlier answer" in shown
 
 
+def test_the_tab_key_passes_by_what_cannot_be_seen_or_says_no_more() -> None:
+    text = "Ann\nbooks it"
+    spans = [
+        {"start": 0, "stop": 3, "source": "prompt", "message": 0, "offset": 0},
+        {"start": 3, "stop": 4, "source": "prompt", "message": 0, "offset": 3},
+        {"start": 4, "stop": 9, "source": "pool", "before": "x"},
+        {"start": 10, "stop": 12, "source": "frequent"},
+    ]
+    shown = page(record(text, *spans, messages=[user(text)]))
+    stops = re.findall(
+        r'<(?:a|span) class="copy from-(\w+)" id="c\d+"(?: href="#from-c\d+")?(?: tabindex="(.*?)")?', shown
+    )
+    assert stops == [("prompt", ""), ("prompt", "-1"), ("pool", "0"), ("frequent", "")]
+
+
 def test_a_span_of_the_answer_itself_points_into_the_answer() -> None:
     text = "la la land"
     (answer,) = transcripts(
@@ -298,7 +314,7 @@ def test_where_no_model_ran_the_speedup_is_modelled() -> None:
 
 
 def explain(path: Path, output: Path, **options: Any) -> str:
-    assert run_explain(ExplainOptions(output, path, **options), Console(quiet=True)) == 0
+    assert run_explain(ExplainOptions(EngineConfig(), output, path, **options), Console(quiet=True)) == 0
     return output.read_text(encoding="utf-8")
 
 
@@ -352,6 +368,21 @@ def test_a_tokenizer_tells_what_each_pass_wrote(tmp_path: Path) -> None:
     assert 'data-ends=""' in explain(path, tmp_path / "page.html")
     (ends,) = re.findall(r'data-ends="(\d+) (\d+)"', explain(path, tmp_path / "page.html", tokenizer="bundled"))
     assert 0 < int(ends[0]) < int(ends[1]) == len(text)
+
+
+def decode_bytes(token_ids: Sequence[int]) -> str:
+    return bytes(token_ids).decode(errors="replace")
+
+
+def test_a_character_that_two_passes_wrote_belongs_to_the_second() -> None:
+    text = "né!"
+    answer = record(text, token_ids=tuple(text.encode()), forward_passes=2, accepted_lengths=(1, 1))
+    assert pass_ends(answer, decode_bytes) == (1, 3)
+
+
+def test_passes_of_tokens_that_do_not_give_the_text_are_not_known() -> None:
+    answer = record("cut", token_ids=tuple(b"cut off"), forward_passes=2, accepted_lengths=(2, 3))
+    assert pass_ends(answer, decode_bytes) == ()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ ROOM_TOKENS = 64
 class ExplainOptions:
     """What was asked for on the command line."""
 
+    config: EngineConfig
+    """Of the demo's engine."""
     output: Path
     run: Path | None = None
     demo: bool = False
@@ -124,8 +126,8 @@ def _recorded(path: Path, options: ExplainOptions) -> _Run:
 def _demo(options: ExplainOptions, console: Console) -> _Run:
     if options.tokenizer is not None:
         raise ConfigError("Got --tokenizer with --demo but expected one of them: the demo's model has its own")
-    with console.status("Loading the model bundled ...") as status:
-        engine = shared_engine(EngineConfig(), shown_on(status))
+    with console.status(f"Loading the model {escape(options.config.model)} ...") as status:
+        engine = shared_engine(options.config, shown_on(status))
         document = load_document(None)
         records = demo_records(engine, document, steps_for(document), status.update)
     info = engine.info

@@ -146,9 +146,11 @@ def explain(
     """Write a page that shows where each part of a run's answers was copied from."""
 
     def write() -> int:
+        config = _config(BUNDLED, "auto", "auto")
         from copyspec_engine.cli.explain import ExplainOptions, run_explain
 
-        return run_explain(ExplainOptions(output, run, demo, tuple(task or ()), limit, writer, tokenizer), console())
+        options = ExplainOptions(config, output, run, demo, tuple(task or ()), limit, writer, tokenizer)
+        return run_explain(options, console())
 
     exit_with(write)
 

@@ -68,7 +68,7 @@ def render_page(title: str, facts: Sequence[str], writer: str, conversations: Se
         undefined=StrictUndefined,
     )
     environment.filters |= {"exact": exact, "number": _number, "seconds": _seconds, "place": _place, "mark": _mark}
-    environment.tests |= {"long": _is_long}
+    environment.tests |= {"long": _is_long, "reachable": _is_reachable}
     script = (folder / "page.js").read_text(encoding="utf-8")
     answers = [answer for conversation in conversations for answer in conversation.answers]
     return environment.get_template("page.html.jinja").render(
@@ -100,6 +100,11 @@ def _sources_in(answers: Sequence[Answer]) -> list[CopySource]:
 
 def _is_long(message: Message) -> bool:
     return len(message.text) > LONG_CHARACTERS or message.text.count("\n") >= LONG_LINES
+
+
+def _is_reachable(piece: Piece) -> bool:
+    """Whether the Tab key stops at a copied piece: it can be seen there, and there is more to say of it."""
+    return bool(piece.text.strip()) and piece.span is not None and piece.span.source not in ("grammar", "frequent")
 
 
 def _mark(span: CopiedSpan) -> str:

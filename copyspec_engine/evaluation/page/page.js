@@ -32,8 +32,13 @@ function rangeIn(root, start, stop) {
   return range;
 }
 
+/** A slice without halves of characters at its ends. */
+function slice(text, start, stop) {
+  return text.slice(start, stop).replace(/^[\udc00-\udfff]|[\ud800-\udbff]$/g, "");
+}
+
 function shorten(text) {
-  return text.length <= SHOWN ? text : `${text.slice(0, SHOWN / 2)} [...] ${text.slice(-SHOWN / 2)}`;
+  return text.length <= SHOWN ? text : `${slice(text, 0, SHOWN / 2)} [...] ${slice(text, -SHOWN / 2)}`;
 }
 
 // The tooltip
@@ -43,8 +48,8 @@ function excerpt(copy) {
   const { at, start, stop, before, after } = copy.dataset;
   if (at) {
     const text = document.getElementById(at).textContent;
-    quote.append(text.slice(Math.max(start - AROUND, 0), start), element("mark", shorten(text.slice(start, stop))));
-    quote.append(text.slice(stop, Number(stop) + AROUND));
+    quote.append(slice(text, Math.max(start - AROUND, 0), start), element("mark", shorten(slice(text, start, stop))));
+    quote.append(slice(text, stop, Number(stop) + AROUND));
   } else if (before || after) {
     quote.append(before, element("mark", shorten(copy.textContent)), after);
   }
@@ -76,7 +81,7 @@ function show(target, x, y) {
 /** Under the line of the described element that the pointer is on, or its first one. */
 function putTip(x, y) {
   const lines = [...shown.getClientRects()];
-  const line = lines.find((rect) => y >= rect.top && y <= rect.bottom) ?? lines[0];
+  const line = lines.find((rect) => y >= rect.top && y <= rect.bottom) ?? lines[0] ?? shown.getBoundingClientRect();
   const below = line.bottom + 8 + tip.offsetHeight <= innerHeight;
   tip.style.top = `${below ? line.bottom + 8 : Math.max(line.top - 8 - tip.offsetHeight, 4)}px`;
   tip.style.left = `${Math.max(8, Math.min(x ?? line.left, innerWidth - tip.offsetWidth - 12))}px`;
