@@ -78,13 +78,14 @@ function show(target, x, y) {
   putTip(x, y);
 }
 
-/** Under the line of the described element that the pointer is on, or its first one. */
+/** Under the line that the pointer is on, or under the whole of what has the focus; above it where there is no room. */
 function putTip(x, y) {
   const lines = [...shown.getClientRects()];
-  const line = lines.find((rect) => y >= rect.top && y <= rect.bottom) ?? lines[0] ?? shown.getBoundingClientRect();
-  const below = line.bottom + 8 + tip.offsetHeight <= innerHeight;
-  tip.style.top = `${below ? line.bottom + 8 : Math.max(line.top - 8 - tip.offsetHeight, 4)}px`;
-  tip.style.left = `${Math.max(8, Math.min(x ?? line.left, innerWidth - tip.offsetWidth - 12))}px`;
+  const pointed = lines.find((line) => y >= line.top && y <= line.bottom);
+  const { top, left, bottom } = pointed ?? shown.getBoundingClientRect();
+  const hasRoom = bottom + 8 + tip.offsetHeight <= innerHeight;
+  tip.style.top = `${hasRoom ? bottom + 8 : Math.max(top - 8 - tip.offsetHeight, 4)}px`;
+  tip.style.left = `${Math.max(8, Math.min(x ?? left, innerWidth - tip.offsetWidth - 12))}px`;
 }
 
 function hide() {
