@@ -371,7 +371,9 @@ def test_the_button_changes_the_theme(open_page: Callable[..., Any]) -> None:
 
 
 def test_kinds_differ_in_more_than_colour(page: Any) -> None:
-    look = "all => all.map(one => [getComputedStyle(one).textDecorationStyle, one.firstElementChild.dataset.mark].join())"
+    look = (
+        "all => all.map(one => [getComputedStyle(one).textDecorationStyle, one.firstElementChild.dataset.mark].join())"
+    )
     looks = page.locator(".legend .copy").evaluate_all(look)
     assert len(looks) == len(set(looks)) == 9
 
