@@ -44,6 +44,11 @@ def test_the_wheel_leaves_the_namespace_of_llama_index_open(wheel: set[str]) -> 
     assert "llama_index/llms/__init__.py" not in wheel
 
 
+def test_the_wheel_holds_the_provenance_page(wheel: set[str]) -> None:
+    for name in ("page.html.jinja", "page.css", "page.js"):
+        assert f"copyspec_engine/evaluation/page/{name}" in wheel
+
+
 def test_the_wheel_holds_the_documents_the_bundled_model_and_the_fitted_weights(wheel: set[str]) -> None:
     for path in (ROOT / "examples" / "documents").iterdir():
         assert f"copyspec_engine/cli/documents/{path.name}" in wheel

@@ -126,6 +126,35 @@ def calibrate(
     exit_with(run)
 
 
+@app.command()
+def explain(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the page to this file.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="turns.jsonl of an evaluation run, or the run's folder.", metavar="RUN")
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Show answers of the bundled model, written now.")] = False,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Show this conversation only; may be given again.", metavar="ID")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Show this many conversations.")] = None,
+    writer: Annotated[str | None, typer.Option(help="Whose answers; default: those of the run's drafter.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help='Folder with the tokenizer.json of the model, or "bundled": tells what each pass wrote.'),
+    ] = None,
+) -> None:
+    """Write a page that shows where each part of a run's answers was copied from."""
+
+    def write() -> int:
+        config = engine_config(BUNDLED, "auto", "auto")
+        from copyspec_engine.cli.explain import ExplainOptions, run_explain
+
+        options = ExplainOptions(config, output, run, demo, tuple(task or ()), limit, writer, tokenizer)
+        return run_explain(options, console())
+
+    exit_with(write)
+
+
 def main() -> None:
     """The console script."""
     # OpenMP reads this when torch is imported. Workers that spin while they wait starve whatever else runs here: on a
