@@ -23,7 +23,12 @@ from copyspec_engine.cli.results.drafts import (
 )
 from copyspec_engine.cli.results.engine import engine_plots, engine_tables, speed_tables
 from copyspec_engine.cli.results.files import Results, load_results
-from copyspec_engine.cli.results.runs import eval_plots, eval_tables
+from copyspec_engine.cli.results.runs import (
+    eval_plots,
+    eval_tables,
+    reproduction_categories,
+    reproduction_tables,
+)
 from copyspec_engine.evaluation.charts import Plot
 from copyspec_engine.evaluation.plots import check_installed, drawn_data, save
 from copyspec_engine.evaluation.tables import Table, markdown
@@ -38,6 +43,8 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "engine": engine_tables,
     "speed": speed_tables,
     "eval": eval_tables,
+    "reproduction": reproduction_tables,
+    "reproduction-categories": reproduction_categories,
 }
 """The tables that a README may hold."""
 PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (drafts_plots, engine_plots, eval_plots)

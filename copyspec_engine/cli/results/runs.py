@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from copyspec_engine.cli.results.files import Result, Results, conditions, notes
@@ -10,9 +10,13 @@ from copyspec_engine.evaluation.charts import Bars, Plot
 from copyspec_engine.evaluation.conditions import model_name
 from copyspec_engine.evaluation.report import FIGURES, figure_cells, metric_text
 from copyspec_engine.evaluation.summary import ALL
-from copyspec_engine.evaluation.tables import NONE, Table
+from copyspec_engine.evaluation.tables import NONE, Table, figure, times
 
-__all__ = ["eval_plots", "eval_tables"]
+__all__ = ["eval_plots", "eval_tables", "reproduction_categories", "reproduction_tables"]
+
+_PAPER, _OURS = "copyspec", "adaptive"
+_Key = tuple[str, str, str]
+"""Benchmark, turn and category."""
 
 
 def _rows(result: Result) -> list[Mapping[str, Any]]:
@@ -20,6 +24,46 @@ def _rows(result: Result) -> list[Mapping[str, Any]]:
     categories = {row["category"] for row in result.rows}
     whole = [row for row in result.rows if row["category"] == ALL or len(categories) == 1]
     return whole if len(whole) > 2 else [row for row in whole if row["turn"] != ALL]
+
+
+def reproduction_tables(results: Results) -> list[Table]:
+    """The paper's algorithm and ours on recorded answers, a row for each benchmark and turn."""
+    return _reproduction(results["eval"], lambda row: row["category"] == ALL, ("benchmark", "turn"))
+
+
+def reproduction_categories(results: Results) -> list[Table]:
+    """The same by category too."""
+    return _reproduction(results["eval"], lambda row: row["turn"] != ALL, ("benchmark", "turn", "category"))
+
+
+def _reproduction(
+    files: Sequence[Result], is_shown: Callable[[Mapping[str, Any]], bool], labels: tuple[str, ...]
+) -> list[Table]:
+    recorded = [file for file in files if file.facts["recorded"] and file.record["drafter"] in (_PAPER, _OURS)]
+    found: dict[_Key, dict[tuple[str, str], float]] = {}
+    for file in recorded:
+        is_timed = bool(file.record["model"])
+        name = "speedup" if is_timed else "tokens_per_forward"
+        rows = _with_all(file.rows)
+        for row in filter(is_shown, rows):
+            key = (file.record["benchmark"], str(row["turn"]), str(row["category"]))
+            found.setdefault(key, {})[file.record["drafter"], name] = row[name]
+    headings = (*labels, "paper", "ours", "paper, over plain decoding", "ours, over plain decoding")
+    rows_shown = tuple(_reproduced(key, labels, values) for key, values in found.items())
+    return [Table("Recorded answers", headings, rows_shown, len(labels), notes(recorded))] if found else []
+
+
+def _with_all(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A run's rows; of one with a single category also those over all categories, which are the same."""
+    if any(row["category"] == ALL for row in rows):
+        return list(rows)
+    return [*rows, *({**row, "category": ALL} for row in rows)]
+
+
+def _reproduced(key: _Key, labels: Sequence[str], values: Mapping[tuple[str, str], float]) -> tuple[str, ...]:
+    passes = (figure(values.get((drafter, "tokens_per_forward"))) for drafter in (_PAPER, _OURS))
+    speeds = (times(values.get((drafter, "speedup"))) for drafter in (_PAPER, _OURS))
+    return (*key[: len(labels)], *passes, *speeds)
 
 
 def eval_tables(results: Results) -> list[Table]:
