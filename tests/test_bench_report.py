@@ -115,6 +115,15 @@ def run_summary() -> dict[str, Any]:
     return {**record, "rows": rows, "identical": {"same": 4, "of": 4}, "facts": facts.model_dump(mode="json")}
 
 
+def recorded(drafter: str, model: str, passes: float, speed: float | None) -> dict[str, Any]:
+    """A run of recorded answers of one category, through a drafter or a shape."""
+    whole = run_summary()
+    row = {**whole["rows"][0], "category": "stem", "tokens_per_forward": passes, "speedup": speed}
+    facts = {**whole["facts"], "benchmark": "mt-bench", "drafter": drafter, "model": model, "recorded": True}
+    record = {"benchmark": "mt-bench", "drafter": drafter, "model": model, "metrics": {}}
+    return {**record, "rows": [row, {**row, "turn": "all"}], "identical": {"same": 0, "of": 0}, "facts": facts}
+
+
 ALL: dict[str, dict[str, Any]] = {
     "drafts_gpu": drafts({"none": 1.0, "copyspec": 1.5, "arctic-tuned": 2.0, "adaptive": 3.0}),
     "drafts_cpu": drafts({"arctic-tuned": 2.0, "adaptive": 2.5}, curve="cpu"),
@@ -195,6 +204,8 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
         "speed": "| chats | 2 to 3 | **20.0** | 4.00x | 10.0x | - | 5.00 |",
         "eval": "| gsm8k | some/model | adaptive | all | 100 | 2.00 | 50.0% | 50.0 | 2.00x | 4/4 | accuracy 0.75 |",
+        "reproduction": "",
+        "reproduction-categories": "",
     }
     assert set(expected) == set(BLOCKS)
     for name, row in expected.items():
@@ -202,6 +213,19 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
     text = Path("README.md").read_text(encoding="utf-8")
     assert text.startswith("# Figures\n\n<!-- bench: begin drafts -->\n|")
     assert text.endswith("<!-- bench: end -->\n\nBehind them.\n")
+
+
+def test_recorded_answers_of_the_paper_and_of_ours_share_a_row(report: Callable[..., Result]) -> None:
+    runs = {
+        "eval_paper": recorded("copyspec", "", 1.1, None),
+        "eval_ours": recorded("adaptive", "", 1.7, None),
+        "eval_ours_timed": recorded("adaptive", "shape bundled", 1.5, 1.4),
+    }
+    for name, record in runs.items():
+        Path(f"benchmarks/results/{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    assert report().exit_code == 0
+    assert "| mt-bench | 1 | 1.10 | 1.70 | - | 1.40x |\n| mt-bench | all | 1.10" in block_of("reproduction")
+    assert "| mt-bench | 1 | stem | 1.10 | 1.70 | - | 1.40x |\n\n" in block_of("reproduction-categories")
 
 
 def test_each_table_says_where_its_figures_come_from(report: Callable[..., Result]) -> None:
@@ -312,7 +336,7 @@ def test_a_file_without_ours_has_nothing_to_show(report: Callable[..., Result]) 
 def test_results_that_no_readme_shows_are_named(report: Callable[..., Result]) -> None:
     Path("README.md").write_text("<!-- bench: begin drafts -->\n<!-- bench: end -->\n", encoding="utf-8")
     output = report().output
-    for name in set(BLOCKS) - {"drafts"}:
+    for name in set(BLOCKS) - {"drafts", "reproduction", "reproduction-categories"}:
         assert f"Left out {name}: no --readme has a block" in output
 
 

@@ -28,24 +28,23 @@ def _rows(result: Result) -> list[Mapping[str, Any]]:
 
 def reproduction_tables(results: Results) -> list[Table]:
     """The paper's algorithm and ours on recorded answers, a row for each benchmark and turn."""
-    return _reproduction(results["eval"], lambda row: row["category"] == ALL, ("benchmark", "turn"))
+    return _reproduction(results["eval"], _rows_of_turns, ("benchmark", "turn"))
 
 
 def reproduction_categories(results: Results) -> list[Table]:
     """The same by category too."""
-    return _reproduction(results["eval"], lambda row: row["turn"] != ALL, ("benchmark", "turn", "category"))
+    return _reproduction(results["eval"], _rows_of_categories, ("benchmark", "turn", "category"))
 
 
 def _reproduction(
-    files: Sequence[Result], is_shown: Callable[[Mapping[str, Any]], bool], labels: tuple[str, ...]
+    files: Sequence[Result], rows_of: Callable[[Result], Sequence[Mapping[str, Any]]], labels: tuple[str, ...]
 ) -> list[Table]:
     recorded = [file for file in files if file.facts["recorded"] and file.record["drafter"] in (_PAPER, _OURS)]
     found: dict[_Key, dict[tuple[str, str], float]] = {}
     for file in recorded:
         is_timed = bool(file.record["model"])
         name = "speedup" if is_timed else "tokens_per_forward"
-        rows = _with_all(file.rows)
-        for row in filter(is_shown, rows):
+        for row in rows_of(file):
             key = (file.record["benchmark"], str(row["turn"]), str(row["category"]))
             found.setdefault(key, {})[file.record["drafter"], name] = row[name]
     headings = (*labels, "paper", "ours", "paper, over plain decoding", "ours, over plain decoding")
@@ -53,11 +52,14 @@ def _reproduction(
     return [Table("Recorded answers", headings, rows_shown, len(labels), notes(recorded))] if found else []
 
 
-def _with_all(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A run's rows; of one with a single category also those over all categories, which are the same."""
-    if any(row["category"] == ALL for row in rows):
-        return list(rows)
-    return [*rows, *({**row, "category": ALL} for row in rows)]
+def _rows_of_turns(result: Result) -> list[Mapping[str, Any]]:
+    """A row for each turn, and for all of them; the only category counts as all of them."""
+    several = any(row["category"] == ALL for row in result.rows)
+    return [{**row, "category": ALL} for row in result.rows if row["category"] == ALL or not several]
+
+
+def _rows_of_categories(result: Result) -> list[Mapping[str, Any]]:
+    return [row for row in result.rows if row["turn"] != ALL]
 
 
 def _reproduced(key: _Key, labels: Sequence[str], values: Mapping[tuple[str, str], float]) -> tuple[str, ...]:
