@@ -256,7 +256,7 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
 
 
 def _traced(row: ScheduledRow, draft: DraftTree, verdict: Verdict) -> Verdict:
-    """A verdict that says where its accepted nodes were copied from; to be asked before any row is written."""
+    """A verdict that says where its accepted nodes came from; to be asked before any row is written."""
     memory, accepted = row.sequence.memory, list(verdict.accepted)
     if not accepted:
         return verdict

@@ -23,7 +23,7 @@ class Counts:
     num_draft_tokens: int = 0
     num_preemptions: int = 0
     accepted: Counter[str] = field(default_factory=Counter)
-    """Accepted draft tokens by where they were copied from."""
+    """Accepted draft tokens by where they came from."""
     finished: Counter[str] = field(default_factory=Counter)
     """Requests that are over, by finish reason, or "failed"."""
 
@@ -33,7 +33,8 @@ class EngineMetrics:
     """A snapshot; counts are since the engine was made.
 
     `accepted_by_source` has the keys "prompt", "answer", "prediction", "frequent" (a frequent token, copied from
-    nowhere), "grammar" (forced by it) and "block" (drafts of the published algorithm).
+    nowhere), "grammar" (forced by it), "block" (drafts of the published algorithm), "draft_model" (written by one) and
+    "recycled" (likely in an earlier pass).
     """
 
     num_running: int

@@ -126,7 +126,6 @@ class Sequence:
     draft_lengths: list[int] = field(default_factory=list)
     accepted_lengths: list[int] = field(default_factory=list)
     num_prefill_passes: int = 0
-    num_copied_tokens: int = 0
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
     first_token_s: float = 0.0
@@ -151,7 +150,7 @@ class Sequence:
             num_forward_passes=len(self.accepted_lengths),
             num_prefill_passes=self.num_prefill_passes,
             num_draft_tokens=sum(self.draft_lengths),
-            num_accepted_tokens=self.num_copied_tokens,
+            num_accepted_tokens=sum(self.accepted_lengths),
             draft_lengths=tuple(self.draft_lengths),
             accepted_lengths=tuple(self.accepted_lengths),
         )
