@@ -266,6 +266,15 @@ class DraftingPolicy:
         seconds = self.cost.seconds(width, room + 1)
         return int(np.searchsorted(seconds, _MOST_DELAY * seconds[0], side="right")) - 1
 
+    def pace(self, drafters: Seq[Drafter | None], width: int) -> float:
+        """Tokens that anything has to gain in the time of a pass of one token, since all rows of a pass wait for it.
+
+        Args:
+            drafters: of the rows that sample.
+            width: tokens that the pass reads without any draft.
+        """
+        return MARGIN * sum(map(_pace, drafters)) / float(self.cost.seconds(width)[0])
+
     def share(self, drafters: Seq[Drafter | None], drafts: Seq[DraftTree], width: int) -> list[DraftTree]:
         """Of the drafts for one pass what is worth its time when all of them are in it.
 
@@ -285,7 +294,7 @@ class DraftingPolicy:
         nodes = np.concatenate([np.arange(len(drafts[row])) for row in rows])
         order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
         seconds = self.cost.seconds(width, len(order) + 1)
-        pace = MARGIN * sum(map(_pace, drafters)) / seconds[0]
+        pace = self.pace(drafters, width)
         gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
         chosen = order[: int(gains.argmax()) + 1 if gains.max() > 0 else 0]
         shared = list(drafts)

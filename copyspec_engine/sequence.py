@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from copyspec_engine.config import DrafterConfig, GenerationRequest
+from copyspec_engine.config import Combine, DrafterConfig, GenerationRequest
 from copyspec_engine.copies import CopyTrail
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import Drafter
@@ -102,6 +102,8 @@ class Sequence:
     """What the answer must look like."""
     reply: ReplyReader | None = None
     """Takes the answer apart, if the request asks for it."""
+    combine: Combine = "copy-only"
+    """How copies and the draft model go together; "copy-only" where there is none, or it failed."""
 
     number: int = field(default_factory=itertools.count().__next__)
     """Its own, where the caller's request_id may come again."""
