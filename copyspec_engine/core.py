@@ -131,6 +131,7 @@ class EngineCore:
             cached_tokens=counts.num_cached_tokens,
             completion_tokens=counts.num_completion_tokens,
             draft_tokens=counts.num_draft_tokens,
+            draft_model_passes=0 if self.combination is None else self.combination.draft_model.num_passes,
             tokens_per_forward=counts.num_completion_tokens / max(counts.num_row_passes, 1),
             accepted_by_source={source: count for source, count in counts.accepted.items() if count},
             finished=dict(counts.finished),

@@ -65,6 +65,7 @@ class DraftModel:
         self._vocab_size = min(vocab_size, model.runner.vocab_size)
         self._max_prefill_tokens = max_prefill_tokens
         self._rows: dict[Sequence, _Row] = {}
+        self.num_passes = 0
 
     @property
     def num_rows(self) -> int:
@@ -123,6 +124,7 @@ class DraftModel:
 
     def _run(self, rows: Seq[ScheduledRow]) -> list[Guess]:
         """Read the rows' tokens; a guess for each row that samples."""
+        self.num_passes += 1
         logits = self.model.runner.forward(ScheduledBatch(tuple(rows)), [DraftTree()] * len(rows))
         if not len(logits):
             return []

@@ -112,7 +112,7 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        model = self._model
+        model, draft, combination = self._model, self._model.draft, self._core.combination
         return EngineInfo(
             model=model.name,
             architecture=model.architecture,
@@ -126,6 +126,9 @@ class Engine:
             drafting_error=model.drafting_error,
             execution=model.execution,
             execution_error=model.execution_error,
+            draft_model=None if draft is None else draft.name,
+            draft_model_step_cost=() if draft is None else draft.step_cost,
+            draft_model_error=None if combination is None else combination.error,
             memory_path=self._config.memory_path if self._core.file is not None else None,
             memory_error=self._core.memory_error,
             versions={

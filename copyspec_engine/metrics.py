@@ -51,6 +51,8 @@ class EngineMetrics:
     cached_tokens: int
     completion_tokens: int
     draft_tokens: int
+    draft_model_passes: int
+    """Forward passes of the draft model, of however many requests each."""
     tokens_per_forward: float
     """Sampled tokens for each part that a request had in a forward pass; 1.0 for plain decoding, 0.0 before any."""
     accepted_by_source: dict[str, int]

@@ -249,6 +249,12 @@ class EngineInfo:
     that torch.compile has fused."""
     execution_error: str | None = None
     """Why passes do not run faster; None if nothing stood in the way."""
+    draft_model: str | None = None
+    """The model that drafts where copying cannot; None if there is none."""
+    draft_model_step_cost: tuple[tuple[int, float], ...] = ()
+    """As `step_cost`, of the draft model."""
+    draft_model_error: str | None = None
+    """Why the draft model is not asked any more."""
     memory_path: str | None = None
     """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
     memory_error: str | None = None
