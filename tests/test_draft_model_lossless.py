@@ -1,4 +1,4 @@
-"""Drafting with a draft model gives the tokens of plain decoding, in random mixtures of everything that a call may be."""
+"""Drafting with a draft model gives the tokens of plain decoding, in any mixture of what a call may be."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ __all__ = ["make_drafted"]
 
 
 def draft_of(name: str) -> PreTrainedModel:
-    return {"same": lambda: build_model("llama"), "near": lambda: perturbed(0.03), "other": lambda: other()}[name]()
-
-
-def other() -> PreTrainedModel:
-    return build_model("qwen2", 7)
+    """The model itself, one that often agrees with it, or one that never does."""
+    return perturbed(0.03) if name == "near" else build_model("llama") if name == "same" else build_model("qwen2", 7)
 
 
 GRAMMARS = (Grammar(regex="[a-z ]{3,12}"), Grammar(choice=("the cat sat", "the mat")), Grammar(regex="(ab|c)*d?"))
