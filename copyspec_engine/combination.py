@@ -27,8 +27,10 @@ __all__ = ["Combination"]
 
 logger = logging.getLogger(__name__)
 
-_HORIZON = 24
-"""Tokens over which reading what is missing has to pay, besides what was lost by then because it was not read."""
+_HORIZON = 6
+"""Steps over which reading what is missing has to pay, and as many as there were since it might have paid."""
+_LEAST = 0.02
+"""Probabilities below this are not divided by."""
 _MOST_FAILURES = 3
 """Requests in a row whose draft model failed, after which it is not asked any more."""
 _SHARED = 0.3
@@ -105,16 +107,48 @@ class _Writer:
         self.passes += 1
         self.is_done = guess.token in self.sequence.eos_token_ids or len(self.places) >= self.most
 
-    def tree(self, node_costs: Seq[float], pace: float, pass_cost: float) -> DraftTree:
-        """The copies and as much of the chain as is worth verifying."""
-        count = len(self.places)
-        if not self.is_greedy:
-            costs = np.where([place.is_copied for place in self.places], 0.0, pace * np.array(node_costs[:count]))
-            worth = np.cumsum(np.array(self._likely) - costs)
-            count = int(worth.argmax()) + 1 if count and worth.max() > 0 else 0
-        tokens = [place.token for place in self.places[:count]]
-        cost = self.passes * pass_cost
-        return self.copies.merged(tokens, range(-1, count - 1), self._likely[:count], DRAFT_MODEL, cost)
+    def tree(self, pass_cost: float) -> DraftTree:
+        """The copies and the whole chain."""
+        tokens, cost = [place.token for place in self.places], self.passes * pass_cost
+        return self.copies.merged(tokens, range(-1, len(tokens) - 1), self._likely, DRAFT_MODEL, cost)
+
+    def likely(self, tree: DraftTree) -> list[float]:
+        """How likely each node of `tree` is, now that the draft model has spoken.
+
+        Copies that say something else can only be right where it errs: what is left of their probability is what it
+        leaves to others. Where both agree, what was learnt of such places holds.
+        """
+        nodes = {way: node for node, way in enumerate(zip(tree.parents, tree.tokens, strict=True))}
+        depths = {-1: 0}  # of the nodes that the draft model has written
+        at = -1
+        for place in self.places:
+            at = nodes[at, place.token]
+            depths[at] = len(depths)
+        chain, reach, own = list(depths), [1.0, *self._likely], [*tree.probabilities.tolist(), 1.0]
+        likely, factors = [0.0] * len(tree), [1.0] * len(tree)
+        for node, parent in enumerate(tree.parents):
+            if node in depths:
+                likely[node] = reach[depths[node]]
+                continue
+            factors[node] = factors[parent]
+            if parent in depths:
+                depth = depths[parent]
+                left = self._left(depth, own[parent], own[chain[depth + 1]]) if depth + 1 < len(chain) else 1.0
+                factors[node] = left * reach[depth] / max(own[parent], _LEAST)
+            likely[node] = min(own[node] * factors[node], 1.0 if parent < 0 else likely[parent])
+        return likely
+
+    def _left(self, depth: int, own: float, own_next: float) -> float:
+        """What the draft model's token leaves to others at a depth from 0, over what the copies had left to them.
+
+        Args:
+            depth: of the node before it.
+            own: probability of that node.
+            own_next: of its token, by the copies if they hold it.
+        """
+        place, reach = self.places[depth], [1.0, *self._likely]
+        others = 1 - own_next / max(own, _LEAST) if place.is_copied else 1.0
+        return (1 - reach[depth + 1] / max(reach[depth], _LEAST)) / max(others, _LEAST)
 
     def reset(self) -> None:
         """As if nothing had been asked."""
@@ -227,7 +261,7 @@ class Combination:
             missing = self.draft_model.follow(sequence)
             reading = pace * float(self._cost.seconds(missing)[0] - self._cost.seconds(1)[0])
             left = sequence.max_total_tokens - len(sequence.token_ids)
-            if known.lost + gain * min(left, _HORIZON) >= reading:
+            if known.lost + min(known.lost + _HORIZON * gain, left * gain) >= reading:
                 known.lost = 0.0
                 return True
             known.lost += gain
@@ -246,9 +280,16 @@ class Combination:
         return costs
 
     def _tree(self, writer: _Writer, width: int, pace: float) -> DraftTree:
-        if not writer.is_greedy:
-            self._known[writer.sequence].places = writer.places
-        return writer.tree(self._node_costs(writer, width), pace, float(self._cost.seconds(1)[0]))
+        """What is verified of a request's copies and of what the draft model wrote."""
+        tree = writer.tree(float(self._cost.seconds(1)[0]))
+        if writer.is_greedy:
+            return tree
+        self._known[writer.sequence].places = writer.places
+        likely = np.array(writer.likely(tree))
+        order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
+        seconds = self._policy.cost.seconds(width, len(tree) + 1)
+        gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
+        return tree.kept(np.sort(order[: int(gains.argmax()) + 1 if gains.max() > 0 else 0]).tolist())
 
     def _write_apart(self, writers: Seq[_Writer], width: int, pace: float, error: Exception) -> None:
         """The draft model failed: ask it for one request at a time, and no more for those of which it fails."""
