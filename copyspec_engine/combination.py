@@ -14,11 +14,9 @@ import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from copyspec_engine.copies import DRAFT_MODEL
 from copyspec_engine.cost import CostCurve
-from copyspec_engine.draft_model import DraftModel, Guess
+from copyspec_engine.draft_chain import DraftChain
+from copyspec_engine.draft_model import DraftModel
 from copyspec_engine.draft_survival import DraftSurvival, Place
 from copyspec_engine.drafter import DraftingPolicy, DraftTree
 from copyspec_engine.sequence import Sequence
@@ -29,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 _HORIZON = 6
 """Steps over which reading what is missing has to pay, and as many as there were since it might have paid."""
-_LEAST = 0.02
-"""Probabilities below this are not divided by."""
 _MOST_FAILURES = 3
 """Requests in a row whose draft model failed, after which it is not asked any more."""
 _SHARED = 0.3
@@ -50,120 +46,17 @@ class _Known:
 
 
 class _Writer:
-    """A request that may ask the draft model before this pass.
+    """A request that may ask the draft model before this pass."""
 
-    Args:
-        sequence: the request.
-        copies: its draft so far.
-        most: tokens that it may ask for.
-        is_greedy: it takes them all; else each has to be worth its time.
-        survival: what is known of the draft model in its conversation.
-    """
+    def __init__(self, sequence: Sequence, known: _Known, copies: DraftTree, most: int) -> None:
+        self.sequence, self.known = sequence, known
+        self._copies, self._most = copies, most
+        self.start()
 
-    def __init__(
-        self, sequence: Sequence, copies: DraftTree, most: int, is_greedy: bool, survival: DraftSurvival
-    ) -> None:
-        self.sequence, self.copies, self.most, self.is_greedy = sequence, copies, most, is_greedy
-        self._survival = survival
-        self.places: list[Place] = []
-        self._likely: list[float] = []
-        """Probability of each of the places."""
-        self._masses = _masses(copies)
-        self._children = {way: node for node, way in enumerate(zip(copies.parents, copies.tokens, strict=True))}
-        self._at: int | None = -1
-        """The node of the copies that says the same so far."""
-        self.passes = 0
-        self.is_done = False
-
-    def strength(self, depth: int) -> float:
-        """Probability that copies hold the right token at a depth, from 1."""
-        return self._masses[depth - 1] if depth <= len(self._masses) else 0.0
-
-    def gain(self, pass_cost: float, node_costs: Seq[float], pace: float) -> float:
-        """Tokens that asking on is expected to gain over what the time gives otherwise, at the best number of them.
-
-        Args:
-            pass_cost: of each pass of the draft model.
-            node_costs: of one node after the other in the pass that verifies them.
-            pace: tokens that are written anyway in a time of 1.
-        """
-        best = total = 0.0
-        reach = self._likely[-1] if self._likely else 1.0
-        for depth in range(len(self.places) + 1, self.most + 1):
-            right, new = self._survival.expected(self.strength(depth), depth)
-            total += reach * new - pace * (pass_cost + node_costs[depth - 1])
-            reach *= right
-            best = max(best, total)
-        return best
-
-    def take(self, guess: Guess) -> None:
-        """Add a token of the draft model."""
-        if self._at is not None:
-            self._at = self._children.get((self._at, guess.token))
-        strength = self.strength(len(self.places) + 1)
-        self.places.append(Place(guess.token, guess.probability, strength, self._at is not None))
-        before = self._likely[-1] if self._likely else 1.0
-        self._likely.append(1.0 if self.is_greedy else before * self._survival.chance(self.places[-1]))
-        self.passes += 1
-        self.is_done = guess.token in self.sequence.eos_token_ids or len(self.places) >= self.most
-
-    def tree(self, pass_cost: float) -> DraftTree:
-        """The copies and the whole chain."""
-        tokens, cost = [place.token for place in self.places], self.passes * pass_cost
-        return self.copies.merged(tokens, range(-1, len(tokens) - 1), self._likely, DRAFT_MODEL, cost)
-
-    def likely(self, tree: DraftTree) -> list[float]:
-        """How likely each node of `tree` is, now that the draft model has spoken.
-
-        Copies that say something else can only be right where it errs: what is left of their probability is what it
-        leaves to others. Where both agree, what was learnt of such places holds.
-        """
-        nodes = {way: node for node, way in enumerate(zip(tree.parents, tree.tokens, strict=True))}
-        depths = {-1: 0}  # of the nodes that the draft model has written
-        at = -1
-        for place in self.places:
-            at = nodes[at, place.token]
-            depths[at] = len(depths)
-        chain, reach, own = list(depths), [1.0, *self._likely], [*tree.probabilities.tolist(), 1.0]
-        likely, factors = [0.0] * len(tree), [1.0] * len(tree)
-        for node, parent in enumerate(tree.parents):
-            if node in depths:
-                likely[node] = reach[depths[node]]
-                continue
-            factors[node] = factors[parent]
-            if parent in depths:
-                depth = depths[parent]
-                left = self._left(depth, own[parent], own[chain[depth + 1]]) if depth + 1 < len(chain) else 1.0
-                factors[node] = left * reach[depth] / max(own[parent], _LEAST)
-            likely[node] = min(own[node] * factors[node], 1.0 if parent < 0 else likely[parent])
-        return likely
-
-    def _left(self, depth: int, own: float, own_next: float) -> float:
-        """What the draft model's token leaves to others at a depth from 0, over what the copies had left to them.
-
-        Args:
-            depth: of the node before it.
-            own: probability of that node.
-            own_next: of its token, by the copies if they hold it.
-        """
-        place, reach = self.places[depth], [1.0, *self._likely]
-        others = 1 - own_next / max(own, _LEAST) if place.is_copied else 1.0
-        return (1 - reach[depth + 1] / max(reach[depth], _LEAST)) / max(others, _LEAST)
-
-    def reset(self) -> None:
-        """As if nothing had been asked."""
-        self.places, self._likely, self._at, self.passes, self.is_done = [], [], -1, 0, False
-
-
-def _masses(draft: DraftTree) -> list[float]:
-    """Probability that a draft holds the right token at each depth; 1 where nobody said how likely its nodes are."""
-    masses: list[float] = []
-    likely = draft.reach().tolist() if len(draft.probabilities) else [1.0] * len(draft)
-    for depth, probability in zip(draft.depths(), likely, strict=True):
-        if depth > len(masses):
-            masses.append(0.0)
-        masses[depth - 1] = min(masses[depth - 1] + probability, 1.0)
-    return masses
+    def start(self) -> None:
+        """Nothing has been asked yet."""
+        is_fixed, eos = self.sequence.combine != "tree", self.sequence.eos_token_ids
+        self.chain = DraftChain(self._copies, self._most, self.known.survival, eos, is_fixed=is_fixed)
 
 
 class Combination:
@@ -200,7 +93,7 @@ class Combination:
         """
         asking = zip(sequences, drafts, rooms, strict=True)
         writers = [self._writer(sequence, draft, room) for sequence, draft, room in asking]
-        able = [writer for writer in writers if writer is not None and self.error is None]
+        able = [writer for writer in writers if writer is not None]
         if not able:
             return list(drafts)
         pace = self._policy.pace([sequence.drafter for sequence in sequences], width)
@@ -208,25 +101,24 @@ class Combination:
             self._write(able, width, pace)
         except Exception as error:
             self._write_apart(able, width, pace, error)
+        pass_cost, cost = float(self._cost.seconds(1)[0]), self._policy.cost
+        for writer in able:
+            writer.known.places = [] if writer.chain.is_fixed else writer.chain.places
         return [
-            draft if writer is None or not writer.places else self._tree(writer, width, pace)
+            draft if writer is None or not writer.chain.places else writer.chain.tree(pass_cost, cost, width, pace)
             for writer, draft in zip(writers, drafts, strict=True)
         ]
 
     def _writer(self, sequence: Sequence, draft: DraftTree, room: int) -> _Writer | None:
         """A request that may ask the draft model, or None."""
         rule = sequence.combine
-        if rule == "copy-only" or not sequence.first_token_s:
+        if rule == "copy-only" or not sequence.first_token_s or self.error is not None:
             return None
         has_odds = rule == "tree" and not self._only_chains and (not len(draft) or len(draft.probabilities))
-        if len(draft) and not has_odds:
-            return None
         most = min(self._max_tokens, room - len(draft), self.draft_model.room(sequence))
-        if most <= 0:
+        if most <= 0 or (len(draft) and not has_odds):
             return None
-        known = self._known.get(sequence) or self._begin(sequence)
-        known.places = []
-        return _Writer(sequence, draft, most, rule != "tree", known.survival)
+        return _Writer(sequence, self._known.get(sequence) or self._begin(sequence), draft, most)
 
     def _begin(self, sequence: Sequence) -> _Known:
         memory = sequence.memory
@@ -238,25 +130,41 @@ class Combination:
 
     def _write(self, writers: Seq[_Writer], width: int, pace: float) -> None:
         """Ask the draft model, one pass after the other, as long as anybody has reason to."""
-        active = [writer for writer in writers if self._begins(writer, len(writers), width, pace)]
+        gains = self._gains(writers, width, pace)
+        active = [writer for writer in writers if self._begins(writer, gains.get(writer.sequence, 0.0), pace)]
         while active:
             guesses = self.draft_model.guess([writer.sequence for writer in active])
-            for writer, guess in zip(active, guesses, strict=True):
-                if guess is None:
-                    writer.is_done = True
-                else:
-                    writer.take(guess)
-            going = [writer for writer in active if not writer.is_done]
-            active = [writer for writer in going if writer.is_greedy or self._gain(writer, len(going), width, pace) > 0]
+            pairs = [(writer, guess) for writer, guess in zip(active, guesses, strict=True) if guess is not None]
+            for writer, guess in pairs:
+                writer.chain.take(guess)
+            going = [writer for writer, _ in pairs if not writer.chain.is_done]
+            gains = self._gains(going, width, pace)
+            active = [writer for writer in going if writer.sequence in gains]
         self._failures = 0
 
-    def _begins(self, writer: _Writer, num_writers: int, width: int, pace: float) -> bool:
+    def _gains(self, writers: Seq[_Writer], width: int, pace: float) -> dict[Sequence, float]:
+        """Those for whom asking on is worth its time if they share the passes, and what they are expected to gain."""
+        going = list(writers)
+        while going:
+            pass_cost = float(self._cost.seconds(len(going))[0]) / len(going)
+            gains = {
+                writer.sequence: 0.0
+                if writer.chain.is_fixed
+                else writer.chain.gain(pass_cost, self._policy.cost, width, pace)
+                for writer in going
+            }
+            left = [writer for writer in going if writer.chain.is_fixed or gains[writer.sequence] > 0]
+            if len(left) == len(going):
+                return gains
+            going = left
+        return {}
+
+    def _begins(self, writer: _Writer, gain: float, pace: float) -> bool:
         """Whether a request asks the draft model at all before this pass, with all that it has to read for that."""
-        sequence, known = writer.sequence, self._known[writer.sequence]
-        if writer.is_greedy:
+        sequence, known = writer.sequence, writer.known
+        if writer.chain.is_fixed:
             self.draft_model.follow(sequence)
             return True
-        gain = self._gain(writer, num_writers, width, pace)
         if gain > 0:
             missing = self.draft_model.follow(sequence)
             reading = pace * float(self._cost.seconds(missing)[0] - self._cost.seconds(1)[0])
@@ -265,36 +173,13 @@ class Combination:
                 known.lost = 0.0
                 return True
             known.lost += gain
-        known.survival.rest(writer.strength(1))
+        known.survival.rest(writer.chain.strength(1))
         return False
-
-    def _gain(self, writer: _Writer, num_writers: int, width: int, pace: float) -> float:
-        """What asking on is expected to gain, if all writers share a pass."""
-        pass_cost = float(self._cost.seconds(num_writers)[0]) / num_writers
-        return writer.gain(pass_cost, self._node_costs(writer, width), pace)
-
-    def _node_costs(self, writer: _Writer, width: int) -> list[float]:
-        """Of the nodes that the draft model may add."""
-        count = len(writer.copies)
-        costs: list[float] = self._policy.cost.marginal(width, count + writer.most)[count:].tolist()
-        return costs
-
-    def _tree(self, writer: _Writer, width: int, pace: float) -> DraftTree:
-        """What is verified of a request's copies and of what the draft model wrote."""
-        tree = writer.tree(float(self._cost.seconds(1)[0]))
-        if writer.is_greedy:
-            return tree
-        self._known[writer.sequence].places = writer.places
-        likely = np.array(writer.likely(tree))
-        order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
-        seconds = self._policy.cost.seconds(width, len(tree) + 1)
-        gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
-        return tree.kept(np.sort(order[: int(gains.argmax()) + 1 if gains.max() > 0 else 0]).tolist())
 
     def _write_apart(self, writers: Seq[_Writer], width: int, pace: float, error: Exception) -> None:
         """The draft model failed: ask it for one request at a time, and no more for those of which it fails."""
         for writer in writers:
-            writer.reset()
+            writer.start()
         if len(writers) == 1:
             self._give_up(writers[0].sequence, error)
             return
@@ -303,7 +188,7 @@ class Combination:
                 try:
                     self._write([writer], width, pace)
                 except Exception as own:
-                    writer.reset()
+                    writer.start()
                     self._give_up(writer.sequence, own)
 
     def _give_up(self, sequence: Sequence, error: Exception) -> None:
@@ -330,6 +215,7 @@ class Combination:
         known = self._known.get(sequence)
         if known is not None:
             known.survival.learn(known.places, written)
+            known.places = []
 
     def release(self, sequence: Sequence) -> None:
         """A request is over."""

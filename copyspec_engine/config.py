@@ -141,7 +141,7 @@ class EngineConfig(_Options):
     """Tokens that the draft model writes before a pass; with combine="tree" at most."""
     combine: Combine = "tree"
     """How copies and the draft model go together, unless a request says otherwise; drafter="none" is plain decoding in
-    any case. With drafter="copyspec", whose blocks have no probabilities, "tree" is "copy-first"."""
+    any case. Blocks of drafter="copyspec" and copies under exact=True stand alone with "tree" too."""
     max_sessions: int = Field(default=256, ge=1)
     """Conversations remembered, on disk too; the least recently used one is forgotten first."""
     max_session_tokens: int = Field(default=1_000_000, ge=4096)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from copyspec_engine.config import NoDrafter
+from copyspec_engine.draft_chain import Guess
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.model_runner import LoadedModel
@@ -22,18 +22,10 @@ from copyspec_engine.prefix_cache import PrefixCache
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, session_key
 from copyspec_engine.sequence import Sequence
 
-__all__ = ["DraftModel", "Guess"]
+__all__ = ["DraftModel"]
 
 _AHEAD = 256
 """Slots that a row takes at a time while many are free."""
-
-
-class Guess(NamedTuple):
-    """The draft model's most likely next token."""
-
-    token: int
-    probability: float
-    """What the draft model itself gives it."""
 
 
 @dataclass(slots=True)

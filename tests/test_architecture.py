@@ -15,6 +15,7 @@ LEVELS = {
         "copies",
         "copy_index",
         "cost",
+        "draft_chain",
         "draft_survival",
         "memory",
         "memory_file",

@@ -190,7 +190,7 @@ def test_strong_copies_never_pay_for_the_draft_model(
     output = run(engine, PROMPT, "adaptive", max_tokens=300, ignore_eos=True)
     assert by_source(output)["draft_model"] > 0
     strong = [draft for draft in drafts if _copied_mass(draft) > 0.9]
-    assert len(strong) > 10
+    assert len(strong) > 4
     assert not any(draft.cost for draft in strong)
 
 

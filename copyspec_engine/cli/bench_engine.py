@@ -19,7 +19,7 @@ from copyspec_engine.cli.bench_engine_report import limit_line, source_table, su
 from copyspec_engine.cli.report import check_writable, write_record
 from copyspec_engine.forced.generate import GENERATE_PEERS
 from copyspec_engine.forced.records import ROOM, ForcedMismatchError, Turn, Written, load_turns, renumbered
-from copyspec_engine.forced.shapes import shape_config
+from copyspec_engine.forced.shapes import SHAPES, shape_config
 from copyspec_engine.forced.stage import (
     ALL_PEERS,
     BATCH_PEER,
@@ -133,6 +133,8 @@ def _draft(options: EngineOptions, end: int) -> ForcedDraft | None:
     """The draft model that is asked for."""
     if options.draft_shape is None:
         return None
+    if options.draft_shape not in SHAPES:
+        raise ConfigError(f"Got --draft-shape {options.draft_shape} but expected one of {', '.join(SHAPES)}")
     if not 0 < options.agreement < 1:
         raise ConfigError(f"Got --agreement {options.agreement} but expected a number above 0 and below 1")
     own, other = (shape_config(shape, end).vocab_size for shape in (options.shape, options.draft_shape))
