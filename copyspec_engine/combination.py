@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from copyspec_engine.cost import CostCurve
-from copyspec_engine.draft_chain import DraftChain
+from copyspec_engine.draft_chain import DraftChain, masses
 from copyspec_engine.draft_model import DraftModel
 from copyspec_engine.draft_survival import DraftSurvival, Place
 from copyspec_engine.drafter import DraftingPolicy, DraftTree
@@ -25,6 +25,8 @@ __all__ = ["Combination"]
 
 logger = logging.getLogger(__name__)
 
+_MATCH = 0.5
+"""Copies that are right less often count as none with combine="copy-first": adaptive drafts hold guesses as well."""
 _HORIZON = 6
 """Steps over which reading what is missing has to pay, and as many as there were since it might have paid."""
 _MOST_FAILURES = 3
@@ -114,9 +116,11 @@ class Combination:
         rule = sequence.combine
         if rule == "copy-only" or not sequence.first_token_s or self.error is not None:
             return None
-        has_odds = rule == "tree" and not self._only_chains and (not len(draft) or len(draft.probabilities))
+        if rule == "copy-first" and len(draft.probabilities) and masses(draft)[0] < _MATCH:
+            draft = DraftTree()
+        can_share = rule == "tree" and not self._only_chains and len(draft.probabilities)
         most = min(self._max_tokens, room - len(draft), self.draft_model.room(sequence))
-        if most <= 0 or (len(draft) and not has_odds):
+        if most <= 0 or (len(draft) and not can_share):
             return None
         return _Writer(sequence, self._known.get(sequence) or self._begin(sequence), draft, most)
 

@@ -82,8 +82,9 @@ DrafterConfig = Annotated[
 
 Combine = Literal["tree", "copy-first", "draft-only", "copy-only"]
 """How copies and a draft model go together. "tree": in one draft, each token as far as it is worth its time, the draft
-model's own passes included. "copy-first": a copy where there is one, else `max_draft_model_tokens` of the draft model
-(arXiv 2502.08923). "draft-only": speculative decoding, without copies. "copy-only": without the draft model."""
+model's own passes included. "copy-first": a copy where one is more likely right than wrong, else
+`max_draft_model_tokens` of the draft model (arXiv 2502.08923). "draft-only": speculative decoding, without copies.
+"copy-only": without the draft model."""
 
 
 def _predicted_text(value: object) -> object:

@@ -14,7 +14,7 @@ from copyspec_engine.cost import CostCurve
 from copyspec_engine.draft_survival import DraftSurvival, Place
 from copyspec_engine.drafter import DraftTree
 
-__all__ = ["DraftChain", "Guess"]
+__all__ = ["DraftChain", "Guess", "masses"]
 
 _LEAST = 0.02
 """Probabilities below this are not divided by."""
@@ -47,7 +47,7 @@ class DraftChain:
         self.places: list[Place] = []
         self._likely: list[float] = []
         """Probability of each of the places."""
-        self._masses = _masses(copies)
+        self._masses = masses(copies)
         self._children = {way: node for node, way in enumerate(zip(copies.parents, copies.tokens, strict=True))}
         self._at: int | None = -1
         """The node of the copies that says the same so far."""
@@ -141,7 +141,7 @@ class DraftChain:
         return (1 - reach[depth + 1] / max(reach[depth], _LEAST)) / max(others, _LEAST)
 
 
-def _masses(draft: DraftTree) -> list[float]:
+def masses(draft: DraftTree) -> list[float]:
     """Probability that a draft holds the right token at each depth; 1 where nobody said how likely its nodes are."""
     masses: list[float] = []
     likely = draft.reach().tolist() if len(draft.probabilities) else [1.0] * len(draft)

@@ -124,6 +124,6 @@ def test_a_tree_holds_what_is_worth_its_place() -> None:
     assert tree == DraftTree((5, 6, 7), (-1, 0, 0))
     assert tree.sources.tolist() == [40, 41, DRAFT_MODEL]
     assert tree.cost == pytest.approx(0.4)
-    steep = CostCurve([(1, 1.0), (64, 19.9)])
+    steep = CostCurve([(1, 1.0), (64, 26.2)])
     assert written(chain(COPIES), 5, 7).tree(0.2, steep, 1, 1.0) == DraftTree((5, 7), (-1, 0))
     assert written(chain(is_fixed=True), 3, 4).tree(0.2, steep, 1, 9.0) == DraftTree.chain([3, 4])
