@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from copyspec_engine.config import (
     AdaptiveDrafter,
+    Combine,
     CopySpecDrafter,
     DrafterConfig,
     EngineConfig,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveDrafter",
+    "Combine",
     "ConfigError",
     "ContextOverflowError",
     "ConversationMemory",

@@ -19,6 +19,7 @@ from copyspec_engine.options import explain_errors
 
 __all__ = [
     "AdaptiveDrafter",
+    "Combine",
     "CopySpecDrafter",
     "DrafterConfig",
     "EngineConfig",
@@ -79,6 +80,13 @@ DrafterConfig = Annotated[
 """A drafter object, or its name as a string."""
 
 
+Combine = Literal["tree", "copy-first", "draft-only", "copy-only"]
+"""How copies and a draft model go together. "tree": in one draft, each token as far as it is worth its time, the draft
+model's own passes included. "copy-first": a copy where one is more likely right than wrong, else
+`max_draft_model_tokens` of the draft model (arXiv 2502.08923). "draft-only": speculative decoding, without copies.
+"copy-only": without the draft model."""
+
+
 def _predicted_text(value: object) -> object:
     """The text of an OpenAI `prediction` object; anything else as it is."""
     if not isinstance(value, dict):
@@ -125,6 +133,16 @@ class EngineConfig(_Options):
     different widths, and a tie between two tokens may fall the other way."""
     drafter: DrafterConfig = AdaptiveDrafter()
     """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec" or "none"."""
+    draft_model: str | None = Field(default=None, min_length=1)
+    """Hub name or local folder of a smaller decoder with the same vocabulary, which drafts where copying cannot; it is
+    loaded with the `dtype` and on the `device` of the model, and has as many KV slots. Default: none."""
+    draft_model_device: str | None = None
+    """Where the draft model goes, as `device`; default: where the model goes."""
+    max_draft_model_tokens: int = Field(default=5, ge=1, le=64)
+    """Tokens that the draft model writes before a pass; with combine="tree" at most."""
+    combine: Combine = "tree"
+    """How copies and the draft model go together, unless a request says otherwise; drafter="none" is plain decoding in
+    any case. Blocks of drafter="copyspec" and copies under exact=True stand alone with "tree" too."""
     max_sessions: int = Field(default=256, ge=1)
     """Conversations remembered, on disk too; the least recently used one is forgotten first."""
     max_session_tokens: int = Field(default=1_000_000, ge=4096)
@@ -139,6 +157,8 @@ class EngineConfig(_Options):
     engine goes on without it and says why in `Engine.info`. Default: texts live in memory only."""
     step_cost: tuple[tuple[int, FiniteFloat], ...] | None = None
     """(tokens in a verify pass, relative or absolute seconds), ascending; default: measured, see `calibrate`."""
+    draft_model_step_cost: tuple[tuple[int, FiniteFloat], ...] | None = None
+    """The same for passes of the draft model, in the same unit; both are given, or both measured."""
     calibrate: Literal["cached", "always"] = "cached"
     """Where `step_cost` is not given: "cached" measures it at the first load of a model on a device, keeps it under
     COPYSPEC_CACHE_DIR (default: the user's cache folder) and only checks it later; "always" takes seconds each time."""
@@ -153,10 +173,10 @@ class EngineConfig(_Options):
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
-    @field_validator("device")
+    @field_validator("device", "draft_model_device")
     @classmethod
-    def _check_device(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    def _check_device(cls, device: str | None) -> str | None:
+        if device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ValueError("auto, cpu, cuda or cuda:N")
         return device
 
@@ -175,17 +195,45 @@ class EngineConfig(_Options):
         return self
 
     @model_validator(mode="after")
+    def _check_draft_model(self) -> EngineConfig:
+        names = ("draft_model_device", "max_draft_model_tokens", "combine", "draft_model_step_cost")
+        given = {name: getattr(self, name) for name in names if name in self.model_fields_set}
+        lost = next((name for name, value in given.items() if value not in (None, "copy-only")), None)
+        if self.draft_model is None and lost is not None:
+            raise ValueError(f"Got {lost}={given[lost]!r} without a draft model: set draft_model")
+        if self.draft_model is not None and (self.step_cost is None) != (self.draft_model_step_cost is None):
+            raise ValueError(
+                "Got one of step_cost and draft_model_step_cost but expected both, in one unit, or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_step_cost(self) -> EngineConfig:
-        points = self.step_cost
-        if points is not None:
+        for name in ("step_cost", "draft_model_step_cost"):
+            points = getattr(self, name)
+            if points is None:
+                continue
             widths, seconds = [width for width, _ in points], [second for _, second in points]
             ascending = widths == sorted(set(widths)) and seconds == sorted(seconds)
             if len(points) < 2 or widths[0] != 1 or not ascending or seconds[0] <= 0:
                 raise ValueError(
-                    f"Got step_cost={points!r} but expected at least two (tokens, seconds) pairs in ascending order, "
+                    f"Got {name}={points!r} but expected at least two (tokens, seconds) pairs in ascending order, "
                     "starting at 1 token, with positive seconds"
                 )
         return self
+
+    def for_draft_model(self) -> EngineConfig:
+        """The config under which the draft model is loaded."""
+        return EngineConfig(
+            model=self.draft_model or BUNDLED_MODEL,
+            device=self.draft_model_device or self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            step_cost=self.draft_model_step_cost,
+            calibrate=self.calibrate,
+            compile_layers=self.compile_layers,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 def _as_bias_pairs(value: object) -> object:
@@ -305,6 +353,8 @@ class GenerationRequest(_Options):
     The answer ends where its grammar does; one cut short by max_tokens or a stop text may be incomplete."""
     drafter: DrafterConfig | None = None
     """Overrides the engine's drafter for this call."""
+    combine: Combine | None = None
+    """Overrides the engine's `combine` for this call; only where the engine has a draft model."""
     cache_salt: str | None = Field(default=None, min_length=1)
     """Calls with the same salt share the KV of what their prompts have in common, across sessions. From the time of a
     first token one can tell what others with that salt have asked; default: KV is reused within a session only."""

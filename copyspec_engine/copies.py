@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,13 @@ from copyspec_engine.explanation import CopySource
 from copyspec_engine.memory import DECLARED_TEXT, KINDS, SessionMemory
 from copyspec_engine.outputs import Copy
 
-__all__ = ["FORCED", "CopyTrail", "Run", "cut", "find_around", "trace"]
+__all__ = ["DRAFT_MODEL", "FORCED", "RECYCLED", "CopyTrail", "Run", "cut", "find_around", "trace"]
 
 FORCED = int(np.iinfo(np.int64).min)
 """The source of a token that a grammar leaves no choice about."""
+DRAFT_MODEL, RECYCLED = FORCED + 1, FORCED + 2
+"""The sources of tokens that are not copied: written by a draft model; an earlier pass's other candidate."""
+_KINDS_WITHOUT_PLACE = {FORCED: "grammar", DRAFT_MODEL: "draft_model", RECYCLED: "recycled"}
 _SURE = 16
 """Tokens in a row that do not agree by chance."""
 _NEAR = 1024
@@ -43,7 +46,8 @@ class Run(NamedTuple):
 
     num_tokens: int
     kind: str
-    """As in `EngineMetrics.accepted_by_source`."""
+    """As in `EngineMetrics.accepted_by_source`; without a place one of "grammar", "frequent", "draft_model" and
+    "recycled"."""
     text: Span | None = None
     offset: int = 0
     """Behind the text's first own token; without a text, among the call's own tokens."""
@@ -64,7 +68,8 @@ def trace(index: CopyIndex, sources: Sequence[int]) -> list[Run]:
                 runs.append(_run_at(index, sources[first], node - first))
             first = node
         # Between two stored texts there is a break, so no run goes from one to the next.
-        expected = source + 1 if source > 0 else source if source in (0, FORCED) else source - 1
+        has_place = source not in (0, *_KINDS_WITHOUT_PLACE)
+        expected = source if not has_place else source + 1 if source > 0 else source - 1
     return [*runs, _run_at(index, sources[first], len(sources) - first)] if sources else []
 
 
@@ -79,8 +84,8 @@ def cut(runs: Iterable[Run], count: int) -> list[Run]:
 
 
 def _run_at(index: CopyIndex, source: int, count: int) -> Run:
-    if source == FORCED:
-        return Run(count, "grammar")
+    if source in _KINDS_WITHOUT_PLACE:
+        return Run(count, _KINDS_WITHOUT_PLACE[source])
     if source < 0:
         return Run(count, "block", offset=~source)
     text = index.span_at(source) if source else None
@@ -219,7 +224,7 @@ class CopyTrail:
                 missing = len(prediction_ids) - (run.text.stop - run.text.first_indexed)  # of a very long one
                 self._copies.append(_copy(start, run.num_tokens, "prediction", run.offset + missing))
             else:
-                self._copies.append(_copy(start, run.num_tokens, "grammar" if run.kind == "grammar" else "frequent"))
+                self._copies.append(_copy(start, run.num_tokens, cast("CopySource", run.kind)))
         self._runs.clear()
 
     def withdraw(self) -> None:

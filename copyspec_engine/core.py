@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence as Seq
 
 import numpy as np
 
+from copyspec_engine.combination import Combination
 from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.copies import Run, find_around, trace
 from copyspec_engine.cost import CostCurve
+from copyspec_engine.draft_model import DraftModel
 from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.exact_tokens import ExactTokens
@@ -53,10 +56,9 @@ class EngineCore:
         self.exact_tokens = ExactTokens()
         self.sessions = SessionStore(config, self._drop_kv, self.file, model.runner.vocab_size)
         prefill = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
-        self.scheduler = Scheduler(
-            self.pool, self.cache, self.sessions, config.max_running, prefill, model.runner.release
-        )
+        self.scheduler = Scheduler(self.pool, self.cache, self.sessions, config.max_running, prefill, self._release)
         self.policy = DraftingPolicy(CostCurve(model.step_cost or _UNMEASURED))
+        self.combination = None if model.draft is None else _combination(model, model.draft, config, self.policy)
 
     def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
@@ -76,7 +78,7 @@ class EngineCore:
             self.scheduler.open_memory(sequence)
             assert sequence.memory is not None
             sequence.drafter = self.policy.begin(
-                sequence.drafting,
+                NoDrafter() if sequence.combine == "draft-only" else sequence.drafting,
                 sequence.memory,
                 sequence.token_ids,
                 sequence.eos_token_ids,
@@ -129,6 +131,7 @@ class EngineCore:
             cached_tokens=counts.num_cached_tokens,
             completion_tokens=counts.num_completion_tokens,
             draft_tokens=counts.num_draft_tokens,
+            draft_model_passes=0 if self.combination is None else self.combination.draft_model.num_passes,
             tokens_per_forward=counts.num_completion_tokens / max(counts.num_row_passes, 1),
             accepted_by_source={source: count for source, count in counts.accepted.items() if count},
             finished=dict(counts.finished),
@@ -140,13 +143,15 @@ class EngineCore:
         width = batch.num_tokens
         rows = [row for row in batch.rows if row.samples]
         drafts = [self._draft(row, width) for row in rows]
+        if self.combination is not None:
+            drafts = self._with_draft_model(self.combination, rows, drafts, width)
         shared = iter(self.policy.share([row.sequence.drafter for row in rows], drafts, width))
         return [self.scheduler.fit(row, next(shared)) if row.samples else DraftTree() for row in batch.rows]
 
     def _draft(self, row: ScheduledRow, width: int) -> DraftTree:
         """What a row would like to verify in a pass that reads `width` tokens anyway."""
         sequence, exact_width = row.sequence, self.model.exact_width
-        room = _room(sequence, row.num_tokens, exact_width)
+        room = _room(row, exact_width)
         if isinstance(sequence.drafting, AdaptiveDrafter) and not sequence.first_token_s:
             room = self.policy.without_delay(width, room)
         draft = DraftTree() if sequence.drafter is None else sequence.drafter.propose(width, room)
@@ -156,11 +161,25 @@ class EngineCore:
             draft = draft.first(next((i for i, parent in enumerate(draft.parents) if parent != i - 1), len(draft)))
         return draft
 
+    def _with_draft_model(
+        self, combination: Combination, rows: Seq[ScheduledRow], copies: Seq[DraftTree], width: int
+    ) -> list[DraftTree]:
+        """The rows' copies and what the draft model adds to them."""
+        rooms = [_room(row, self.model.exact_width) for row in rows]
+        drafts = combination.extend([row.sequence for row in rows], copies, rooms, width)
+        for i, (row, before) in enumerate(zip(rows, copies, strict=True)):
+            grammar = row.sequence.grammar
+            if drafts[i] is not before and isinstance(grammar, GrammarState):
+                drafts[i] = grammar.prune(drafts[i], rooms[i])
+        return drafts
+
     def _commit(self, row: ScheduledRow, result: _Result | Exception) -> StreamChunk | Exception | None:
         """Take over a row's result, or end its request if the row failed."""
         try:
             if isinstance(result, Exception):
                 raise result
+            if self.combination is not None and result[1] is not None:
+                self.combination.observe(row.sequence, result[1].tokens)
             return self.scheduler.commit(row, *result)
         except Exception as error:
             return self._fail(row.sequence, error)
@@ -175,8 +194,15 @@ class EngineCore:
         except Exception as error:
             return self._fail(sequence, error)
 
+    def _release(self, sequence: Sequence) -> None:
+        self.model.runner.release(sequence)
+        if self.combination is not None:
+            self.combination.release(sequence)
+
     def _drop_kv(self, session_id: str) -> None:
         self.cache.drop(session_key(session_id))
+        if self.combination is not None:
+            self.combination.draft_model.forget(session_id)
         self.exact_tokens.drop(session_id)
 
     def keep_tokens(self, sequence: Sequence) -> None:
@@ -255,8 +281,21 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
         return None, str(error)
 
 
+def _combination(model: LoadedModel, draft: LoadedModel, config: EngineConfig, policy: DraftingPolicy) -> Combination:
+    draft_model = DraftModel(
+        draft, model.runner.vocab_size, _PER_SESSION * config.max_sessions, config.max_prefill_tokens
+    )
+    return Combination(
+        draft_model,
+        policy,
+        model.step_cost[0][1],
+        config.max_draft_model_tokens,
+        only_chains=model.exact_width is not None,
+    )
+
+
 def _traced(row: ScheduledRow, draft: DraftTree, verdict: Verdict) -> Verdict:
-    """A verdict that says where its accepted nodes were copied from; to be asked before any row is written."""
+    """A verdict that says where its accepted nodes came from; to be asked before any row is written."""
     memory, accepted = row.sequence.memory, list(verdict.accepted)
     if not accepted:
         return verdict
@@ -265,14 +304,15 @@ def _traced(row: ScheduledRow, draft: DraftTree, verdict: Verdict) -> Verdict:
     return verdict._replace(runs=tuple(trace(memory.index, draft.sources[accepted].tolist())))
 
 
-def _room(sequence: Sequence, num_tokens: int, exact_width: int | None) -> int:
-    """Most draft nodes behind the `num_tokens` pending tokens of a request."""
+def _room(row: ScheduledRow, exact_width: int | None) -> int:
+    """Most draft nodes behind the pending tokens of a request."""
+    sequence = row.sequence
     if isinstance(sequence.drafting, NoDrafter):
         return 0
     room = sequence.max_draft_tokens
     if isinstance(sequence.drafting, AdaptiveDrafter):
         room = min(room, sequence.drafting.max_draft_tokens)
-    return room if exact_width is None else min(room, exact_width - num_tokens)
+    return room if exact_width is None else min(room, exact_width - row.num_tokens)
 
 
 def _sample_row(row: ScheduledRow, draft: DraftTree) -> SampleRow:

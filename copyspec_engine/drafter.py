@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig
-from copyspec_engine.copies import FORCED
+from copyspec_engine.copies import DRAFT_MODEL, FORCED, RECYCLED
 from copyspec_engine.copy_index import OVERLAP, EarliestIndex, Span
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.growth import (
@@ -56,10 +56,12 @@ class DraftTree:
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     probabilities: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), compare=False)
-    """How likely each node was held to be, shape (len,); empty if nobody asked."""
+    """How likely its own source held each node to be, shape (len,); empty if nobody asked."""
     sources: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
-    """Where each node was copied from: a position in the memory's index; 0 for a frequent token without a source; ~i
-    for the call's own token i; `FORCED` by a grammar. Shape (len,), empty if nobody knows."""
+    """Where each node comes from: a position in the memory's index; 0 for a frequent token without a source; ~i for
+    the call's own token i; `FORCED` by a grammar; a `DRAFT_MODEL`; `RECYCLED`. Shape (len,), empty if nobody knows."""
+    cost: float = field(default=0.0, compare=False)
+    """What it took to make, in passes of one token, where that is not next to nothing."""
 
     @classmethod
     def chain(cls, tokens: Seq[int], sources: npt.NDArray[np.int64] | None = None) -> DraftTree:
@@ -75,7 +77,9 @@ class DraftTree:
         if count >= len(self):
             return self
         count = max(count, 0)
-        return DraftTree(self.tokens[:count], self.parents[:count], self.probabilities[:count], self.sources[:count])
+        return DraftTree(
+            self.tokens[:count], self.parents[:count], self.probabilities[:count], self.sources[:count], self.cost
+        )
 
     def depths(self) -> list[int]:
         """Tokens from the sequence's last token down to each node, at least 1 each, shape (len,)."""
@@ -92,6 +96,7 @@ class DraftTree:
             tuple(place[self.parents[node]] for node in nodes),
             self.probabilities[list(nodes)] if len(self.probabilities) else self.probabilities,
             self.sources[list(nodes)] if len(self.sources) else self.sources,
+            self.cost,
         )
 
     def joined(self, at: int, tokens: Seq[int], room: int) -> DraftTree:
@@ -124,7 +129,50 @@ class DraftTree:
             probabilities[known] = likely
         if len(sources) == len(self):
             sources = np.append(sources, np.full(added, FORCED))
-        return DraftTree(tuple(new_tokens), tuple(new_parents), probabilities, sources)
+        return DraftTree(tuple(new_tokens), tuple(new_parents), probabilities, sources, self.cost)
+
+    def merged(
+        self, tokens: Seq[int], parents: Seq[int], probabilities: npt.ArrayLike, source: int, cost: float = 0.0
+    ) -> DraftTree:
+        """The tree with the nodes of another one, whose root is the same.
+
+        Nodes that both have stay as they are; the others come behind all nodes of this tree.
+
+        Args:
+            tokens: of the other tree's nodes.
+            parents: of its nodes, parents first.
+            probabilities: of its nodes, shape (len(tokens),).
+            source: of its nodes, as in `sources`.
+            cost: what it took to make.
+        """
+        nodes = {place: node for node, place in enumerate(zip(self.parents, self.tokens, strict=True))}
+        new_tokens, new_parents, added, at = list(self.tokens), list(self.parents), [], [-1]
+        for i, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+            place = (at[parent + 1], token)
+            if place not in nodes:
+                nodes[place] = len(new_tokens)
+                new_tokens.append(token)
+                new_parents.append(place[0])
+                added.append(i)
+            at.append(nodes[place])
+        likely, sources = self.probabilities, self.sources
+        if len(likely) == len(self):
+            likely = np.append(likely, np.asarray(probabilities, dtype=np.float64)[added])
+        known = sources if len(sources) == len(self) else np.zeros(len(self), dtype=np.int64)
+        sources = np.append(known, np.full(len(added), source, dtype=np.int64))
+        return DraftTree(tuple(new_tokens), tuple(new_parents), likely, sources, self.cost + cost)
+
+    def reach(self) -> npt.NDArray[np.float64]:
+        """How likely each node is to be reached: no less than the likeliest node below it, shape (len,)."""
+        likely, parents = self.probabilities, np.array(self.parents, dtype=np.int64)
+        inner = parents >= 0
+        if (likely[parents[inner]] >= likely[inner]).all():  # as one source leaves it
+            return likely
+        raised = likely.tolist()
+        for node in range(len(self) - 1, -1, -1):
+            if self.parents[node] >= 0:
+                raised[self.parents[node]] = max(raised[self.parents[node]], raised[node])
+        return np.array(raised)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -218,6 +266,15 @@ class DraftingPolicy:
         seconds = self.cost.seconds(width, room + 1)
         return int(np.searchsorted(seconds, _MOST_DELAY * seconds[0], side="right")) - 1
 
+    def pace(self, drafters: Seq[Drafter | None], width: int) -> float:
+        """Tokens that anything has to gain in the time of a pass of one token, since all rows of a pass wait for it.
+
+        Args:
+            drafters: of the rows that sample.
+            width: tokens that the pass reads without any draft.
+        """
+        return MARGIN * sum(map(_pace, drafters)) / float(self.cost.seconds(width)[0])
+
     def share(self, drafters: Seq[Drafter | None], drafts: Seq[DraftTree], width: int) -> list[DraftTree]:
         """Of the drafts for one pass what is worth its time when all of them are in it.
 
@@ -232,12 +289,12 @@ class DraftingPolicy:
         rows = [row for row, draft in enumerate(drafts) if len(draft.probabilities)]
         if len(drafts) < 2 or not rows:
             return list(drafts)
-        likely = np.concatenate([drafts[row].probabilities for row in rows])
+        likely = np.concatenate([drafts[row].reach() for row in rows])
         owners = np.repeat(rows, [len(drafts[row]) for row in rows])
         nodes = np.concatenate([np.arange(len(drafts[row])) for row in rows])
         order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
         seconds = self.cost.seconds(width, len(order) + 1)
-        pace = MARGIN * sum(map(_pace, drafters)) / seconds[0]
+        pace = self.pace(drafters, width)
         gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
         chosen = order[: int(gains.argmax()) + 1 if gains.max() > 0 else 0]
         shared = list(drafts)
@@ -325,8 +382,9 @@ class _AdaptiveDrafter:
             least,
             self._ingredients,
         )
-        learn_paths(survival, draft.probabilities, nodes)
-        learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]))
+        copied, accepted_copies = _copied_nodes(draft, nodes)
+        learn_paths(survival, draft.probabilities[copied], accepted_copies)
+        learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]) + draft.cost)
         self._index.touch(draft.sources[nodes[-1:]])
         if not self._index.has_room(self._answer, len(written)):
             self._index.close(self._answer)
@@ -388,6 +446,14 @@ class _NoDrafter:
 
     def finish(self) -> None:
         self._memory.remember(self._token_ids, self._num_prompt_tokens)
+
+
+def _copied_nodes(
+    draft: DraftTree, accepted: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Which nodes copying proposed, and the accepted ones of them, by their places among those."""
+    copied = (draft.sources != DRAFT_MODEL) & (draft.sources != RECYCLED)
+    return copied, (np.cumsum(copied) - 1)[accepted[copied[accepted]]]
 
 
 def answer_texts(drafter: Drafter | None) -> Mapping[Span, int]:

@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 
 from copyspec_engine.chat_format import ChatFormat
-from copyspec_engine.config import EngineConfig, GenerationRequest, NoDrafter
+from copyspec_engine.config import Combine, EngineConfig, GenerationRequest, NoDrafter
 from copyspec_engine.core import EngineCore, warm_up
 from copyspec_engine.errors import (
     ConfigError,
@@ -112,7 +112,7 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        model = self._model
+        model, draft, combination = self._model, self._model.draft, self._core.combination
         return EngineInfo(
             model=model.name,
             architecture=model.architecture,
@@ -126,6 +126,9 @@ class Engine:
             drafting_error=model.drafting_error,
             execution=model.execution,
             execution_error=model.execution_error,
+            draft_model=None if draft is None else draft.name,
+            draft_model_step_cost=() if draft is None else draft.step_cost,
+            draft_model_error=None if combination is None else combination.error,
             memory_path=self._config.memory_path if self._core.file is not None else None,
             memory_error=self._core.memory_error,
             versions={
@@ -336,11 +339,21 @@ class Engine:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=model.tokenizer.text_stream(params.stop, skip_special_tokens=not request.parse_reply),
             reply=reply,
+            combine=self._combine(request),
             prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),
             deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
             cache_salt=request.cache_salt or self._config.cache_salt,
             grammar=None if request.grammar is None else self._grammars.begin(self._placed(request.grammar, reply)),
         )
+
+    def _combine(self, request: GenerationRequest) -> Combine:
+        """How a request puts copies and the draft model together."""
+        wanted = request.combine or self._config.combine
+        if self._model.draft is not None:
+            return wanted
+        if request.combine not in (None, "copy-only") and self._model.drafting_error is None:
+            raise ConfigError(f"Got combine={wanted!r} but no draft model: set EngineConfig(draft_model=...)")
+        return "copy-only"
 
     def _placed(self, grammar: Grammar, reply: ReplyParser | None) -> Grammar:
         """The grammar of an answer that is taken apart holds for its text or calls, not for what precedes them."""

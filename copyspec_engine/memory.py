@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from copyspec_engine.copy_index import OVERLAP, CopyIndex, Span, TokenArray
+from copyspec_engine.draft_survival import DraftSurvival
 from copyspec_engine.memory_file import SavedSegment
 from copyspec_engine.survival import Survival
 
@@ -48,6 +49,7 @@ class SessionMemory:
         self.owner: str | None = None
         """Its name in a memory file; None: it is not kept there."""
         self.survival: Survival | None = None
+        self.draft_survival: DraftSurvival | None = None
         """Set by the first adaptive call."""
         self._spans: list[Span] = []
         self._answers: list[Span] = []
@@ -124,7 +126,7 @@ class SessionMemory:
     def erase(self) -> None:
         """Take this conversation's texts out of the index, and forget what was learnt from them."""
         self.index.erase(self._spans)
-        self.survival = None
+        self.survival = self.draft_survival = None
         self._spans, self._answers, self._saved = [], [], {}
 
     def changes(self) -> tuple[dict[Span, SavedSegment], dict[Span, int]]:

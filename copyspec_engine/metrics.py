@@ -23,7 +23,7 @@ class Counts:
     num_draft_tokens: int = 0
     num_preemptions: int = 0
     accepted: Counter[str] = field(default_factory=Counter)
-    """Accepted draft tokens by where they were copied from."""
+    """Accepted draft tokens by where they came from."""
     finished: Counter[str] = field(default_factory=Counter)
     """Requests that are over, by finish reason, or "failed"."""
 
@@ -33,7 +33,8 @@ class EngineMetrics:
     """A snapshot; counts are since the engine was made.
 
     `accepted_by_source` has the keys "prompt", "answer", "prediction", "frequent" (a frequent token, copied from
-    nowhere), "grammar" (forced by it) and "block" (drafts of the published algorithm).
+    nowhere), "grammar" (forced by it), "block" (drafts of the published algorithm), "draft_model" (written by one) and
+    "recycled" (likely in an earlier pass).
     """
 
     num_running: int
@@ -50,6 +51,8 @@ class EngineMetrics:
     cached_tokens: int
     completion_tokens: int
     draft_tokens: int
+    draft_model_passes: int
+    """Forward passes of the draft model, of however many requests each."""
     tokens_per_forward: float
     """Sampled tokens for each part that a request had in a forward pass; 1.0 for plain decoding, 0.0 before any."""
     accepted_by_source: dict[str, int]

@@ -51,6 +51,7 @@ from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.stateful_runner import StatefulRunner, check_state
 from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
+from copyspec_engine.vocabulary import refuse_other_vocabulary
 
 __all__ = ["LoadedModel", "ModelRunner", "Progress", "Runner", "load_model", "prepare"]
 
@@ -267,6 +268,8 @@ class LoadedModel:
     execution: Execution = "eager"
     execution_error: str | None = None
     """See `EngineInfo`."""
+    draft: LoadedModel | None = None
+    """A smaller model with the same vocabulary and as many slots, which drafts."""
 
 
 def load_model(config: EngineConfig, on_progress: Progress | None = None) -> LoadedModel:
@@ -281,48 +284,122 @@ def load_model(config: EngineConfig, on_progress: Progress | None = None) -> Loa
         UnsupportedModelError: not a decoder, or one whose passes over our KV differ from its own.
         CopySpecError: a package that the options need is not installed.
     """
-    path = str(bundled_model_path()) if config.model == BUNDLED_MODEL else os.path.expanduser(config.model)
-    device = resolve_device(config)
+    model, tokenizer = _read(config, on_progress)
+    draft = None if config.draft_model is None else _read(config.for_draft_model(), on_progress)
+    with _load_failures(config):
+        return prepare(model, tokenizer, config, on_progress, draft)
+
+
+def _read(config: EngineConfig, on_progress: Progress | None) -> tuple[PreTrainedModel, ChatTokenizer]:
+    """A model on its device, and its tokenizer."""
+    path, device = _path(config), resolve_device(config)
+    with _load_failures(config):
+        with _loading, _phase("reading the weights", config, on_progress):
+            model = read_model(path, device, config)
+        return model, HFTokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code))
+
+
+def _path(config: EngineConfig) -> str:
+    return str(bundled_model_path()) if config.model == BUNDLED_MODEL else os.path.expanduser(config.model)
+
+
+@contextlib.contextmanager
+def _load_failures(config: EngineConfig) -> Iterator[None]:
+    """Say of whatever goes wrong what to do about it."""
     try:
-        with _loading:
-            with _phase("reading the weights", config, on_progress):
-                model = read_model(path, device, config)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-            return prepare(model, HFTokenizer(tokenizer), config, on_progress)
+        yield
     except CopySpecError:
         raise
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
             raise ModelLoadError(
-                f"{config.model} does not fit in the memory of {device}: use a smaller model, dtype='bfloat16' or "
-                "another device"
+                f"{config.model} does not fit in the memory of {resolve_device(config)}: use a smaller model, "
+                "dtype='bfloat16' or another device"
             ) from error
-        raise ModelLoadError(load_failure(config.model, path, error)) from error
+        raise ModelLoadError(load_failure(config.model, _path(config), error)) from error
 
 
 def prepare(
-    model: PreTrainedModel, tokenizer: ChatTokenizer, config: EngineConfig, on_progress: Progress | None = None
+    model: PreTrainedModel,
+    tokenizer: ChatTokenizer,
+    config: EngineConfig,
+    on_progress: Progress | None = None,
+    draft: tuple[PreTrainedModel, ChatTokenizer] | None = None,
 ) -> LoadedModel:
-    """Make a model that is in memory ready to serve (see `load_model`)."""
+    """Make a model that is in memory ready to serve, with its draft model if there is one (see `load_model`)."""
+    served = _check(model, config, on_progress)
+    if draft is None or served.reason is not None:
+        return _ready(model, tokenizer, config, served, on_progress)
+    own = config.for_draft_model()
+    refuse_other_vocabulary(config.model, tokenizer, own.model, draft[1])
+    beside = _check(draft[0], own, on_progress)
+    if beside.reason is not None:
+        raise UnsupportedModelError(f"Got draft_model={own.model!r} but it cannot draft: {beside.reason}")
+    if beside.num_parameters >= served.num_parameters:
+        logger.warning(
+            "The draft model %s has %d weights and the model %d: its drafts cost more than they can save",
+            own.model,
+            beside.num_parameters,
+            served.num_parameters,
+        )
+    shared = draft[0].device == model.device
+    loaded = _ready(model, tokenizer, config, served, on_progress, beside.bytes_per_token if shared else 0)
+    own = own.model_copy(update={"kv_cache_tokens": loaded.num_slots})
+    loaded.draft = _ready(*draft, own, beside, on_progress)
+    return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """How a model can be served."""
+
+    checked: Checked
+    bytes_per_token: int
+    stateful: StatefulRunner | None
+    reason: str | None
+    """Why nothing can be taken back from what it has read."""
+    num_parameters: int
+
+
+def _check(model: PreTrainedModel, config: EngineConfig, on_progress: Progress | None) -> _Served:
     refuse_unsupported(config.model, model.config)
     reason = why_no_rollback(model)
     if reason is not None and config.exact:
         raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")
-    stateful: StatefulRunner | None = None
     num_parameters = model.num_parameters()  # before tied weights are laid out apart
     with _phase("checking", config, on_progress):
         if reason is None:
             checked = check_equivalence(model, config, partial(ModelRunner, model))
-            bytes_per_token = checked.bytes_per_token
-        else:
-            checked = Checked(0)
-            stateful, bytes_per_token = check_state(model, config.model)
-            logger.warning("%s runs without drafting: %s", config.model, reason)
+            return _Served(checked, checked.bytes_per_token, None, None, num_parameters)
+        stateful, bytes_per_token = check_state(model, config.model)
+        logger.warning("%s runs without drafting: %s", config.model, reason)
+        return _Served(Checked(0), bytes_per_token, stateful, reason, num_parameters)
+
+
+def _ready(
+    model: PreTrainedModel,
+    tokenizer: ChatTokenizer,
+    config: EngineConfig,
+    served: _Served,
+    on_progress: Progress | None,
+    bytes_beside: int = 0,
+) -> LoadedModel:
+    """A checked model with its KV pool, and what its passes cost.
+
+    Args:
+        model: in memory.
+        tokenizer: its own.
+        config: what was asked for.
+        served: what the check found.
+        on_progress: see `load_model`.
+        bytes_beside: what else a token takes on this device, in the KV of a draft model.
+    """
     limit = longest_context(model.config.get_text_config(), config.model)
-    max_model_len = min(config.max_model_len or limit, limit)
-    num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token, model.device)
+    max_model_len, checked = min(config.max_model_len or limit, limit), served.checked
+    bytes_per_token = served.bytes_per_token
+    num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
     exact_width = _EXACT_WIDTH if config.exact else None
-    runner: Runner = stateful or ModelRunner(model, num_slots, exact_width, checked.execution)
+    runner: Runner = served.stateful or ModelRunner(model, num_slots, exact_width, checked.execution)
     step_cost = config.step_cost or ()
     if not step_cost and isinstance(runner, ModelRunner):
         with _phase("measuring", config, on_progress):
@@ -336,11 +413,11 @@ def prepare(
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(model, tokenizer),
-        num_parameters=num_parameters,
+        num_parameters=served.num_parameters,
         num_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
         step_cost=step_cost,
-        drafting_error=reason,
+        drafting_error=served.reason,
         exact_width=exact_width,
         execution=checked.execution,
         execution_error=checked.error,

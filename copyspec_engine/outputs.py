@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from copyspec_engine.explanation import CopySource, Explanation
+from copyspec_engine.explanation import NOT_COPIED, CopySource, Explanation
 
 __all__ = [
     "Copy",
@@ -41,7 +41,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Tokens of an answer in a row that were copied from places in a row, in one forward pass.
+    """Tokens of an answer in a row that were drafted from places in a row, in one forward pass.
 
     `answer.token_ids[start:stop]` stands in the source at `offset`. Between the copies of two passes lies at least one
     token that the model wrote by itself.
@@ -57,7 +57,7 @@ class Copy:
     source: CopySource
     offset: int | None = None
     """Tokens from the source's beginning: that of the prompt, the answer, the prediction or the stored text; None for
-    "grammar" and "frequent"."""
+    "grammar", "frequent", "draft_model" and "recycled"."""
     stored_text: int | None = None
     """The number of the stored text in `Engine.memory`, for the sources that are one."""
     before: tuple[int, ...] = ()
@@ -146,7 +146,7 @@ class DraftStats:
     num_draft_tokens: int = 0
     """Draft tokens offered for verification."""
     num_accepted_tokens: int = 0
-    """Tokens of the answer that came from accepted drafts."""
+    """Tokens of the answer that came from accepted drafts, whatever their source."""
     draft_lengths: tuple[int, ...] = ()
     """Draft tokens offered in each forward pass, in order."""
     accepted_lengths: tuple[int, ...] = ()
@@ -182,7 +182,7 @@ class GenerationOutput:
     reply: Reply | None = None
     """The answer in its parts; None unless the request asked for them (`parse_reply`)."""
     copies: tuple[Copy, ...] = ()
-    """Where its copied tokens came from, in order; together exactly `draft_stats.num_accepted_tokens` tokens."""
+    """Where its drafted tokens came from, in order; together exactly `draft_stats.num_accepted_tokens` tokens."""
     explanation: Explanation | None = None
     """The same in messages and characters; None unless the request asked for it (`explain`). See also
     `Engine.explain`."""
@@ -196,8 +196,9 @@ class GenerationOutput:
 
     @property
     def copied_share(self) -> float:
-        """Share of the answer's tokens that came from accepted drafts, 0 to 1."""
-        return self.draft_stats.num_accepted_tokens / max(self.usage.completion_tokens, 1)
+        """Share of the answer's tokens that were copied, 0 to 1: those of a draft model are not."""
+        others = sum(copy.stop - copy.start for copy in self.copies if copy.source in NOT_COPIED)
+        return (self.draft_stats.num_accepted_tokens - others) / max(self.usage.completion_tokens, 1)
 
     @property
     def tokens_per_s(self) -> float:
@@ -248,6 +249,12 @@ class EngineInfo:
     that torch.compile has fused."""
     execution_error: str | None = None
     """Why passes do not run faster; None if nothing stood in the way."""
+    draft_model: str | None = None
+    """The model that drafts where copying cannot; None if there is none."""
+    draft_model_step_cost: tuple[tuple[int, float], ...] = ()
+    """As `step_cost`, of the draft model."""
+    draft_model_error: str | None = None
+    """Why the draft model is not asked any more."""
     memory_path: str | None = None
     """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
     memory_error: str | None = None

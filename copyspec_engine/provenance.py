@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from copyspec_engine.config import GenerationRequest
 from copyspec_engine.errors import ConfigError
-from copyspec_engine.explanation import CopiedSpan, CopySource, Explanation
+from copyspec_engine.explanation import NOT_COPIED, CopiedSpan, CopySource, Explanation
 from copyspec_engine.outputs import Copy, GenerationOutput
 
 if TYPE_CHECKING:
@@ -63,10 +63,12 @@ class _Sources:
         return self._prediction
 
     def joined(self) -> list[Copy]:
-        """The copies, as one where a text goes on over several passes."""
+        """The copies, as one where a text goes on over several passes; without what was drafted but not copied."""
         joined: list[Copy] = []
         loose: list[Copy] = []
         for copy in self.output.copies:
+            if copy.source in NOT_COPIED:
+                continue
             if copy.source == "frequent":
                 loose.append(copy)
                 continue

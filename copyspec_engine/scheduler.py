@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ import numpy as np
 from copyspec_engine.copies import Run, cut
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import Drafter, DraftTree, answer_texts
+from copyspec_engine.explanation import NOT_COPIED
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.metrics import Counts
@@ -241,10 +242,10 @@ class Scheduler:
         sequence.last_token_s = now
         segments: list[Segment] = []
         taken = 0
-        for token in verdict.tokens:
+        for token, copied in zip(verdict.tokens, _copied(verdict), strict=True):
             sequence.token_ids.append(token)
             if token not in sequence.eos_token_ids:
-                segments += sequence.text.push(token, copied=taken < len(verdict.accepted))
+                segments += sequence.text.push(token, copied=copied)
             taken += 1
             sequence.text_ends.append(sequence.text.num_characters)
             if sequence.grammar is not None:
@@ -258,7 +259,6 @@ class Scheduler:
         sequence.trail.note(len(sequence.text_ends) - taken, runs)
         _keep_nodes(sequence, kept)
         sequence.draft_lengths.append(len(draft))
-        sequence.num_copied_tokens += len(kept)
         sequence.accepted_lengths.append(len(kept))
         self._count(draft, runs, len(tokens))
         if sequence.drafter is not None:
@@ -350,6 +350,13 @@ def _make_out_copies(sequence: Sequence, memory: SessionMemory, drafter: Drafter
         sequence.prediction_ids,
         is_shared=sequence.request.memory_pool is not None,
     )
+
+
+def _copied(verdict: Verdict) -> Iterator[bool]:
+    """Of each token of a verdict, whether it was copied."""
+    for run in verdict.runs:
+        yield from (run.kind not in NOT_COPIED,) * run.num_tokens
+    yield False  # the bonus token
 
 
 def session_key(session_id: str) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from copyspec_engine.config import DrafterConfig, GenerationRequest
+from copyspec_engine.config import Combine, DrafterConfig, GenerationRequest
 from copyspec_engine.copies import CopyTrail
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.drafter import Drafter
@@ -102,6 +102,8 @@ class Sequence:
     """What the answer must look like."""
     reply: ReplyReader | None = None
     """Takes the answer apart, if the request asks for it."""
+    combine: Combine = "copy-only"
+    """How copies and the draft model go together; "copy-only" where there is none, or it failed."""
 
     number: int = field(default_factory=itertools.count().__next__)
     """Its own, where the caller's request_id may come again."""
@@ -126,7 +128,6 @@ class Sequence:
     draft_lengths: list[int] = field(default_factory=list)
     accepted_lengths: list[int] = field(default_factory=list)
     num_prefill_passes: int = 0
-    num_copied_tokens: int = 0
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
     first_token_s: float = 0.0
@@ -151,7 +152,7 @@ class Sequence:
             num_forward_passes=len(self.accepted_lengths),
             num_prefill_passes=self.num_prefill_passes,
             num_draft_tokens=sum(self.draft_lengths),
-            num_accepted_tokens=self.num_copied_tokens,
+            num_accepted_tokens=sum(self.accepted_lengths),
             draft_lengths=tuple(self.draft_lengths),
             accepted_lengths=tuple(self.accepted_lengths),
         )

@@ -89,6 +89,9 @@ class ByteTokenizer:
             stop,
         )
 
+    def vocabulary(self) -> dict[str, int]:
+        return {f"<{byte:02x}>": byte for byte in range(_START)} | {name: token for token, name in _MARKERS.items()}
+
     def fingerprint(self) -> Fingerprint:
         return Fingerprint.of("bytes and two turn markers", "ChatML-like")
 

@@ -80,6 +80,10 @@ class ChatTokenizer(Protocol):
         """How the chat template writes tool calls and reasoning."""
         ...
 
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, by the token as the tokenizer spells it."""
+        ...
+
     def fingerprint(self) -> Fingerprint:
         """Digests by which saved token ids are known to mean the same texts."""
         ...
@@ -282,11 +286,16 @@ class HFTokenizer:
             own = None
         return find_chat_format(chat_template, own)
 
+    def vocabulary(self) -> dict[str, int]:
+        with self._encoding:
+            vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return vocabulary
+
     def fingerprint(self) -> Fingerprint:
         with self._encoding:
             normalizer = json.loads(self._backend.to_str())["normalizer"]
-            vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        return Fingerprint.of({"vocabulary": vocabulary, "normalizer": normalizer}, self._tokenizer.chat_template)
+        values = {"vocabulary": self.vocabulary(), "normalizer": normalizer}
+        return Fingerprint.of(values, self._tokenizer.chat_template)
 
     def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
         from llguidance.hf import from_tokenizer

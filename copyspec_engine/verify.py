@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `tokens`, if the request asked for them."""
     runs: tuple[Run, ...] = ()
-    """Where the accepted nodes were copied from, one after the other."""
+    """Where the accepted nodes came from, one after the other."""
 
 
 def verify(draft: DraftTree, sampled: Sequence[int]) -> Verdict:

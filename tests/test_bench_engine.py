@@ -37,6 +37,7 @@ TINY = {
     "tie_word_embeddings": True,
 }
 COST = ((1, 1.0), (1001, 3.0))
+CHEAP = ((1, 0.1), (1001, 0.3))
 PUBLIC = {
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
@@ -59,7 +60,8 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = bench_engine.EngineOptions
 
     def options(*values: Any) -> bench_engine.EngineOptions:
-        return quick(*values, curve_s=0.5, step_cost=COST)
+        costs = {"step_cost": COST, "draft_step_cost": CHEAP if values[10] else None}
+        return quick(*values, curve_s=0.5, **costs)
 
     monkeypatch.setattr(bench_engine, "EngineOptions", options)
 
@@ -112,6 +114,22 @@ def test_every_peer_writes_every_turn(tmp_path: Path) -> None:
     assert written["machine"]["threads"] > 0
     for name in (*names, "chats", "over", "A step reads"):
         assert name in result.output
+
+
+def test_peers_with_a_draft_model_write_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tinier", {**TINY, "num_hidden_layers": 1})
+    out = tmp_path / "out.json"
+    names = ("ours-plain", "ours-draft", "ours-copy-first", "ours-tree")
+    words = ("--draft-shape", "tinier", "--agreement", 0.8, "--draft-tokens", 3, "--peers", ",".join(names))
+    result = bench("--transcripts", CHATS, "--max-tokens", 200, *words, "--json", out)
+    assert result.exit_code == 0, result.output
+    written = record(out)
+    facts = {"draft_shape": "tinier", "agreement": 0.8, "draft_tokens": 3, "draft_step_cost": [list(p) for p in CHEAP]}
+    assert facts.items() <= written.items()
+    passes = {name: sum(row["forward_passes"] for row in written["results"] if row["peer"] == name) for name in names}
+    # With 0.8 a chain of 3 gives 2.95 tokens a pass, where there are so many left to write.
+    assert passes["ours-plain"] / 3 < passes["ours-draft"] < passes["ours-plain"] / 2.2
+    assert max(passes["ours-tree"], passes["ours-copy-first"]) < passes["ours-plain"] / 1.8
 
 
 def test_all_peers_run_the_same_model_on_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +235,16 @@ def test_a_peer_that_writes_something_else_fails(
     ("words", "message"),
     [
         (("--shape", "gpt-2"), "Got --shape gpt-2 but expected one of bundled, qwen2.5-0.5b"),
-        (("--peers", "ours,vllm"), "Got peer 'vllm' but expected some of ours, ours-plain, generate"),
+        (("--peers", "ours,vllm"), "Got peer 'vllm' but expected some of ours, ours-plain, ours-draft, "),
         (("--peers", "generate-batch"), "add --concurrency 2 or more"),
+        (("--peers", "ours-tree"), "Got peers ours-tree but some need a draft model: add --draft-shape NAME"),
+        (("--draft-shape", "gone"), "Got --draft-shape gone but expected one of bundled, qwen2.5-0.5b"),
+        (("--draft-shape", "qwen2.5-7b"), "with 152064 tokens but --shape tiny has 4096: take shapes of one family"),
+        (
+            ("--draft-shape", "tiny", "--agreement", "1"),
+            "Got --agreement 1.0 but expected a number above 0 and below 1",
+        ),
+        (("--draft-tokens", "0"), "Got --draft-tokens 0 but expected 1 to 64"),
         (("--max-tokens", "0"), "Got --max-tokens 0 but expected 1 to"),
         (("--turns", "0"), "Got --turns 0 but expected 1 to"),
         (("--conversations", "0"), "Got --conversations 0 but expected 1 to"),

@@ -141,8 +141,8 @@ def engine(
         str,
         typer.Option(
             metavar="NAME",
-            help="Whose dimensions the random weights have: bundled, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b, "
-            "llama-3.2-1b or llama-3.1-8b.",
+            help="Whose dimensions the random weights have: bundled, qwen2.5-0.5b, qwen2.5-0.5b-4layers, "
+            "qwen2.5-1.5b, qwen2.5-7b, llama-3.2-1b or llama-3.1-8b.",
         ),
     ] = "bundled",
     tokenizer: TokenizerDir = "bundled",
@@ -150,8 +150,9 @@ def engine(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Names with commas between them of ours, ours-plain, generate, generate-kv, prompt-lookup and "
-            "generate-batch; default: all but the last, or with --concurrency the first two and the last.",
+            help="Names with commas between them of ours, ours-plain, ours-draft, ours-copy-first, ours-tree, "
+            "generate, generate-kv, prompt-lookup and generate-batch; default: all but the last, or with --concurrency "
+            "only ours and the last; the three with a draft model where there is one.",
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Answer tokens written of each file; longer answers are cut.")] = 1000,
@@ -166,6 +167,13 @@ def engine(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="auto is float32 on a CPU and bfloat16 on a GPU."),
     ] = "auto",
+    draft_shape: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose dimensions a draft model has; default: there is none.")
+    ] = None,
+    agreement: Annotated[
+        float, typer.Option(help="Share of the places where the draft model says what is recorded, 0 to 1.")
+    ] = 0.7,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft model writes before a pass, at most.")] = 5,
     json: JsonPath = None,
 ) -> None:
     """Write recorded answers with a model of a real shape: this engine beside transformers on the same weights.
@@ -179,13 +187,26 @@ def engine(
             ("--turns", turns, 10**6),
             ("--conversations", conversations, 10**6),
             ("--concurrency", concurrency, 256),
+            ("--draft-tokens", draft_tokens, 64),
         ):
             if value is not None:
                 _check_count(option, value, most)
         from copyspec_engine.cli.bench_engine import EngineOptions, run_engine
 
         options = EngineOptions(
-            tuple(transcripts), shape, tokenizer, peers, max_tokens, turns, conversations, concurrency, device, dtype
+            tuple(transcripts),
+            shape,
+            tokenizer,
+            peers,
+            max_tokens,
+            turns,
+            conversations,
+            concurrency,
+            device,
+            dtype,
+            draft_shape,
+            agreement,
+            draft_tokens,
         )
         return run_engine(options, json, context.meta["command"], console())
 

@@ -17,9 +17,19 @@ from copyspec_engine import ConfigError
 from copyspec_engine.cli.bench_drafts import machine, source_names, version, versions
 from copyspec_engine.cli.bench_engine_report import limit_line, source_table, summary, together_table
 from copyspec_engine.cli.report import check_writable, write_record
+from copyspec_engine.forced.generate import GENERATE_PEERS
 from copyspec_engine.forced.records import ROOM, ForcedMismatchError, Turn, Written, load_turns, renumbered
-from copyspec_engine.forced.shapes import shape_config
-from copyspec_engine.forced.stage import ALL_PEERS, BATCH_PEER, Entry, Stage, open_stage, take_turns
+from copyspec_engine.forced.shapes import SHAPES, shape_config
+from copyspec_engine.forced.stage import (
+    ALL_PEERS,
+    BATCH_PEER,
+    DRAFT_PEERS,
+    Entry,
+    ForcedDraft,
+    Stage,
+    open_stage,
+    take_turns,
+)
 from copyspec_engine.replay import end_token, load_tokenizer
 
 __all__ = ["EngineOptions", "run_engine"]
@@ -39,10 +49,15 @@ class EngineOptions:
     concurrency: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    draft_shape: str | None = None
+    agreement: float = 0.7
+    draft_tokens: int = 5
     curve_s: float = 10.0
     """Seconds that measuring passes may take."""
     step_cost: tuple[tuple[int, float], ...] | None = None
     """What drafting takes passes to cost; default: measured."""
+    draft_step_cost: tuple[tuple[int, float], ...] | None = None
+    """The same for passes of the draft model."""
 
 
 Figures = dict[str, list[dict[str, Any]]]
@@ -67,7 +82,9 @@ def run_engine(options: EngineOptions, json_path: Path | None, command: str, con
     conversations, num_renumbered = _conversations(options, end)
     how = {key: getattr(options, key) for key in ("concurrency", "device", "dtype", "curve_s", "step_cost")}
     try:
-        with open_stage(options.shape, tokenizer, end, conversations, names, **how) as stage:
+        with open_stage(
+            options.shape, tokenizer, end, conversations, names, draft=_draft(options, end), **how
+        ) as stage:
             for name, reason in stage.left_out.items():
                 console.print(f"Left out {name}: {escape(reason)}", soft_wrap=True)
             figures = _measure(stage, conversations, options.concurrency, console)
@@ -83,6 +100,9 @@ def run_engine(options: EngineOptions, json_path: Path | None, command: str, con
             **asdict(facts),
             "left_out": stage.left_out,
             "shape": options.shape,
+            "draft_shape": options.draft_shape,
+            "agreement": options.agreement if options.draft_shape else None,
+            "draft_tokens": options.draft_tokens if options.draft_shape else None,
             "tokenizer": options.tokenizer,
             "renumbered_tokens": num_renumbered,
             "command": command,
@@ -96,14 +116,34 @@ def run_engine(options: EngineOptions, json_path: Path | None, command: str, con
 def _names(options: EngineOptions) -> list[str]:
     """The peers, each once."""
     if options.peers is None:
-        return ["ours", "ours-plain", BATCH_PEER] if options.concurrency > 1 else [*ALL_PEERS[:-1]]
+        ours = ["ours", "ours-plain", *(DRAFT_PEERS if options.draft_shape else ())]
+        return [*ours, BATCH_PEER] if options.concurrency > 1 else [*ours, *GENERATE_PEERS]
     names = list(dict.fromkeys(name.strip() for name in options.peers.split(",")))
     unknown = next((name for name in names if name not in ALL_PEERS), None)
     if unknown is not None:
         raise ConfigError(f"Got peer {unknown!r} but expected some of {', '.join(ALL_PEERS)}")
+    if options.draft_shape is None and set(names) & set(DRAFT_PEERS):
+        raise ConfigError(f"Got peers {', '.join(names)} but some need a draft model: add --draft-shape NAME")
     if BATCH_PEER in names and options.concurrency == 1:
         raise ConfigError(f"Got peer {BATCH_PEER} but one conversation at a time: add --concurrency 2 or more")
     return names
+
+
+def _draft(options: EngineOptions, end: int) -> ForcedDraft | None:
+    """The draft model that is asked for."""
+    if options.draft_shape is None:
+        return None
+    if options.draft_shape not in SHAPES:
+        raise ConfigError(f"Got --draft-shape {options.draft_shape} but expected one of {', '.join(SHAPES)}")
+    if not 0 < options.agreement < 1:
+        raise ConfigError(f"Got --agreement {options.agreement} but expected a number above 0 and below 1")
+    own, other = (shape_config(shape, end).vocab_size for shape in (options.shape, options.draft_shape))
+    if own != other:
+        raise ConfigError(
+            f"Got --draft-shape {options.draft_shape} with {other} tokens but --shape {options.shape} has {own}: take "
+            "shapes of one family"
+        )
+    return ForcedDraft(options.draft_shape, options.agreement, options.draft_tokens, options.draft_step_cost)
 
 
 def _conversations(options: EngineOptions, end: int) -> tuple[list[list[Turn]], int]:

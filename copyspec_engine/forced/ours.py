@@ -13,14 +13,22 @@ from copyspec_engine.forced.records import Turn, Written
 from copyspec_engine.forced.runner import ForcedRunner
 from copyspec_engine.outputs import GenerationOutput
 
-__all__ = ["OUR_PEERS", "OurPeer"]
+__all__ = ["DRAFT_PEERS", "OUR_PEERS", "OurPeer"]
 
-OUR_PEERS = {"ours": "adaptive", "ours-plain": "none"}
-"""Drafter by name."""
+OUR_PEERS: dict[str, dict[str, Any]] = {
+    "ours": {"combine": "copy-only"},
+    "ours-plain": {"drafter": "none"},
+    "ours-draft": {"combine": "draft-only"},
+    "ours-copy-first": {"combine": "copy-first"},
+    "ours-tree": {"combine": "tree"},
+}
+"""How their requests draft, by name."""
+DRAFT_PEERS = ("ours-draft", "ours-copy-first", "ours-tree")
+"""Those of them that need a draft model."""
 
 
 class OurPeer:
-    """Our engine with one drafter, one session a conversation.
+    """Our engine with one way of drafting, one session a conversation.
 
     Args:
         engine: over `runner`.
@@ -30,7 +38,7 @@ class OurPeer:
     """
 
     def __init__(self, engine: Engine, runner: ForcedRunner, name: str, *, together: bool = False) -> None:
-        self._engine, self._runner, self._drafter = engine, runner, OUR_PEERS[name]
+        self._engine, self._runner, self._options = engine, runner, OUR_PEERS[name]
         self._name = f"{name}-{uuid4().hex[:8]}"
         self._together = together
         self._sessions: set[str] = set()
@@ -69,9 +77,11 @@ class OurPeer:
     def _request(self, turn: Turn) -> GenerationRequest:
         session = f"{self._name}-{turn.source}-{turn.conversation}"
         self._sessions.add(session)
-        options: dict[str, Any] = {"drafter": self._drafter, "session_id": session}
         request = GenerationRequest(
-            prompt_token_ids=turn.prompt_ids, sampling=SamplingParams(max_tokens=turn.max_tokens), **options
+            prompt_token_ids=turn.prompt_ids,
+            sampling=SamplingParams(max_tokens=turn.max_tokens),
+            session_id=session,
+            **self._options,
         )
         self._runner.answers[request.request_id] = turn.answer_ids
         return request

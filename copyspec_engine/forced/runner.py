@@ -1,8 +1,10 @@
-"""Our runner, made to write recorded answers."""
+"""Our runners, made to write recorded answers, or to guess them as a draft model does."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.model_runner import Runner
+from copyspec_engine.sampler import uniform_noise
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
+from copyspec_engine.sequence import Sequence
 
-__all__ = ["CERTAIN", "ForcedRunner", "force", "next_tokens"]
+__all__ = ["CERTAIN", "ForcedDraftRunner", "ForcedRunner", "force", "next_tokens"]
 
 CERTAIN = 1e4
 """A logit that no random model reaches."""
@@ -70,3 +74,45 @@ class ForcedRunner:
         done = len(sequence.token_ids) - sequence.num_prompt_tokens
         answer = self.answers[sequence.request.request_id]
         return next_tokens(answer, [done + depth for depth in (0, *draft.depths())])
+
+
+class ForcedDraftRunner:
+    """Passes of a draft model's runner, in full, whose likeliest token is the recorded one at a share of all places.
+
+    Which places is a function of (seed, position) alone, the same for every peer. The likeliest token always gets the
+    probability `agreement`, so that nothing can be told from it: draft models of checkpoints say more.
+
+    Args:
+        runner: what computes them.
+        answers: the recorded answer of each request, by its id.
+        agreement: share of the places, above 0 and below 1.
+        seed: see above.
+    """
+
+    def __init__(self, runner: Runner, answers: Mapping[str, Seq[int]], agreement: float, seed: int = 0) -> None:
+        self._runner, self._answers = runner, answers
+        self._agreement, self._seed = agreement, seed
+
+    @property
+    def vocab_size(self) -> int:
+        return self._runner.vocab_size
+
+    @torch.inference_mode()
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+        """See `Runner`."""
+        logits = self._runner.forward(batch, drafts)
+        tokens = [self._token(row.sequence) for row in batch.rows if row.samples]
+        if tokens:
+            likely = logits.logsumexp(dim=-1, keepdim=True) + math.log(self._agreement / (1 - self._agreement))
+            logits.scatter_(1, torch.tensor(tokens)[:, None].to(logits.device), likely)
+        return logits
+
+    def release(self, sequence: Sequence) -> None:
+        self._runner.release(sequence)
+
+    def _token(self, sequence: Sequence) -> int:
+        """What it says behind a text: the recorded token or, where it errs, the one with the next id."""
+        place = len(sequence.token_ids)
+        (token,) = next_tokens(self._answers[sequence.request.request_id], [place - sequence.num_prompt_tokens])
+        errs = uniform_noise(self._seed, [place])[0] >= self._agreement
+        return (token + errs) % self.vocab_size

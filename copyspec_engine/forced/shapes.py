@@ -51,6 +51,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
+    "qwen2.5-0.5b-4layers": {
+        **_QWEN,
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "qwen2.5-1.5b": {
         **_QWEN,
         "vocab_size": 151_936,
@@ -90,7 +100,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_LLAMA_ROPE, "factor": 8.0},
     },
 }
-"""Model type and dimensions by name, as in the checkpoints' configs; the bundled model's stand in its own."""
+"""Model type and dimensions by name, as in the checkpoints' configs; the bundled model's stand in its own. One has the
+first layers of a checkpoint only, as a draft model for it."""
 
 
 def shape_config(shape: str, end_token: int) -> PreTrainedConfig:

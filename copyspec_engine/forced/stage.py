@@ -17,18 +17,40 @@ from copyspec_engine.cost import Points
 from copyspec_engine.engine import Engine
 from copyspec_engine.forced.curve import CONTEXTS, NODES, ROWS, measure_curve, measure_limit
 from copyspec_engine.forced.generate import GENERATE_PEERS, GeneratePeer
-from copyspec_engine.forced.ours import OUR_PEERS, OurPeer
+from copyspec_engine.forced.ours import DRAFT_PEERS, OUR_PEERS, OurPeer
 from copyspec_engine.forced.records import Turn, Written, check
-from copyspec_engine.forced.runner import ForcedRunner
+from copyspec_engine.forced.runner import ForcedDraftRunner, ForcedRunner
 from copyspec_engine.forced.shapes import random_model
 from copyspec_engine.model_runner import prepare
 from copyspec_engine.tokenizer import HFTokenizer
 
-__all__ = ["ALL_PEERS", "BATCH_PEER", "Entry", "Facts", "Stage", "open_stage", "take_turns"]
+__all__ = [
+    "ALL_PEERS",
+    "BATCH_PEER",
+    "DRAFT_PEERS",
+    "Entry",
+    "Facts",
+    "ForcedDraft",
+    "Stage",
+    "open_stage",
+    "take_turns",
+]
 
 BATCH_PEER = "generate-batch"
 ALL_PEERS = (*OUR_PEERS, *GENERATE_PEERS, BATCH_PEER)
 _WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedDraft:
+    """A draft model of a shape, which agrees with the record at a share of all places (see `ForcedDraftRunner`)."""
+
+    shape: str
+    agreement: float
+    max_tokens: int = 5
+    """See `EngineConfig.max_draft_model_tokens`."""
+    step_cost: Points | None = None
+    """See `EngineConfig.draft_model_step_cost`."""
 
 
 class Peer(Protocol):
@@ -56,6 +78,8 @@ class Facts:
     limit: dict[str, float]
     step_cost: Points
     """What drafting goes by."""
+    draft_step_cost: Points
+    """The same of the draft model; empty without one."""
     device: str
     dtype: str
     num_parameters: int
@@ -85,6 +109,7 @@ def open_stage(
     dtype: str = "auto",
     curve_s: float = 10.0,
     step_cost: Points | None = None,
+    draft: ForcedDraft | None = None,
 ) -> Iterator[Stage]:
     """A model of a shape with the peers `names`, warmed up on the beginning of the first turn.
 
@@ -99,6 +124,7 @@ def open_stage(
         dtype: see `random_model`.
         curve_s: seconds that measuring the curve may take.
         step_cost: what passes cost, for drafting; default: measured, as for any model.
+        draft: a draft model, for those peers that need one.
 
     Raises:
         CopySpecError: the model cannot be built.
@@ -113,26 +139,40 @@ def open_stage(
         max_running=max(16, concurrency),
         max_sessions=max(256, 8 * concurrency),
         step_cost=step_cost,
+        **({} if draft is None else _draft_options(draft)),
     )
+    fast: Any = PreTrainedTokenizerFast
+    spoken = HFTokenizer(fast(tokenizer_object=tokenizer))
     model = random_model(shape, end, device, dtype)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
     theirs = _sharing_weights(model)
-    fast: Any = PreTrainedTokenizerFast
-    loaded = prepare(model, HFTokenizer(fast(tokenizer_object=tokenizer)), config)
+    small = None if draft is None else (random_model(draft.shape, end, device, dtype), spoken)
+    loaded = prepare(model, spoken, config, draft=small)
     facts = Facts(
         curve=measure_curve(loaded, curve_s),
         limit=measure_limit(model, loaded.kv_bytes_per_token),
         step_cost=loaded.step_cost,
+        draft_step_cost=() if loaded.draft is None else loaded.draft.step_cost,
         device=loaded.device,
         dtype=loaded.dtype,
         num_parameters=loaded.num_parameters,
         kv_cache_tokens=loaded.num_slots,
     )
     loaded.runner = runner = ForcedRunner(loaded.runner)
+    if draft is not None and loaded.draft is not None:
+        loaded.draft.runner = ForcedDraftRunner(loaded.draft.runner, runner.answers, draft.agreement)
     with Engine(config, model=loaded) as engine:
         entries = [entry for name in names for entry in _entries(name, concurrency, engine, runner, theirs)]
         entries, left_out = _warmed_up(entries, _beginning(conversations[0][0]))
         yield Stage(entries, left_out, facts)
+
+
+def _draft_options(draft: ForcedDraft) -> dict[str, Any]:
+    return {
+        "draft_model": draft.shape,
+        "max_draft_model_tokens": draft.max_tokens,
+        "draft_model_step_cost": draft.step_cost,
+    }
 
 
 def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,109 @@
+"""How likely a draft model's next token is right, and right where no copy says the same: learnt from what was written.
+
+Counts by bucket, which start from a guess and fade, so that the estimates follow a change. They are apart from what is
+learnt about copies (survival.py): the two only meet in how strongly copies stand at a place, as a feature.
+
+Not covered: what is made of the estimates (combination.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["DraftSurvival", "Place"]
+
+_STRENGTHS, _STRENGTH_MIDDLES = (0.02, 0.2, 0.5, 0.8), (0.0, 0.1, 0.35, 0.65, 0.9)
+_CHANCES, _CHANCE_MIDDLES = (0.3, 0.5, 0.7, 0.85, 0.95), (0.2, 0.4, 0.6, 0.78, 0.9, 0.97)
+_DEPTHS = (2, 3, 5)
+_FIRST_GUESS = 0.75
+"""A little more than draft models reach, so that they get a chance to show what they are worth."""
+_PRIOR = 6.0
+"""Tokens that the first guess counts as."""
+_MEMORY = 120.0
+"""Tokens in a bucket at which its counts are halved."""
+_RETURN = 0.01
+"""How far the counts return to the first guess in each step that does without the draft model."""
+
+
+class Place(NamedTuple):
+    """A token that the draft model wrote, and what was known of it then."""
+
+    token: int
+    probability: float
+    """By the draft model itself."""
+    strength: float
+    """Probability that copies in the draft hold the right token at this depth."""
+    is_copied: bool
+    """A copy says the same."""
+
+
+class DraftSurvival:
+    """What is known of a draft model's tokens."""
+
+    def __init__(self) -> None:
+        self._depths = np.empty((len(_STRENGTH_MIDDLES), len(_DEPTHS) + 1, 3))
+        """Tokens seen, right, and right where no copy said the same, by strength and depth."""
+        self._chances = np.empty((len(_STRENGTH_MIDDLES), 2, len(_CHANCE_MIDDLES), 2))
+        """Tokens seen and right, by strength, whether a copy says the same, and the draft model's probability."""
+        for i, strength in enumerate(_STRENGTH_MIDDLES):
+            self._depths[i] = _PRIOR, _PRIOR * _FIRST_GUESS, _PRIOR * _FIRST_GUESS * (1 - strength)
+            for j, chance in enumerate(_CHANCE_MIDDLES):
+                self._chances[i, 0, j] = _PRIOR, _PRIOR * chance * (1 - strength / 2)
+                self._chances[i, 1, j] = _PRIOR, _PRIOR * (1 - (1 - chance) * (1 - strength))
+
+    def copy(self) -> DraftSurvival:
+        other = DraftSurvival()
+        other.blend(self, 1.0)
+        return other
+
+    def blend(self, other: DraftSurvival, share: float) -> None:
+        """Move towards `other`; 0 changes nothing, 1 takes over."""
+        self._depths += share * (other._depths - self._depths)
+        self._chances += share * (other._chances - self._chances)
+
+    def expected(self, strength: float, depth: int) -> tuple[float, float]:
+        """How likely a token that is yet to be written will be right, and right where no copy says the same.
+
+        Args:
+            strength: probability that copies hold the right token at this depth.
+            depth: from 1; the tokens before it are taken to be right.
+        """
+        seen, right, new = self._depths[bisect_right(_STRENGTHS, strength), bisect_right(_DEPTHS, depth)].tolist()
+        return right / seen, new / seen
+
+    def chance(self, place: Place) -> float:
+        """How likely a token is right that the draft model has written, if those before it are."""
+        seen, right = self._chances[_bucket(place)].tolist()
+        return float(right / seen)
+
+    def learn(self, places: Seq[Place], written: Seq[int]) -> None:
+        """Learn from a chain of tokens of the draft model and what was written instead, or as it said."""
+        for depth, (place, token) in enumerate(zip(places, written, strict=False), 1):
+            right = place.token == token
+            at = bisect_right(_STRENGTHS, place.strength), bisect_right(_DEPTHS, depth)
+            _count(self._depths[at], (1.0, right, right and not place.is_copied))
+            _count(self._chances[_bucket(place)], (1.0, right))
+            if not right:
+                return
+
+    def rest(self, strength: float) -> None:
+        """A step did without the draft model, at a place where copies stand this strongly: what is known gets older."""
+        at = bisect_right(_STRENGTHS, strength)
+        self._depths[at] += _RETURN * (_FRESH._depths[at] - self._depths[at])
+
+
+def _bucket(place: Place) -> tuple[int, int, int]:
+    return bisect_right(_STRENGTHS, place.strength), int(place.is_copied), bisect_right(_CHANCES, place.probability)
+
+
+def _count(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], seen: Seq[float]) -> None:
+    counts += seen
+    if counts[0] > _MEMORY:
+        counts /= 2
+
+
+_FRESH = DraftSurvival()
