@@ -6,10 +6,11 @@ import logging
 
 import numpy as np
 
+from copyspec_engine.candidates import with_candidates
 from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.copies import Run, find_around, trace
 from copyspec_engine.cost import CostCurve
-from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients
+from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients, wants_candidates
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.exact_tokens import ExactTokens
 from copyspec_engine.grammar import GrammarState
@@ -106,6 +107,7 @@ class EngineCore:
         if not rows:
             return [(draft, None) for draft in drafts]
         verdicts = [verify(row.draft, tokens) for row, tokens in zip(rows, sample(logits, rows), strict=True)]
+        verdicts = with_candidates(logits, rows, verdicts, [_ending(row) for row in batch.rows if row.samples])
         found = iter(with_logprobs(logits, rows, verdicts))
         return [
             (draft, _traced(row, draft, next(found)) if row.samples else None)
@@ -263,6 +265,14 @@ def _traced(row: ScheduledRow, draft: DraftTree, verdict: Verdict) -> Verdict:
     if memory is None or not len(draft.sources):
         return verdict._replace(runs=(Run(len(accepted), "frequent"),))
     return verdict._replace(runs=tuple(trace(memory.index, draft.sources[accepted].tolist())))
+
+
+def _ending(row: ScheduledRow) -> tuple[int, int] | None:
+    """The last two tokens of a row whose drafter wants to know what the pass holds likely."""
+    token_ids = row.sequence.token_ids
+    if not wants_candidates(row.sequence.drafter):
+        return None
+    return token_ids[-2] if len(token_ids) > 1 else -1, token_ids[-1]
 
 
 def _room(sequence: Sequence, num_tokens: int, exact_width: int | None) -> int:

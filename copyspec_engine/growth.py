@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
+from copyspec_engine.copies import RECYCLED
 from copyspec_engine.copy_index import BREAK, FREQUENT, MAX_MATCH_TOKENS, IndexArrays, find_matches, match_length
+from copyspec_engine.recycled import NUM_CANDIDATES, NUM_CHANCES, lookup
 from copyspec_engine.survival import (
     BY_AGREEMENT,
     BY_DISTANCE,
@@ -32,6 +34,7 @@ from copyspec_engine.survival import (
     BY_MATCH,
     BY_ORIGIN,
     BY_RANK,
+    BY_RECYCLED,
     BY_SHARE,
     CONTINUED,
     DELETED,
@@ -43,6 +46,7 @@ from copyspec_engine.survival import (
     NUM_FREQUENCIES,
     NUM_LENGTHS,
     NUM_RANKS,
+    
     REPLACED,
     calibrated,
     depth_bucket,
@@ -68,7 +72,7 @@ _MATCHES, _INNER_MATCHES = 24, 6
 """Pointers that come from matches, at the root and inside the tree."""
 _POINTERS = _MATCHES + 10
 _STARTS = 8
-_CANDIDATES = _POINTERS + FREQUENT
+_CANDIDATES = _POINTERS + 2 * NUM_CANDIDATES + FREQUENT
 _PENDING = 4096
 """Candidates waiting to become nodes."""
 _ROOT_STEPS, _INNER_STEPS = 32, 3
@@ -374,6 +378,15 @@ def _suffix_at(nodes: Table, suffix: Table, tail: Table, tail_size: int, slot: i
 
 
 @compiled
+def _last_two(nodes: Table, tail: Table, tail_size: int, slot: int) -> tuple[int, int]:
+    """The two tokens before a place; the first one is -1 if there is none."""
+    if slot == 0:
+        return tail[1] if tail_size > 1 else -1, tail[0]
+    parent = nodes[slot, PARENT]
+    return nodes[parent + 1, TOKEN] if parent >= 0 else tail[0], nodes[slot, TOKEN]
+
+
+@compiled
 def _group(
     ring: npt.NDArray[np.int32],
     bounds: Table,
@@ -484,6 +497,50 @@ def _rank(
 
 
 @compiled
+def _is_candidate(candidates: Table, count: int, token: int) -> bool:
+    for j in range(count):
+        if candidates[j, 0] == token:
+            return True
+    return False
+
+
+@compiled
+def _add_recycled(
+    keys: Table,
+    tokens: npt.NDArray[np.int32],
+    chances: npt.NDArray[np.int8],
+    before: int,
+    last: int,
+    weights: npt.NDArray[np.float64],
+    candidates: Table,
+    hazards: npt.NDArray[np.float64],
+    count: int,
+    probability: float,
+    least: float,
+) -> int:
+    """Add what the model held likely behind `before` and `last`, as far as it may reach `least`; the new count."""
+    pair = lookup(keys, before, last)
+    single = lookup(keys, -1, last)
+    for kind in range(3):  # behind both tokens; behind the last one where both are known; and where they are not
+        row = pair if kind == 0 else single if (kind == 1) == (pair >= 0) else -1
+        if row < 0:
+            continue
+        for i in range(tokens.shape[1]):
+            token = np.int64(tokens[row, i])
+            if token < 0:
+                break
+            feature = BY_RECYCLED + kind * NUM_CHANCES + chances[row, i]
+            chance = hazard(weights[feature])
+            if probability * chance <= least or _is_candidate(candidates, count, token):
+                continue
+            candidates[count, 0], candidates[count, 2], hazards[count] = token, RECYCLED, chance
+            candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = feature, -1
+            probability *= 1.0 - chance
+            count += 1
+    return count
+
+
+@compiled
 def _add_frequent(
     frequent: Table,
     total: int,
@@ -506,12 +563,7 @@ def _add_frequent(
         chance = hazard(weights[BY_FREQUENCY + bucket])
         if probability * chance <= least:
             break
-        known = False
-        for j in range(matched):
-            if candidates[j, 0] == token:
-                known = True
-                break
-        if not known:
+        if not _is_candidate(candidates, matched, token):
             candidates[count, 0], candidates[count, 2], hazards[count] = token, 0, chance
             candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = BY_FREQUENCY + bucket, -1
             probability *= 1.0 - chance
@@ -570,17 +622,22 @@ def _candidates(
     candidates: Table,
     log_odds: npt.NDArray[np.float64],
     hazards: npt.NDArray[np.float64],
+    keys: Table,
+    tokens: npt.NDArray[np.int32],
+    chances: npt.NDArray[np.int8],
     suffix: Table,
     tail: Table,
     sizes: Table,
     slot: int,
     probability: float,
     least: float,
+    least_recycled: float,
     ingredients: npt.NDArray[np.bool_],
 ) -> int:
     """The candidates behind a place that is reached with `probability`, best first; how many there are.
 
-    The arrays are those of `IndexArrays`, `Survival`, `Scratch` and `Call`; `pointers` are the place's own.
+    The arrays are those of `IndexArrays`, `Survival`, `Scratch`, `RecycledArrays` and `Call`; `pointers` are the
+    place's own. Recycled candidates have a least probability of their own.
     """
     if slot > 0:
         nodes[slot, POINTERS] = _complete(
@@ -607,6 +664,16 @@ def _candidates(
     for j in range(count):
         hazards[j] = hazard(log_odds[j])
         probability *= 1.0 - hazards[j]
+    if len(keys) and (ingredients[TREE] or count == 0):
+        before, last = _last_two(nodes, tail, sizes[0], slot)
+        recycled = _add_recycled(
+            keys, tokens, chances, before, last, weights, candidates, hazards, count, probability, least_recycled
+        )
+        if not ingredients[TREE]:
+            return min(recycled, 1)
+        for j in range(count, recycled):
+            probability *= 1.0 - hazards[j]
+        count = recycled
     if not ingredients[TREE]:
         return count
     return _add_frequent(frequent, total, weights, candidates, hazards, count, probability, least)
@@ -662,6 +729,7 @@ def drawn_pace(paces: npt.NDArray[np.float64]) -> float:
 @compiled
 def grow(
     arrays: Fields,
+    recycled: Fields,
     survival: Fields,
     scratch: Fields,
     call: Fields,
@@ -674,6 +742,7 @@ def grow(
 
     Args:
         arrays: the index, as `IndexArrays`.
+        recycled: candidates of earlier passes, as `RecycledArrays`; empty ones if they take no part.
         survival: what was learnt, as `Survival`; not changed.
         scratch: `Scratch` for at least `len(marginal)` nodes.
         call: the text so far, as `Call`.
@@ -686,6 +755,7 @@ def grow(
         The number of nodes.
     """
     ring, heads, previous, bounds, _, frequent, counted = arrays
+    recycled_keys, _, recycled_tokens, chances = recycled
     weights, paths, paces = survival
     nodes, probabilities, pointers, groups, candidates, log_odds, hazards, suffix, waiting, keys, heap = scratch
     tail, sizes, alignments, found, _ = call
@@ -711,11 +781,15 @@ def grow(
                 candidates,
                 log_odds,
                 hazards,
+                recycled_keys,
+                recycled_tokens,
+                chances,
                 suffix,
                 tail,
                 sizes,
                 slot,
                 probability,
+                least,
                 least,
                 ingredients,
             )
@@ -745,6 +819,7 @@ def grow(
 @compiled
 def walk(
     arrays: Fields,
+    recycled: Fields,
     survival: Fields,
     scratch: Fields,
     call: Fields,
@@ -757,6 +832,7 @@ def walk(
 
     Args:
         arrays: the index, as `IndexArrays`.
+        recycled: as for `grow`.
         survival: as `Survival`; its weights are changed.
         scratch: `Scratch` for at least `len(written)` places.
         call: the text before `written`, as `Call`.
@@ -766,6 +842,7 @@ def walk(
         ingredients: what takes part, shape (5,).
     """
     ring, heads, previous, bounds, _, frequent, counted = arrays
+    recycled_keys, _, recycled_tokens, chances = recycled
     weights, _, _ = survival
     nodes, _, pointers, groups, candidates, log_odds, hazards, suffix, _, _, _ = scratch
     tail, sizes, alignments, found, _ = call
@@ -786,12 +863,16 @@ def walk(
             candidates,
             log_odds,
             hazards,
+            recycled_keys,
+            recycled_tokens,
+            chances,
             suffix,
             tail,
             sizes,
             slot,
             probabilities[slot - 1] if slot > 0 else 1.0,
             least,
+            0.0,  # what a candidate is worth is to be learnt before it is worth drafting
             ingredients,
         )
         learn_outcome(weights, candidates, _FEATURES, count, written[slot])

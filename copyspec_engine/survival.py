@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
+from copyspec_engine.recycled import CHANCE_ODDS, NUM_CHANCES
 
 __all__ = [
     "BY_AGREEMENT",
@@ -32,6 +33,7 @@ __all__ = [
     "BY_MATCH",
     "BY_ORIGIN",
     "BY_RANK",
+    "BY_RECYCLED",
     "BY_SHARE",
     "CONTINUED",
     "DECLARED",
@@ -95,7 +97,9 @@ BY_DISTANCE = BY_SHARE + _NUM_SHARES
 """How far back a short match is."""
 BY_FREQUENCY = BY_DISTANCE + NUM_DISTANCES
 """Only for frequent tokens without any match: share of the token in the text."""
-NUM_WEIGHTS = BY_FREQUENCY + NUM_FREQUENCIES
+BY_RECYCLED = BY_FREQUENCY + NUM_FREQUENCIES
+"""Only for recycled candidates without any match: the share they had, by what they were kept under."""
+NUM_WEIGHTS = BY_RECYCLED + 3 * NUM_CHANCES
 
 NUM_FEATURES = 6
 """Features of a candidate that has a match, its rank last; a frequent token has one."""
@@ -146,7 +150,8 @@ def first_guess() -> list[float]:
     weights[BY_AGREEMENT:BY_ORIGIN] = np.repeat(agreements, NUM_LENGTHS)
     weights[BY_ORIGIN:BY_RANK] = np.repeat(origins, NUM_DEPTHS)
     weights[BY_RANK:BY_SHARE] = ranks
-    weights[BY_FREQUENCY:] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
+    weights[BY_FREQUENCY:BY_RECYCLED] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
+    weights[BY_RECYCLED:] = [odds - less for less in (1.0, 2.0, 2.0) for odds in CHANCE_ODDS]
     guess: list[float] = weights.tolist()
     return guess
 
