@@ -36,6 +36,7 @@ from copyspec_engine.survival import (
     BY_RANK,
     BY_RECYCLED,
     BY_SHARE,
+    BY_SUPPORT,
     CONTINUED,
     DELETED,
     INSERTED,
@@ -454,6 +455,18 @@ def _distance(length: int, away: int) -> int:
 
 
 @compiled
+def _support(likely: npt.NDArray[np.int32], chances: npt.NDArray[np.int8], pair: int, single: int, token: int) -> int:
+    row = pair if pair >= 0 else single
+    if row < 0:
+        return 0
+    support = 1 if pair >= 0 else 2 + NUM_CHANCES
+    for i in range(likely.shape[1]):
+        if likely[row, i] == token:
+            return support + 1 + chances[row, i]
+    return support
+
+
+@compiled
 def _rank(
     weights: npt.NDArray[np.float64],
     pointers: Table,
@@ -464,6 +477,10 @@ def _rank(
     candidates: Table,
     count: int,
     log_odds: npt.NDArray[np.float64],
+    likely: npt.NDArray[np.int32],
+    chances: npt.NDArray[np.int8],
+    pair: int,
+    single: int,
     agreements: bool,
 ) -> None:
     """Write each candidate's features and log-odds, and bring the best one to the front."""
@@ -480,6 +497,7 @@ def _rank(
         candidates[j, 5] = BY_ORIGIN + origin * NUM_DEPTHS + depth_bucket(depth)
         candidates[j, 6] = BY_SHARE + share
         candidates[j, 7] = BY_DISTANCE + _distance(length, max(end - position, 1))
+        candidates[j, 8] = BY_SUPPORT + _support(likely, chances, pair, single, candidates[j, 0])
         odds = 0.0
         for feature in range(_FEATURES, _RANK):
             odds += weights[candidates[j, feature]]
@@ -658,7 +676,11 @@ def _candidates(
     num_pointers, depth = nodes[slot, POINTERS], nodes[slot, DEPTH]
     count = _group(ring, bounds, pointers, num_pointers, groups, candidates)
     agreements = ingredients[AGREEMENT]
-    _rank(weights, pointers, num_pointers, depth, sizes[3], groups, candidates, count, log_odds, agreements)
+    before, last, pair, single = -1, -1, -1, -1
+    if len(keys):
+        before, last = _last_two(nodes, tail, sizes[0], slot)
+        pair, single = lookup(keys, before, last), lookup(keys, -1, last)
+    _rank(weights, pointers, num_pointers, depth, sizes[3], groups, candidates, count, log_odds, tokens, chances, pair, single, agreements)
     if not ingredients[TREE]:
         count = min(count, 1)
     for j in range(count):
