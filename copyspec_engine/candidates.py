@@ -54,7 +54,7 @@ def with_candidates(
 
 
 def _places(verdict: Verdict, num_nodes: int) -> list[int]:
-    """Draft nodes to look behind, ascending (-1: the end of the text): the end of the path, then the likeliest others."""
+    """Draft nodes to look behind, ascending (-1: the text's end): the end of the path, then the likeliest others."""
     path = [-1, *verdict.accepted][-_MOST:]
     others = [node for node in range(min(num_nodes, _MOST)) if node not in verdict.accepted]
     return sorted([*path, *others[: _MOST - len(path)]])

@@ -23,6 +23,7 @@ from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import FinishReason, StreamChunk
 from copyspec_engine.prefix_cache import PrefixCache
+from copyspec_engine.recycled import NUM_CANDIDATES, Candidates
 from copyspec_engine.sampler import SampleRow, sample
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler, session_key
 from copyspec_engine.sequence import Sequence
@@ -242,6 +243,10 @@ def warm_up() -> None:
         draft = drafter.propose(1, 64)
         drafter.observe(draft, (), (0,))
         drafter.finish()
+        for size in (1, 1000):  # until the table grows
+            likely = np.ones((2, size, NUM_CANDIDATES))
+            contexts = np.arange(2 * size).reshape(-1, 2)
+            memory.recycled.add(Candidates(contexts, likely[0].astype(np.int32), likely[1].astype(np.int8)))
     tokens = np.arange(8)
     find_around(tokens, tokens, 2, 4)
 

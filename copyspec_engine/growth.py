@@ -26,7 +26,7 @@ import numpy.typing as npt
 from copyspec_engine.compiled import compiled
 from copyspec_engine.copies import RECYCLED
 from copyspec_engine.copy_index import BREAK, FREQUENT, MAX_MATCH_TOKENS, IndexArrays, find_matches, match_length
-from copyspec_engine.recycled import NUM_CANDIDATES, NUM_CHANCES, lookup
+from copyspec_engine.recycled import NUM_CANDIDATES, NUM_CHANCES, find_kept
 from copyspec_engine.survival import (
     BY_AGREEMENT,
     BY_DISTANCE,
@@ -47,7 +47,6 @@ from copyspec_engine.survival import (
     NUM_FREQUENCIES,
     NUM_LENGTHS,
     NUM_RANKS,
-    
     REPLACED,
     calibrated,
     depth_bucket,
@@ -73,7 +72,7 @@ _MATCHES, _INNER_MATCHES = 24, 6
 """Pointers that come from matches, at the root and inside the tree."""
 _POINTERS = _MATCHES + 10
 _STARTS = 8
-_CANDIDATES = _POINTERS + 2 * NUM_CANDIDATES + FREQUENT
+_CANDIDATES = _POINTERS + NUM_CANDIDATES + FREQUENT
 _PENDING = 4096
 """Candidates waiting to become nodes."""
 _ROOT_STEPS, _INNER_STEPS = 32, 3
@@ -112,8 +111,8 @@ TOKEN, PARENT, SOURCE, DEPTH, POINTERS, AT, AGE = 0, 1, 2, 3, 4, 5, 6  # and AT,
 POSITION, LENGTH, ORIGIN = 0, 1, 2
 _FEATURES = 3
 """First column with a candidate's features, behind its token, best pointer and source."""
-_RANK = _FEATURES + NUM_FEATURES - 1
-"""Column of the last one: its rank among the candidates of its place."""
+_RANK, _SUPPORT = _FEATURES + NUM_FEATURES - 2, _FEATURES + NUM_FEATURES - 1
+"""Columns of the last two: its rank among the candidates of its place, and whether the model held it likely before."""
 
 Table: TypeAlias = npt.NDArray[np.int64]
 
@@ -455,15 +454,13 @@ def _distance(length: int, away: int) -> int:
 
 
 @compiled
-def _support(likely: npt.NDArray[np.int32], chances: npt.NDArray[np.int8], pair: int, single: int, token: int) -> int:
-    row = pair if pair >= 0 else single
-    if row < 0:
-        return 0
-    support = 1 if pair >= 0 else 2 + NUM_CHANCES
+def _support(likely: npt.NDArray[np.int32], chances: npt.NDArray[np.int8], kept: int, kind: int, token: int) -> int:
+    """The feature of a token that matches, by what is kept in row `kept` of the recycled candidates."""
+    feature = BY_SUPPORT + kind * (1 + NUM_CHANCES)
     for i in range(likely.shape[1]):
-        if likely[row, i] == token:
-            return support + 1 + chances[row, i]
-    return support
+        if likely[kept, i] == token:
+            return feature + 1 + chances[kept, i]
+    return feature
 
 
 @compiled
@@ -479,8 +476,8 @@ def _rank(
     log_odds: npt.NDArray[np.float64],
     likely: npt.NDArray[np.int32],
     chances: npt.NDArray[np.int8],
-    pair: int,
-    single: int,
+    kept: int,
+    kind: int,
     agreements: bool,
 ) -> None:
     """Write each candidate's features and log-odds, and bring the best one to the front."""
@@ -497,16 +494,19 @@ def _rank(
         candidates[j, 5] = BY_ORIGIN + origin * NUM_DEPTHS + depth_bucket(depth)
         candidates[j, 6] = BY_SHARE + share
         candidates[j, 7] = BY_DISTANCE + _distance(length, max(end - position, 1))
-        candidates[j, 8] = BY_SUPPORT + _support(likely, chances, pair, single, candidates[j, 0])
         odds = 0.0
         for feature in range(_FEATURES, _RANK):
             odds += weights[candidates[j, feature]]
+        candidates[j, _SUPPORT] = -1
+        if kept >= 0:
+            candidates[j, _SUPPORT] = _support(likely, chances, kept, kind, candidates[j, 0])
+            odds += weights[candidates[j, _SUPPORT]]
         log_odds[j] = odds
         i = j  # insertion sort: there are few, and they are nearly in order
         while i > 0 and log_odds[i] > log_odds[i - 1]:
             log_odds[i], log_odds[i - 1] = log_odds[i - 1], log_odds[i]
             groups[1, i], groups[1, i - 1] = groups[1, i - 1], groups[1, i]
-            for column in range(_RANK):
+            for column in range(candidates.shape[1]):
                 candidates[i, column], candidates[i - 1, column] = candidates[i - 1, column], candidates[i, column]
             i -= 1
     for j in range(count):
@@ -523,12 +523,19 @@ def _is_candidate(candidates: Table, count: int, token: int) -> bool:
 
 
 @compiled
+def _rest(hazards: npt.NDArray[np.float64], count: int, probability: float) -> float:
+    """Of a place's probability, what is left behind its first `count` candidates."""
+    for j in range(count):
+        probability *= 1.0 - hazards[j]
+    return probability
+
+
+@compiled
 def _add_recycled(
-    keys: Table,
-    tokens: npt.NDArray[np.int32],
+    likely: npt.NDArray[np.int32],
     chances: npt.NDArray[np.int8],
-    before: int,
-    last: int,
+    kept: int,
+    kind: int,
     weights: npt.NDArray[np.float64],
     candidates: Table,
     hazards: npt.NDArray[np.float64],
@@ -536,21 +543,14 @@ def _add_recycled(
     probability: float,
     least: float,
 ) -> int:
-    """Add what the model held likely behind `before` and `last`, as far as it may reach `least`; the new count."""
-    pair = lookup(keys, before, last)
-    single = lookup(keys, -1, last)
-    for kind in range(3):  # behind both tokens; behind the last one where both are known; and where they are not
-        row = pair if kind == 0 else single if (kind == 1) == (pair >= 0) else -1
-        if row < 0:
-            continue
-        for i in range(tokens.shape[1]):
-            token = np.int64(tokens[row, i])
-            if token < 0:
-                break
-            feature = BY_RECYCLED + kind * NUM_CHANCES + chances[row, i]
-            chance = hazard(weights[feature])
-            if probability * chance <= least or _is_candidate(candidates, count, token):
-                continue
+    """Add the tokens in row `kept` of the recycled candidates, as far as they may reach `least`; the new count."""
+    for i in range(likely.shape[1]):
+        token = np.int64(likely[kept, i])
+        if token < 0:
+            break
+        feature = BY_RECYCLED + kind * NUM_CHANCES + chances[kept, i]
+        chance = hazard(weights[feature])
+        if probability * chance > least and not _is_candidate(candidates, count, token):
             candidates[count, 0], candidates[count, 2], hazards[count] = token, RECYCLED, chance
             candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = feature, -1
             probability *= 1.0 - chance
@@ -641,7 +641,7 @@ def _candidates(
     log_odds: npt.NDArray[np.float64],
     hazards: npt.NDArray[np.float64],
     keys: Table,
-    tokens: npt.NDArray[np.int32],
+    likely: npt.NDArray[np.int32],
     chances: npt.NDArray[np.int8],
     suffix: Table,
     tail: Table,
@@ -675,30 +675,44 @@ def _candidates(
         )
     num_pointers, depth = nodes[slot, POINTERS], nodes[slot, DEPTH]
     count = _group(ring, bounds, pointers, num_pointers, groups, candidates)
-    agreements = ingredients[AGREEMENT]
-    before, last, pair, single = -1, -1, -1, -1
-    if len(keys):
-        before, last = _last_two(nodes, tail, sizes[0], slot)
-        pair, single = lookup(keys, before, last), lookup(keys, -1, last)
-    _rank(weights, pointers, num_pointers, depth, sizes[3], groups, candidates, count, log_odds, tokens, chances, pair, single, agreements)
-    if not ingredients[TREE]:
-        count = min(count, 1)
+    before, last = _last_two(nodes, tail, sizes[0], slot)
+    kept, kind = find_kept(keys, before, last)
+    _rank(
+        weights,
+        pointers,
+        num_pointers,
+        depth,
+        sizes[3],
+        groups,
+        candidates,
+        count,
+        log_odds,
+        likely,
+        chances,
+        kept,
+        kind,
+        ingredients[AGREEMENT],
+    )
     for j in range(count):
         hazards[j] = hazard(log_odds[j])
-        probability *= 1.0 - hazards[j]
-    if len(keys) and (ingredients[TREE] or count == 0):
-        before, last = _last_two(nodes, tail, sizes[0], slot)
-        recycled = _add_recycled(
-            keys, tokens, chances, before, last, weights, candidates, hazards, count, probability, least_recycled
+    if kept >= 0:
+        count = _add_recycled(
+            likely,
+            chances,
+            kept,
+            kind,
+            weights,
+            candidates,
+            hazards,
+            count,
+            _rest(hazards, count, probability),
+            least_recycled,
         )
-        if not ingredients[TREE]:
-            return min(recycled, 1)
-        for j in range(count, recycled):
-            probability *= 1.0 - hazards[j]
-        count = recycled
     if not ingredients[TREE]:
-        return count
-    return _add_frequent(frequent, total, weights, candidates, hazards, count, probability, least)
+        return min(count, 1)
+    return _add_frequent(
+        frequent, total, weights, candidates, hazards, count, _rest(hazards, count, probability), least
+    )
 
 
 # ---- the heap of waiting candidates --------------------------------------------------------------------------------
@@ -777,7 +791,7 @@ def grow(
         The number of nodes.
     """
     ring, heads, previous, bounds, _, frequent, counted = arrays
-    recycled_keys, _, recycled_tokens, chances = recycled
+    recycled_keys, _, likely_tokens, chances = recycled
     weights, paths, paces = survival
     nodes, probabilities, pointers, groups, candidates, log_odds, hazards, suffix, waiting, keys, heap = scratch
     tail, sizes, alignments, found, _ = call
@@ -804,7 +818,7 @@ def grow(
                 log_odds,
                 hazards,
                 recycled_keys,
-                recycled_tokens,
+                likely_tokens,
                 chances,
                 suffix,
                 tail,
@@ -864,7 +878,7 @@ def walk(
         ingredients: what takes part, shape (5,).
     """
     ring, heads, previous, bounds, _, frequent, counted = arrays
-    recycled_keys, _, recycled_tokens, chances = recycled
+    recycled_keys, _, likely_tokens, chances = recycled
     weights, _, _ = survival
     nodes, _, pointers, groups, candidates, log_odds, hazards, suffix, _, _, _ = scratch
     tail, sizes, alignments, found, _ = call
@@ -886,7 +900,7 @@ def walk(
             log_odds,
             hazards,
             recycled_keys,
-            recycled_tokens,
+            likely_tokens,
             chances,
             suffix,
             tail,

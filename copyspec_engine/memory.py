@@ -45,9 +45,7 @@ class SessionMemory:
         recycled: candidates shared with them; default: a table of its own.
     """
 
-    def __init__(
-        self, max_tokens: int, index: CopyIndex | None = None, recycled: RecycledTable | None = None
-    ) -> None:
+    def __init__(self, max_tokens: int, index: CopyIndex | None = None, recycled: RecycledTable | None = None) -> None:
         self.index = CopyIndex(max_tokens) if index is None else index
         self.recycled = RecycledTable() if recycled is None else recycled
         """What the model held likely in its texts; not kept in a memory file."""

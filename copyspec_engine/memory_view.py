@@ -88,7 +88,7 @@ class ConversationMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Main memory that texts, index and candidates take; grows in powers of two, and does not shrink but by `clear`."""
+        """Main memory for texts, index and candidates; grows in powers of two, and does not shrink but by `clear`."""
         return self._look().num_bytes
 
     def export(self) -> str:

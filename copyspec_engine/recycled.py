@@ -1,4 +1,4 @@
-"""The model's own other candidates, kept to be drafted again: a bounded table from one or two tokens to likely next ones.
+"""The model's own other candidates, kept to be drafted again: a bounded table from one or two tokens to the next ones.
 
 Each pass that checks a draft tells, for every token it reads, which tokens the model held likely to come next; all but
 one of them are usually thrown away. Here they are kept under the last two tokens and under the last one alone, and
@@ -31,7 +31,7 @@ __all__ = [
     "RecycledTable",
     "chance_buckets",
     "contexts_of",
-    "lookup",
+    "find_kept",
 ]
 
 NUM_CANDIDATES = 8
@@ -98,7 +98,8 @@ def _group(key: int, size: int) -> int:
     """The first row of a key's group in a table of `size` entries, a power of two."""
     value = np.uint64(key) * _MULTIPLIER
     value ^= value >> np.uint64(32)
-    return np.int64(value & np.uint64(size // _WAYS - 1)) * _WAYS
+    first: int = np.int64(value & np.uint64(size // _WAYS - 1)) * _WAYS
+    return first
 
 
 @compiled
@@ -110,6 +111,18 @@ def lookup(keys: npt.NDArray[np.int64], before: int, last: int) -> int:
         if keys[row] == key:
             return row
     return -1
+
+
+@compiled
+def find_kept(keys: npt.NDArray[np.int64], before: int, last: int) -> tuple[int, int]:
+    """(row, 0) of what is kept under two tokens, else (row, 1) of that under the last one alone, else (-1, 0)."""
+    if len(keys) == 0:
+        return -1, 0
+    row = lookup(keys, before, last)
+    if row >= 0:
+        return row, 0
+    row = lookup(keys, -1, last)
+    return row, 1 if row >= 0 else 0
 
 
 @compiled

@@ -35,6 +35,7 @@ __all__ = [
     "BY_RANK",
     "BY_RECYCLED",
     "BY_SHARE",
+    "BY_SUPPORT",
     "CONTINUED",
     "DECLARED",
     "DELETED",
@@ -99,11 +100,12 @@ BY_FREQUENCY = BY_DISTANCE + NUM_DISTANCES
 """Only for frequent tokens without any match: share of the token in the text."""
 BY_RECYCLED = BY_FREQUENCY + NUM_FREQUENCIES
 """Only for recycled candidates without any match: the share they had, by what they were kept under."""
-BY_SUPPORT = BY_RECYCLED + 3 * NUM_CHANCES
-NUM_WEIGHTS = BY_SUPPORT + 3 + 2 * NUM_CHANCES
+BY_SUPPORT = BY_RECYCLED + 2 * NUM_CHANCES
+"""Only where candidates were kept: whether a match's token is one of them, and the share it had, by the same."""
+NUM_WEIGHTS = BY_SUPPORT + 2 * (1 + NUM_CHANCES)
 
 NUM_FEATURES = 7
-"""Features of a candidate that has a match, its rank last; a frequent token has one."""
+"""Features of a candidate that has a match, most; a recycled or frequent token has one."""
 
 _MOST = 8.0
 """Weights stay within plus and minus this."""
@@ -152,7 +154,7 @@ def first_guess() -> list[float]:
     weights[BY_ORIGIN:BY_RANK] = np.repeat(origins, NUM_DEPTHS)
     weights[BY_RANK:BY_SHARE] = ranks
     weights[BY_FREQUENCY:BY_RECYCLED] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
-    weights[BY_RECYCLED:BY_SUPPORT] = [odds - less for less in (1.0, 2.0, 2.0) for odds in CHANCE_ODDS]
+    weights[BY_RECYCLED:BY_SUPPORT] = [odds - less for less in (1.0, 2.0) for odds in CHANCE_ODDS]
     guess: list[float] = weights.tolist()
     return guess
 

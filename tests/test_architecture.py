@@ -13,6 +13,7 @@ LEVELS = {
         "calibration",
         "compiled",
         "copies",
+        "recycled",
         "copy_index",
         "cost",
         "memory",
@@ -37,6 +38,7 @@ LEVELS = {
     },
     2: {
         "sampler",
+        "candidates",
         "processors",
         "logprobs",
         "grammar",
