@@ -695,6 +695,7 @@ def _candidates(
     )
     for j in range(count):
         hazards[j] = hazard(log_odds[j])
+    matched = count
     if kept >= 0:
         count = _add_recycled(
             likely,
@@ -709,6 +710,8 @@ def _candidates(
             least_recycled,
         )
     if not ingredients[TREE]:
+        if count > matched > 0 and _rest(hazards, matched, 1.0) * hazards[matched] > hazards[0]:
+            candidates[0], hazards[0] = candidates[matched], hazards[matched]
         return min(count, 1)
     return _add_frequent(
         frequent, total, weights, candidates, hazards, count, _rest(hazards, count, probability), least

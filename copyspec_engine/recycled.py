@@ -22,7 +22,6 @@ import numpy.typing as npt
 from copyspec_engine.compiled import compiled
 
 __all__ = [
-    "CHANCE_ODDS",
     "NOT_RECYCLED",
     "NUM_CANDIDATES",
     "NUM_CHANCES",
@@ -49,8 +48,6 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _LEAST_ODDS, _STEP = -5.0, 0.75
 NUM_CHANCES = 13
 """Buckets of a candidate's probability: steps of 0.75 in log-odds from 0.7 % up."""
-CHANCE_ODDS = tuple(_LEAST_ODDS + _STEP * (bucket + 0.5) for bucket in range(NUM_CHANCES))
-"""The log-odds in the middle of each bucket."""
 
 
 class Candidates(NamedTuple):

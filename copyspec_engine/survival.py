@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
-from copyspec_engine.recycled import CHANCE_ODDS, NUM_CHANCES
+from copyspec_engine.recycled import NUM_CHANCES
 
 __all__ = [
     "BY_AGREEMENT",
@@ -107,6 +107,16 @@ NUM_WEIGHTS = BY_SUPPORT + 2 * (1 + NUM_CHANCES)
 NUM_FEATURES = 7
 """Features of a candidate that has a match, most; a recycled or frequent token has one."""
 
+# Replayed conversations have no logits: these were learnt, and rounded, from what a small language model wrote freely.
+_RECYCLED = (
+    *(-5.3, -3.9, -2.6, -1.8, -1.6, -1.4, -1.0, -0.4, 0.3, 1.0, 1.8, 2.6, 3.3),
+    *(-6.0, -4.1, -2.9, -2.5, -2.2, -2.0, -1.7, -1.3, -0.7, 0.0, 0.7, 1.5, 2.3),
+)
+_SUPPORT = (
+    *(-0.7, 0.0, -0.3, -0.3, -0.3, -0.2, 0.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.4),
+    *(-0.7, 0.0, -0.2, -0.1, 0.0, 0.2, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.3),
+)
+
 _MOST = 8.0
 """Weights stay within plus and minus this."""
 _RATE = 0.02
@@ -154,7 +164,8 @@ def first_guess() -> list[float]:
     weights[BY_ORIGIN:BY_RANK] = np.repeat(origins, NUM_DEPTHS)
     weights[BY_RANK:BY_SHARE] = ranks
     weights[BY_FREQUENCY:BY_RECYCLED] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
-    weights[BY_RECYCLED:BY_SUPPORT] = [odds - less for less in (1.0, 2.0) for odds in CHANCE_ODDS]
+    weights[BY_RECYCLED:BY_SUPPORT] = _RECYCLED
+    weights[BY_SUPPORT:] = _SUPPORT
     guess: list[float] = weights.tolist()
     return guess
 
