@@ -243,7 +243,7 @@ def warm_up() -> None:
         draft = drafter.propose(1, 64)
         drafter.observe(draft, (), (0,))
         drafter.finish()
-        for size in (1, 1000):  # until the table grows
+        for size in (1, 1000) if wants_candidates(drafter) else ():  # until the table grows
             likely = np.ones((2, size, NUM_CANDIDATES))
             contexts = np.arange(2 * size).reshape(-1, 2)
             memory.recycled.add(Candidates(contexts, likely[0].astype(np.int32), likely[1].astype(np.int8)))
