@@ -13,8 +13,8 @@ from copyspec_engine.verify import Verdict
 
 __all__ = ["with_candidates"]
 
-_MOST = 32
-"""Places of a row that are looked at."""
+_MOST, _MOST_ON_CPU = 32, 8
+"""Places that are looked at in one pass, of all rows together: each takes the time and room of a row of logits."""
 
 
 def with_candidates(
@@ -35,8 +35,10 @@ def with_candidates(
     """
     first, chosen = 0, []
     nodes: list[list[int]] = []
+    most = _MOST_ON_CPU if logits.device.type == "cpu" else _MOST
+    most = max(most // max(len(rows) - endings.count(None), 1), 1)
     for row, verdict, ending in zip(rows, verdicts, endings, strict=True):
-        nodes.append([] if ending is None else _places(verdict, len(row.draft)))
+        nodes.append([] if ending is None else _places(verdict, len(row.draft), most))
         chosen += [first + 1 + node for node in nodes[-1]]
         first += row.num_nodes
     if not chosen:
@@ -53,11 +55,11 @@ def with_candidates(
     return kept
 
 
-def _places(verdict: Verdict, num_nodes: int) -> list[int]:
+def _places(verdict: Verdict, num_nodes: int, most: int) -> list[int]:
     """Draft nodes to look behind, ascending (-1: the text's end): the end of the path, then the likeliest others."""
-    path = [-1, *verdict.accepted][-_MOST:]
-    others = [node for node in range(min(num_nodes, _MOST)) if node not in verdict.accepted]
-    return sorted([*path, *others[: _MOST - len(path)]])
+    path = [-1, *verdict.accepted][-most:]
+    others = [node for node in range(num_nodes) if node not in verdict.accepted]
+    return sorted([*path, *others[: most - len(path)]])
 
 
 def _likeliest(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

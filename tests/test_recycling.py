@@ -376,4 +376,4 @@ def test_of_a_long_draft_the_end_of_the_path_and_the_likeliest_others_are_looked
     rows = [SampleRow(SamplingParams(), 0, 9, draft)]
     (found,) = with_candidates(torch.randn(101, 50), rows, [verdict], [(7, 8)])
     assert found.candidates is not None
-    assert found.candidates.contexts[:, 1].tolist() == list(range(38, 70))
+    assert found.candidates.contexts[:, 1].tolist() == list(range(62, 70))
