@@ -43,7 +43,7 @@ _REGION = 2048
 _MOST_DELAY = 1.05
 """How much longer the pass that gives an answer's first token may take with a draft in it than without."""
 _WORTH_KEEPING = 0.15
-"""Where a node must be likelier than this, recycled candidates seldom are: finding them would cost more than it gives."""
+"""Where a node must be likelier than this, recycled candidates seldom are: finding them costs more than it gives."""
 _SHARED = 0.05
 """How far what a call has learnt moves what later conversations start from."""
 
