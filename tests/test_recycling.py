@@ -76,7 +76,7 @@ def test_the_tokens_are_those_of_plain_decoding_over_turns_with_kv_reuse(
         assert same_answer(plain, drafted)
         prompt = (*prompt, *drafted.token_ids, *ids_of(" more"))
     assert drafted.usage.cached_tokens > len(FRESH)
-    assert recycled(engine) > 5
+    assert recycled(engine) > 2
     if source == "recycled":
         assert set(engine.metrics().accepted_by_source) == {"recycled"}
     assert_all_slots_free(engine)
