@@ -7,12 +7,13 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
+from copyspec_engine.candidates import with_candidates
 from copyspec_engine.combination import Combination
 from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.copies import Run, find_around, trace
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.draft_model import DraftModel
-from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients
+from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients, wants_candidates
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.exact_tokens import ExactTokens
 from copyspec_engine.grammar import GrammarState
@@ -25,6 +26,7 @@ from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import FinishReason, StreamChunk
 from copyspec_engine.prefix_cache import PrefixCache
+from copyspec_engine.recycled import NUM_CANDIDATES, Candidates
 from copyspec_engine.sampler import SampleRow, sample
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler, session_key
 from copyspec_engine.sequence import Sequence
@@ -108,6 +110,7 @@ class EngineCore:
         if not rows:
             return [(draft, None) for draft in drafts]
         verdicts = [verify(row.draft, tokens) for row, tokens in zip(rows, sample(logits, rows), strict=True)]
+        verdicts = with_candidates(logits, rows, verdicts, [_ending(row) for row in batch.rows if row.samples])
         found = iter(with_logprobs(logits, rows, verdicts))
         return [
             (draft, _traced(row, draft, next(found)) if row.samples else None)
@@ -266,6 +269,10 @@ def warm_up() -> None:
         draft = drafter.propose(1, 64)
         drafter.observe(draft, (), (0,))
         drafter.finish()
+        for size in (1, 1000) if wants_candidates(drafter) else ():  # until the table grows
+            likely = np.ones((2, size, NUM_CANDIDATES))
+            contexts = np.arange(2 * size).reshape(-1, 2)
+            memory.recycled.add(Candidates(contexts, likely[0].astype(np.int32), likely[1].astype(np.int8)))
     tokens = np.arange(8)
     find_around(tokens, tokens, 2, 4)
 
@@ -302,6 +309,14 @@ def _traced(row: ScheduledRow, draft: DraftTree, verdict: Verdict) -> Verdict:
     if memory is None or not len(draft.sources):
         return verdict._replace(runs=(Run(len(accepted), "frequent"),))
     return verdict._replace(runs=tuple(trace(memory.index, draft.sources[accepted].tolist())))
+
+
+def _ending(row: ScheduledRow) -> tuple[int, int] | None:
+    """The last two tokens of a row whose drafter wants to know what the pass holds likely."""
+    token_ids = row.sequence.token_ids
+    if not wants_candidates(row.sequence.drafter):
+        return None
+    return token_ids[-2] if len(token_ids) > 1 else -1, token_ids[-1]
 
 
 def _room(row: ScheduledRow, exact_width: int | None) -> int:

@@ -32,15 +32,18 @@ from copyspec_engine.growth import (
     walk,
 )
 from copyspec_engine.memory import SessionMemory
+from copyspec_engine.recycled import NOT_RECYCLED
 from copyspec_engine.survival import DECLARED, STARTED, blend, fresh_survival, learn_pace, learn_paths
 
-__all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients", "answer_texts"]
+__all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients", "answer_texts", "wants_candidates"]
 
 _MAX_NODES = 1024
 _REGION = 2048
 """Tokens of memory that a call in flight holds for its answer at a time."""
 _MOST_DELAY = 1.05
 """How much longer the pass that gives an answer's first token may take with a draft in it than without."""
+_WORTH_KEEPING = 0.15
+"""Where a node must be likelier than this, recycled candidates seldom are: finding them costs more than it gives."""
 _SHARED = 0.05
 """How far what a call has learnt moves what later conversations start from."""
 
@@ -319,6 +322,7 @@ class _AdaptiveDrafter:
         ingredients: Ingredients,
     ) -> None:
         self._policy, self._memory, self._index = policy, memory, memory.index
+        self._recycled, self._recycles = memory.recycled, options.recycle
         self._most = options.max_draft_tokens
         self._eos = np.array(sorted(eos_token_ids), dtype=np.int64)
         self._ingredients = np.array([getattr(ingredients, part.name) for part in fields(ingredients)], dtype=np.bool_)
@@ -351,6 +355,7 @@ class _AdaptiveDrafter:
         cost, scratch = self._policy.cost, self._policy.scratch
         count = grow(
             tuple(self._index.arrays),
+            tuple(self._recycled.arrays if self._recycles else NOT_RECYCLED),
             tuple(self.survival),
             tuple(scratch),
             tuple(self._call),
@@ -367,6 +372,12 @@ class _AdaptiveDrafter:
             nodes[:, SOURCE].copy(),
         )
 
+    @property
+    def wants_candidates(self) -> bool:
+        """Whether what the next pass holds likely may ever be worth drafting."""
+        least = float(drawn_pace(self.survival.pace)) * float(self._policy.cost.marginal(1, 1)[0])
+        return self._recycles and least < _WORTH_KEEPING
+
     def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
         written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
         cost, survival = self._policy.cost, self.survival
@@ -374,6 +385,7 @@ class _AdaptiveDrafter:
         least = pace * float(cost.marginal(1, 1)[0])
         walk(
             tuple(self._index.arrays),
+            tuple(self._recycled.arrays if self._recycles else NOT_RECYCLED),
             tuple(survival),
             tuple(self._policy.scratch),
             tuple(self._call),
@@ -454,6 +466,11 @@ def _copied_nodes(
     """Which nodes copying proposed, and the accepted ones of them, by their places among those."""
     copied = (draft.sources != DRAFT_MODEL) & (draft.sources != RECYCLED)
     return copied, (np.cumsum(copied) - 1)[accepted[copied[accepted]]]
+
+
+def wants_candidates(drafter: Drafter | None) -> bool:
+    """Whether what a pass holds likely is to be kept in the memory (`SessionMemory.recycled`)."""
+    return isinstance(drafter, _AdaptiveDrafter) and drafter.wants_candidates
 
 
 def answer_texts(drafter: Drafter | None) -> Mapping[Span, int]:

@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
+from copyspec_engine.copies import RECYCLED
 from copyspec_engine.copy_index import BREAK, FREQUENT, MAX_MATCH_TOKENS, IndexArrays, find_matches, match_length
+from copyspec_engine.recycled import NUM_CANDIDATES, NUM_CHANCES, find_kept
 from copyspec_engine.survival import (
     BY_AGREEMENT,
     BY_DISTANCE,
@@ -32,7 +34,9 @@ from copyspec_engine.survival import (
     BY_MATCH,
     BY_ORIGIN,
     BY_RANK,
+    BY_RECYCLED,
     BY_SHARE,
+    BY_SUPPORT,
     CONTINUED,
     DELETED,
     INSERTED,
@@ -68,7 +72,7 @@ _MATCHES, _INNER_MATCHES = 24, 6
 """Pointers that come from matches, at the root and inside the tree."""
 _POINTERS = _MATCHES + 10
 _STARTS = 8
-_CANDIDATES = _POINTERS + FREQUENT
+_CANDIDATES = _POINTERS + NUM_CANDIDATES + FREQUENT
 _PENDING = 4096
 """Candidates waiting to become nodes."""
 _ROOT_STEPS, _INNER_STEPS = 32, 3
@@ -107,8 +111,8 @@ TOKEN, PARENT, SOURCE, DEPTH, POINTERS, AT, AGE = 0, 1, 2, 3, 4, 5, 6  # and AT,
 POSITION, LENGTH, ORIGIN = 0, 1, 2
 _FEATURES = 3
 """First column with a candidate's features, behind its token, best pointer and source."""
-_RANK = _FEATURES + NUM_FEATURES - 1
-"""Column of the last one: its rank among the candidates of its place."""
+_RANK, _SUPPORT = _FEATURES + NUM_FEATURES - 2, _FEATURES + NUM_FEATURES - 1
+"""Columns of the last two: its rank among the candidates of its place, and whether the model held it likely before."""
 
 Table: TypeAlias = npt.NDArray[np.int64]
 
@@ -374,6 +378,15 @@ def _suffix_at(nodes: Table, suffix: Table, tail: Table, tail_size: int, slot: i
 
 
 @compiled
+def _last_two(nodes: Table, tail: Table, tail_size: int, slot: int) -> tuple[int, int]:
+    """The two tokens before a place; the first one is -1 if there is none."""
+    if slot == 0:
+        return tail[1] if tail_size > 1 else -1, tail[0]
+    parent = nodes[slot, PARENT]
+    return nodes[parent + 1, TOKEN] if parent >= 0 else tail[0], nodes[slot, TOKEN]
+
+
+@compiled
 def _group(
     ring: npt.NDArray[np.int32],
     bounds: Table,
@@ -441,6 +454,16 @@ def _distance(length: int, away: int) -> int:
 
 
 @compiled
+def _support(likely: npt.NDArray[np.int32], chances: npt.NDArray[np.int8], kept: int, kind: int, token: int) -> int:
+    """The feature of a token that matches, by what is kept in row `kept` of the recycled candidates."""
+    feature = BY_SUPPORT + kind * (1 + NUM_CHANCES)
+    for i in range(likely.shape[1]):
+        if likely[kept, i] == token:
+            return feature + 1 + chances[kept, i]
+    return feature
+
+
+@compiled
 def _rank(
     weights: npt.NDArray[np.float64],
     pointers: Table,
@@ -451,6 +474,10 @@ def _rank(
     candidates: Table,
     count: int,
     log_odds: npt.NDArray[np.float64],
+    likely: npt.NDArray[np.int32],
+    chances: npt.NDArray[np.int8],
+    kept: int,
+    kind: int,
     agreements: bool,
 ) -> None:
     """Write each candidate's features and log-odds, and bring the best one to the front."""
@@ -470,17 +497,65 @@ def _rank(
         odds = 0.0
         for feature in range(_FEATURES, _RANK):
             odds += weights[candidates[j, feature]]
+        candidates[j, _SUPPORT] = -1
+        if kept >= 0:
+            candidates[j, _SUPPORT] = _support(likely, chances, kept, kind, candidates[j, 0])
+            odds += weights[candidates[j, _SUPPORT]]
         log_odds[j] = odds
         i = j  # insertion sort: there are few, and they are nearly in order
         while i > 0 and log_odds[i] > log_odds[i - 1]:
             log_odds[i], log_odds[i - 1] = log_odds[i - 1], log_odds[i]
             groups[1, i], groups[1, i - 1] = groups[1, i - 1], groups[1, i]
-            for column in range(_RANK):
+            for column in range(candidates.shape[1]):
                 candidates[i, column], candidates[i - 1, column] = candidates[i - 1, column], candidates[i, column]
             i -= 1
     for j in range(count):
         candidates[j, _RANK] = BY_RANK + min(j, NUM_RANKS - 1)
         log_odds[j] += weights[candidates[j, _RANK]]
+
+
+@compiled
+def _is_candidate(candidates: Table, count: int, token: int) -> bool:
+    for j in range(count):
+        if candidates[j, 0] == token:
+            return True
+    return False
+
+
+@compiled
+def _rest(hazards: npt.NDArray[np.float64], count: int, probability: float) -> float:
+    """Of a place's probability, what is left behind its first `count` candidates."""
+    for j in range(count):
+        probability *= 1.0 - hazards[j]
+    return probability
+
+
+@compiled
+def _add_recycled(
+    likely: npt.NDArray[np.int32],
+    chances: npt.NDArray[np.int8],
+    kept: int,
+    kind: int,
+    weights: npt.NDArray[np.float64],
+    candidates: Table,
+    hazards: npt.NDArray[np.float64],
+    count: int,
+    probability: float,
+    least: float,
+) -> int:
+    """Add the tokens in row `kept` of the recycled candidates, as far as they may reach `least`; the new count."""
+    for i in range(likely.shape[1]):
+        token = np.int64(likely[kept, i])
+        if token < 0:
+            break
+        feature = BY_RECYCLED + kind * NUM_CHANCES + chances[kept, i]
+        chance = hazard(weights[feature])
+        if probability * chance > least and not _is_candidate(candidates, count, token):
+            candidates[count, 0], candidates[count, 2], hazards[count] = token, RECYCLED, chance
+            candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = feature, -1
+            probability *= 1.0 - chance
+            count += 1
+    return count
 
 
 @compiled
@@ -506,12 +581,7 @@ def _add_frequent(
         chance = hazard(weights[BY_FREQUENCY + bucket])
         if probability * chance <= least:
             break
-        known = False
-        for j in range(matched):
-            if candidates[j, 0] == token:
-                known = True
-                break
-        if not known:
+        if not _is_candidate(candidates, matched, token):
             candidates[count, 0], candidates[count, 2], hazards[count] = token, 0, chance
             candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = BY_FREQUENCY + bucket, -1
             probability *= 1.0 - chance
@@ -570,17 +640,22 @@ def _candidates(
     candidates: Table,
     log_odds: npt.NDArray[np.float64],
     hazards: npt.NDArray[np.float64],
+    keys: Table,
+    likely: npt.NDArray[np.int32],
+    chances: npt.NDArray[np.int8],
     suffix: Table,
     tail: Table,
     sizes: Table,
     slot: int,
     probability: float,
     least: float,
+    least_recycled: float,
     ingredients: npt.NDArray[np.bool_],
 ) -> int:
     """The candidates behind a place that is reached with `probability`, best first; how many there are.
 
-    The arrays are those of `IndexArrays`, `Survival`, `Scratch` and `Call`; `pointers` are the place's own.
+    The arrays are those of `IndexArrays`, `Survival`, `Scratch`, `RecycledArrays` and `Call`; `pointers` are the
+    place's own. Recycled candidates have a least probability of their own.
     """
     if slot > 0:
         nodes[slot, POINTERS] = _complete(
@@ -600,16 +675,47 @@ def _candidates(
         )
     num_pointers, depth = nodes[slot, POINTERS], nodes[slot, DEPTH]
     count = _group(ring, bounds, pointers, num_pointers, groups, candidates)
-    agreements = ingredients[AGREEMENT]
-    _rank(weights, pointers, num_pointers, depth, sizes[3], groups, candidates, count, log_odds, agreements)
-    if not ingredients[TREE]:
-        count = min(count, 1)
+    before, last = _last_two(nodes, tail, sizes[0], slot)
+    kept, kind = find_kept(keys, before, last)
+    _rank(
+        weights,
+        pointers,
+        num_pointers,
+        depth,
+        sizes[3],
+        groups,
+        candidates,
+        count,
+        log_odds,
+        likely,
+        chances,
+        kept,
+        kind,
+        ingredients[AGREEMENT],
+    )
     for j in range(count):
         hazards[j] = hazard(log_odds[j])
-        probability *= 1.0 - hazards[j]
+    matched = count
+    if kept >= 0:
+        count = _add_recycled(
+            likely,
+            chances,
+            kept,
+            kind,
+            weights,
+            candidates,
+            hazards,
+            count,
+            _rest(hazards, count, probability),
+            least_recycled,
+        )
     if not ingredients[TREE]:
-        return count
-    return _add_frequent(frequent, total, weights, candidates, hazards, count, probability, least)
+        if count > matched > 0 and _rest(hazards, matched, 1.0) * hazards[matched] > hazards[0]:
+            candidates[0], hazards[0] = candidates[matched], hazards[matched]
+        return min(count, 1)
+    return _add_frequent(
+        frequent, total, weights, candidates, hazards, count, _rest(hazards, count, probability), least
+    )
 
 
 # ---- the heap of waiting candidates --------------------------------------------------------------------------------
@@ -662,6 +768,7 @@ def drawn_pace(paces: npt.NDArray[np.float64]) -> float:
 @compiled
 def grow(
     arrays: Fields,
+    recycled: Fields,
     survival: Fields,
     scratch: Fields,
     call: Fields,
@@ -674,6 +781,7 @@ def grow(
 
     Args:
         arrays: the index, as `IndexArrays`.
+        recycled: candidates of earlier passes, as `RecycledArrays`; empty ones if they take no part.
         survival: what was learnt, as `Survival`; not changed.
         scratch: `Scratch` for at least `len(marginal)` nodes.
         call: the text so far, as `Call`.
@@ -686,6 +794,7 @@ def grow(
         The number of nodes.
     """
     ring, heads, previous, bounds, _, frequent, counted = arrays
+    recycled_keys, _, likely_tokens, chances = recycled
     weights, paths, paces = survival
     nodes, probabilities, pointers, groups, candidates, log_odds, hazards, suffix, waiting, keys, heap = scratch
     tail, sizes, alignments, found, _ = call
@@ -711,11 +820,15 @@ def grow(
                 candidates,
                 log_odds,
                 hazards,
+                recycled_keys,
+                likely_tokens,
+                chances,
                 suffix,
                 tail,
                 sizes,
                 slot,
                 probability,
+                least,
                 least,
                 ingredients,
             )
@@ -745,6 +858,7 @@ def grow(
 @compiled
 def walk(
     arrays: Fields,
+    recycled: Fields,
     survival: Fields,
     scratch: Fields,
     call: Fields,
@@ -757,6 +871,7 @@ def walk(
 
     Args:
         arrays: the index, as `IndexArrays`.
+        recycled: as for `grow`.
         survival: as `Survival`; its weights are changed.
         scratch: `Scratch` for at least `len(written)` places.
         call: the text before `written`, as `Call`.
@@ -766,6 +881,7 @@ def walk(
         ingredients: what takes part, shape (5,).
     """
     ring, heads, previous, bounds, _, frequent, counted = arrays
+    recycled_keys, _, likely_tokens, chances = recycled
     weights, _, _ = survival
     nodes, _, pointers, groups, candidates, log_odds, hazards, suffix, _, _, _ = scratch
     tail, sizes, alignments, found, _ = call
@@ -786,12 +902,16 @@ def walk(
             candidates,
             log_odds,
             hazards,
+            recycled_keys,
+            likely_tokens,
+            chances,
             suffix,
             tail,
             sizes,
             slot,
             probabilities[slot - 1] if slot > 0 else 1.0,
             least,
+            0.0,  # what a candidate is worth is to be learnt before it is worth drafting
             ingredients,
         )
         learn_outcome(weights, candidates, _FEATURES, count, written[slot])

@@ -15,6 +15,7 @@ import numpy as np
 from copyspec_engine.copy_index import OVERLAP, CopyIndex, Span, TokenArray
 from copyspec_engine.draft_survival import DraftSurvival
 from copyspec_engine.memory_file import SavedSegment
+from copyspec_engine.recycled import RecycledTable
 from copyspec_engine.survival import Survival
 
 __all__ = ["ANSWER", "DECLARED_TEXT", "KINDS", "PROMPT", "SessionMemory", "common_prefix_length"]
@@ -42,10 +43,13 @@ class SessionMemory:
     Args:
         max_tokens: tokens of text to keep; see `CopyIndex`.
         index: texts shared with other conversations; default: an index of its own.
+        recycled: candidates shared with them; default: a table of its own.
     """
 
-    def __init__(self, max_tokens: int, index: CopyIndex | None = None) -> None:
+    def __init__(self, max_tokens: int, index: CopyIndex | None = None, recycled: RecycledTable | None = None) -> None:
         self.index = CopyIndex(max_tokens) if index is None else index
+        self.recycled = RecycledTable() if recycled is None else recycled
+        """What the model held likely in its texts; not kept in a memory file."""
         self.owner: str | None = None
         """Its name in a memory file; None: it is not kept there."""
         self.survival: Survival | None = None
@@ -124,8 +128,9 @@ class SessionMemory:
         return not self._num_calls and not any(map(self.index.holds, self._spans))
 
     def erase(self) -> None:
-        """Take this conversation's texts out of the index, and forget what was learnt from them."""
+        """Take this conversation's texts out of the index, and forget candidates and what was learnt."""
         self.index.erase(self._spans)
+        self.recycled.erase()  # with those of the others who share it, since nobody knows whose is whose
         self.survival = self.draft_survival = None
         self._spans, self._answers, self._saved = [], [], {}
 

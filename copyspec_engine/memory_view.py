@@ -45,7 +45,7 @@ def snapshot(memory: SessionMemory | None) -> Snapshot:
         return Snapshot((), 0)
     kinds = cast("Sequence[TextKind]", KINDS)
     texts = [(text.number, kinds[text.kind], memory.index.tokens_of(text)) for text in memory.texts]
-    return Snapshot([text for text in texts if len(text[2])], memory.index.num_bytes)
+    return Snapshot([text for text in texts if len(text[2])], memory.index.num_bytes + memory.recycled.num_bytes)
 
 
 class ConversationMemory:
@@ -88,7 +88,7 @@ class ConversationMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Main memory that texts and index take; grows in powers of two, and does not shrink but by `clear`."""
+        """Main memory for texts, index and candidates; grows in powers of two, and does not shrink but by `clear`."""
         return self._look().num_bytes
 
     def export(self) -> str:

@@ -263,6 +263,8 @@ class Scheduler:
         self._count(draft, runs, len(tokens))
         if sequence.drafter is not None:
             sequence.drafter.observe(draft, kept, tokens)
+        if verdict.candidates is not None and sequence.memory is not None:
+            sequence.memory.recycled.add(verdict.candidates)
         if sequence.finish_reason is not None:
             self.remove(sequence)
         return _chunk(sequence, tokens, segments, (verdict.logprobs or ())[:taken])

@@ -23,6 +23,7 @@ from copyspec_engine.copy_index import CopyIndex
 from copyspec_engine.errors import MemoryFileError
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
+from copyspec_engine.recycled import RecycledTable
 
 __all__ = ["Pool", "Session", "SessionStore"]
 
@@ -43,6 +44,7 @@ class Pool:
 
     def __init__(self, max_tokens: int) -> None:
         self.index = CopyIndex(max_tokens)
+        self.recycled = RecycledTable()
         self.memories: dict[str | None, SessionMemory] = {}
         """By session; None: of calls without one."""
 
@@ -126,7 +128,7 @@ class SessionStore:
         return pool.memories.get(session_id) or self._open_part(pool, _Owner(session_id, name))
 
     def _open_part(self, pool: Pool, owner: _Owner) -> SessionMemory:
-        memory = self._restored(SessionMemory(self._config.max_pool_tokens, pool.index), owner)
+        memory = self._restored(SessionMemory(self._config.max_pool_tokens, pool.index, pool.recycled), owner)
         pool.memories[owner.session_id] = memory
         return memory
 

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
+from copyspec_engine.recycled import NUM_CHANCES
 
 __all__ = [
     "BY_AGREEMENT",
@@ -32,7 +33,9 @@ __all__ = [
     "BY_MATCH",
     "BY_ORIGIN",
     "BY_RANK",
+    "BY_RECYCLED",
     "BY_SHARE",
+    "BY_SUPPORT",
     "CONTINUED",
     "DECLARED",
     "DELETED",
@@ -95,10 +98,24 @@ BY_DISTANCE = BY_SHARE + _NUM_SHARES
 """How far back a short match is."""
 BY_FREQUENCY = BY_DISTANCE + NUM_DISTANCES
 """Only for frequent tokens without any match: share of the token in the text."""
-NUM_WEIGHTS = BY_FREQUENCY + NUM_FREQUENCIES
+BY_RECYCLED = BY_FREQUENCY + NUM_FREQUENCIES
+"""Only for recycled candidates without any match: the share they had, by what they were kept under."""
+BY_SUPPORT = BY_RECYCLED + 2 * NUM_CHANCES
+"""Only where candidates were kept: whether a match's token is one of them, and the share it had, by the same."""
+NUM_WEIGHTS = BY_SUPPORT + 2 * (1 + NUM_CHANCES)
 
-NUM_FEATURES = 6
-"""Features of a candidate that has a match, its rank last; a frequent token has one."""
+NUM_FEATURES = 7
+"""Features of a candidate that has a match, most; a recycled or frequent token has one."""
+
+# Replayed conversations have no logits: these were learnt, and rounded, from what a small language model wrote freely.
+_RECYCLED = (
+    *(-5.3, -3.9, -2.6, -1.8, -1.6, -1.4, -1.0, -0.4, 0.3, 1.0, 1.8, 2.6, 3.3),
+    *(-6.0, -4.1, -2.9, -2.5, -2.2, -2.0, -1.7, -1.3, -0.7, 0.0, 0.7, 1.5, 2.3),
+)
+_SUPPORT = (
+    *(-0.7, 0.0, -0.3, -0.3, -0.3, -0.2, 0.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.4),
+    *(-0.7, 0.0, -0.2, -0.1, 0.0, 0.2, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.3),
+)
 
 _MOST = 8.0
 """Weights stay within plus and minus this."""
@@ -146,7 +163,9 @@ def first_guess() -> list[float]:
     weights[BY_AGREEMENT:BY_ORIGIN] = np.repeat(agreements, NUM_LENGTHS)
     weights[BY_ORIGIN:BY_RANK] = np.repeat(origins, NUM_DEPTHS)
     weights[BY_RANK:BY_SHARE] = ranks
-    weights[BY_FREQUENCY:] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
+    weights[BY_FREQUENCY:BY_RECYCLED] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
+    weights[BY_RECYCLED:BY_SUPPORT] = _RECYCLED
+    weights[BY_SUPPORT:] = _SUPPORT
     guess: list[float] = weights.tolist()
     return guess
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from copyspec_engine.copies import Run
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.outputs import TokenLogprob
+from copyspec_engine.recycled import Candidates
 
 __all__ = ["Verdict", "verify"]
 
@@ -27,6 +28,8 @@ class Verdict(NamedTuple):
     """One for each of `tokens`, if the request asked for them."""
     runs: tuple[Run, ...] = ()
     """Where the accepted nodes came from, one after the other."""
+    candidates: Candidates | None = None
+    """What was likely at places of the draft, if the drafter wants to know."""
 
 
 def verify(draft: DraftTree, sampled: Sequence[int]) -> Verdict:

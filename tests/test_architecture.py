@@ -13,6 +13,7 @@ LEVELS = {
         "calibration",
         "compiled",
         "copies",
+        "recycled",
         "copy_index",
         "cost",
         "draft_chain",
@@ -39,6 +40,7 @@ LEVELS = {
     },
     2: {
         "sampler",
+        "candidates",
         "processors",
         "logprobs",
         "grammar",

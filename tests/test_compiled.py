@@ -16,11 +16,12 @@ PACKAGE = Path(copyspec_engine.__file__).parent
 
 NO_CALL_COMPILES = """
 from numba.core.dispatcher import Dispatcher
-from copyspec_engine import EngineConfig, GenerationRequest, copies, copy_index, growth, survival
+from copyspec_engine import EngineConfig, GenerationRequest, copies, copy_index, growth, recycled, survival
 from copyspec_engine.core import warm_up
 from copyspec_engine.testing import scripted_engine
 
-functions = {f for m in (copies, copy_index, growth, survival) for f in vars(m).values() if isinstance(f, Dispatcher)}
+modules = copies, copy_index, growth, recycled, survival
+functions = {f for m in modules for f in vars(m).values() if isinstance(f, Dispatcher)}
 
 def compiled():
     return {f.py_func.__name__: list(f.signatures) for f in functions}

@@ -31,7 +31,15 @@ def test_counts_are_those_of_the_answers(make_engine: Callable[..., Engine]) -> 
     accepted = [output.draft_stats.num_accepted_tokens for output in outputs]
     assert sum(after.accepted_by_source.values()) == sum(accepted)
     assert after.accepted_by_source["block"] == accepted[1] > 0
-    assert after.accepted_by_source.keys() <= {"prompt", "answer", "prediction", "frequent", "grammar", "block"}
+    assert after.accepted_by_source.keys() <= {
+        "prompt",
+        "answer",
+        "prediction",
+        "frequent",
+        "grammar",
+        "block",
+        "recycled",
+    }
     assert after.finished == {"length": 3}
     assert (after.num_running, after.num_waiting, after.num_kv_slots_running, after.num_sessions) == (0, 0, 0, 2)
     assert after.num_kv_slots_cached == sum(len(row.slots) for row in engine._core.cache._rows.values())

@@ -30,6 +30,7 @@ from copyspec_engine import (
     SamplingParams,
 )
 from copyspec_engine.copies import find_around
+from copyspec_engine.explanation import NOT_COPIED
 from copyspec_engine.provenance import _contents, _marked, _texts
 from copyspec_engine.testing import scripted_engine
 from copyspec_engine.tokenizer import HFTokenizer
@@ -78,13 +79,14 @@ def check(engine: Engine, request: GenerationRequest, output: GenerationOutput) 
         assert end <= copy.start < copy.stop <= len(output.token_ids)
         end = copy.stop
         assert 0 <= copy.text_start <= copy.text_stop <= len(output.text)
-        if copy.source in ("grammar", "frequent"):
+        if copy.source in ("grammar", "frequent", "recycled"):
             assert copy.offset is None
         elif copy.source != "pool":
             copied = list(output.token_ids[copy.start : copy.stop])
             assert source_tokens(engine, request, output, copy) == copied
     assert sum(copy.stop - copy.start for copy in output.copies) == output.draft_stats.num_accepted_tokens
-    written = "".join(output.text[copy.text_start : copy.text_stop] for copy in output.copies)
+    copied_parts = [copy for copy in output.copies if copy.source not in NOT_COPIED]
+    written = "".join(output.text[copy.text_start : copy.text_stop] for copy in copied_parts)
     assert written == "".join(segment.text for segment in output.segments if segment.copied)
     check_explanation(request, output, engine.explain(request, output))
 
@@ -99,7 +101,8 @@ def check_explanation(request: GenerationRequest, output: GenerationOutput, expl
         if span.offset is not None:
             assert source_text(request, output, span)[span.offset :][: span.stop - span.start] == text_of(output, span)
     covered = {at for span in explanation.spans for at in range(span.start, span.stop)}
-    assert covered >= {at for copy in output.copies for at in range(copy.text_start, copy.text_stop)}
+    copied_parts = [copy for copy in output.copies if copy.source not in NOT_COPIED]
+    assert covered >= {at for copy in copied_parts for at in range(copy.text_start, copy.text_stop)}
 
 
 def source_text(request: GenerationRequest, output: GenerationOutput, span: CopiedSpan) -> str:
@@ -237,7 +240,9 @@ def test_streams_and_batches_say_the_same() -> None:
         cover = [{at for copy in out.copies for at in range(copy.start, copy.stop)} for out in (one, other)]
         assert len(cover[1]) == other.draft_stats.num_accepted_tokens
         places = [{(copy.source, (copy.offset or 0) - copy.start) for copy in out.copies} for out in (one, other)]
-        assert places[1] <= places[0] | {("frequent", -copy.start) for copy in other.copies}
+        assert places[1] <= places[0] | {
+            (source, -copy.start) for copy in other.copies for source in ("frequent", "recycled")
+        }
 
 
 def test_places_hold_while_calls_share_a_small_memory_that_forgets() -> None:
