@@ -40,9 +40,9 @@ class AdaptiveDrafter(_Options):
     name: Literal["adaptive"] = "adaptive"
     max_draft_tokens: int = Field(default=1024, ge=1, le=1024)
     """Most tokens drafted in one step, on all branches together."""
-    recycle: bool = True
+    recycle: bool = False
     """Also draft tokens that the model itself held likely behind the same one or two tokens earlier in the
-    conversation, wherever that is worth their time; for text that can be copied from nowhere."""
+    conversation, where verifying is cheap; for text that can be copied from nowhere."""
 
 
 class CopySpecDrafter(_Options):

@@ -265,7 +265,7 @@ def warm_up() -> None:
     policy, memory = DraftingPolicy(CostCurve(((1, 1.0), (64, 1.1)))), SessionMemory(4096)
     prompt = [*range(200), *range(100)]
     for _ in range(2):
-        drafter = policy.begin(AdaptiveDrafter(), memory, prompt, prediction_ids=range(50, 150))
+        drafter = policy.begin(AdaptiveDrafter(recycle=True), memory, prompt, prediction_ids=range(50, 150))
         draft = drafter.propose(1, 64)
         drafter.observe(draft, (), (0,))
         drafter.finish()
