@@ -515,11 +515,12 @@ def _rank(
 
 
 @compiled
-def _is_candidate(candidates: Table, count: int, token: int) -> bool:
+def _place_of(candidates: Table, count: int, token: int) -> int:
+    """Which of the first `count` candidates a token is; -1 if none."""
     for j in range(count):
         if candidates[j, 0] == token:
-            return True
-    return False
+            return j
+    return -1
 
 
 @compiled
@@ -550,7 +551,7 @@ def _add_recycled(
             break
         feature = BY_RECYCLED + kind * NUM_CHANCES + chances[kept, i]
         chance = hazard(weights[feature])
-        if probability * chance > least and not _is_candidate(candidates, count, token):
+        if probability * chance > least and _place_of(candidates, count, token) < 0:
             candidates[count, 0], candidates[count, 2], hazards[count] = token, RECYCLED, chance
             candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = feature, -1
             probability *= 1.0 - chance
@@ -569,7 +570,10 @@ def _add_frequent(
     probability: float,
     least: float,
 ) -> int:
-    """Add frequent tokens behind the `count` candidates, as long as they may reach `least`; the new count."""
+    """Add frequent tokens behind the `count` candidates, as long as they may reach `least`; the new count.
+
+    A recycled one that is likelier for being frequent is frequent.
+    """
     matched = count
     for i in range(FREQUENT):
         token, times = frequent[0, i], frequent[1, i]
@@ -581,11 +585,14 @@ def _add_frequent(
         chance = hazard(weights[BY_FREQUENCY + bucket])
         if probability * chance <= least:
             break
-        if not _is_candidate(candidates, matched, token):
-            candidates[count, 0], candidates[count, 2], hazards[count] = token, 0, chance
-            candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = BY_FREQUENCY + bucket, -1
-            probability *= 1.0 - chance
+        place = _place_of(candidates, matched, token)
+        if place < 0:
+            place, probability = count, probability * (1.0 - chance)
             count += 1
+        elif candidates[place, 2] != RECYCLED or hazards[place] >= chance:
+            continue
+        candidates[place, 0], candidates[place, 2], hazards[place] = token, 0, chance
+        candidates[place, _FEATURES], candidates[place, _FEATURES + 1] = BY_FREQUENCY + bucket, -1
     return count
 
 
