@@ -31,7 +31,7 @@ _HORIZON = 6
 """Steps over which reading what is missing has to pay, and as many as there were since it might have paid."""
 _MOST_FAILURES = 3
 """Requests in a row whose draft model failed, after which it is not asked any more."""
-_SHARED = 0.3
+_SHARED = 0.5
 """How far what a call has learnt moves what later conversations start from."""
 
 

@@ -1,7 +1,7 @@
 """How likely a draft model's next token is right, and right where no copy says the same: learnt from what was written.
 
-Counts by bucket, which start from a guess and fade, so that the estimates follow a change. They are apart from what is
-learnt about copies (survival.py): the two only meet in how strongly copies stand at a place, as a feature.
+Counts by bucket, which fade, so that the estimates follow a change; where there are few they lean on a first guess.
+They are apart from what is learnt about copies (survival.py): the two only meet in how strongly copies stand there.
 
 Not covered: what is made of the estimates (combination.py).
 """
@@ -21,12 +21,14 @@ _CHANCES, _CHANCE_MIDDLES = (0.3, 0.5, 0.7, 0.85, 0.95), (0.2, 0.4, 0.6, 0.78, 0
 _DEPTHS = (2, 3, 5)
 _FIRST_GUESS = 0.75
 """A little more than draft models reach, so that they get a chance to show what they are worth."""
+_TRUST = 24.0
+"""Tokens that it counts as: bad luck at the start must not be the end of it."""
 _PRIOR = 6.0
-"""Tokens that the first guess counts as."""
+"""Tokens that what is known on the whole counts as, at a place of one kind."""
 _MEMORY = 120.0
 """Tokens in a bucket at which its counts are halved."""
-_RETURN = 0.01
-"""How far the counts return to the first guess in each step that does without the draft model."""
+_AGEING = 0.006
+"""Share of what is known that is forgotten in each step that does without the draft model."""
 
 
 class Place(NamedTuple):
@@ -42,18 +44,15 @@ class Place(NamedTuple):
 
 
 class DraftSurvival:
-    """What is known of a draft model's tokens."""
+    """What is known of a draft model's tokens: of all, by place, and by what the draft model itself says."""
 
     def __init__(self) -> None:
-        self._depths = np.empty((len(_STRENGTH_MIDDLES), len(_DEPTHS) + 1, 3))
+        self._all = np.zeros(2)
+        """Tokens seen and right."""
+        self._depths = np.zeros((len(_STRENGTH_MIDDLES), len(_DEPTHS) + 1, 3))
         """Tokens seen, right, and right where no copy said the same, by strength and depth."""
-        self._chances = np.empty((len(_STRENGTH_MIDDLES), 2, len(_CHANCE_MIDDLES), 2))
+        self._chances = np.zeros((len(_STRENGTH_MIDDLES), 2, len(_CHANCE_MIDDLES), 2))
         """Tokens seen and right, by strength, whether a copy says the same, and the draft model's probability."""
-        for i, strength in enumerate(_STRENGTH_MIDDLES):
-            self._depths[i] = _PRIOR, _PRIOR * _FIRST_GUESS, _PRIOR * _FIRST_GUESS * (1 - strength)
-            for j, chance in enumerate(_CHANCE_MIDDLES):
-                self._chances[i, 0, j] = _PRIOR, _PRIOR * chance * (1 - strength / 2)
-                self._chances[i, 1, j] = _PRIOR, _PRIOR * (1 - (1 - chance) * (1 - strength))
 
     def copy(self) -> DraftSurvival:
         other = DraftSurvival()
@@ -62,6 +61,7 @@ class DraftSurvival:
 
     def blend(self, other: DraftSurvival, share: float) -> None:
         """Move towards `other`; 0 changes nothing, 1 takes over."""
+        self._all += share * (other._all - self._all)
         self._depths += share * (other._depths - self._depths)
         self._chances += share * (other._chances - self._chances)
 
@@ -72,19 +72,27 @@ class DraftSurvival:
             strength: probability that copies hold the right token at this depth.
             depth: from 1; the tokens before it are taken to be right.
         """
-        seen, right, new = self._depths[bisect_right(_STRENGTHS, strength), bisect_right(_DEPTHS, depth)].tolist()
-        return right / seen, new / seen
+        all_seen, all_right = self._all.tolist()
+        guess = (all_right + _TRUST * _FIRST_GUESS) / (all_seen + _TRUST)
+        bucket = bisect_right(_STRENGTHS, strength)
+        seen, right, new = self._depths[bucket, bisect_right(_DEPTHS, depth)].tolist()
+        others = 1 - _STRENGTH_MIDDLES[bucket]
+        return (right + _PRIOR * guess) / (seen + _PRIOR), (new + _PRIOR * guess * others) / (seen + _PRIOR)
 
     def chance(self, place: Place) -> float:
         """How likely a token is right that the draft model has written, if those before it are."""
-        seen, right = self._chances[_bucket(place)].tolist()
-        return float(right / seen)
+        bucket = _bucket(place)
+        strength, chance = _STRENGTH_MIDDLES[bucket[0]], _CHANCE_MIDDLES[bucket[2]]
+        guess = 1 - (1 - chance) * (1 - strength) if place.is_copied else chance * (1 - strength / 2)
+        seen, right = self._chances[bucket].tolist()
+        return float((right + _PRIOR * guess) / (seen + _PRIOR))
 
     def learn(self, places: Seq[Place], written: Seq[int]) -> None:
         """Learn from a chain of tokens of the draft model and what was written instead, or as it said."""
         for depth, (place, token) in enumerate(zip(places, written, strict=False), 1):
             right = place.token == token
             at = bisect_right(_STRENGTHS, place.strength), bisect_right(_DEPTHS, depth)
+            _count(self._all, (1.0, right))
             _count(self._depths[at], (1.0, right, right and not place.is_copied))
             _count(self._chances[_bucket(place)], (1.0, right))
             if not right:
@@ -92,8 +100,8 @@ class DraftSurvival:
 
     def rest(self, strength: float) -> None:
         """A step did without the draft model, at a place where copies stand this strongly: what is known gets older."""
-        at = bisect_right(_STRENGTHS, strength)
-        self._depths[at] += _RETURN * (_FRESH._depths[at] - self._depths[at])
+        self._all *= 1 - _AGEING
+        self._depths[bisect_right(_STRENGTHS, strength)] *= 1 - _AGEING
 
 
 def _bucket(place: Place) -> tuple[int, int, int]:
@@ -104,6 +112,3 @@ def _count(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], seen: Seq[
     counts += seen
     if counts[0] > _MEMORY:
         counts /= 2
-
-
-_FRESH = DraftSurvival()

@@ -40,8 +40,10 @@ def test_what_is_known_follows_what_was_written() -> None:
     assert survival.expected(0.0, 1) == (pytest.approx(0.4, abs=0.1), pytest.approx(0.4, abs=0.1))
     assert survival.expected(0.0, 2)[0] > 0.9
     assert survival.chance(Place(7, 0.93, 0.0, is_copied=False)) == pytest.approx(0.4 / 0.7, abs=0.2)
-    fresh = DraftSurvival()
-    assert survival.expected(0.6, 1) == fresh.expected(0.6, 1), "other strengths of copies stand apart"
+    # Nothing was seen where copies stand: there it is taken to be as good as it is on the whole.
+    right, new = survival.expected(0.6, 1)
+    assert survival.expected(0.0, 1)[0] < right < survival.expected(0.0, 2)[0]
+    assert new == pytest.approx(right * 0.35)
 
 
 def test_tokens_that_a_copy_says_too_are_right_but_gain_nothing() -> None:
@@ -58,7 +60,7 @@ def test_what_stands_behind_a_wrong_token_is_not_learnt_from() -> None:
     first, second = Place(1, 0.9, 0.0, is_copied=False), Place(2, 0.5, 0.0, is_copied=False)
     survival.learn([first, second], [4, 2])
     other.learn([first], [4])
-    assert survival.expected(0.0, 2) == other.expected(0.0, 2) == DraftSurvival().expected(0.0, 2)
+    assert survival.expected(0.0, 2) == other.expected(0.0, 2)
     assert survival.chance(second) == DraftSurvival().chance(second)
     assert survival.chance(first) == other.chance(first) < DraftSurvival().chance(first)
 
@@ -68,7 +70,7 @@ def test_what_is_known_gets_older_while_nobody_asks() -> None:
     for _ in range(50):
         survival.learn([Place(1, 0.9, 0.0, is_copied=False)], [2])
     low = survival.expected(0.0, 1)[0]
-    for _ in range(500):
+    for _ in range(1500):
         survival.rest(0.0)
     assert low < 0.15
     assert survival.expected(0.0, 1)[0] > 0.6
