@@ -453,3 +453,8 @@ def test_conditions_name_the_hardware_and_the_command() -> None:
     assert shortened(command) == "copyspec bench drafts --transcripts a ...(2 more) --tokenizer 'my dir' --ingredients"
     command = "python -m copyspec_engine eval gsm8k --limit 3 --output runs/a"
     assert shortened(command) == "python -m copyspec_engine eval gsm8k --limit 3"
+
+
+def test_a_cell_stays_in_its_row() -> None:
+    table = Table("T", ("category", "n"), (("a|b\nc", "1"),))
+    assert markdown(table, level=0).splitlines()[2:] == ["| a\\|b c | 1 |"]
