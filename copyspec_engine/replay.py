@@ -34,6 +34,7 @@ from copyspec_engine.errors import ConfigError
 from copyspec_engine.verify import verify
 
 __all__ = [
+    "MAX_CONTEXT",
     "Begin",
     "Call",
     "History",

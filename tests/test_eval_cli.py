@@ -169,6 +169,27 @@ def test_a_shape_that_writes_anything_else_is_an_error(recorded: Path, monkeypat
     assert isinstance(result.exception, ForcedMismatchError)
 
 
+def test_a_record_that_is_too_long_is_an_error_rather_than_another_turn(tmp_path: Path) -> None:
+    messages = [*TALK[:2], {"role": "user", "content": "more and more " * 12000}, TALK[3]]
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"id": "7", "messages": messages}))
+    result = run("mt-redundant", "--replay", data)
+    assert result.exit_code == 2
+    assert "turn 2 of task 7 behind more than 24000 tokens" in result.output
+
+
+def test_a_task_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    rows = [
+        {"id": name, "article": "The cat sat. " * count, "highlights": "x"} for name, count in (("a", 1), ("b", 9000))
+    ]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    result = run("cnndm", "--data", data, "--max-new-token", "4", "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "Cannot answer turn 1 of task b: Got a request of" in result.output
+    assert {record.task for record in written(tmp_path / "run")} == {"a"}
+
+
 BAD = [
     (("mt-bench", "--gamma", "3", "--drafter", "adaptive"), "options of the paper's algorithm"),
     (("mt-bench", "--no-use-copy", "--gamma", "3"), "--no-use-copy with a drafter"),
@@ -181,7 +202,9 @@ BAD = [
     (("gsm8k", "--replay-model", "M"), "--replay-model M without --replay"),
     (("mt-bench", "--replay", "x", "--data", "sample"), "--data sample with --replay x"),
     (("mt-bench", "--replay", "x", "--model-path", "m"), "--model-path m with --replay"),
-    (("mt-bench", "--replay", "x", "--execute-code"), "--execute-code with --replay"),
+    (("humaneval", "--replay", "x", "--execute-code"), "--execute-code with --replay"),
+    (("cnndm", "--data", "sample", "--execute-code"), "--execute-code with cnndm"),
+    (("gsm8k", "--data", "sample", "--tokenizer", "t"), "--tokenizer t without --replay"),
     (("mt-bench", "--replay", "x", "--plain"), "--plain with --replay"),
     (("mt-bench", "--replay", "x", "--shape", "tiny", "--cost-model", "cpu"), "--cost-model cpu with --shape"),
     (("mt-bench", "--replay", "missing.jsonl"), "no such file"),

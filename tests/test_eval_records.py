@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,32 @@ def test_a_run_goes_on_behind_the_last_complete_task(tmp_path: Path) -> None:
     assert folder.facts().date == facts().date
 
 
-def test_tasks_that_are_asked_no_more_are_dropped(tmp_path: Path) -> None:
+def test_a_smaller_limit_loses_nothing(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(facts(), TURNS)
     for one in (*complete("a"), *complete("b")):
         folder.append(one)
     assert folder.begin(facts(num_tasks=1), {"b": 2}) == complete("b")
+    assert folder.begin(facts(), TURNS) == [*complete("a"), *complete("b")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(facts(), TURNS)
+    folder.turns_path.unlink()
+    folder.turns_path.symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"Cannot write .*turns\.jsonl: No space left"):
+        folder.append(record("a", 1))
+
+
+def test_a_record_that_is_written_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(facts(), TURNS)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:100]))
+    folder.append(record("a", 1))
+    assert folder.turns() == [record("a", 1)]
 
 
 @pytest.mark.parametrize("change", [{"model": "n"}, {"benchmark": "gsm8k"}, {"max_new_tokens": 65}, {"data": "e"}])

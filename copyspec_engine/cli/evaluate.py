@@ -28,7 +28,7 @@ from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnR
 from copyspec_engine.evaluation.report import summary_markdown
 from copyspec_engine.evaluation.run import EngineSubject, ReplaySubject, Subject, Writer, run_tasks, writers_of
 from copyspec_engine.evaluation.sandbox import check_sandbox
-from copyspec_engine.evaluation.scoring import score
+from copyspec_engine.evaluation.scoring import RUNS_CODE, score
 from copyspec_engine.evaluation.summary import summary
 from copyspec_engine.replay import load_tokenizer
 
@@ -109,14 +109,12 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
 
 
 def _check(options: EvalOptions) -> None:
+    if options.execute_code and options.benchmark.name not in RUNS_CODE:
+        raise ConfigError(
+            f"Got --execute-code with {options.benchmark.name} but only {' and '.join(RUNS_CODE)} ask for programs"
+        )
     if options.replay is None:
-        for option, value in (
-            ("--shape", options.shape),
-            ("--replay-model", options.replay_model),
-            ("--cost-model", options.cost_model),
-        ):
-            if value is not None:
-                raise ConfigError(f"Got {option} {value} without --replay: name the recorded conversations")
+        _check_without_replay(options)
         return
     if options.data is not None:
         raise ConfigError(f"Got --data {options.data} with --replay {options.replay}: tasks come from one of them")
@@ -132,6 +130,18 @@ def _check(options: EvalOptions) -> None:
         )
     if options.shape is not None and options.cost_model is not None:
         raise ConfigError(f"Got --cost-model {options.cost_model} with --shape, whose passes are measured")
+
+
+def _check_without_replay(options: EvalOptions) -> None:
+    if options.tokenizer != BUNDLED:
+        raise ConfigError(f"Got --tokenizer {options.tokenizer} without --replay: a model has its own")
+    for option, value in (
+        ("--shape", options.shape),
+        ("--replay-model", options.replay_model),
+        ("--cost-model", options.cost_model),
+    ):
+        if value is not None:
+            raise ConfigError(f"Got {option} {value} without --replay: name the recorded conversations")
 
 
 def _tasks(options: EvalOptions) -> list[Task]:

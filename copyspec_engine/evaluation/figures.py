@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from copyspec_engine.evaluation.benchmarks import BENCHMARKS
 from copyspec_engine.evaluation.charts import Bars, Plot
 from copyspec_engine.evaluation.conditions import run_conditions
 from copyspec_engine.evaluation.records import PLAIN, RunFacts, TurnRecord
@@ -19,20 +20,14 @@ _NO_MODEL = "speed-up over plain decoding, modelled"
 
 
 def complete_tasks(facts: RunFacts, records: Sequence[TurnRecord]) -> list[TurnRecord]:
-    """The records of tasks of which every writer has written every turn.
-
-    All tasks of a benchmark have as many turns as the longest one; recorded answers may have any number.
-    """
+    """The records of tasks of which every writer has written every turn of the benchmark."""
     of_task: dict[str, set[tuple[int, str]]] = {}
     for record in records:
         of_task.setdefault(record.task, set()).add((record.turn, record.writer))
-    longest = max((record.turn for record in records), default=0)
-    complete = set()
-    for task, written in of_task.items():
-        num_turns = max(turn for turn, _ in written) if facts.recorded else longest
-        if written == {(turn, writer) for turn in range(1, num_turns + 1) for writer in facts.writers}:
-            complete.add(task)
-    return [record for record in records if record.task in complete]
+    benchmark = BENCHMARKS.get(facts.benchmark)
+    num_turns = benchmark.num_turns if benchmark else max((record.turn for record in records), default=0)
+    whole = {(turn, writer) for turn in range(1, num_turns + 1) for writer in facts.writers}
+    return [record for record in records if of_task[record.task] == whole]
 
 
 def histogram(records: Iterable[TurnRecord]) -> dict[str, float]:

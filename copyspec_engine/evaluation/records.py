@@ -195,12 +195,14 @@ class RunFolder:
     def begin(self, facts: RunFacts, turns_of: dict[str, int]) -> list[TurnRecord]:
         """Start the run, or go on with it: what is complete already stays, what is not is dropped.
 
+        Tasks that are not asked this time stay too: a run with a smaller --limit loses nothing.
+
         Args:
             facts: of the run that starts.
             turns_of: how many turns each task has, by its id.
 
         Returns:
-            The records of complete tasks.
+            The records of the complete ones among these tasks.
 
         Raises:
             ConfigError: the folder cannot be written, or holds another run.
@@ -221,22 +223,34 @@ class RunFolder:
                 f"{_shown(getattr(facts, name))}): choose another folder, or delete this one"
             )
         done = self.turns() if self.turns_path.exists() else []
-        kept = [record for record in done if _is_complete(record.task, done, facts.writers, turns_of)]
+        complete = _complete_tasks(done, facts.writers, turns_of)
+        kept = [record for record in done if record.task in complete or record.task not in turns_of]
         self._write(self.turns_path, "".join(f"{record.model_dump_json()}\n" for record in kept))
         self._write(
             self.path / RUN_FILE, facts.model_copy(update={"date": before.date}).model_dump_json(indent=1) + "\n"
         )
-        return kept
+        return [record for record in kept if record.task in complete]
 
     def append(self, record: TurnRecord) -> None:
-        """Add a record, in one piece and for good: it survives whatever happens to this process afterwards."""
+        """Add a record, in one piece and for good: it survives whatever happens to this process afterwards.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
         line = f"{record.model_dump_json()}\n".encode()
-        file = os.open(self.turns_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(file, line)
-            os.fsync(file)
-        finally:
-            os.close(file)
+            file = os.open(self.turns_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                while line:  # a full disk takes a part of it, and gives its reason when asked again
+                    line = line[os.write(file, line) :]
+                os.fsync(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write {self.turns_path}: {error.strerror or error}. What was written before stays, and the "
+                "same command goes on from there"
+            ) from None
 
     def write(self, name: str, text: str) -> Path:
         """Write a file of the folder, as a whole or not at all."""
@@ -260,10 +274,15 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
 
 
-def _is_complete(task: str, records: Sequence[TurnRecord], writers: Sequence[str], turns_of: dict[str, int]) -> bool:
-    written = {(record.turn, record.writer) for record in records if record.task == task}
-    expected = {(turn, writer) for turn in range(1, turns_of.get(task, 0) + 1) for writer in writers}
-    return bool(expected) and written == expected
+def _complete_tasks(records: Sequence[TurnRecord], writers: Sequence[str], turns_of: dict[str, int]) -> set[str]:
+    written: dict[str, set[tuple[int, str]]] = {}
+    for record in records:
+        written.setdefault(record.task, set()).add((record.turn, record.writer))
+    return {
+        task
+        for task, found in written.items()
+        if found == {(turn, writer) for turn in range(1, turns_of.get(task, 0) + 1) for writer in writers}
+    }
 
 
 def _shown(value: object) -> str:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from copyspec_engine import (
     ConfigError,
+    ContextOverflowError,
     DrafterConfig,
     Engine,
     GenerationOutput,
@@ -29,6 +30,7 @@ from copyspec_engine.evaluation.turns import turn_record
 from copyspec_engine.peers import Contestant, ours
 from copyspec_engine.replay import (
     END_OF_MESSAGE,
+    MAX_CONTEXT,
     Begin,
     Call,
     Tally,
@@ -158,6 +160,14 @@ class EngineSubject:
         return turn_record(task.id, task.category, turn, writer.name, messages, output)
 
     def _answer(self, task: Task, turn: int, request: GenerationRequest) -> GenerationOutput:
+        try:
+            return self._generate(task, turn, request)
+        except ContextOverflowError as error:
+            raise ConfigError(
+                f"Cannot answer turn {turn} of task {task.id}: {error}; or leave the task out of the data"
+            ) from error
+
+    def _generate(self, task: Task, turn: int, request: GenerationRequest) -> GenerationOutput:
         if self.recorded is None:
             return self.engine.generate(request)
         if task.recorded is None:
@@ -209,7 +219,12 @@ class ReplaySubject:
         if task.recorded is None:
             raise ConfigError(f"Got task {task.id} without recorded answers")
         talk = [*map(dict, messages), {"role": "assistant", "content": task.recorded[turn - 1]}]
-        *_, call = calls_of(tuple(in_tokens(talk, self._tokenizer)), "full")
+        messages_in_tokens = tuple(in_tokens(talk, self._tokenizer))
+        if len(messages_in_tokens) < len(talk):
+            raise ConfigError(
+                f"Got turn {turn} of task {task.id} behind more than {MAX_CONTEXT} tokens: take it out of --replay"
+            )
+        *_, call = calls_of(messages_in_tokens, "full")
         answer, tally = call.answer_ids[: self._most], Tally()
         begin = self._calls.get(writer.name)
         if begin is None:

@@ -19,7 +19,10 @@ from copyspec_engine.evaluation.metrics import (
 from copyspec_engine.evaluation.records import RunFolder, TurnRecord
 from copyspec_engine.evaluation.sandbox import run_code
 
-__all__ = ["score"]
+__all__ = ["RUNS_CODE", "score"]
+
+RUNS_CODE = ("humaneval", "gsm8k")
+"""The benchmarks whose answers are programs."""
 
 Metrics = dict[str, float]
 

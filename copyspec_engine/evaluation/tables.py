@@ -26,10 +26,15 @@ def markdown(table: Table, level: int = 2) -> str:
     """The table under its title as a heading of this level; level 0 leaves the title out."""
     rules = ["---"] * table.num_labels + ["---:"] * (len(table.headings) - table.num_labels)
     lines = [table.headings, *table.rows]
-    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines]
+    head, *body = ["| " + " | ".join(map(_cell, line)) + " |\n" for line in lines]
     title = f"{'#' * level} {table.title}\n\n" if level else ""
     note = f"\n{table.note}\n" if table.note else ""
     return f"{title}{head}|{'|'.join(rules)}|\n{''.join(body)}{note}"
+
+
+def _cell(text: str) -> str:
+    """A text as a cell holds it: in one line, its bars no borders."""
+    return " ".join(text.replace("|", "\\|").splitlines())
 
 
 def figure(value: float | None) -> str:
