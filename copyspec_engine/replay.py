@@ -214,7 +214,10 @@ def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, Any]]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{path} line {number}", json.loads(line)
+                    value = json.loads(line)
+                    if "\\ud" in line.lower():  # half of a character is no text
+                        json.dumps(value, ensure_ascii=False).encode()
+                    yield f"{path} line {number}", value
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"Cannot read {what} {path}: {error}") from None
     except ValueError as error:  # of JSON or of UTF-8

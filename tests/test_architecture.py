@@ -138,6 +138,7 @@ def test_outer_code_uses_public_names_only() -> None:
                 "bundled",
                 "calibration",
                 "evaluation",
+                "explanation",
                 "forced",
                 "peers",
                 "replay",

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.cli.main import app
 from copyspec_engine.evaluation.benchmarks import BENCHMARKS
 from copyspec_engine.evaluation.data import SAMPLE, load_tasks
@@ -178,16 +181,81 @@ def test_a_record_that_is_too_long_is_an_error_rather_than_another_turn(tmp_path
     assert "turn 2 of task 7 behind more than 24000 tokens" in result.output
 
 
-def test_a_task_that_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_a_task_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
     rows = [
-        {"id": name, "article": "The cat sat. " * count, "highlights": "x"} for name, count in (("a", 1), ("b", 9000))
+        {"id": name, "article": "The cat sat. " * count, "highlights": "x"}
+        for name, count in (("a", 1), ("b", 9000), ("c", 2))
     ]
     data = tmp_path / "long.jsonl"
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     result = run("cnndm", "--data", data, "--max-new-token", "4", "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "Left out task b: Got a request of" in result.output
+    assert "identical outputs: 2/2" in result.output
+    assert {record.task for record in written(tmp_path / "run")} == {"a", "c"}
+    assert list(json.loads((tmp_path / "run" / "summary.json").read_text())["left_out"]) == ["b"]
+
+
+def test_an_answer_is_as_long_as_there_is_room_for(tmp_path: Path) -> None:
+    passed("mt-bench", "--data", "sample", "--limit", "1", "--max-new-token", "8191", "--output", tmp_path)
+    assert len(written(tmp_path)) == 4
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    passed("mt-bench", "--data", "sample", "--limit", "1", "--max-new-token", "8", "--output", tmp_path)
+    with FileLock(tmp_path / ".lock"):
+        result = run("mt-bench", "--data", "sample", "--max-new-token", "8", "--output", tmp_path)
     assert result.exit_code == 2
-    assert "Cannot answer turn 1 of task b: Got a request of" in result.output
-    assert {record.task for record in written(tmp_path / "run")} == {"a"}
+    assert "to which another run is writing" in result.output
+
+
+def test_answers_to_other_words_are_not_mixed_with_new_ones(tmp_path: Path) -> None:
+    data, row = tmp_path / "data.jsonl", {"question_id": 1, "category": "x", "turns": ["Hello.", "Again."]}
+    words = ("mt-bench", "--data", data, "--max-new-token", "4", "--output", tmp_path / "run")
+    data.write_text(json.dumps(row))
+    passed(*words)
+    data.write_text(json.dumps({**row, "turns": ["Hello!", "Again."]}))
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "turn 1 of task 1 was asked in other words" in result.output
+
+
+@pytest.fixture(scope="module")
+def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model with the bundled one's vocabulary."""
+    folder = tmp_path_factory.mktemp("draft")
+    end = AutoTokenizer.from_pretrained(bundled_model_path()).eos_token_id
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, eos_token_id=end, pad_token_id=end))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "writer", "rule"),
+    [
+        ((), "tree", "tree"),
+        (("--gamma", "3"), "copy-first", "copy-first"),
+        (("--no-use-copy",), "draft-only", "draft-only"),
+        (("--combine", "copy-only"), "adaptive", "copy-only"),
+    ],
+)
+def test_a_draft_model_takes_part(
+    draft_model: Path, tmp_path: Path, words: tuple[str, ...], writer: str, rule: str
+) -> None:
+    options = ("--draft-path", draft_model, "--delta", "3", "--data", "sample", "--limit", "1", "--max-new-token", "24")
+    output = passed("mt-redundant", *options, *words, "--output", tmp_path)
+    assert "identical outputs: 1/1" in output
+    facts = RunFolder(tmp_path).facts()
+    assert (facts.drafter, facts.drafter_options["combine"], facts.drafter_options["delta"]) == (writer, rule, 3)
+    records = written(tmp_path)
+    assert {record.writer for record in records} == {writer, "none"}
+    (row,) = [r for r in json.loads((tmp_path / "summary.json").read_text())["rows"] if r["turn"] == "all"]
+    if rule == "draft-only":
+        assert row["copied_share"] == 0
+        assert max(length for record in records for length in record.draft_lengths) == 3
+    else:
+        assert row["copied_share"] > 0.5
 
 
 BAD = [
@@ -195,6 +263,13 @@ BAD = [
     (("mt-bench", "--no-use-copy", "--gamma", "3"), "--no-use-copy with a drafter"),
     (("mt-bench", "--gamma", "0"), "min_match_tokens=0"),
     (("gsm8k", "--use-redundant"), "option of mt-bench"),
+    (("gsm8k", "--delta", "3"), "--delta 3 without a draft model"),
+    (("gsm8k", "--combine", "tree"), "--combine tree without a draft model"),
+    (("gsm8k", "--draft-path", "m", "--drafter", "none"), "--draft-path with --drafter none"),
+    (("gsm8k", "--draft-path", "m", "--no-use-copy", "--combine", "tree"), "--no-use-copy with --combine tree"),
+    (("mt-bench", "--replay", "x", "--draft-path", "m"), "--draft-path with --replay"),
+    (("mt-bench", "--replay", "x", "--device", "cpu"), "--device or --dtype with --replay"),
+    (("mt-bench", "--no-use-copy", "--plain"), "--plain with plain decoding"),
     (("gsm8k", "--limit", "0"), "--limit 0"),
     (("gsm8k", "--max-new-token", "0"), "--max-new-token 0"),
     (("gsm8k", "--shape", "tiny"), "--shape tiny without --replay"),

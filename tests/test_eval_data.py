@@ -149,6 +149,8 @@ BAD: list[tuple[str, Sequence[object], str]] = [
     ("gsm8k", [["question", "answer"]], "line 1, which is not an object"),
     ("gsm8k", [], "which holds no tasks"),
     ("mt-bench", [ROWS["mt-bench"], ROWS["mt-bench"]], "more than one task '81'"),
+    ("mt-bench", [{**ROWS["mt-bench"], "category": "all"}], "a category 'all'"),
+    ("gsm8k", ['{"question": "half \\ud83d", "answer": "#### 1"}'], "line 1, which is not JSON"),
 ]
 
 
@@ -198,7 +200,9 @@ def test_recorded_conversations(tmp_path: Path) -> None:
     assert [task.id for task in tasks] == ["a", "c"]
     assert tasks[0].prompts == ("Write.", "Again.")
     assert tasks[0].recorded == ("Once.", "Once upon.")
-    assert [task.id for task in load_recorded(BENCHMARKS["mt-bench"], path, None, 2)] == ["a", "b"]
+    assert [task.id for task in load_recorded(BENCHMARKS["mt-bench"], path, "X", 1)] == ["a"]
+    with pytest.raises(ConfigError, match="with answers of X, Y: name one of them with --replay-model"):
+        load_recorded(BENCHMARKS["mt-bench"], path, None)
     with pytest.raises(ConfigError, match="without a conversation of --replay-model Z but with X, Y"):
         load_recorded(BENCHMARKS["mt-bench"], path, "Z")
     with pytest.raises(ConfigError, match="line 1, whose messages are of user, assistant, user, assistant but gsm8k"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -37,6 +38,16 @@ def sandboxed() -> Callable[[str], CodeResult]:
 def printing(stdout: str, status: Any = "ok") -> Callable[[str], CodeResult]:
     """Stands for the sandbox: any program prints this."""
     return lambda source: CodeResult(status, stdout, "", 0.0)
+
+
+def saying(words: str, status: Any = "ok") -> Callable[[str], CodeResult]:
+    """Stands for the sandbox: the last line is `words`, {} in them what the program would say if all tests passed."""
+
+    def run(source: str) -> CodeResult:
+        passed = re.findall(r'print\("\\n(.*)"\)', source)[-1]
+        return CodeResult(status, f"\n{words.format(passed)}\n", "", 0.0)
+
+    return run
 
 
 # ROUGE
@@ -317,16 +328,16 @@ def test_the_solution_is_a_module_of_its_own() -> None:
     )
     assert humaneval_solution(problem, f"```python\ndef add_more():\n    pass\n```\n```\n{first}\n```") != first
     assert evalplus_sample(problem, f"```python\n{first}\n```") == {"task_id": "Own/0", "solution": first}
-    compile(humaneval_program(problem, first), "program.py", "exec")
+    compile(humaneval_program(problem, first, "passed"), "program.py", "exec")
 
 
 def test_a_program_that_fails_is_no_pass_whatever_it_prints() -> None:
     problem, answer = PROBLEMS["a sum"], "    return a + b"
-    passed = "\nall tests passed\n"
-    assert humaneval_correct(problem, answer, printing(passed))
-    assert not humaneval_correct(problem, answer, printing(passed, "error"))
-    assert not humaneval_correct(problem, answer, printing(passed + "x"))
-    assert not humaneval_correct(problem, answer, printing(""))
+    assert humaneval_correct(problem, answer, saying("{}"))
+    assert not humaneval_correct(problem, answer, saying("{}", "error"))
+    assert not humaneval_correct(problem, answer, saying("{}x"))
+    assert not humaneval_correct(problem, answer, saying("all tests passed"))
+    assert not humaneval_correct(problem, answer, saying(""))
 
 
 def test_pass_at_1_is_the_share_that_passed() -> None:

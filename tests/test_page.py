@@ -289,7 +289,7 @@ def figures_of(*records: TurnRecord) -> Figures:
 def test_figures_are_sums_and_rates_of_sums() -> None:
     plain = record("Ann", writer="none", prefill_s=0.2, decode_s=1.4, accepted_lengths=(0,) * 8, forward_passes=8)
     found = figures_of(record("Ann"), plain)
-    assert (found.tokens, found.passes, found.accepted, found.by_source) == (8, 3, 5, {"prompt": 5})
+    assert (found.tokens, found.passes, found.copied, found.by_source) == (8, 3, 5, {"prompt": 5})
     assert (found.tokens_per_forward, found.copied_share) == (8 / 3, 5 / 8)
     assert found.speedup == pytest.approx(4.0)
     assert found.same == 1

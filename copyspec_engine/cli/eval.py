@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from copyspec_engine import AdaptiveDrafter, ConfigError, CopySpecDrafter, DrafterConfig, NoDrafter
+from copyspec_engine import AdaptiveDrafter, Combine, ConfigError, CopySpecDrafter, DrafterConfig, NoDrafter
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.loading import BUNDLED, DtypeName, engine_config
 from copyspec_engine.cli.words import RecordedCommand
@@ -43,6 +43,25 @@ def _drafter(
     return {"adaptive": AdaptiveDrafter, "none": NoDrafter}[name]() if name != "copyspec" else CopySpecDrafter(**given)
 
 
+def _draft_model(
+    path: str | None, delta: int | None, combine: Combine | None, use_copy: bool, drafter: DrafterConfig
+) -> dict[str, Any]:
+    """The engine's options for a draft model; none without one."""
+    if path is None:
+        for option, value in (("--delta", delta), ("--combine", combine)):
+            if value is not None:
+                raise ConfigError(f"Got {option} {value} without a draft model: name one with --draft-path")
+        return {}
+    if isinstance(drafter, NoDrafter):
+        raise ConfigError("Got --draft-path with --drafter none, which is plain decoding: leave one of them out")
+    if not use_copy and combine not in (None, "draft-only"):
+        raise ConfigError(f"Got --no-use-copy with --combine {combine}, which copies: leave one of them out")
+    rule = combine or (
+        "draft-only" if not use_copy else "copy-first" if isinstance(drafter, CopySpecDrafter) else "tree"
+    )
+    return {"draft_model": path, "combine": rule, **({} if delta is None else {"max_draft_model_tokens": delta})}
+
+
 def evaluate(
     context: typer.Context,
     model: Annotated[
@@ -73,8 +92,19 @@ def evaluate(
     number_copy: Annotated[
         int | None, typer.Option("--number-copy", help="Tokens copied at a time; of --drafter copyspec (10).")
     ] = None,
-    draft_path: Annotated[str | None, typer.Option(help="A draft model.")] = None,
-    delta: Annotated[int | None, typer.Option(help="Tokens that the draft model writes at a time.")] = None,
+    draft_path: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A draft model with the same vocabulary: hub name or folder.")
+    ] = None,
+    delta: Annotated[
+        int | None, typer.Option(help="Tokens that the draft model writes before a pass, at most (5).")
+    ] = None,
+    combine: Annotated[
+        Combine | None,
+        typer.Option(
+            help="How copies and the draft model go together; default: tree, with the paper's options copy-first, with "
+            "--no-use-copy draft-only."
+        ),
+    ] = None,
     use_redundant: Annotated[
         bool, typer.Option("--use-redundant", help="Of mt-bench: the questions of mt-redundant.")
     ] = False,
@@ -135,14 +165,14 @@ def evaluate(
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"Got {option} {value} but expected at least 1")
-        if draft_path is not None or delta is not None:
-            raise ConfigError("Got --draft-path or --delta but draft models are not there yet: leave them out")
-        config = engine_config(model, device, dtype)
+        chosen = _drafter(drafter, use_copy or draft_path is not None, gamma, number_copy)
+        draft_model = _draft_model(draft_path, delta, combine, use_copy, chosen)
+        config = engine_config(model, device, dtype, **draft_model)
         from copyspec_engine.cli.evaluate import EvalOptions, run_eval
 
         options = EvalOptions(
             benchmark=BENCHMARKS["mt-redundant" if use_redundant else name],
-            drafter=_drafter(drafter, use_copy, gamma, number_copy),
+            drafter=chosen,
             config=config,
             model_id=model_id,
             data=data,

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from copyspec_engine import ConfigError, DrafterConfig, Engine, EngineConfig
+from copyspec_engine import ConfigError, DrafterConfig, Engine, EngineConfig, NoDrafter
 from copyspec_engine.cli.bench_drafts import machine, versions
 from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.loading import BUNDLED
@@ -27,8 +27,7 @@ from copyspec_engine.evaluation.plots import check_installed, write_plots
 from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
 from copyspec_engine.evaluation.report import summary_markdown
 from copyspec_engine.evaluation.run import EngineSubject, ReplaySubject, Subject, Writer, run_tasks, writers_of
-from copyspec_engine.evaluation.sandbox import check_sandbox
-from copyspec_engine.evaluation.scoring import RUNS_CODE, score
+from copyspec_engine.evaluation.scoring import RUNS_CODE, check_scoring, score
 from copyspec_engine.evaluation.summary import summary
 from copyspec_engine.replay import load_tokenizer
 
@@ -65,21 +64,21 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
         CopySpecError: an option, the data or the model cannot work; found before anything is written.
     """
     _check(options)
-    if options.execute_code:
-        check_sandbox()
+    if options.replay is None:
+        check_scoring(options.benchmark.name, execute_code=options.execute_code)
     if options.output is not None:
         check_installed()
     tasks = _tasks(options)
     with _folder(options) as folder, _subject(options, console) as (subject, about):
         runs_model = options.replay is None or options.shape is not None
-        writer = Writer(options.drafter.name, options.drafter)
+        writer = _writer(options)
         writers = writers_of(writer, plain=runs_model if options.plain is None else options.plain)
         facts = RunFacts(
             benchmark=options.benchmark.name,
             drafter=writer.name,
-            drafter_options=options.drafter.model_dump(mode="json", exclude={"name"}),
+            drafter_options={**options.drafter.model_dump(mode="json", exclude={"name"}), **_drafting(options)},
             writers=tuple(writer.name for writer in writers),
-            data=str(options.replay or options.data or options.benchmark.name),
+            data=_data_name(options),
             recorded=options.replay is not None,
             num_tasks=len(tasks),
             max_new_tokens=options.max_new_tokens,
@@ -90,14 +89,17 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
             **about,
         )
         with _Bar(console, facts, tasks) as bar:
-            records = run_tasks(subject, tasks, writers, folder, facts, bar.advance)
+            records, left_out = run_tasks(subject, tasks, writers, folder, facts, bar.advance)
         facts = folder.facts()
         own = [record for record in records if record.writer == writer.name]
+        answered = [task for task in tasks if task.id not in left_out]
         with console.status("Scoring the answers ..."):
             metrics = (
-                {} if facts.recorded else score(facts.benchmark, tasks, own, folder, execute_code=facts.execute_code)
+                {} if facts.recorded else score(facts.benchmark, answered, own, folder, execute_code=facts.execute_code)
             )
-        found = summary(facts, records, metrics)
+        found = {**summary(facts, records, metrics), "left_out": left_out}
+        for task, reason in left_out.items():
+            console.print(f"Left out task {escape(task)}: {escape(reason)}", soft_wrap=True)
         _print(found, facts, console)
         if options.output is not None:
             folder.write_json("summary.json", found)
@@ -113,9 +115,15 @@ def _check(options: EvalOptions) -> None:
         raise ConfigError(
             f"Got --execute-code with {options.benchmark.name} but only {' and '.join(RUNS_CODE)} ask for programs"
         )
+    if options.plain and isinstance(options.drafter, NoDrafter):
+        raise ConfigError("Got --plain with plain decoding, which has nothing beside it: leave it out")
     if options.replay is None:
         _check_without_replay(options)
-        return
+    else:
+        _check_replay(options)
+
+
+def _check_replay(options: EvalOptions) -> None:
     if options.data is not None:
         raise ConfigError(f"Got --data {options.data} with --replay {options.replay}: tasks come from one of them")
     if options.execute_code:
@@ -128,6 +136,10 @@ def _check(options: EvalOptions) -> None:
         raise ConfigError(
             "Got --plain with --replay but plain decoding takes one pass a token: add a --shape to time it"
         )
+    if options.config.draft_model is not None:
+        raise ConfigError("Got --draft-path with --replay: `copyspec bench engine --draft-shape` replays with one")
+    if options.shape is None and (options.config.device, options.config.dtype) != ("auto", "auto"):
+        raise ConfigError("Got --device or --dtype with --replay but no model runs: add a --shape")
     if options.shape is not None and options.cost_model is not None:
         raise ConfigError(f"Got --cost-model {options.cost_model} with --shape, whose passes are measured")
 
@@ -142,6 +154,30 @@ def _check_without_replay(options: EvalOptions) -> None:
     ):
         if value is not None:
             raise ConfigError(f"Got {option} {value} without --replay: name the recorded conversations")
+
+
+def _writer(options: EvalOptions) -> Writer:
+    """The one that is measured."""
+    if options.config.draft_model is None:
+        return Writer(options.drafter.name, options.drafter)
+    rule = options.config.combine
+    return Writer(options.drafter.name if rule == "copy-only" else rule, options.drafter, {"combine": rule})
+
+
+def _drafting(options: EvalOptions) -> dict[str, Any]:
+    """How a draft model takes part, as it goes into the run's facts; nothing without one."""
+    config = options.config
+    if config.draft_model is None:
+        return {}
+    named = {"drafter": options.drafter.name, "draft_model": config.draft_model}
+    return {**named, "delta": config.max_draft_model_tokens, "combine": config.combine}
+
+
+def _data_name(options: EvalOptions) -> str:
+    """What the tasks or the recorded answers are called in the run's facts."""
+    if options.replay is None:
+        return options.data or options.benchmark.name
+    return f"{options.replay}, {options.replay_model}" if options.replay_model else str(options.replay)
 
 
 def _tasks(options: EvalOptions) -> list[Task]:
@@ -162,7 +198,11 @@ def _tasks(options: EvalOptions) -> list[Task]:
 def _folder(options: EvalOptions) -> Iterator[RunFolder]:
     """Where the run goes: the folder that was named, or one that is gone afterwards."""
     if options.output is not None:
-        yield RunFolder(options.output.expanduser())
+        folder = RunFolder(options.output.expanduser())
+        try:
+            yield folder
+        finally:
+            folder.close()
         return
     with tempfile.TemporaryDirectory(prefix="copyspec-eval-") as path:
         yield RunFolder(Path(path))

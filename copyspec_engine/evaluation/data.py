@@ -10,6 +10,7 @@ from typing import Any
 
 from copyspec_engine import ConfigError, missing_extra
 from copyspec_engine.evaluation.benchmarks import Benchmark, Hub, Task
+from copyspec_engine.evaluation.summary import ALL
 from copyspec_engine.replay import messages_of, read_json_lines
 
 __all__ = ["SAMPLE", "load_recorded", "load_tasks"]
@@ -34,15 +35,17 @@ def load_tasks(benchmark: Benchmark, data: str | None, limit: int | None = None)
     """
     rows = _rows(benchmark, data)
     tasks = [benchmark.task(row, where) for where, row in islice(rows, limit)]
-    return _checked(tasks, data or benchmark.name)
+    return _checked(tasks, f"{_WHAT} {data or benchmark.name}")
 
 
-def _checked(tasks: list[Task], data: str) -> list[Task]:
+def _checked(tasks: list[Task], source: str) -> list[Task]:
     if not tasks:
-        raise ConfigError(f"Got {_WHAT} {data}, which holds no tasks")
+        raise ConfigError(f"Got {source}, which holds no tasks")
     twice = next((name for name, count in Counter(task.id for task in tasks).items() if count > 1), None)
     if twice is not None:
-        raise ConfigError(f"Got {_WHAT} {data} with more than one task {twice!r}: give each its own id")
+        raise ConfigError(f"Got {source} with more than one task {twice!r}: give each its own id")
+    if any(task.category == ALL for task in tasks):
+        raise ConfigError(f"Got {source} with a category {ALL!r}, which means all of them: give it another name")
     return tasks
 
 
@@ -115,10 +118,12 @@ def load_recorded(benchmark: Benchmark, path: Path, model: str | None, limit: in
         models[str(record.get("model", ""))] += 1
         if model is None or record.get("model") == model:
             tasks.append(_recorded_task(benchmark, record, messages, where))
-    if not tasks:
-        known = ", ".join(sorted(models)) or "none"
+    known = ", ".join(sorted(models))
+    if models and not tasks:
         raise ConfigError(f"Got --replay {path} without a conversation of --replay-model {model} but with {known}")
-    return _checked(tasks[:limit], str(path))
+    if model is None and len(models) > 1:
+        raise ConfigError(f"Got --replay {path} with answers of {known}: name one of them with --replay-model")
+    return _checked(tasks[:limit], f"--replay {path}")
 
 
 def _recorded_task(benchmark: Benchmark, record: Mapping[str, Any], messages: list[dict[str, Any]], where: str) -> Task:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -41,7 +42,6 @@ _NUMBER = re.compile(
     r"(?:\.\d+)?(?:[eE][-+]?\d{1,4}(?!\d))?"
 )
 _TOLERANCE = 1e-6
-_PASSED = "all tests passed"
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -93,7 +93,7 @@ def _python_blocks(text: str) -> list[str]:
     """All marked blocks, or if there are none, all without a mark."""
     marked: list[str] = []
     unmarked: list[str] = []
-    lines = iter(text.splitlines())
+    lines = iter(text.replace("\r\n", "\n").split("\n"))
     for line in lines:
         if not (fence := _FENCE.fullmatch(line)):
             continue
@@ -176,8 +176,8 @@ def humaneval_solution(problem: Mapping[str, Any], answer_text: str) -> str:
     return "\n".join([problem["prompt"].rstrip(), *body, ""])
 
 
-def humaneval_program(problem: Mapping[str, Any], answer_text: str) -> str:
-    """A program that tests an answer to a HumanEval task, and prints a last line of its own if every test passed.
+def humaneval_program(problem: Mapping[str, Any], answer_text: str, passed: str) -> str:
+    """A program that tests an answer to a HumanEval task, and prints the line `passed` last if every test passed.
 
     The prompt (with an empty function, for its imports and helper functions), the solution and the tests run one after
     the other in one module that is not `__main__`; then `check(entry_point)` is called. The package evalplus is not
@@ -187,6 +187,7 @@ def humaneval_program(problem: Mapping[str, Any], answer_text: str) -> str:
     Args:
         problem: a row of the data set: "prompt", "entry_point" and "test".
         answer_text: of the model.
+        passed: what the answer cannot know.
     """
     parts = (problem["prompt"].rstrip() + "\n    pass\n", humaneval_solution(problem, answer_text), problem["test"])
     return f"""import sys, types
@@ -194,14 +195,15 @@ module = sys.modules["solution"] = types.ModuleType("solution")
 for name, part in zip(("prompt", "solution", "test"), {parts!r}):
     exec(compile(part, name + ".py", "exec"), vars(module))
 module.check(module.{problem["entry_point"]})
-print("\\n{_PASSED}")
+print("\\n{passed}")
 """
 
 
 def humaneval_correct(problem: Mapping[str, Any], answer_text: str, run: Run) -> bool:
     """Whether an answer to a HumanEval task passes all its tests; one that ends the program before does not."""
-    result = run(humaneval_program(problem, answer_text))
-    return result.status == "ok" and result.stdout.endswith(f"\n{_PASSED}\n")
+    passed = f"all tests passed {secrets.token_hex(8)}"
+    result = run(humaneval_program(problem, answer_text, passed))
+    return result.status == "ok" and result.stdout.endswith(f"\n{passed}\n")
 
 
 def pass_at_1(outcomes: Sequence[bool]) -> float:

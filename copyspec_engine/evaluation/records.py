@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from copyspec_engine import ConfigError
+from copyspec_engine.explanation import NOT_COPIED
 
 __all__ = ["PLAIN", "RUN_FILE", "TURNS_FILE", "RunFacts", "RunFolder", "TurnRecord", "read_turns"]
 
@@ -38,7 +40,8 @@ class TurnRecord(_Record):
     category: str
     turn: int = Field(ge=1)
     writer: str
-    """Name of the drafter: "adaptive", "copyspec" or "none" (`PLAIN`)."""
+    """Name of the drafter: "adaptive", "copyspec" or "none" (`PLAIN`); with a draft model that of the rule by which
+    both go together ("tree", "copy-first", "draft-only")."""
     messages: tuple[dict[str, Any], ...]
     """The whole prompt of this turn as chat messages, earlier answers of the same writer in it."""
     text: str
@@ -75,6 +78,11 @@ class TurnRecord(_Record):
         return sum(self.accepted_lengths)
 
     @property
+    def num_copied(self) -> int:
+        """Accepted tokens that were copied, and not written by a draft model or recycled."""
+        return self.num_accepted - sum(self.accepted_by_source.get(source, 0) for source in NOT_COPIED)
+
+    @property
     def seconds(self) -> float | None:
         """Prefill and decoding."""
         return None if self.prefill_s is None or self.decode_s is None else self.prefill_s + self.decode_s
@@ -86,7 +94,7 @@ class RunFacts(_Record):
     format: Literal[1] = 1
     benchmark: str
     drafter: str
-    """Name of the drafter that is measured; "none" for a run of plain decoding alone."""
+    """Name of the writer that is measured; "none" for a run of plain decoding alone."""
     drafter_options: dict[str, Any] = Field(default_factory=dict)
     writers: tuple[str, ...]
     """Who writes each task: the drafter, and plain decoding beside it."""
@@ -162,6 +170,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(str(path / ".lock"))
 
     @property
     def turns_path(self) -> Path:
@@ -195,6 +204,8 @@ class RunFolder:
     def begin(self, facts: RunFacts, turns_of: dict[str, int]) -> list[TurnRecord]:
         """Start the run, or go on with it: what is complete already stays, what is not is dropped.
 
+        Until `close` no other process can begin one here.
+
         Tasks that are not asked this time stay too: a run with a smaller --limit loses nothing.
 
         Args:
@@ -205,13 +216,24 @@ class RunFolder:
             The records of the complete ones among these tasks.
 
         Raises:
-            ConfigError: the folder cannot be written, or holds another run.
+            ConfigError: the folder cannot be written, or holds another run, or one that is under way.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"Cannot write --output {self.path}: {error.strerror or error}") from None
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"Got --output {self.path}, to which another run is writing: wait for it, or choose another folder"
+            ) from None
         if not (self.path / RUN_FILE).exists():
+            if self.turns_path.exists() and self.turns_path.stat().st_size:
+                raise ConfigError(
+                    f"Got --output {self.path} with {TURNS_FILE} but without {RUN_FILE}: choose another folder, or "
+                    "delete it"
+                )
             self._write(self.path / RUN_FILE, facts.model_dump_json(indent=1) + "\n")
             self._write(self.turns_path, "")
             return []
@@ -230,6 +252,10 @@ class RunFolder:
             self.path / RUN_FILE, facts.model_copy(update={"date": before.date}).model_dump_json(indent=1) + "\n"
         )
         return [record for record in kept if record.task in complete]
+
+    def close(self) -> None:
+        """Another process may write to the folder."""
+        self._lock.release(force=True)
 
     def append(self, record: TurnRecord) -> None:
         """Add a record, in one piece and for good: it survives whatever happens to this process afterwards.

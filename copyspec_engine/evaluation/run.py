@@ -8,6 +8,7 @@ Not covered: what the answers are worth (metrics.py), figures (summary.py).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,7 +87,7 @@ def run_tasks(
     folder: RunFolder,
     facts: RunFacts,
     on_turn: Callable[[TurnRecord], None],
-) -> list[TurnRecord]:
+) -> tuple[list[TurnRecord], dict[str, str]]:
     """Writes what the folder does not hold yet.
 
     Args:
@@ -98,26 +99,46 @@ def run_tasks(
         on_turn: told of each record, of those that were there already too.
 
     Returns:
-        All records.
+        The records of all tasks, and why there is none of some of them, by their ids: those that do not fit in the
+        model's context.
 
     Raises:
         ConfigError: the folder holds another run, or cannot be written.
         CopySpecError: an answer failed. What was written before stays in the folder.
     """
     records = folder.begin(facts, {task.id: len(task.prompts) for task in tasks})
+    _check_asked(tasks, records, folder)
     for record in records:
         on_turn(record)
     done = {record.task for record in records}
     left = [(number, task) for number, task in enumerate(tasks) if task.id not in done]
+    left_out: dict[str, str] = {}
     if left:
         subject.warm_up(left[0][1], writers)
     for number, task in left:
-        for record in _write_task(subject, task, number, writers):
-            folder.append(record)
-            records.append(record)
-            on_turn(record)
+        written: list[TurnRecord] = []
+        try:
+            for record in _write_task(subject, task, number, writers):
+                folder.append(record)
+                written.append(record)
+                on_turn(record)
+        except ContextOverflowError as error:
+            left_out[task.id] = str(error)
+        else:
+            records += written
         subject.forget(task, writers)
-    return records
+    return records, left_out
+
+
+def _check_asked(tasks: Sequence[Task], records: Sequence[TurnRecord], folder: RunFolder) -> None:
+    """Raises `ConfigError` if the folder holds answers to other words than the tasks have now."""
+    prompts = {(task.id, turn): prompt for task in tasks for turn, prompt in enumerate(task.prompts, 1)}
+    for record in records:
+        if record.messages[-1]["content"] != prompts[record.task, record.turn]:
+            raise ConfigError(
+                f"Got --output {folder.path}, where turn {record.turn} of task {record.task} was asked in other words: "
+                "the data has changed; choose another folder"
+            )
 
 
 def _write_task(subject: Subject, task: Task, number: int, writers: Sequence[Writer]) -> Iterator[TurnRecord]:
@@ -143,29 +164,31 @@ class EngineSubject:
 
     def warm_up(self, task: Task, writers: Sequence[Writer]) -> None:
         short = replace(self, max_new_tokens=min(self.max_new_tokens, _WARM_UP_TOKENS))
-        for writer in writers:
-            short.write(task, 1, [{"role": "user", "content": task.prompts[0]}], writer)
+        with contextlib.suppress(ContextOverflowError):  # it is left out when its turn comes
+            for writer in writers:
+                short.write(task, 1, [{"role": "user", "content": task.prompts[0]}], writer)
         self.forget(task, writers)
 
     def write(self, task: Task, turn: int, messages: Messages, writer: Writer) -> TurnRecord:
+        try:
+            output = self._answer(task, turn, messages, writer, self.max_new_tokens)
+        except ContextOverflowError as error:  # write as much as there is room for
+            room = self.max_new_tokens - (error.num_tokens - error.max_tokens)
+            if room < 1:
+                raise
+            output = self._answer(task, turn, messages, writer, room)
+        return turn_record(task.id, task.category, turn, writer.name, messages, output)
+
+    def _answer(self, task: Task, turn: int, messages: Messages, writer: Writer, max_tokens: int) -> GenerationOutput:
         request = GenerationRequest(
             messages=[dict(message) for message in messages],
-            sampling=SamplingParams(max_tokens=self.max_new_tokens),
+            sampling=SamplingParams(max_tokens=max_tokens),
             drafter=writer.drafter,
             session_id=_session(task, writer),
             explain=True,
             **writer.options,
         )
-        output = self._answer(task, turn, request)
-        return turn_record(task.id, task.category, turn, writer.name, messages, output)
-
-    def _answer(self, task: Task, turn: int, request: GenerationRequest) -> GenerationOutput:
-        try:
-            return self._generate(task, turn, request)
-        except ContextOverflowError as error:
-            raise ConfigError(
-                f"Cannot answer turn {turn} of task {task.id}: {error}; or leave the task out of the data"
-            ) from error
+        return self._generate(task, turn, request)
 
     def _generate(self, task: Task, turn: int, request: GenerationRequest) -> GenerationOutput:
         if self.recorded is None:

@@ -17,14 +17,27 @@ from copyspec_engine.evaluation.metrics import (
     rouge,
 )
 from copyspec_engine.evaluation.records import RunFolder, TurnRecord
-from copyspec_engine.evaluation.sandbox import run_code
+from copyspec_engine.evaluation.sandbox import check_sandbox, run_code
 
-__all__ = ["RUNS_CODE", "score"]
+__all__ = ["RUNS_CODE", "check_scoring", "score"]
 
 RUNS_CODE = ("humaneval", "gsm8k")
 """The benchmarks whose answers are programs."""
 
 Metrics = dict[str, float]
+
+
+def check_scoring(benchmark: str, *, execute_code: bool) -> None:
+    """Make sure before a long run that its answers can be scored afterwards.
+
+    Raises:
+        ConfigError: programs cannot be confined on this machine.
+        CopySpecError: a package is not installed.
+    """
+    if benchmark == "cnndm":
+        rouge(["a"], ["a"])
+    if execute_code:
+        check_sandbox()
 
 
 def score(

@@ -63,7 +63,7 @@ def _figures(records: Sequence[TurnRecord], plain: Sequence[TurnRecord]) -> dict
         "forward_passes": passes,
         "tokens_per_forward": round(tokens / passes, 4),
         "tokens_per_s": _rounded(speed),
-        "copied_share": round(sum(record.num_accepted for record in records) / max(tokens, 1), 4),
+        "copied_share": round(sum(record.num_copied for record in records) / max(tokens, 1), 4),
         "plain_tokens_per_s": _rounded(plain_speed),
         "speedup": _rounded(speed / plain_speed if speed and plain_speed else None),
         "modelled_speedup": _rounded(tokens / sum(modelled) if modelled else None),

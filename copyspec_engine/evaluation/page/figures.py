@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from copyspec_engine.evaluation.page.transcript import Answer
 from copyspec_engine.evaluation.records import TurnRecord
+from copyspec_engine.explanation import NOT_COPIED
 
 __all__ = ["Figures"]
 
@@ -19,9 +20,9 @@ class Figures:
     answers: int
     tokens: int
     passes: int
-    accepted: int
+    copied: int
     by_source: dict[str, int]
-    """Accepted tokens, most first."""
+    """Copied tokens, most first."""
     seconds: float | None
     """Prefill and decoding; None unless all were timed."""
     plain_seconds: float | None
@@ -40,7 +41,7 @@ class Figures:
         has_plain = len(plain) == len(own)
         sources: Counter[str] = Counter()
         for record in own:
-            sources.update(record.accepted_by_source)
+            sources.update({name: n for name, n in record.accepted_by_source.items() if name not in NOT_COPIED})
         tokens, seconds = sum(record.num_tokens for record in own), _seconds(own)
         plain_seconds = _seconds(plain) if has_plain else None
         modelled = sum(record.modelled_passes or 0.0 for record in own)
@@ -51,7 +52,7 @@ class Figures:
             answers=len(own),
             tokens=tokens,
             passes=sum(record.forward_passes for record in own),
-            accepted=sum(record.num_accepted for record in own),
+            copied=sum(record.num_copied for record in own),
             by_source=dict(sources.most_common()),
             seconds=seconds,
             plain_seconds=plain_seconds,
@@ -66,8 +67,8 @@ class Figures:
 
     @property
     def copied_share(self) -> float:
-        """Share of the tokens that were accepted from drafts, 0 to 1."""
-        return self.accepted / max(self.tokens, 1)
+        """Share of the tokens that were copied, 0 to 1."""
+        return self.copied / max(self.tokens, 1)
 
 
 def _seconds(records: Iterable[TurnRecord]) -> float | None:
