@@ -150,6 +150,11 @@ ALL: dict[str, dict[str, Any]] = {
         (3, 45, {"ours": 0.5, "generate": 6.0}),
     ),
     "engine_at_once": engine((1, 5, {"ours": 1.0, "generate-batch": 3.0}), at_once=2),
+    "engine_draft": engine(
+        (2, 25, {"ours-plain": 1.0, "ours": 0.5, "ours-draft": 0.8, "ours-tree": 0.4}),
+        draft_shape="bundled",
+        agreement=0.7,
+    ),
     "eval_gsm8k": run_summary(),
 }
 ALL["engine_at_once"]["concurrency"] = [
@@ -202,6 +207,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "ingredients": "| chats | 3.00 / 1.50 | -20.0% / -20.0% |",
         "propose": "| 16,000 | 53 us | 389 us | 35 ms | 2 MB |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
+        "draft-models": "| chats | 2 | 0.7 | 10.0 | 2.00x | 1.25x | - | 2.50x | - | 2.00x |",
         "speed": "| chats | 2 to 3 | **20.0** | 4.00x | 10.0x | - | 5.00 |",
         "eval": "| gsm8k | some/model | adaptive | all | 100 | 2.00 | 50.0% | 50.0 | 2.00x | 4/4 | accuracy 0.75 |",
         "reproduction": "",

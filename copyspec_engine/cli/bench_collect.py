@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from copyspec_engine import ConfigError
 from copyspec_engine.cli.report import write_text
+from copyspec_engine.cli.results.draft_models import draft_model_tables
 from copyspec_engine.cli.results.drafts import (
     drafts_plots,
     drafts_tables,
@@ -42,6 +43,7 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "propose": propose_tables,
     "engine": engine_tables,
     "speed": speed_tables,
+    "draft-models": draft_model_tables,
     "eval": eval_tables,
     "reproduction": reproduction_tables,
     "reproduction-categories": reproduction_categories,

@@ -56,6 +56,22 @@ _DRAFTS = Kind(
     frozenset({"source", "drafter", "tokens_per_forward", "modelled_speedup"}),
 )
 _SPEEDS = {"tokens", "tokens_per_s", "tokens_per_forward"}
+_ENGINE = Kind(
+    frozenset({"results", "summary", "shape", "device", "dtype", *_FACTS}),
+    frozenset(
+        {
+            "source",
+            "conversation",
+            "turn",
+            "peer",
+            "concurrency",
+            "prompt_tokens",
+            "seconds",
+            "forward_passes",
+            *_SPEEDS,
+        }
+    ),
+)
 KINDS = {
     "drafts": _DRAFTS,
     "history": _DRAFTS,
@@ -64,22 +80,8 @@ KINDS = {
         frozenset({"results", "indexed_tokens", "tokenizer", *_FACTS}),
         frozenset({"memory_tokens", "propose_us_p50", "propose_us_p99", "index_ms", "bytes_per_token"}),
     ),
-    "engine": Kind(
-        frozenset({"results", "summary", "shape", "device", "dtype", *_FACTS}),
-        frozenset(
-            {
-                "source",
-                "conversation",
-                "turn",
-                "peer",
-                "concurrency",
-                "prompt_tokens",
-                "seconds",
-                "forward_passes",
-                *_SPEEDS,
-            }
-        ),
-    ),
+    "engine": _ENGINE,
+    "draft-models": _ENGINE,
     "eval": Kind(
         frozenset({"rows", "facts", "benchmark", "drafter", "model", "identical", "metrics"}),
         frozenset({"turn", "category", "copied_share", "speedup", "modelled_speedup", *_SPEEDS}),
@@ -121,6 +123,8 @@ def _kind_of(path: Path, record: Any) -> str:  # noqa: ANN401 - whatever JSON ho
     name = fitting[0]
     if name == "drafts":
         name = _kind_of_drafts(record)
+    if name == "engine" and record.get("draft_shape"):
+        name = "draft-models"
     rows = Result(path.name, record).rows
     lacking = frozenset[str]().union(*(KINDS[name].row_keys - row.keys() for row in rows)) if rows else {"rows"}
     if lacking:
