@@ -89,10 +89,10 @@ def _cells(result: Result, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def eval_plots(results: Results) -> list[Plot]:
-    """Speed-up by benchmark and turn, a bar for each model and drafter."""
+    """Speed-up by benchmark and turn, a bar for each model and drafter; "modelled" where no model ran."""
     value: dict[str, dict[str, float]] = {}
     for result in results["eval"]:
-        name = ", ".join(part for part in (result.record["model"], result.record["drafter"]) if part)
+        name = f"{result.record['model'] or 'modelled'}, {result.record['drafter']}"
         for row in _rows(result):
             speed = row["speedup"] if row["speedup"] is not None else row["modelled_speedup"]
             if row["turn"] != ALL and speed is not None:
