@@ -24,18 +24,8 @@ from copyspec_engine.evaluation.records import RunFolder, TurnRecord, read_turns
 from copyspec_engine.forced.records import ForcedMismatchError
 from copyspec_engine.forced.runner import ForcedRunner
 from copyspec_engine.forced.shapes import SHAPES
+from tests.test_bench_engine import TINY
 
-TINY = {
-    "model_type": "qwen2",
-    "vocab_size": 4096,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
 POEM = "The bell rings twice.\nThe boats turn home.\nNobody counts the gulls."
 TALK = [
     {"role": "user", "content": "Write a poem."},

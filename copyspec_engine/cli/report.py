@@ -18,6 +18,7 @@ from rich.table import Table
 from copyspec_engine import ConfigError, EngineInfo, Segment
 from copyspec_engine.cli.chain import EditStep
 from copyspec_engine.cli.frameworks import Answer
+from copyspec_engine.evaluation.files import write_text
 
 __all__ = ["Turn", "as_json", "check_writable", "figures", "table", "write_record", "write_text"]
 
@@ -138,19 +139,3 @@ def write_record(path: Path, record: dict[str, Any], console: Console) -> None:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     write_text(path, json.dumps({**record, "date": now}, indent=1) + "\n", "--json")
     console.print(f"Wrote {escape(str(path))}", soft_wrap=True)
-
-
-def write_text(path: Path, text: str, option: str) -> None:
-    """Writes the whole file or nothing: a temporary file beside it takes its name when it is complete.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"Cannot write {option} {path}: {error.strerror or error}. Choose another path") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from copyspec_engine import ConfigError
+from copyspec_engine.evaluation.files import write_text
 from copyspec_engine.explanation import NOT_COPIED
 
 __all__ = ["PLAIN", "RUN_FILE", "TURNS_FILE", "RunFacts", "RunFolder", "TurnRecord", "read_turns"]
@@ -234,8 +235,8 @@ class RunFolder:
                     f"Got --output {self.path} with {TURNS_FILE} but without {RUN_FILE}: choose another folder, or "
                     "delete it"
                 )
-            self._write(self.path / RUN_FILE, facts.model_dump_json(indent=1) + "\n")
-            self._write(self.turns_path, "")
+            write_text(self.path / RUN_FILE, facts.model_dump_json(indent=1) + "\n", "--output")
+            write_text(self.turns_path, "", "--output")
             return []
         before = self.facts()
         if different := facts.differences(before):
@@ -247,10 +248,9 @@ class RunFolder:
         done = self.turns() if self.turns_path.exists() else []
         complete = _complete_tasks(done, facts.writers, turns_of)
         kept = [record for record in done if record.task in complete or record.task not in turns_of]
-        self._write(self.turns_path, "".join(f"{record.model_dump_json()}\n" for record in kept))
-        self._write(
-            self.path / RUN_FILE, facts.model_copy(update={"date": before.date}).model_dump_json(indent=1) + "\n"
-        )
+        write_text(self.turns_path, "".join(f"{record.model_dump_json()}\n" for record in kept), "--output")
+        again = facts.model_copy(update={"date": before.date})
+        write_text(self.path / RUN_FILE, again.model_dump_json(indent=1) + "\n", "--output")
         return [record for record in kept if record.task in complete]
 
     def close(self) -> None:
@@ -282,22 +282,11 @@ class RunFolder:
         """Write a file of the folder, as a whole or not at all."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
-        self._write(path, text)
+        write_text(path, text, "--output")
         return path
 
     def write_json(self, name: str, value: Any) -> Path:  # noqa: ANN401 - whatever JSON holds
         return self.write(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            raise ConfigError(f"Cannot write {path}: {error.strerror or error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _complete_tasks(records: Sequence[TurnRecord], writers: Sequence[str], turns_of: dict[str, int]) -> set[str]:
