@@ -43,7 +43,9 @@ def with_candidates(
         first += row.num_nodes
     if not chosen:
         return list(verdicts)
-    tokens, chances = _likeliest(logits if chosen == list(range(len(logits))) else logits[chosen])
+    if chosen != list(range(len(logits))):
+        logits = logits.index_select(0, torch.tensor(chosen, device=logits.device))
+    tokens, chances = _likeliest(logits)
     kept, start = [], 0
     for row, verdict, ending, places in zip(rows, verdicts, endings, nodes, strict=True):
         part = slice(start, start + len(places))
@@ -66,7 +68,7 @@ def _likeliest(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The likeliest tokens and the buckets of their probabilities, as in `Candidates`; with one copy to the host."""
     scores = logits.float()
     top = scores.topk(min(NUM_CANDIDATES, scores.shape[-1]), dim=-1)
-    chances = (top.values - scores.logsumexp(dim=-1, keepdim=True)).exp()
+    chances = scores.softmax(dim=-1).gather(-1, top.indices)
     both = torch.cat((top.indices.double(), chances.double()), dim=-1).cpu().numpy()
     tokens = np.full((len(both), NUM_CANDIDATES), -1, dtype=np.int32)
     buckets = np.full((len(both), NUM_CANDIDATES), -1, dtype=np.int8)

@@ -11,14 +11,15 @@ nothing else.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from copyspec_engine.cost import CostCurve
-from copyspec_engine.draft_chain import DraftChain, masses
+from copyspec_engine.draft_chain import DraftChain, Guess, masses
 from copyspec_engine.draft_model import DraftModel
 from copyspec_engine.draft_survival import DraftSurvival, Place
 from copyspec_engine.drafter import DraftingPolicy, DraftTree
+from copyspec_engine.live_cost import LiveCost
 from copyspec_engine.sequence import Sequence
 
 __all__ = ["Combination"]
@@ -67,16 +68,19 @@ class Combination:
     Args:
         draft_model: which is asked.
         policy: what the drafts so far come from, with the cost of a pass.
-        unit: seconds that a pass of one token takes, in the unit of the draft model's costs.
+        cost: that cost, of the model that it drafts for.
         max_tokens: tokens that it is asked for before a pass, at most.
         only_chains: a draft with branches cannot be verified: the draft model is asked where there is no copy.
     """
 
     def __init__(
-        self, draft_model: DraftModel, policy: DraftingPolicy, unit: float, max_tokens: int, *, only_chains: bool
+        self, draft_model: DraftModel, policy: DraftingPolicy, cost: LiveCost, max_tokens: int, *, only_chains: bool
     ) -> None:
         self.draft_model, self._policy = draft_model, policy
-        self._cost = CostCurve([(width, seconds / unit) for width, seconds in draft_model.model.step_cost])
+        model = draft_model.model
+        self._cost, self._own_cost = cost, LiveCost(model.step_cost, is_fixed=not model.cost_is_measured)
+        self.seconds = 0.0
+        """Time that the draft model has taken so far."""
         self._max_tokens, self._only_chains = max_tokens, only_chains
         self._survival = DraftSurvival()
         self._known: dict[Sequence, _Known] = {}
@@ -103,7 +107,7 @@ class Combination:
             self._write(able, width, pace)
         except Exception as error:
             self._write_apart(able, width, pace, error)
-        pass_cost, cost = float(self._cost.seconds(1)[0]), self._policy.cost
+        pass_cost, cost = self._passes(1), self._policy.cost
         for writer in able:
             writer.known.places = [] if writer.chain.is_fixed else writer.chain.places
         return [
@@ -137,7 +141,7 @@ class Combination:
         gains = self._gains(writers, width, pace)
         active = [writer for writer in writers if self._begins(writer, gains.get(writer.sequence, 0.0), pace)]
         while active:
-            guesses = self.draft_model.guess([writer.sequence for writer in active])
+            guesses = self._guess([writer.sequence for writer in active])
             pairs = [(writer, guess) for writer, guess in zip(active, guesses, strict=True) if guess is not None]
             for writer, guess in pairs:
                 writer.chain.take(guess)
@@ -146,11 +150,24 @@ class Combination:
             active = [writer for writer in going if writer.sequence in gains]
         self._failures = 0
 
+    def _guess(self, sequences: Seq[Sequence]) -> list[Guess | None]:
+        before, start = self.draft_model.num_tokens_read, time.perf_counter()
+        guesses = self.draft_model.guess(sequences)
+        seconds, width = time.perf_counter() - start, self.draft_model.num_tokens_read - before
+        self.seconds += seconds
+        if width:
+            self._own_cost.observe(width, seconds)
+        return guesses
+
+    def _passes(self, width: int) -> float:
+        """Cost of a pass of the draft model, in passes of one token of the model it drafts for."""
+        return self._own_cost.passes(width, self._cost.unit)
+
     def _gains(self, writers: Seq[_Writer], width: int, pace: float) -> dict[Sequence, float]:
         """Those for whom asking on is worth its time if they share the passes, and what they are expected to gain."""
         going = list(writers)
         while going:
-            pass_cost = float(self._cost.seconds(len(going))[0]) / len(going)
+            pass_cost = self._passes(len(going)) / len(going)
             gains = {
                 writer.sequence: 0.0
                 if writer.chain.is_fixed
@@ -171,7 +188,7 @@ class Combination:
             return True
         if gain > 0:
             missing = self.draft_model.follow(sequence)
-            reading = pace * float(self._cost.seconds(missing)[0] - self._cost.seconds(1)[0])
+            reading = pace * (self._passes(missing) - self._passes(1))
             left = sequence.max_total_tokens - len(sequence.token_ids)
             if known.lost + min(known.lost + _HORIZON * gain, left * gain) >= reading:
                 known.lost = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -18,6 +19,7 @@ from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.exact_tokens import ExactTokens
 from copyspec_engine.grammar import GrammarState
 from copyspec_engine.kv_pool import KVPool
+from copyspec_engine.live_cost import LiveCost
 from copyspec_engine.logprobs import with_logprobs
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.memory_file import MemoryFile
@@ -59,8 +61,16 @@ class EngineCore:
         self.sessions = SessionStore(config, self._drop_kv, self.file, model.runner.vocab_size)
         prefill = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
         self.scheduler = Scheduler(self.pool, self.cache, self.sessions, config.max_running, prefill, self._release)
-        self.policy = DraftingPolicy(CostCurve(model.step_cost or _UNMEASURED))
-        self.combination = None if model.draft is None else _combination(model, model.draft, config, self.policy)
+        self._cost = LiveCost(model.step_cost or _UNMEASURED, is_fixed=not model.cost_is_measured)
+        self.policy = DraftingPolicy(self._cost.relative)
+        self.combination = None if model.draft is None else self._combination(model.draft, config)
+
+    def _combination(self, draft: LoadedModel, config: EngineConfig) -> Combination:
+        draft_model = DraftModel(
+            draft, self.model.runner.vocab_size, _PER_SESSION * config.max_sessions, config.max_prefill_tokens
+        )
+        only_chains, most = self.model.exact_width is not None, config.max_draft_model_tokens
+        return Combination(draft_model, self.policy, self._cost, most, only_chains=only_chains)
 
     def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
@@ -68,9 +78,22 @@ class EngineCore:
         self.scheduler.admit()
         begun = [(sequence, self._begin_drafting(sequence)) for sequence in list(self.scheduler.running)]
         batch = self.scheduler.schedule()
+        start, drafting = time.perf_counter(), self._drafting_s
         results = self._results(batch) if batch.rows else []
         done = [(row.sequence, self._commit(row, result)) for row, result in results]
+        self._learn_cost(results, time.perf_counter() - start - (self._drafting_s - drafting))
         return [(sequence, item) for sequence, item in (*expired, *begun, *done) if item is not None]
+
+    @property
+    def _drafting_s(self) -> float:
+        """Seconds that a draft model has taken so far."""
+        return 0.0 if self.combination is None else self.combination.seconds
+
+    def _learn_cost(self, results: Seq[tuple[ScheduledRow, _Result | Exception]], seconds: float) -> None:
+        """Take in what a step took, unless it was another kind of step: one that read of a prompt, or went wrong."""
+        drafts = [result[0] for row, result in results if row.num_tokens == 1 and not isinstance(result, Exception)]
+        if drafts and len(drafts) == len(results) and self._cost.observe(len(drafts) + sum(map(len, drafts)), seconds):
+            self.policy.cost = self._cost.relative
 
     def _begin_drafting(self, sequence: Sequence) -> Exception | None:
         """Give a request that has none its drafter, or end the request if that fails."""
@@ -138,7 +161,7 @@ class EngineCore:
             tokens_per_forward=counts.num_completion_tokens / max(counts.num_row_passes, 1),
             accepted_by_source={source: count for source, count in counts.accepted.items() if count},
             finished=dict(counts.finished),
-            step_cost=self.model.step_cost,
+            step_cost=self._cost.points if self.model.step_cost else (),
         )
 
     def _propose(self, batch: ScheduledBatch) -> list[DraftTree]:
@@ -273,6 +296,7 @@ def warm_up() -> None:
             likely = np.ones((2, size, NUM_CANDIDATES))
             contexts = np.arange(2 * size).reshape(-1, 2)
             memory.recycled.add(Candidates(contexts, likely[0].astype(np.int32), likely[1].astype(np.int8)))
+    LiveCost(((1, 1.0), (64, 1.1)), is_fixed=False).observe(1, 1.0)
     tokens = np.arange(8)
     find_around(tokens, tokens, 2, 4)
 
@@ -286,19 +310,6 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
     except MemoryFileError as error:
         logger.error("Conversations are kept in memory only: %s", error)
         return None, str(error)
-
-
-def _combination(model: LoadedModel, draft: LoadedModel, config: EngineConfig, policy: DraftingPolicy) -> Combination:
-    draft_model = DraftModel(
-        draft, model.runner.vocab_size, _PER_SESSION * config.max_sessions, config.max_prefill_tokens
-    )
-    return Combination(
-        draft_model,
-        policy,
-        model.step_cost[0][1],
-        config.max_draft_model_tokens,
-        only_chains=model.exact_width is not None,
-    )
 
 
 def _traced(row: ScheduledRow, draft: DraftTree, verdict: Verdict) -> Verdict:

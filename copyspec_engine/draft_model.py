@@ -57,7 +57,7 @@ class DraftModel:
         self._vocab_size = min(vocab_size, model.runner.vocab_size)
         self._max_prefill_tokens = max_prefill_tokens
         self._rows: dict[Sequence, _Row] = {}
-        self.num_passes = 0
+        self.num_passes = self.num_tokens_read = 0
 
     @property
     def num_rows(self) -> int:
@@ -117,13 +117,14 @@ class DraftModel:
     def _run(self, rows: Seq[ScheduledRow]) -> list[Guess]:
         """Read the rows' tokens; a guess for each row that samples."""
         self.num_passes += 1
+        self.num_tokens_read += sum(row.num_tokens for row in rows)
         logits = self.model.runner.forward(ScheduledBatch(tuple(rows)), [DraftTree()] * len(rows))
         if not len(logits):
             return []
         scores = logits[:, : self._vocab_size].float()
-        best = scores.max(dim=-1)
-        likely = (best.values - scores.logsumexp(dim=-1)).exp()
-        return [Guess(token, chance) for token, chance in zip(best.indices.tolist(), likely.tolist(), strict=True)]
+        best = scores.argmax(dim=-1)
+        likely = scores.softmax(dim=-1).gather(-1, best[:, None]).squeeze(-1)
+        return [Guess(token, chance) for token, chance in zip(best.tolist(), likely.tolist(), strict=True)]
 
     def release(self, sequence: Sequence) -> None:
         """A request is over, or goes on without: keep what was computed for its session's next call, free the rest."""

@@ -33,7 +33,16 @@ from copyspec_engine.growth import (
 )
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.recycled import NOT_RECYCLED
-from copyspec_engine.survival import DECLARED, STARTED, blend, fresh_survival, learn_pace, learn_paths
+from copyspec_engine.survival import (
+    DECLARED,
+    STARTED,
+    blend,
+    fresh_survival,
+    learn_pace,
+    learn_paths,
+    learn_recycled,
+    recycled_worth,
+)
 
 __all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients", "answer_texts", "wants_candidates"]
 
@@ -42,8 +51,9 @@ _REGION = 2048
 """Tokens of memory that a call in flight holds for its answer at a time."""
 _MOST_DELAY = 1.05
 """How much longer the pass that gives an answer's first token may take with a draft in it than without."""
-_WORTH_KEEPING = 0.15
-"""Where a node must be likelier than this, recycled candidates seldom are: finding them costs more than it gives."""
+_FEW, _GAIN = 16, 0.5
+"""What so many recycled candidates gain in a pass at most, in tokens: where verifying them costs more, even keeping
+them costs more than it gives."""
 _SHARED = 0.05
 """How far what a call has learnt moves what later conversations start from."""
 
@@ -375,8 +385,11 @@ class _AdaptiveDrafter:
     @property
     def wants_candidates(self) -> bool:
         """Whether what the next pass holds likely may ever be worth drafting."""
-        least = float(drawn_pace(self.survival.pace)) * float(self._policy.cost.marginal(1, 1)[0])
-        return self._recycles and least < _WORTH_KEEPING
+        if not self._recycles:
+            return False
+        alone, drafted = self._policy.cost.seconds(1, _FEW + 1)[[0, -1]].tolist()
+        worth = float(recycled_worth(self.survival.recycled))
+        return bool(drawn_pace(self.survival.pace) * (drafted - alone) < _GAIN * worth)
 
     def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
         written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
@@ -394,10 +407,15 @@ class _AdaptiveDrafter:
             least,
             self._ingredients,
         )
-        copied, accepted_copies = _copied_nodes(draft, nodes)
-        learn_paths(survival, draft.probabilities[copied], accepted_copies)
         learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]) + draft.cost)
-        self._index.touch(draft.sources[nodes[-1:]])
+        if len(draft):
+            copied, accepted_copies = _copied_nodes(draft, nodes)
+            learn_paths(survival, draft.probabilities[copied], accepted_copies)
+            recycled = draft.sources == RECYCLED
+            predicted = float(draft.probabilities[recycled].sum()) / recycled_worth(survival.recycled)
+            learn_recycled(survival.recycled, predicted, int(recycled[nodes].sum()))
+        if len(nodes):
+            self._index.touch(draft.sources[nodes[-1:]])
         if not self._index.has_room(self._answer, len(written)):
             self._index.close(self._answer)
             self._answer = self._open(max(_REGION, OVERLAP + len(written)))

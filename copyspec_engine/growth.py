@@ -53,6 +53,7 @@ from copyspec_engine.survival import (
     hazard,
     learn_outcome,
     length_bucket,
+    recycled_worth,
 )
 
 __all__ = [
@@ -542,6 +543,7 @@ def _add_recycled(
     hazards: npt.NDArray[np.float64],
     count: int,
     probability: float,
+    worth: float,
     least: float,
 ) -> int:
     """Add the tokens in row `kept` of the recycled candidates, as far as they may reach `least`; the new count."""
@@ -550,7 +552,7 @@ def _add_recycled(
         if token < 0:
             break
         feature = BY_RECYCLED + kind * NUM_CHANCES + chances[kept, i]
-        chance = hazard(weights[feature])
+        chance = worth * hazard(weights[feature])
         if probability * chance > least and _place_of(candidates, count, token) < 0:
             candidates[count, 0], candidates[count, 2], hazards[count] = token, RECYCLED, chance
             candidates[count, _FEATURES], candidates[count, _FEATURES + 1] = feature, -1
@@ -656,13 +658,15 @@ def _candidates(
     slot: int,
     probability: float,
     least: float,
+    worth: float,
     least_recycled: float,
     ingredients: npt.NDArray[np.bool_],
 ) -> int:
     """The candidates behind a place that is reached with `probability`, best first; how many there are.
 
     The arrays are those of `IndexArrays`, `Survival`, `Scratch`, `RecycledArrays` and `Call`; `pointers` are the
-    place's own. Recycled candidates have a least probability of their own.
+    place's own. Recycled candidates are worth the share `worth` of what they look like, and have a least probability
+    of their own.
     """
     if slot > 0:
         nodes[slot, POINTERS] = _complete(
@@ -714,6 +718,7 @@ def _candidates(
             hazards,
             count,
             _rest(hazards, count, probability),
+            worth,
             least_recycled,
         )
     if not ingredients[TREE]:
@@ -766,7 +771,7 @@ def _is_in(token: int, tokens: Table) -> bool:
 @compiled
 def drawn_pace(paces: npt.NDArray[np.float64]) -> float:
     """Tokens that a pass of one token's cost is worth, from `Survival.pace`."""
-    return (paces[0] / paces[1]) ** _DRAWN
+    return max(paces[0] / paces[1], 1.0) ** _DRAWN
 
 
 # ---- growth --------------------------------------------------------------------------------------------------------
@@ -802,10 +807,10 @@ def grow(
     """
     ring, heads, previous, bounds, _, frequent, counted = arrays
     recycled_keys, _, likely_tokens, chances = recycled
-    weights, paths, paces = survival
+    weights, paths, paces, counts = survival
     nodes, probabilities, pointers, groups, candidates, log_odds, hazards, suffix, waiting, keys, heap = scratch
     tail, sizes, alignments, found, _ = call
-    pace = MARGIN * drawn_pace(paces)
+    pace, worth = MARGIN * drawn_pace(paces), recycled_worth(counts)
     total, most = max(counted[0], 1), len(marginal)
     slot = seen = size = best = 0
     probability, gain, best_gain = 1.0, 0.0, 0.0
@@ -836,6 +841,7 @@ def grow(
                 slot,
                 probability,
                 least,
+                worth,
                 least,
                 ingredients,
             )
@@ -889,7 +895,7 @@ def walk(
     """
     ring, heads, previous, bounds, _, frequent, counted = arrays
     recycled_keys, _, likely_tokens, chances = recycled
-    weights, _, _ = survival
+    weights, _, _, _ = survival
     nodes, _, pointers, groups, candidates, log_odds, hazards, suffix, _, _, _ = scratch
     tail, sizes, alignments, found, _ = call
     total = max(counted[0], 1)
@@ -918,6 +924,7 @@ def walk(
             slot,
             probabilities[slot - 1] if slot > 0 else 1.0,
             least,
+            1.0,
             0.0,  # what a candidate is worth is to be learnt before it is worth drafting
             ingredients,
         )

@@ -58,7 +58,7 @@ class EngineMetrics:
     accepted_by_source: dict[str, int]
     finished: dict[str, int]
     step_cost: tuple[tuple[int, float], ...]
-    """(tokens, seconds) of a pass, as measured at load."""
+    """(tokens, seconds) of a pass as reckoned now: measured at load, and corrected by what passes took since."""
 
     @property
     def prefix_hit_rate(self) -> float:

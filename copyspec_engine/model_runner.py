@@ -261,6 +261,8 @@ class LoadedModel:
     kv_bytes_per_token: int
     step_cost: tuple[tuple[int, float], ...] = ()
     """Empty if it was not measured because nothing is drafted."""
+    cost_is_measured: bool = False
+    """It was measured, and so may be corrected, rather than given."""
     drafting_error: str | None = None
     """Why nothing is drafted and no KV is reused; None for most models."""
     exact_width: int | None = None
@@ -400,8 +402,9 @@ def _ready(
     num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
     exact_width = _EXACT_WIDTH if config.exact else None
     runner: Runner = served.stateful or ModelRunner(model, num_slots, exact_width, checked.execution)
-    step_cost = config.step_cost or ()
+    step_cost, is_measured = config.step_cost or (), False
     if not step_cost and isinstance(runner, ModelRunner):
+        is_measured = True
         with _phase("measuring", config, on_progress):
             step_cost = _measured_cost(runner, model, config, min(num_slots, max_model_len), checked.execution)
     return LoadedModel(
@@ -417,6 +420,7 @@ def _ready(
         num_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
         step_cost=step_cost,
+        cost_is_measured=is_measured,
         drafting_error=served.reason,
         exact_width=exact_width,
         execution=checked.execution,

@@ -92,7 +92,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
     for group in alike.values():
         nodes = torch.tensor([node for i in group for node in spans[i]], device=logits.device)
         noise = torch.tensor([number for i in group for number in rows[i].noise()], dtype=torch.float64)
-        tokens[nodes] = _draw(scores[nodes], rows[group[0]].params, noise.to(logits.device), _WIDTH)
+        tokens[nodes] = _draw(scores.index_select(0, nodes), rows[group[0]].params, noise.to(logits.device), _WIDTH)
     flat: list[int] = tokens.tolist()
     return [flat[span.start : span.stop] for span in spans]
 

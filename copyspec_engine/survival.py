@@ -60,7 +60,9 @@ __all__ = [
     "learn_outcome",
     "learn_pace",
     "learn_paths",
+    "learn_recycled",
     "length_bucket",
+    "recycled_worth",
 ]
 
 # Where a candidate comes from; the numbers of edits are split by how long ago the text and its source parted.
@@ -122,9 +124,22 @@ _MOST = 8.0
 _RATE = 0.02
 """Step size of online learning."""
 _NUM_PATH_BUCKETS = 20
+_ALL_PATHS = _NUM_PATH_BUCKETS
+"""Column of all sizes together, but for paths that are nearly sure, which say nothing of the others."""
+_SURE_PATH = 0.9
 _PATH_PRIOR = 5.0
+"""Right nodes that what is known of all sizes counts as, for one size; and that trust counts as, for all."""
 _PATH_MEMORY = 200.0
 _LEAST_FACTOR = 0.4
+_RECYCLED_RATE = 0.1
+"""The same for recycled candidates, of whose worth in a conversation little is known before."""
+_RECYCLED_PRIOR = 4.0
+"""Tokens that are expected of recycled candidates before what became of them says much."""
+_RECYCLED_MEMORY = 0.998
+"""What is left of that from one draft to the next: what was worth little is tried again, seldom."""
+_LEAST_RECYCLED = 0.02
+_RECYCLED_SPEED = 10.0
+"""How much faster that is shared than the rest."""
 _PACE_STEP = 0.01
 _PACE_START = 10.0
 
@@ -135,9 +150,11 @@ class Survival(NamedTuple):
     weights: npt.NDArray[np.float64]
     """Log-odds by feature, shape (NUM_WEIGHTS,)."""
     paths: npt.NDArray[np.float64]
-    """Probability predicted for drafted paths and how many were right, by size, shape (2, 20)."""
+    """Probability predicted for drafted paths and how many were right, by size and of all, shape (2, 21)."""
     pace: npt.NDArray[np.float64]
     """Tokens of a mean step, its cost in passes of one token, and steps seen; shape (3,)."""
+    recycled: npt.NDArray[np.float64]
+    """Probability predicted for recycled nodes in drafts, and how many of them were right; shape (2,)."""
 
     def copy(self) -> Survival:
         return Survival(*(array.copy() for array in self))
@@ -174,15 +191,17 @@ def fresh_survival(weights: Sequence[float] | None = None) -> Survival:
     """The state before anything was seen; `weights` default to the fitted ones."""
     return Survival(
         weights=np.array(_fitted_weights() if weights is None else weights, dtype=np.float64),
-        paths=np.zeros((2, _NUM_PATH_BUCKETS)),
+        paths=np.zeros((2, _NUM_PATH_BUCKETS + 1)),
         pace=np.array([1.5, 1.0, 0.0]),
+        recycled=np.zeros(2),
     )
 
 
 def blend(into: Survival, other: Survival, share: float) -> None:
-    """Move the weights and the pace of `into` towards `other`; 0 leaves them, 1 replaces them."""
+    """Move what `into` knows towards `other`, but for the paths; 0 leaves it, 1 replaces it."""
     into.weights[:] += share * (other.weights - into.weights)
     into.pace[:2] += share * (other.pace[:2] - into.pace[:2])
+    into.recycled[:] += min(_RECYCLED_SPEED * share, 1.0) * (other.recycled - into.recycled)
 
 
 @compiled
@@ -223,9 +242,10 @@ def learn_outcome(
             log_odds += weights[candidates[i, first + used]]
             used += 1
         hit = candidates[i, 0] == right
-        step = _RATE * ((1.0 if hit else 0.0) - hazard(log_odds))
+        surprise = (1.0 if hit else 0.0) - hazard(log_odds)
         for f in range(used):
             feature = candidates[i, first + f]
+            step = surprise * (_RECYCLED_RATE if BY_RECYCLED <= feature < BY_SUPPORT else _RATE)
             weights[feature] = min(max(weights[feature] + step, -_MOST), _MOST)
         if hit:
             break
@@ -243,7 +263,8 @@ def calibrated(paths: npt.NDArray[np.float64], probability: float) -> float:
     Of many estimates those are drafted that came out high, so on the average they are too high.
     """
     bucket = _path_bucket(probability)
-    factor = (paths[1, bucket] + _PATH_PRIOR) / (paths[0, bucket] + _PATH_PRIOR)
+    usual = (paths[1, _ALL_PATHS] + _PATH_PRIOR) / (paths[0, _ALL_PATHS] + _PATH_PRIOR)
+    factor = (paths[1, bucket] + usual * _PATH_PRIOR) / (paths[0, bucket] + _PATH_PRIOR)
     return probability * min(max(factor, _LEAST_FACTOR), 1.0)
 
 
@@ -253,11 +274,30 @@ def learn_paths(survival: Survival, probabilities: npt.NDArray[np.float64], acce
     paths = survival.paths
     for probability in probabilities:
         paths[0, _path_bucket(probability)] += probability
+        if probability < _SURE_PATH:
+            paths[0, _ALL_PATHS] += probability
     for node in accepted:
         paths[1, _path_bucket(probabilities[node])] += 1.0
-    for bucket in range(_NUM_PATH_BUCKETS):
+        if probabilities[node] < _SURE_PATH:
+            paths[1, _ALL_PATHS] += 1.0
+    for bucket in range(_NUM_PATH_BUCKETS + 1):
         if paths[0, bucket] > _PATH_MEMORY:
             paths[:, bucket] /= 2.0
+
+
+@compiled
+def recycled_worth(recycled: npt.NDArray[np.float64]) -> float:
+    """What a recycled node is worth of its probability, by what became of those in drafts."""
+    factor = (recycled[1] + _RECYCLED_PRIOR) / (recycled[0] + _RECYCLED_PRIOR)
+    return min(max(factor, _LEAST_RECYCLED), 1.0)
+
+
+@compiled
+def learn_recycled(recycled: npt.NDArray[np.float64], predicted: float, right: int) -> None:
+    """Learn from a draft: the probabilities of its recycled nodes before any correction, and how many were right."""
+    recycled *= _RECYCLED_MEMORY
+    recycled[0] += predicted
+    recycled[1] += right
 
 
 @compiled

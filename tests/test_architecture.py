@@ -16,6 +16,7 @@ LEVELS = {
         "recycled",
         "copy_index",
         "cost",
+        "live_cost",
         "draft_chain",
         "draft_survival",
         "memory",

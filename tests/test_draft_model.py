@@ -32,6 +32,7 @@ from copyspec_engine.model_runner import load_model, prepare
 from copyspec_engine.scheduler import ScheduledBatch
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
+from tests.test_live_cost import watched_cost
 from tests.test_lossless import PROMPT, ids_of, run, same_answer
 
 RULES = ("copy-only", "draft-only", "copy-first", "tree")
@@ -87,6 +88,21 @@ def by_source(output: GenerationOutput) -> dict[str, int]:
     for copy in output.copies:
         sizes[copy.source] = sizes.get(copy.source, 0) + copy.stop - copy.start
     return sizes
+
+
+def test_a_draft_model_has_a_cost_of_its_own(make_drafted: MakeDrafted) -> None:
+    engine = make_drafted(perturbed(0.02), step_cost=None, draft_model_step_cost=None)
+    combination = engine._core.combination
+    assert combination is not None
+    steps, passes = watched_cost(engine._core._cost), watched_cost(combination._own_cost)
+    plain = run(engine, PROMPT, "none", None, {"combine": "copy-only"}, max_tokens=40)
+    del steps[:]
+    drafted = run(engine, PROMPT, "adaptive", None, {"combine": "draft-only"}, max_tokens=40)
+    assert same_answer(plain, drafted)
+    assert len(passes) == combination.draft_model.num_passes > 10
+    assert sum(width for width, _ in passes) == combination.draft_model.num_tokens_read
+    assert sum(seconds for _, seconds in passes) == pytest.approx(combination.seconds)
+    assert len(steps) == drafted.draft_stats.num_forward_passes - 1
 
 
 @pytest.mark.parametrize("rule", RULES)

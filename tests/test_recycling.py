@@ -16,11 +16,19 @@ from copyspec_engine.config import EngineConfig
 from copyspec_engine.copies import RECYCLED
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftingPolicy, DraftTree, wants_candidates
+from copyspec_engine.growth import drawn_pace
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.recycled import NUM_CANDIDATES, Candidates, chance_buckets
 from copyspec_engine.sampler import SampleRow
 from copyspec_engine.sessions import SessionStore
-from copyspec_engine.survival import BY_RECYCLED, BY_SUPPORT, NUM_WEIGHTS, first_guess
+from copyspec_engine.survival import (
+    BY_RECYCLED,
+    BY_SUPPORT,
+    NUM_WEIGHTS,
+    first_guess,
+    learn_recycled,
+    recycled_worth,
+)
 from copyspec_engine.testing import scripted_engine
 from copyspec_engine.verify import verify
 from tests.conftest import assert_all_slots_free
@@ -29,6 +37,7 @@ from tests.test_lossless import PROMPT, ids_of, random_case, run, same_answer, w
 MakeEngine = Callable[..., Engine]
 
 CHEAP = ((1, 1.0), (200, 1.1))
+CHEAPEST = CostCurve([(1, 1.0), (256, 1.01)])
 FRESH = ids_of("QwErTy uIoP [asd] {fgh} 1234567890 #@!")
 """Nothing stands in it twice."""
 ON, OFF = AdaptiveDrafter(recycle=True), AdaptiveDrafter(recycle=False)
@@ -203,12 +212,14 @@ def test_a_session_never_drafts_what_was_likely_in_another_one(
 
 def test_forgetting_a_session_erases_its_candidates(make_engine: MakeEngine) -> None:
     engine = engine_for(make_engine, "recycled")
+    shared = engine._core.policy.survival.copy()
     first = run(engine, FRESH, ON, session="a", max_tokens=80)
     memory = engine._core.sessions.peek("a")
     assert memory is not None
     assert kept_tokens(memory)
     assert engine.memory("a").num_bytes > memory.index.num_bytes
     engine.forget("a")
+    engine._core.policy.survival = shared  # what all conversations learn from, which no forgetting undoes
     assert run(engine, FRESH, ON, session="a", max_tokens=80).draft_stats == first.draft_stats
 
 
@@ -282,7 +293,7 @@ def likely_after(contexts: list[tuple[int, int]], tokens: list[list[int]], chanc
 
 def test_what_was_likely_is_drafted_as_branches_and_on_from_there() -> None:
     memory = SessionMemory(4096)
-    drafter = DraftingPolicy(CostCurve([(1, 1.0), (256, 1.01)])).begin(ON, memory, [1, 2])
+    drafter = DraftingPolicy(CHEAPEST).begin(ON, memory, [1, 2])
     memory.recycled.add(likely_after([(1, 2), (2, 5), (-1, 6)], [[5, 6], [7], [8]], 0.4))
     draft = drafter.propose(1, 100)
     assert draft == drafter.propose(1, 100)
@@ -297,7 +308,7 @@ def test_candidates_learn_from_what_is_written() -> None:
     guess = first_guess()
     for right in (True, False):
         memory = SessionMemory(4096)
-        drafter = DraftingPolicy(CostCurve([(1, 1.0), (256, 1.01)]), guess).begin(ON, memory, [1, 2])
+        drafter = DraftingPolicy(CHEAPEST, guess).begin(ON, memory, [1, 2])
         for i in range(300):
             last = 2 if i == 0 else 1000 + i - 1
             memory.recycled.add(likely_after([(-1, last)], [[1000 + i if right else 9]], 0.4))
@@ -308,9 +319,47 @@ def test_candidates_learn_from_what_is_written() -> None:
         assert (moved[place] > 0.5) if right else (moved[place] < -0.5)
 
 
+def test_candidates_that_come_to_nothing_are_soon_left_out() -> None:
+    """In every conversation: those that begin later start from what was seen."""
+    policy, drafted = DraftingPolicy(CostCurve([(1, 1.0), (256, 3.5)])), []
+    for call in range(2):
+        memory = SessionMemory(4096)
+        drafter = policy.begin(ON, memory, [1, 2])
+        for i in range(120):
+            last = 2 if i == 0 else 1000 + i - 1
+            memory.recycled.add(likely_after([(-1, last)], [list(range(8))], 0.4))
+            draft = drafter.propose(1, 100)
+            drafted.append(int((draft.sources == RECYCLED).sum()))
+            drafter.observe(draft, (), (1000 + i,))
+        drafter.finish()
+        assert float(recycled_worth(policy.survival.recycled)) < 0.5, call
+    assert sum(drafted[:20]) > 10 * sum(drafted[100:120])
+    assert sum(drafted[120:140]) < sum(drafted[:20])
+
+
+def test_what_came_of_candidates_says_what_they_are_worth() -> None:
+    counts = np.zeros(2)
+    assert recycled_worth(counts) == 1.0
+    for _ in range(40):
+        learn_recycled(counts, 2.0, 1)
+    assert recycled_worth(counts) == pytest.approx(0.5, abs=0.05)
+    for _ in range(2000):
+        learn_recycled(counts, 0.0, 0)
+    assert recycled_worth(counts) > 0.8
+    for _ in range(40):
+        learn_recycled(counts, 1.0, 3)
+    assert recycled_worth(counts) == 1.0
+
+
+def test_drafting_that_gains_nothing_does_not_make_drafts_seem_cheap() -> None:
+    """A step without a draft writes a token in the time of one, whatever came of the drafts."""
+    assert drawn_pace(np.array([1.1, 3.0, 50.0])) == 1.0
+    assert drawn_pace(np.array([3.0, 1.5, 50.0])) > 1.5
+
+
 def test_copies_learn_nothing_from_candidates_where_none_are_kept() -> None:
     memory = SessionMemory(4096)
-    policy = DraftingPolicy(CostCurve([(1, 1.0), (256, 1.01)]))
+    policy = DraftingPolicy(CHEAPEST)
     drafter = policy.begin(ON, memory, list(ids_of("abcabcabdabcabe") * 4))
     before = policy.survival.weights[BY_RECYCLED:].copy()
     for token in ids_of("abcabcabdabcabe") * 4:
@@ -321,7 +370,7 @@ def test_copies_learn_nothing_from_candidates_where_none_are_kept() -> None:
 
 
 def test_only_adaptive_drafters_want_candidates() -> None:
-    policy = DraftingPolicy(CostCurve([(1, 1.0), (256, 1.01)]))
+    policy = DraftingPolicy(CHEAPEST)
     assert wants_candidates(policy.begin(ON, SessionMemory(4096), [1]))
     assert not wants_candidates(policy.begin(OFF, SessionMemory(4096), [1]))
     assert not wants_candidates(None)
