@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from copyspec_engine.config import (
     AdaptiveDrafter,
+    Combine,
     CopySpecDrafter,
     EngineConfig,
     NoDrafter,
@@ -86,6 +87,9 @@ class AdapterOptions(BaseModel):
     engine's."""
     drafter: AdaptiveDrafter | CopySpecDrafter | NoDrafter | None = None
     """Where drafts come from: "adaptive", "copyspec" or "none", or an object with options; default: the engine's."""
+    combine: Combine | None = None
+    """How copies and a draft model share a draft: "tree", "copy-first", "draft-only" or "copy-only"; only where the
+    engine has a draft model; default: the engine's."""
     session_id: str | None = Field(default=None, min_length=1)
     """The conversation, whose texts and KV cache are kept over calls; default: one for each instance."""
     memory_pool: str | None = Field(default=None, min_length=1)
@@ -120,6 +124,7 @@ class AdapterOptions(BaseModel):
             "memory_pool": self.memory_pool,
             "prediction": self.prediction,
             "drafter": self.drafter,
+            "combine": self.combine,
             "chat_template_kwargs": self.chat_template_kwargs or {},
             "cache_salt": self.cache_salt,
             "timeout_s": self.timeout,

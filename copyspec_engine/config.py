@@ -164,7 +164,8 @@ class EngineConfig(_Options):
     """The same for passes of the draft model, in the same unit; both are given, or both measured."""
     calibrate: Literal["cached", "always"] = "cached"
     """Where `step_cost` is not given: "cached" measures it at the first load of a model on a device, keeps it under
-    COPYSPEC_CACHE_DIR (default: the user's cache folder) and only checks it later; "always" takes seconds each time."""
+    COPYSPEC_CACHE_DIR (default: the user's cache folder) and only checks it later; "always" takes seconds each time.
+    What was measured is corrected by every decoding step (`EngineMetrics.step_cost`); what is given stays as it is."""
     quantization: Literal["int8"] | None = None
     """"int8" rounds the weights of linear layers to 8 bits while they are read: half of bfloat16's memory, and other
     answers than the full weights give. A checkpoint that is quantized already is served as it is, without this."""

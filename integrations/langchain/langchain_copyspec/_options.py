@@ -12,7 +12,7 @@ from langchain_copyspec._tools import ToolOptions
 
 __all__ = ["CallOptions", "deciding"]
 
-_NOT_DECIDING = ("session_id", "memory_pool", "prediction", "cache_salt")
+_NOT_DECIDING = ("session_id", "memory_pool", "prediction", "cache_salt", "combine")
 
 
 class CallOptions(AdapterOptions):

@@ -54,6 +54,7 @@ def test_the_constructor_loads_nothing() -> None:
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"model": ""}, "model=''"),
         ({"drafter": "fast"}, "drafter='fast'"),
+        ({"combine": "both"}, "combine='both'"),
         ({"session_id": ""}, "session_id=''"),
         ({"memory_pool": ""}, "memory_pool=''"),
         ({"prediction": {"type": "image"}}, "prediction=.* but expected a text, or"),
@@ -167,8 +168,9 @@ def test_all_sampling_options_reach_the_engine(make_engine: MakeEngine) -> None:
     }  # fmt: skip
     assert options.keys() == SamplingParams.model_fields.keys()
     assert ChatCopySpec(**options).sampling() == SamplingParams(**options)
-    requested = ChatCopySpec(timeout=3, cache_salt="s", chat_template_kwargs={"a": 1}).request_options()
-    assert (requested["timeout_s"], requested["cache_salt"], requested["chat_template_kwargs"]) == (3, "s", {"a": 1})
+    others = {"cache_salt": "s", "chat_template_kwargs": {"a": 1}, "combine": "copy-first"}
+    requested = ChatCopySpec(timeout=3, **others).request_options()
+    assert {**others, "timeout_s": 3}.items() <= requested.items()
 
 
 def test_a_copy_shares_the_engine(make_engine: MakeEngine) -> None:
@@ -191,7 +193,7 @@ def test_the_conversation_is_no_part_of_cache_keys_and_traces() -> None:
     assert llm._get_llm_string(session_id="a") == llm._get_llm_string()
     assert llm._get_llm_string(temperature=0.5) != llm._get_llm_string()
     assert llm._get_llm_string(stop=["x"]) != llm._get_llm_string()
-    assert llm._get_llm_string(prediction="text", memory_pool="team") == llm._get_llm_string()
+    assert llm._get_llm_string(prediction="text", memory_pool="team", combine="copy-only") == llm._get_llm_string()
     assert "session_id" not in llm._get_invocation_params(session_id="a")
     assert "prediction" not in llm._get_invocation_params(prediction="text")
     assert "a" not in llm._get_ls_params(session_id="a").values()
@@ -209,3 +211,20 @@ def test_traces_name_the_options_in_force() -> None:
         "ls_stop": ["x"],
     }
     assert llm._get_ls_params(stop=["y"], temperature=0.7)["ls_stop"] == ["y"]
+
+
+def test_an_engine_with_a_draft_model_combines_it_with_copies_as_a_call_says() -> None:
+    with Engine(EngineConfig(draft_model="bundled", max_model_len=1024)) as engine:
+        llm = ChatCopySpec(engine=engine, max_tokens=40)
+        accepted, answers = [], set()
+        for rule in ("copy-only", "draft-only", None):
+            before = engine.metrics().accepted_by_source.get("draft_model", 0)
+            answers.add(llm.invoke("Repeat: one two three four five six.", combine=rule, session_id=f"{rule}").text)
+            accepted.append(engine.metrics().accepted_by_source.get("draft_model", 0) - before)
+        assert len(answers) == 1
+        assert accepted[0] == 0 < accepted[1]
+
+
+def test_combining_needs_a_draft_model(echo: Engine) -> None:
+    with pytest.raises(ConfigError, match="combine='tree' but no draft model"):
+        ChatCopySpec(engine=echo, combine="tree").invoke("Hi")
