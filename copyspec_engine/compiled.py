@@ -22,7 +22,17 @@ __all__ = ["SOURCES", "compiled"]
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("compiled.py", "copies.py", "copy_index.py", "growth.py", "live_cost.py", "recycled.py", "survival.py")
+SOURCES = (
+    "compiled.py",
+    "copies.py",
+    "copy_index.py",
+    "growth.py",
+    "live_cost.py",
+    "places.py",
+    "ranking.py",
+    "recycled.py",
+    "survival.py",
+)
 """Files with compiled functions."""
 
 _Function = TypeVar("_Function", bound=Callable[..., object])

@@ -18,20 +18,9 @@ from copyspec_engine.config import AdaptiveDrafter, CopySpecDrafter, DrafterConf
 from copyspec_engine.copies import DRAFT_MODEL, FORCED, RECYCLED
 from copyspec_engine.copy_index import OVERLAP, EarliestIndex, Span
 from copyspec_engine.cost import CostCurve
-from copyspec_engine.growth import (
-    MARGIN,
-    PARENT,
-    SOURCE,
-    TOKEN,
-    drawn_pace,
-    find_root,
-    follow,
-    grow,
-    make_call,
-    make_scratch,
-    walk,
-)
+from copyspec_engine.growth import MARGIN, drawn_pace, grow, make_scratch, walk
 from copyspec_engine.memory import SessionMemory
+from copyspec_engine.places import PARENT, SOURCE, TOKEN, find_root, follow, make_call
 from copyspec_engine.recycled import NOT_RECYCLED
 from copyspec_engine.survival import (
     DECLARED,

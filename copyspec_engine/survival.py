@@ -9,7 +9,7 @@ of them slowly. What is shared between conversations are these numbers, never a 
 Two things more are learnt: how far the probability of a whole path is to be corrected, by its size, and the pace of a
 conversation in tokens per second, which decides what a draft token must earn.
 
-Not covered: where candidates come from (growth.py).
+Not covered: where candidates come from (places.py, ranking.py).
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ LEVELS = {
         "grammar_dialect",
         "grammar_text",
         "growth",
+        "places",
+        "ranking",
         "kv_pool",
         "packing",
         "prefix_cache",
