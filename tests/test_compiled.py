@@ -16,7 +16,8 @@ PACKAGE = Path(copyspec_engine.__file__).parent
 
 NO_CALL_COMPILES = """
 from numba.core.dispatcher import Dispatcher
-from copyspec_engine import EngineConfig, GenerationRequest, copies, copy_index, growth, live_cost, places, ranking, recycled, survival
+from copyspec_engine import EngineConfig, GenerationRequest
+from copyspec_engine import copies, copy_index, growth, live_cost, places, ranking, recycled, survival
 from copyspec_engine.core import warm_up
 from copyspec_engine.testing import scripted_engine
 
