@@ -8,13 +8,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from copyspec_engine.cli import bench_drafts
+from copyspec_engine import Engine, GenerationOutput
+from copyspec_engine.cli import bench_drafts, bench_free_text
 from copyspec_engine.cli.bench_report import comparison
 from copyspec_engine.cli.main import app
 from copyspec_engine.peers import INGREDIENTS, OURS, PEERS, installed
@@ -282,3 +284,62 @@ def test_no_torch_is_loaded() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "COLUMNS": "120"})
+
+
+# ---- free text -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_writes_freely_every_way(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = ("--cost-model", "gpu", "--temperature", 0, 0.8, "--max-tokens", 30, "--rounds", 1, "--json", out)
+    result = bench("free-text", *words)
+    assert result.exit_code == 0, result.output
+    written = record(out)
+    ways = ("plain", "copies", "copies and recycled")
+    rows = {(row["temperature"], row["way"]): row for row in written["results"]}
+    assert list(rows) == [(temperature, way) for temperature in (0.0, 0.8) for way in ways]
+    assert {row["tokens"] for row in rows.values()} == {6 * 30}
+    for (temperature, way), row in rows.items():
+        plain = rows[temperature, "plain"]
+        assert row["tokens_per_forward"] == pytest.approx(180 / row["forward_passes"], rel=1e-3)
+        assert row["over_plain"] == pytest.approx(plain["seconds"] / row["seconds"], rel=1e-2)
+        assert row["forward_passes"] == 180 if way == "plain" else row["forward_passes"] <= 180
+    assert rows[0.0, "copies"]["tokens_per_forward"] > 1.05
+    assert {"identical": True, "cost_model": "gpu", "model": "bundled", "rounds": 1}.items() <= written.items()
+    assert "bench free-text" in written["command"]
+    for text in (*ways, "tokens per", "0.8"):
+        assert text in result.output
+
+
+def test_ways_that_write_something_else_end_with_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write = bench_free_text._write
+
+    def spoilt(engine: Engine, way: str, *others: Any) -> GenerationOutput:
+        output = write(engine, way, *others)
+        return replace(output, token_ids=output.token_ids[:-1]) if way == "copies" else output
+
+    monkeypatch.setattr(bench_free_text, "_write", spoilt)
+    out = tmp_path / "out.json"
+    result = bench(
+        "free-text", "--temperature", 0, "--max-tokens", 4, "--rounds", 1, "--cost-model", "gpu", "--json", out
+    )
+    assert result.exit_code == 1
+    assert "wrote different tokens" in result.output
+    assert record(out)["identical"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--rounds", 0), "--rounds 0"),
+        (("--max-tokens", 0), "--max-tokens 0"),
+        (("--cost-model", "tpu"), "cost model tpu"),
+        (("--temperature", -1), "temperature=-1"),
+        (("--json", "nowhere/out.json"), "nowhere"),
+        (("no/such/folder",), "no/such/folder"),
+    ],
+)
+def test_free_text_says_what_is_wrong(words: tuple[object, ...], said: str) -> None:
+    result = bench("free-text", *words)
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())

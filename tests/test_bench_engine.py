@@ -310,12 +310,13 @@ def test_answers_share_their_tokens(lengths: tuple[int, ...], share: int, cap: i
 def test_ids_that_a_shape_lacks_are_renumbered() -> None:
     turns = [[Turn("s", 1, 1, (0, 9, 7), (9, 8)), Turn("s", 1, 2, (0, 9, 7, 9, 8, 1), (7, 8))]]
     new, changed = renumbered(turns, 5)
-    assert changed == 3
+    assert changed.keys() == {7, 8, 9}
     old_ids = [token for turn in turns[0] for token in (*turn.prompt_ids, *turn.answer_ids)]
     new_ids = [token for turn in new[0] for token in (*turn.prompt_ids, *turn.answer_ids)]
     assert max(new_ids) < 5
+    assert [changed.get(token, token) for token in old_ids] == new_ids
     assert len(set(zip(old_ids, new_ids, strict=True))) == len(set(old_ids)) == len(set(new_ids))
-    assert renumbered(turns, 10) == (turns, 0)
+    assert renumbered(turns, 10) == (turns, {})
     with pytest.raises(ConfigError, match="5 different tokens but the shape has 4"):
         renumbered(turns, 4)
 

@@ -144,6 +144,29 @@ ALL: dict[str, dict[str, Any]] = {
         "command": "copyspec bench propose",
         "machine": CPU,
     },
+    "free_text": {
+        "results": [
+            {
+                "temperature": 0.0,
+                "way": "copies and recycled",
+                "tokens": 1000,
+                "forward_passes": 625,
+                "seconds": 12.5,
+                "tokens_per_forward": 1.6,
+                "tokens_per_s": 80.0,
+                "over_plain": 1.25,
+            }
+        ],
+        "prompts": 6,
+        "rounds": 2,
+        "cost_model": "measured",
+        "model": "bundled",
+        "device": "cpu",
+        "dtype": "float32",
+        "command": "copyspec bench free-text",
+        "machine": CPU,
+        "date": "2026-11-21T10:00:00+00:00",
+    },
     "engine": engine(
         (1, 5, {"ours": 1.0, "ours-plain": 1.0, "generate": 2.0}),
         (2, 25, {"ours": 0.5, "ours-plain": 2.0, "generate": 4.0}),
@@ -206,6 +229,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "history": "| chats | 1.40 | 2.80 |",
         "ingredients": "| chats | 3.00 / 1.50 | -20.0% / -20.0% |",
         "propose": "| 16,000 | 53 us | 389 us | 35 ms | 2 MB |",
+        "free-text": "| measured | 0 | copies and recycled | 1,000 | 1.60 | 80.0 | 1.25x |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
         "draft-models": "| chats | 2 | 0.7 | 10.0 | 2.00x | 1.25x | - | 2.50x | - | 2.00x |",
         "speed": "| chats | 2 to 3 | **20.0** | 4.00x | 10.0x | - | 5.00 |",

@@ -9,12 +9,15 @@ import typer
 
 from copyspec_engine import ConfigError
 from copyspec_engine.cli.exits import console, exit_with
+from copyspec_engine.cli.loading import BUNDLED, DtypeName, engine_config
 from copyspec_engine.cli.words import RecordedCommand
 
 __all__ = ["bench"]
 
 bench = typer.Typer(
-    no_args_is_help=True, help="Measure on recorded conversations: drafts and propose need no model, engine builds one."
+    no_args_is_help=True,
+    help="Measure: drafts and propose replay recorded conversations without a model, engine builds one that writes "
+    "them, and in free-text a model writes as it likes.",
 )
 
 
@@ -129,6 +132,45 @@ def propose(
 
         options = ProposeOptions(tuple(memory_tokens), tuple(transcripts), tokenizer, max_tokens, json)
         return run_propose(options, context.meta["command"], console())
+
+    exit_with(run)
+
+
+@bench.command("free-text", cls=RecordedCommand)
+def free_text(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help='Hub name or local folder; "bundled" is the small model that comes along.')
+    ] = BUNDLED,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help="auto is float32 on a CPU.")] = "auto",
+    cost_model: Annotated[
+        str,
+        typer.Option(
+            metavar="measured|gpu|cpu|FILE", help="What drafting takes a pass to cost; all but the first as in drafts."
+        ),
+    ] = "measured",
+    temperature: Annotated[list[float], typer.Option(metavar="T...", help="Temperatures, one after the other.")] = [  # noqa: B006 - read only
+        0.0,
+        1.0,
+    ],
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 120,
+    rounds: Annotated[int, typer.Option(help="Answers to each of the six prompts.")] = 2,
+    json: JsonPath = None,
+) -> None:
+    """Let a model write as it likes: tokens per forward pass and second with copies and recycled candidates.
+
+    Each answer is of a conversation of its own. Exit code 1 if drafts change a token.
+    """
+
+    def run() -> int:
+        _check_count("--max-tokens", max_tokens)
+        _check_count("--rounds", rounds)
+        config = engine_config(model, device, dtype)
+        from copyspec_engine.cli.bench_free_text import FreeTextOptions, run_free_text
+
+        options = FreeTextOptions(config, cost_model, tuple(temperature), max_tokens, rounds, json)
+        return run_free_text(options, context.meta["command"], console())
 
     exit_with(run)
 

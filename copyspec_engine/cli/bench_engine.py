@@ -79,12 +79,11 @@ def run_engine(options: EngineOptions, json_path: Path | None, command: str, con
     end = end_token(tokenizer)
     if end is None:
         raise ConfigError(f"Got --tokenizer {options.tokenizer} without <|im_end|>, which has to end every answer")
-    conversations, num_renumbered = _conversations(options, end)
+    conversations, new_ids = _conversations(options)
+    end = new_ids.get(end, end)
     how = {key: getattr(options, key) for key in ("concurrency", "device", "dtype", "curve_s", "step_cost")}
     try:
-        with open_stage(
-            options.shape, tokenizer, end, conversations, names, draft=_draft(options, end), **how
-        ) as stage:
+        with open_stage(options.shape, tokenizer, end, conversations, names, draft=_draft(options), **how) as stage:
             for name, reason in stage.left_out.items():
                 console.print(f"Left out {name}: {escape(reason)}", soft_wrap=True)
             figures = _measure(stage, conversations, options.concurrency, console)
@@ -104,7 +103,7 @@ def run_engine(options: EngineOptions, json_path: Path | None, command: str, con
             "agreement": options.agreement if options.draft_shape else None,
             "draft_tokens": options.draft_tokens if options.draft_shape else None,
             "tokenizer": options.tokenizer,
-            "renumbered_tokens": num_renumbered,
+            "renumbered_tokens": len(new_ids),
             "command": command,
             "versions": {**versions(), "torch": torch.__version__, "transformers": version("transformers")},
             "machine": {**machine(facts.device), **_threads()},
@@ -129,7 +128,7 @@ def _names(options: EngineOptions) -> list[str]:
     return names
 
 
-def _draft(options: EngineOptions, end: int) -> ForcedDraft | None:
+def _draft(options: EngineOptions) -> ForcedDraft | None:
     """The draft model that is asked for."""
     if options.draft_shape is None:
         return None
@@ -137,7 +136,7 @@ def _draft(options: EngineOptions, end: int) -> ForcedDraft | None:
         raise ConfigError(f"Got --draft-shape {options.draft_shape} but expected one of {', '.join(SHAPES)}")
     if not 0 < options.agreement < 1:
         raise ConfigError(f"Got --agreement {options.agreement} but expected a number above 0 and below 1")
-    own, other = (shape_config(shape, end).vocab_size for shape in (options.shape, options.draft_shape))
+    own, other = (shape_config(shape, end_token=0).vocab_size for shape in (options.shape, options.draft_shape))
     if own != other:
         raise ConfigError(
             f"Got --draft-shape {options.draft_shape} with {other} tokens but --shape {options.shape} has {own}: take "
@@ -146,9 +145,9 @@ def _draft(options: EngineOptions, end: int) -> ForcedDraft | None:
     return ForcedDraft(options.draft_shape, options.agreement, options.draft_tokens, options.draft_step_cost)
 
 
-def _conversations(options: EngineOptions, end: int) -> tuple[list[list[Turn]], int]:
-    """What is to be written, and how many token ids the shape lacks."""
-    config = shape_config(options.shape, end)
+def _conversations(options: EngineOptions) -> tuple[list[list[Turn]], dict[int, int]]:
+    """What is to be written, and what the token ids that the shape lacks are now."""
+    config = shape_config(options.shape, end_token=0)
     encoder, at_once = load_tokenizer(options.tokenizer), options.concurrency
     found: list[list[Turn]] = []
     for name, path in source_names(options.transcripts).items():

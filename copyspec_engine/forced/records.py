@@ -164,8 +164,8 @@ def _shortened(message: Message, cap: int, end: int) -> Message:
     return replace(message, body=(*message.body[: max(cap, 1) - 1], end))
 
 
-def renumbered(conversations: Iterable[Sequence[Turn]], vocab_size: int) -> tuple[list[list[Turn]], int]:
-    """The same turns in ids below `vocab_size`, and how many ids had to change.
+def renumbered(conversations: Iterable[Sequence[Turn]], vocab_size: int) -> tuple[list[list[Turn]], dict[int, int]]:
+    """The same turns in ids below `vocab_size`, and what each id that had to change is now.
 
     A shape may have fewer tokens than the tokenizer. Ids that it lacks become ids that no turn uses: to random weights
     one id is as good as another, and equal tokens stay equal.
@@ -177,7 +177,7 @@ def renumbered(conversations: Iterable[Sequence[Turn]], vocab_size: int) -> tupl
     used = {token for conversation in turns for turn in conversation for token in (*turn.prompt_ids, *turn.answer_ids)}
     lacking = sorted(token for token in used if token >= vocab_size)
     if not lacking:
-        return turns, 0
+        return turns, {}
     if len(used) > vocab_size:
         raise ConfigError(
             f"Got transcripts with {len(used)} different tokens but the shape has {vocab_size}: take fewer tokens or "
@@ -192,4 +192,4 @@ def renumbered(conversations: Iterable[Sequence[Turn]], vocab_size: int) -> tupl
     return [
         [replace(turn, prompt_ids=ids(turn.prompt_ids), answer_ids=ids(turn.answer_ids)) for turn in conversation]
         for conversation in turns
-    ], len(lacking)
+    ], new

@@ -80,6 +80,10 @@ KINDS = {
         frozenset({"results", "indexed_tokens", "tokenizer", *_FACTS}),
         frozenset({"memory_tokens", "propose_us_p50", "propose_us_p99", "index_ms", "bytes_per_token"}),
     ),
+    "free-text": Kind(
+        frozenset({"results", "cost_model", "rounds", "prompts", *_FACTS}),
+        frozenset({"temperature", "way", "over_plain", *_SPEEDS}),
+    ),
     "engine": _ENGINE,
     "draft-models": _ENGINE,
     "eval": Kind(
