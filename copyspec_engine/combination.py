@@ -15,10 +15,13 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from copyspec_engine.draft_chain import DraftChain, Guess, masses
 from copyspec_engine.draft_model import DraftModel
 from copyspec_engine.draft_survival import DraftSurvival, Place
-from copyspec_engine.drafter import DraftingPolicy, DraftTree
+from copyspec_engine.drafter import DraftingPolicy, DraftTree, likely_nodes
 from copyspec_engine.live_cost import LiveCost
 from copyspec_engine.sequence import Sequence
 
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _MATCH = 0.5
 """Copies that are right less often count as none with combine="copy-first": adaptive drafts hold guesses as well."""
-_HORIZON = 6
+_HORIZON = 20
 """Steps over which reading what is missing has to pay, and as many as there were since it might have paid."""
 _MOST_FAILURES = 3
 """Requests in a row whose draft model failed, after which it is not asked any more."""
@@ -44,6 +47,8 @@ class _Known:
     """Of its conversation."""
     places: list[Place] = field(default_factory=list)
     """What the draft model wrote before the last pass."""
+    copies: tuple[float, frozenset[int]] | None = None
+    """How strongly copies stood before the last pass, and their first tokens."""
     lost: float = 0.0
     """Tokens that the draft model might have gained if it had read the text."""
 
@@ -51,15 +56,22 @@ class _Known:
 class _Writer:
     """A request that may ask the draft model before this pass."""
 
-    def __init__(self, sequence: Sequence, known: _Known, copies: DraftTree, most: int) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        known: _Known,
+        copies: DraftTree,
+        likely: npt.NDArray[np.float64],
+        most: int,
+    ) -> None:
         self.sequence, self.known = sequence, known
-        self._copies, self._most = copies, most
+        self._copies, self._likely, self._most = copies, likely, most
         self.start()
 
     def start(self) -> None:
         """Nothing has been asked yet."""
         is_fixed, eos = self.sequence.combine != "tree", self.sequence.eos_token_ids
-        self.chain = DraftChain(self._copies, self._most, self.known.survival, eos, is_fixed=is_fixed)
+        self.chain = DraftChain(self._copies, self._likely, self._most, self.known.survival, eos, is_fixed=is_fixed)
 
 
 class Combination:
@@ -120,13 +132,21 @@ class Combination:
         rule = sequence.combine
         if rule == "copy-only" or not sequence.first_token_s or self.error is not None:
             return None
-        if rule == "copy-first" and len(draft.probabilities) and masses(draft)[0] < _MATCH:
+        guessed = draft.probabilities
+        if rule == "copy-first" and len(guessed) and masses(draft, draft.reach(guessed))[0] < _MATCH:
             draft = DraftTree()
         can_share = rule == "tree" and not self._only_chains and len(draft.probabilities)
         most = min(self._max_tokens, room - len(draft), self.draft_model.room(sequence))
         if most <= 0 or (len(draft) and not can_share):
             return None
-        return _Writer(sequence, self._known.get(sequence) or self._begin(sequence), draft, most)
+        known = self._known.get(sequence) or self._begin(sequence)
+        likely = likely_nodes(sequence.drafter, draft)
+        if len(likely):
+            strength = masses(draft, likely)[0]
+            first = (token for token, parent in zip(draft.tokens, draft.parents, strict=True) if parent < 0)
+            known.copies = strength, frozenset(first)
+            likely = likely * known.survival.trust(strength)
+        return _Writer(sequence, known, draft, likely, most)
 
     def _begin(self, sequence: Sequence) -> _Known:
         memory = sequence.memory
@@ -236,7 +256,9 @@ class Combination:
         known = self._known.get(sequence)
         if known is not None:
             known.survival.learn(known.places, written)
-            known.places = []
+            if known.copies is not None:
+                known.survival.learn_copies(known.copies[0], written[0] in known.copies[1])
+            known.places, known.copies = [], None
 
     def release(self, sequence: Sequence) -> None:
         """A request is over."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from copyspec_engine.copies import DRAFT_MODEL
 from copyspec_engine.cost import CostCurve
@@ -33,6 +34,7 @@ class DraftChain:
 
     Args:
         copies: the draft so far.
+        likely: how likely each node of it is to be reached, shape (len(copies),); empty if nobody knows.
         most: tokens that may be written.
         survival: what is known of the draft model in this conversation.
         eos_token_ids: nothing is written behind one of these.
@@ -40,14 +42,22 @@ class DraftChain:
     """
 
     def __init__(
-        self, copies: DraftTree, most: int, survival: DraftSurvival, eos_token_ids: frozenset[int], *, is_fixed: bool
+        self,
+        copies: DraftTree,
+        likely: npt.NDArray[np.float64],
+        most: int,
+        survival: DraftSurvival,
+        eos_token_ids: frozenset[int],
+        *,
+        is_fixed: bool,
     ) -> None:
         self.is_fixed = is_fixed
         self._copies, self._most, self._survival, self._eos = copies, most, survival, eos_token_ids
         self.places: list[Place] = []
         self._likely: list[float] = []
         """Probability of each of the places."""
-        self._masses = masses(copies)
+        self._copies_likely = likely.tolist()
+        self._masses = masses(copies, likely)
         self._children = {way: node for node, way in enumerate(zip(copies.parents, copies.tokens, strict=True))}
         self._at: int | None = -1
         """The node of the copies that says the same so far."""
@@ -64,21 +74,30 @@ class DraftChain:
     def gain(self, pass_cost: float, cost: CostCurve, width: int, pace: float) -> float:
         """Tokens that going on is expected to gain over what its time gives otherwise, for the best number of passes.
 
+        What is written is verified beside the copies, or, if it is the first of it, instead of them.
+
         Args:
             pass_cost: of each pass of the draft model.
             cost: of the pass that verifies, by its tokens.
             width: tokens that this one reads without any draft.
             pace: tokens that are written anyway in a time of 1.
         """
-        node_costs = cost.marginal(width, len(self._copies) + self._most)[len(self._copies) :]
-        best = total = 0.0
+        node_costs = (pace * cost.marginal(width, len(self._copies) + self._most)).tolist()
+        best = beside = 0.0
+        instead = -self._worth_of_copies(cost, width, pace)
         reach = self._likely[-1] if self._likely else 1.0
         for depth in range(len(self.places) + 1, self._most + 1):
             right, new = self._survival.expected(self.strength(depth), depth)
-            total += reach * new - pace * (pass_cost + float(node_costs[depth - 1]))
+            beside += reach * new - pace * pass_cost - node_costs[len(self._copies) + depth - 1]
+            instead += reach * right - pace * pass_cost - node_costs[depth - 1]
             reach *= right
-            best = max(best, total)
+            best = max(best, beside, instead if not self.places else 0.0)
         return best
+
+    def _worth_of_copies(self, cost: CostCurve, width: int, pace: float) -> float:
+        """Tokens that the copies are expected to gain over what their time gives otherwise."""
+        seconds = cost.seconds(width, len(self._copies) + 1)
+        return sum(self._masses) - pace * float(seconds[-1] - seconds[0])
 
     def take(self, guess: Guess) -> None:
         """Add a token of the draft model."""
@@ -114,7 +133,8 @@ class DraftChain:
         for place in self.places:
             at = nodes[at, place.token]
             depths[at] = len(depths)
-        chain, reach, own = list(depths), [1.0, *self._likely], [*tree.probabilities.tolist(), 1.0]
+        chain, reach = list(depths), [1.0, *self._likely]
+        own = [*self._copies_likely, *tree.probabilities[len(self._copies) :].tolist(), 1.0]
         likely, factors = [0.0] * len(tree), [1.0] * len(tree)
         for node, parent in enumerate(tree.parents):
             if node in depths:
@@ -141,11 +161,16 @@ class DraftChain:
         return (1 - reach[depth + 1] / max(reach[depth], _LEAST)) / max(others, _LEAST)
 
 
-def masses(draft: DraftTree) -> list[float]:
-    """Probability that a draft holds the right token at each depth; 1 where nobody said how likely its nodes are."""
+def masses(draft: DraftTree, likely: npt.NDArray[np.float64]) -> list[float]:
+    """Probability that a draft holds the right token at each depth.
+
+    Args:
+        draft: whose nodes are asked of.
+        likely: how likely each of them is to be reached, shape (len(draft),); empty if nobody knows: then all are sure.
+    """
     masses: list[float] = []
-    likely = draft.reach().tolist() if len(draft.probabilities) else [1.0] * len(draft)
-    for depth, probability in zip(draft.depths(), likely, strict=True):
+    sure = likely if len(likely) else np.ones(len(draft))
+    for depth, probability in zip(draft.depths(), sure.tolist(), strict=True):
         if depth > len(masses):
             masses.append(0.0)
         masses[depth - 1] = min(masses[depth - 1] + probability, 1.0)

@@ -25,6 +25,8 @@ _TRUST = 24.0
 """Tokens that it counts as: bad luck at the start must not be the end of it."""
 _PRIOR = 6.0
 """Tokens that what is known on the whole counts as, at a place of one kind."""
+_COPIES_PRIOR = 3.0
+"""Right copies that trust in them counts as."""
 _MEMORY = 120.0
 """Tokens in a bucket at which its counts are halved."""
 _AGEING = 0.006
@@ -53,6 +55,8 @@ class DraftSurvival:
         """Tokens seen, right, and right where no copy said the same, by strength and depth."""
         self._chances = np.zeros((len(_STRENGTH_MIDDLES), 2, len(_CHANCE_MIDDLES), 2))
         """Tokens seen and right, by strength, whether a copy says the same, and the draft model's probability."""
+        self._copies = np.zeros((len(_STRENGTH_MIDDLES), 2))
+        """First tokens of copies that were expected to be right and that were, by strength."""
 
     def copy(self) -> DraftSurvival:
         other = DraftSurvival()
@@ -64,6 +68,16 @@ class DraftSurvival:
         self._all += share * (other._all - self._all)
         self._depths += share * (other._depths - self._depths)
         self._chances += share * (other._chances - self._chances)
+        self._copies += share * (other._copies - self._copies)
+
+    def trust(self, strength: float) -> float:
+        """What copies that stand this strongly are worth of it: where a draft model pays, they are often weaker."""
+        expected, right = self._copies[bisect_right(_STRENGTHS, strength)].tolist()
+        return min(float((right + _COPIES_PRIOR) / (expected + _COPIES_PRIOR)), 1.0)
+
+    def learn_copies(self, strength: float, right: bool) -> None:
+        """Learn whether copies that stood this strongly held the next token."""
+        _count(self._copies[bisect_right(_STRENGTHS, strength)], (strength, right))
 
     def expected(self, strength: float, depth: int) -> tuple[float, float]:
         """How likely a token that is yet to be written will be right, and right where no copy says the same.

@@ -26,6 +26,7 @@ from copyspec_engine.survival import (
     DECLARED,
     STARTED,
     blend,
+    calibrated_all,
     fresh_survival,
     learn_pace,
     learn_paths,
@@ -33,7 +34,7 @@ from copyspec_engine.survival import (
     recycled_worth,
 )
 
-__all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients", "answer_texts", "wants_candidates"]
+__all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients", "answer_texts", "likely_nodes", "wants_candidates"]
 
 _MAX_NODES = 1024
 _REGION = 2048
@@ -164,9 +165,12 @@ class DraftTree:
         sources = np.append(known, np.full(len(added), source, dtype=np.int64))
         return DraftTree(tuple(new_tokens), tuple(new_parents), likely, sources, self.cost + cost)
 
-    def reach(self) -> npt.NDArray[np.float64]:
-        """How likely each node is to be reached: no less than the likeliest node below it, shape (len,)."""
-        likely, parents = self.probabilities, np.array(self.parents, dtype=np.int64)
+    def reach(self, likely: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """How likely each node is to be reached, by how likely each is: no less than the likeliest node below it.
+
+        Both of shape (len,).
+        """
+        parents = np.array(self.parents, dtype=np.int64)
         inner = parents >= 0
         if (likely[parents[inner]] >= likely[inner]).all():  # as one source leaves it
             return likely
@@ -291,7 +295,7 @@ class DraftingPolicy:
         rows = [row for row, draft in enumerate(drafts) if len(draft.probabilities)]
         if len(drafts) < 2 or not rows:
             return list(drafts)
-        likely = np.concatenate([drafts[row].reach() for row in rows])
+        likely = np.concatenate([drafts[row].reach(drafts[row].probabilities) for row in rows])
         owners = np.repeat(rows, [len(drafts[row]) for row in rows])
         nodes = np.concatenate([np.arange(len(drafts[row])) for row in rows])
         order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
@@ -473,6 +477,14 @@ def _copied_nodes(
     """Which nodes copying proposed, and the accepted ones of them, by their places among those."""
     copied = (draft.sources != DRAFT_MODEL) & (draft.sources != RECYCLED)
     return copied, (np.cumsum(copied) - 1)[accepted[copied[accepted]]]
+
+
+def likely_nodes(drafter: Drafter | None, draft: DraftTree) -> npt.NDArray[np.float64]:
+    """How likely each node of a draft is to be reached, by all that its drafter knows; empty if nobody knows."""
+    likely = draft.probabilities
+    if isinstance(drafter, _AdaptiveDrafter):
+        likely = np.asarray(calibrated_all(drafter.survival.paths, likely))
+    return draft.reach(likely) if len(likely) else likely
 
 
 def wants_candidates(drafter: Drafter | None) -> bool:

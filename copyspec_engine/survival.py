@@ -53,6 +53,7 @@ __all__ = [
     "Survival",
     "blend",
     "calibrated",
+    "calibrated_all",
     "depth_bucket",
     "first_guess",
     "fresh_survival",
@@ -266,6 +267,15 @@ def calibrated(paths: npt.NDArray[np.float64], probability: float) -> float:
     usual = (paths[1, _ALL_PATHS] + _PATH_PRIOR) / (paths[0, _ALL_PATHS] + _PATH_PRIOR)
     factor = (paths[1, bucket] + usual * _PATH_PRIOR) / (paths[0, bucket] + _PATH_PRIOR)
     return probability * min(max(factor, _LEAST_FACTOR), 1.0)
+
+
+@compiled
+def calibrated_all(paths: npt.NDArray[np.float64], probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """`calibrated` for many paths, shape (n,)."""
+    found = np.empty(len(probabilities))
+    for i in range(len(probabilities)):
+        found[i] = calibrated(paths, probabilities[i])
+    return found
 
 
 @compiled

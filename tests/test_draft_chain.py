@@ -21,7 +21,7 @@ NOTHING = DraftTree()
 
 
 def chain(copies: DraftTree = NOTHING, most: int = 5, *, is_fixed: bool = False) -> DraftChain:
-    return DraftChain(copies, most, DraftSurvival(), frozenset({END}), is_fixed=is_fixed)
+    return DraftChain(copies, copies.probabilities, most, DraftSurvival(), frozenset({END}), is_fixed=is_fixed)
 
 
 def written(chain: DraftChain, *tokens: int) -> DraftChain:
@@ -129,3 +129,27 @@ def test_a_tree_holds_what_is_worth_its_place() -> None:
     steep = CostCurve([(1, 1.0), (64, 26.2)])
     assert written(chain(COPIES), 5, 7).tree(0.2, steep, 1, 1.0) == DraftTree((5, 7), (-1, 0))
     assert written(chain(is_fixed=True), 3, 4).tree(0.2, steep, 1, 9.0) == DraftTree.chain([3, 4])
+
+
+def test_doubtful_copies_do_not_keep_the_draft_model_from_speaking() -> None:
+    """It may be asked instead of them, although beside them it would gain too little."""
+    copies = DraftTree((1, 2, 3), (-1, 0, 1), np.array([0.3, 0.1, 0.05]), np.arange(1, 4))
+    curve = CostCurve([(1, 1.0), (64, 1.0 + 63 * 0.1)])
+    _, new = DraftSurvival().expected(0.3, 1)
+    assert new < 1.2 * (0.4 + 0.1)
+    assert chain(copies).gain(0.4, curve, 1, 1.2) > 0
+    strong = DraftTree((1, 2, 3), (-1, 0, 1), np.array([0.97, 0.95, 0.93]), np.arange(1, 4))
+    assert chain(strong).gain(0.4, curve, 1, 1.2) == 0
+
+
+def test_what_copies_were_worth_is_learnt_by_how_strongly_they_stood() -> None:
+    survival = DraftSurvival()
+    assert survival.trust(0.6) == 1.0
+    for i in range(40):
+        survival.learn_copies(0.6, i % 4 == 0)
+        survival.learn_copies(0.95, True)
+    assert survival.trust(0.6) == pytest.approx(0.25 / 0.6, abs=0.1)
+    assert survival.trust(0.95) == 1.0
+    other = DraftSurvival()
+    other.blend(survival, 0.5)
+    assert survival.trust(0.6) < other.trust(0.6) < 1.0

