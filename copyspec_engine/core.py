@@ -14,7 +14,7 @@ from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.copies import Run, find_around, trace
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.draft_model import DraftModel
-from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients, wants_candidates
+from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients, likely_nodes, wants_candidates
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.exact_tokens import ExactTokens
 from copyspec_engine.grammar import GrammarState
@@ -290,6 +290,7 @@ def warm_up() -> None:
     for _ in range(2):
         drafter = policy.begin(AdaptiveDrafter(recycle=True), memory, prompt, prediction_ids=range(50, 150))
         draft = drafter.propose(1, 64)
+        likely_nodes(drafter, draft)
         drafter.observe(draft, (), (0,))
         drafter.finish()
         for size in (1, 1000) if wants_candidates(drafter) else ():  # until the table grows

@@ -45,10 +45,10 @@ def test_a_tree_of_unknown_origin_can_be_merged() -> None:
 
 
 def test_a_node_is_reached_as_often_as_what_is_below_it() -> None:
-    assert COPIED.reach().tolist() == [0.6, 0.2, 0.5]
+    assert COPIED.reach(COPIED.probabilities).tolist() == [0.6, 0.2, 0.5]
     both = COPIED.merged((8, 4), (-1, 0), (0.95, 0.9), DRAFT_MODEL)
     assert both.probabilities.tolist() == [0.6, 0.2, 0.5, 0.9]
-    assert both.reach().tolist() == [0.6, 0.9, 0.5, 0.9]
+    assert both.reach(both.probabilities).tolist() == [0.6, 0.9, 0.5, 0.9]
 
 
 def test_a_node_is_never_verified_without_its_parent() -> None:
