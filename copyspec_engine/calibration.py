@@ -25,6 +25,7 @@ from pathlib import Path
 
 from copyspec_engine.config import EngineConfig
 from copyspec_engine.cost import Points
+from copyspec_engine.errors import ConfigError
 
 __all__ = ["KeptCurve", "cache_dir", "cpu_name", "keep", "kept_curves", "kept_or_measured"]
 
@@ -126,7 +127,7 @@ def _read(path: Path) -> KeptCurve | None:
         return KeptCurve(path, dict(content["facts"]), points, str(content["measured_at"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ConfigError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         logger.warning("Ignored the kept cost curve %s: %s: %s", path, type(error).__name__, error)
         return None
 

@@ -1,7 +1,7 @@
 """Every error that this package raises on purpose.
 
 CopySpecError
-├── ConfigError (also ValueError)   an option, request or message has a value that cannot work
+├── ConfigError                     an option, request or message has a value that cannot work
 ├── ModelLoadError                  weights or tokenizer could not be read, or do not fit in memory
 ├── UnsupportedModelError           the model loads, but its architecture cannot be served losslessly
 ├── ContextOverflowError            prompt plus requested output exceed the context or the KV pool
@@ -9,6 +9,9 @@ CopySpecError
 ├── EngineBusyError                 more requests wait than the engine's max_waiting
 ├── EngineStoppedError              the engine was closed, or its loop died (`cause` says of what)
 └── RequestFailedError              one request failed in its forward pass; the engine goes on
+
+None of them is a ValueError, TypeError or KeyError: frameworks take those for a malformed answer of the model and go on
+without a word (LlamaIndex's response synthesizers say "Empty Response").
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class CopySpecError(Exception):
     """Base class of every error raised by this package."""
 
 
-class ConfigError(CopySpecError, ValueError):
+class ConfigError(CopySpecError):
     """A value that cannot work; the message names the value and what was expected."""
 
 
@@ -50,7 +53,8 @@ class ContextOverflowError(CopySpecError):
 
     Attributes:
         num_tokens: tokens that the request needs.
-        max_tokens: tokens that the model's context or the KV pool can hold.
+        max_tokens: tokens that `what` can hold.
+        what: "the model's context" or "the KV pool", in words.
     """
 
     def __init__(self, num_tokens: int, max_tokens: int, what: str = "the model's context") -> None:
@@ -60,10 +64,10 @@ class ContextOverflowError(CopySpecError):
         )
         self.num_tokens = num_tokens
         self.max_tokens = max_tokens
-        self._what = what
+        self.what = what
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.num_tokens, self.max_tokens, self._what)
+        return type(self), (self.num_tokens, self.max_tokens, self.what)
 
 
 class MemoryFileError(CopySpecError):

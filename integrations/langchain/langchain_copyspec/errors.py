@@ -26,6 +26,4 @@ def langchain_errors() -> Iterator[None]:
     try:
         yield
     except copyspec_engine.ContextOverflowError as error:
-        overflow = ContextOverflowError(error.num_tokens, error.max_tokens)
-        overflow.args = error.args
-        raise overflow from error
+        raise ContextOverflowError(error.num_tokens, error.max_tokens, error.what) from error

@@ -24,7 +24,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from pydantic import BaseModel
 
-from copyspec_engine import Engine
+from copyspec_engine import ConfigError, Engine
 from langchain_copyspec import ChatCopySpec, conversation
 
 MakeEngine = Callable[..., Engine]
@@ -377,5 +377,5 @@ async def test_a_conversation_can_be_named_by_the_context(echo: Engine) -> None:
             assert stats(llm.invoke("hi", THREAD))["session_id"] == "t-1"
         assert stats(list(llm.stream("hi"))[-1])["session_id"] == "outer"
     assert stats(llm.invoke("hi"))["session_id"] == "field"
-    with pytest.raises(ValueError, match="session_id=''"), conversation(""):
+    with pytest.raises(ConfigError, match="session_id=''"), conversation(""):
         pass

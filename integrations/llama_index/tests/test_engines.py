@@ -19,10 +19,11 @@ from llama_index.core.evaluation import GuidelineEvaluator
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.query_engine import RetryGuidelineQueryEngine, RetryQueryEngine
-from llama_index.core.response_synthesizers import ResponseMode
-from llama_index.core.schema import TextNode
+from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
+from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import BaseModel
 
-from copyspec_engine import Engine
+from copyspec_engine import ConfigError, Engine, EngineStoppedError
 from llama_index.llms.copyspec import CopySpec
 
 MakeEngine = Callable[..., Engine]
@@ -98,6 +99,40 @@ async def test_a_streamed_query_is_the_whole_one(make_engine: MakeEngine) -> Non
     assert "".join(response.response_gen) == quote("".join(RULES))
     streamed = await SummaryIndex(NODES).as_query_engine(llm=llm, streaming=True, use_async=True).aquery("Which rules?")
     assert "".join([text async for text in streamed.async_response_gen()]) == quote("".join(RULES))
+
+
+class Rule(BaseModel):
+    page: int
+
+
+TEXT, OBJECT, FILTERED = {}, {"output_cls": Rule}, {"structured_answer_filtering": True}
+SYNTHESIZERS = [
+    *((mode, TEXT) for mode in ResponseMode if mode not in (ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)),
+    *((mode, OBJECT) for mode in (ResponseMode.REFINE, ResponseMode.COMPACT, ResponseMode.TREE_SUMMARIZE)),
+    *((mode, FILTERED) for mode in (ResponseMode.REFINE, ResponseMode.COMPACT)),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("mode", "form"), SYNTHESIZERS)
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # of calls beside the failed one
+async def test_no_synthesizer_swallows_an_error(
+    make_engine: MakeEngine, mode: ResponseMode, form: dict[str, Any], streaming: bool
+) -> None:
+    if streaming and "accumulate" in mode:
+        pytest.skip("it cannot stream")
+    engine, closed = make_engine(quote), make_engine(quote)
+    closed.close()
+    nodes = [NodeWithScore(node=node) for node in NODES]
+    for llm, error in (
+        (CopySpec(engine=engine, logit_bias={10**6: 1.0}), ConfigError),
+        (CopySpec(engine=closed), EngineStoppedError),
+    ):
+        synthesizer = get_response_synthesizer(llm=llm, response_mode=mode, streaming=streaming, **form)
+        with pytest.raises(error):
+            "".join(getattr(synthesizer.synthesize("Which rules?", nodes), "response_gen", ()))
+        with pytest.raises(error):
+            [text async for text in (await synthesizer.asynthesize("Which rules?", nodes)).async_response_gen()]
 
 
 def test_a_retry_repeats_the_bad_answer_and_copies_it(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
