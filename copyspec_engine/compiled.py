@@ -27,6 +27,7 @@ SOURCES = (
     "copies.py",
     "copy_index.py",
     "growth.py",
+    "gumbel.py",
     "live_cost.py",
     "places.py",
     "ranking.py",

@@ -287,7 +287,8 @@ class SamplingParams(_Options):
     top_logprobs: int = Field(default=0, ge=0, le=20)
     """Give those of this many most likely tokens at each place too; needs logprobs=True."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Noise is a function of (seed, position): the same seed gives the same tokens. Default: a fresh random seed."""
+    """Each token's noise is a function of (seed, position, token id): the same seed gives the same tokens. Default: a
+    fresh random seed."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Most tokens to generate; default: up to the end of the context."""
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_texts)] = ()

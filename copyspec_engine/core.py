@@ -18,6 +18,7 @@ from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients, like
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.exact_tokens import ExactTokens
 from copyspec_engine.grammar import GrammarState
+from copyspec_engine.gumbel import warm_up_noise
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.live_cost import LiveCost
 from copyspec_engine.logprobs import with_logprobs
@@ -280,11 +281,12 @@ class EngineCore:
 
 
 def warm_up() -> None:
-    """Load the compiled code of drafting, or compile it: once after an installation that takes about 20 seconds.
+    """Load the compiled code of drafting and sampling, or compile it.
 
-    Everything that a call does is done here first, so that no call ever waits for a compiler.
+    Everything that a call does is done here first, so that no call ever waits for a compiler. Once after an
+    installation that takes about 20 seconds.
     """
-    logger.info("loading the compiled code of drafting, or compiling it if it is new, which takes about 20 s")
+    logger.info("loading the compiled code of drafting and sampling; if it is new it is compiled, in about 20 s")
     policy, memory = DraftingPolicy(CostCurve(((1, 1.0), (64, 1.1)))), SessionMemory(4096)
     prompt = [*range(200), *range(100)]
     for _ in range(2):
@@ -300,6 +302,7 @@ def warm_up() -> None:
     LiveCost(((1, 1.0), (64, 1.1)), is_fixed=False).observe(1, 1.0)
     tokens = np.arange(8)
     find_around(tokens, tokens, 2, 4)
+    warm_up_noise()
 
 
 def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | None, str | None]:

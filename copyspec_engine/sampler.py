@@ -1,7 +1,9 @@
 """From logits to tokens: processors, then the most likely token or one drawn by temperature, top_k, top_p and min_p.
 
-The noise is a function of (seed, absolute position) alone. A token therefore comes out the same whether its logits were
-computed one step at a time or inside a long draft, and drafting never changes a sample.
+A token is drawn by adding Gumbel noise to every logit and taking the highest. The noise is a function of (seed,
+absolute position, token id) alone. A token therefore comes out the same whether its logits were computed one step at a
+time or inside a long draft, and drafting never changes a sample; nor do logits that differ by rounding, unless two
+tokens come out equal to that last bit.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from copyspec_engine.config import SamplingParams
 from copyspec_engine.drafter import DraftTree
+from copyspec_engine.gumbel import highest_perturbed, noise_keys
 from copyspec_engine.processors import add_bias, mask_tokens, penalise
 from copyspec_engine.token_counts import TokenCounts
 
-__all__ = ["SampleRow", "filtered", "sample", "uniform_noise"]
+__all__ = ["SampleRow", "filtered", "sample"]
 
 _WIDTH = 1024
 """Tokens that filters look at first: selecting them is many times faster than sorting the vocabulary."""
@@ -59,9 +63,9 @@ class SampleRow:
         if self.params.has_penalties:
             penalise(scores, self.params, self.counts, self.draft)
 
-    def noise(self) -> list[float]:
-        """A number for each node, shape (num_nodes,)."""
-        return uniform_noise(self.seed, [self.position + depth for depth in (0, *self.draft.depths())])
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """What keys the noise at each node, shape (num_nodes, 2)."""
+        return noise_keys(self.seed, [self.position + depth for depth in (0, *self.draft.depths())])
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
@@ -91,43 +95,36 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
             alike.setdefault((params.temperature, params.top_k, params.top_p, params.min_p), []).append(i)
     for group in alike.values():
         nodes = torch.tensor([node for i in group for node in spans[i]], device=logits.device)
-        noise = torch.tensor([number for i in group for number in rows[i].noise()], dtype=torch.float64)
-        tokens[nodes] = _draw(scores.index_select(0, nodes), rows[group[0]].params, noise.to(logits.device), _WIDTH)
+        drawn = scores if len(nodes) == len(scores) else scores.index_select(0, nodes)
+        keys = np.concatenate([rows[i].keys() for i in group])
+        tokens[nodes] = _draw(drawn.float(), rows[group[0]].params, keys, tokens[nodes], _WIDTH)
     flat: list[int] = tokens.tolist()
     return [flat[span.start : span.stop] for span in spans]
 
 
-def _draw(scores: torch.Tensor, params: SamplingParams, noise: torch.Tensor, width: int) -> torch.Tensor:
+def _draw(
+    scores: torch.Tensor, params: SamplingParams, keys: npt.NDArray[np.uint64], likeliest: torch.Tensor, width: int
+) -> torch.Tensor:
     """A token for each node, drawn from what the filters leave.
 
     Args:
-        scores: shape (nodes, vocabulary).
+        scores: float32, shape (nodes, vocabulary).
         params: temperature above 0, and the filters.
-        noise: shape (nodes,), float64.
+        keys: of the nodes' noise, shape (nodes, 2).
+        likeliest: the token with the highest score of each node, shape (nodes,).
         width: tokens that filters look at, the most likely ones; all where these turn out to be too few.
     """
     if params.top_k is None and params.top_p == 1.0 and params.min_p == 0.0:
-        return _pick(_tempered(scores, params).softmax(dim=-1), noise)
-    ids, probabilities, is_whole = filtered(scores, params, width)
-    tokens = ids.gather(-1, _pick(probabilities, noise)[:, None]).squeeze(-1)
+        ids = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)[None]
+        return highest_perturbed(scores, ids, keys, params.temperature, likeliest)
+    kept, ids, is_whole = filtered(scores, params, width)
+    columns = highest_perturbed(kept, ids.int(), keys, params.temperature, torch.zeros_like(likeliest))
+    tokens = ids.gather(-1, columns[:, None]).squeeze(-1)
     if width < scores.shape[-1] and not bool(is_whole.all()):
         rest = ~is_whole
-        tokens[rest] = _draw(scores[rest], params, noise[rest], scores.shape[-1])
+        again = keys[rest.cpu().numpy()]
+        tokens[rest] = _draw(scores[rest], params, again, likeliest[rest], scores.shape[-1])
     return tokens
-
-
-def _tempered(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Scores over temperature, the highest 0 so that no temperature is too low; float64."""
-    scores = scores.double()
-    return (scores - scores.amax(dim=-1, keepdim=True)).div_(params.temperature)
-
-
-def _pick(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The column in which the noise falls, for each node; shape (nodes,)."""
-    cumulative = probabilities.cumsum(dim=-1)
-    # The total is 1 up to rounding; scaled noise below it always falls on a token that was kept.
-    chosen = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)
-    return chosen.squeeze(-1).clamp_(max=probabilities.shape[-1] - 1)
 
 
 def filtered(
@@ -139,19 +136,14 @@ def filtered(
     which of them a sort puts first must not show in the answer.
 
     Returns:
-        ids: ascending, shape (nodes, width).
-        probabilities: theirs, 0 for those filtered out, float64, same shape.
+        kept: the scores from the highest down, -inf for tokens filtered out, shape (nodes, width).
+        ids: their tokens, same shape.
         is_whole: whether no kept token lies outside of the `width`, shape (nodes,).
     """
-    if width >= scores.shape[-1]:
-        ids = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
-        values, ordered = _tempered(scores, params), scores.sort(dim=-1, descending=True).values
-    else:
-        ordered, places = scores.topk(width, dim=-1)
-        ids, order = places.sort(dim=-1)
-        values = _tempered(ordered.gather(-1, order), params)
-    least, is_whole = _least(_tempered(ordered, params), scores, params)
-    return ids, values.masked_fill(values < least, -torch.inf).softmax(dim=-1), is_whole
+    ordered, ids = scores.topk(min(width, scores.shape[-1]), dim=-1)
+    tempered = (ordered.double() - ordered[:, :1]).div_(params.temperature)  # from 0: no temperature is too low
+    least, is_whole = _least(tempered, scores, params)
+    return ordered.masked_fill_(tempered < least, -torch.inf), ids, is_whole
 
 
 def _least(ordered: torch.Tensor, scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,10 +191,3 @@ def _total_mass(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 def _sums(masses: torch.Tensor) -> torch.Tensor:
     """Sum of each row, shape (nodes, 1): one by one, since torch adds in another order the more rows there are."""
     return torch.stack([row.sum() for row in masses])[:, None]
-
-
-def uniform_noise(seed: int, positions: Sequence[int]) -> list[float]:
-    """Uniform numbers in [0, 1), one for each position, from the counter-based Philox generator keyed by the seed."""
-    first, last = min(positions), max(positions)
-    blocks = np.random.Philox(key=seed, counter=first).random_raw(4 * (last - first + 1))[::4]  # a block a position
-    return [int(blocks[position - first] >> 11) * 2.0**-53 for position in positions]

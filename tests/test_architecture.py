@@ -42,6 +42,7 @@ LEVELS = {
         "handle",
     },
     2: {
+        "gumbel",
         "sampler",
         "candidates",
         "processors",

@@ -16,12 +16,12 @@ PACKAGE = Path(copyspec_engine.__file__).parent
 
 NO_CALL_COMPILES = """
 from numba.core.dispatcher import Dispatcher
-from copyspec_engine import EngineConfig, GenerationRequest
-from copyspec_engine import copies, copy_index, growth, live_cost, places, ranking, recycled, survival
+from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams
+from copyspec_engine import copies, copy_index, growth, gumbel, live_cost, places, ranking, recycled, survival
 from copyspec_engine.core import warm_up
 from copyspec_engine.testing import scripted_engine
 
-modules = copies, copy_index, growth, live_cost, places, ranking, recycled, survival
+modules = copies, copy_index, growth, gumbel, live_cost, places, ranking, recycled, survival
 functions = {f for m in modules for f in vars(m).values() if isinstance(f, Dispatcher)}
 
 def compiled():
@@ -29,7 +29,7 @@ def compiled():
 
 warm_up()
 before = compiled()
-assert before["grow"] and before["walk"]
+assert before["grow"] and before["walk"] and before["_highest"]
 config = EngineConfig(model="scripted", max_prefill_tokens=4000, max_session_tokens=4096, max_model_len=6000)
 with scripted_engine(lambda prompt: prompt[-700:], config) as engine:
     for turn in range(6):
@@ -37,6 +37,9 @@ with scripted_engine(lambda prompt: prompt[-700:], config) as engine:
         engine.generate(GenerationRequest(prompt=text, session_id="a", prediction=text[:turn]))
         engine.generate(GenerationRequest(prompt=text, session_id="b", memory_pool="p", drafter="copyspec"))
         engine.generate(GenerationRequest(prompt=text, drafter="none"))
+        for options in {}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}:
+            sampling = SamplingParams(temperature=0.7, max_tokens=9, **options)
+            engine.generate(GenerationRequest(prompt=text, sampling=sampling))
     engine.forget("b")
     assert engine.generate(GenerationRequest(prompt=text, session_id="a")).copied_share > 0.5
 after = compiled()

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from copyspec_engine.drafter import DraftTree
+from copyspec_engine.gumbel import noise_keys
 from copyspec_engine.model_runner import Runner
-from copyspec_engine.sampler import uniform_noise
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.sequence import Sequence
 
@@ -115,5 +115,6 @@ class ForcedDraftRunner:
         """What it says behind a text: the recorded token or, where it errs, the one with the next id."""
         answer, place = self._answers[sequence.request.request_id], len(sequence.token_ids)
         (token,) = next_tokens(answer, [place - sequence.num_prompt_tokens])
-        errs = uniform_noise(crc32(np.array(answer).tobytes()), [place])[0] >= self._agreement
+        (chance,) = noise_keys(crc32(np.array(answer).tobytes()), [place])[:, 0] / 2.0**64
+        errs = bool(chance >= self._agreement)
         return (token + errs) % self.vocab_size
