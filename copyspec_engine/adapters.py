@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -47,6 +47,11 @@ class AdapterOptions(BaseModel):
     """What may be set for a model and again for one call; None keeps the engine's default."""
 
     model_config = ConfigDict(extra="forbid")
+
+    called: ClassVar[str | None] = None
+    """What errors call the owner of the options; default: the class."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Names of options that are taken along with these, for advice about one that is not known."""
 
     temperature: float | None = None
     """0 (the default) is greedy decoding."""
@@ -96,6 +101,10 @@ class AdapterOptions(BaseModel):
     """A pool of texts that several conversations copy from and add to; default: each has only its own."""
     prediction: Prediction | None = None
     """A text that the answer will repeat in large part; {"type": "content", "content": ...} is accepted too."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
+        with clear_errors(type(self), called=self.called, beside=self.beside):
+            super().__init__(**options)
 
     @model_validator(mode="before")
     @classmethod
@@ -262,9 +271,15 @@ def logprobs_metadata(engine: Engine, logprobs: Sequence[TokenLogprob]) -> dict[
 
 
 @contextmanager
-def clear_errors(owner: str) -> Iterator[None]:
-    """Raise pydantic's validation errors as one `ConfigError` that names each option and its value."""
+def clear_errors(owner: type[BaseModel], *, called: str | None = None, beside: Iterable[str] = ()) -> Iterator[None]:
+    """Raise pydantic's validation errors as one `ConfigError` that names each option, its value, and what to do.
+
+    Args:
+        owner: whose options are checked.
+        called: the owner's name in the text; default: that of the class.
+        beside: names of options that are taken along with the owner's.
+    """
     try:
         yield
     except ValidationError as error:
-        raise ConfigError(explain_errors(owner, error)) from None
+        raise ConfigError(explain_errors(owner, error, called=called, beside=beside)) from None

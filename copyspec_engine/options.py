@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from copyspec_engine.errors import ConfigError
+from copyspec_engine.option_names import advice, is_secret
 
 __all__ = ["Options", "explain_errors"]
+
+_MODULES = ("copyspec_engine.config", "copyspec_engine.grammar_options")
+_MAX_SHOWN = 300
+"""Characters of a value in an error: a whole prompt would hide what is wrong."""
 
 
 class Options(BaseModel):
@@ -20,21 +26,41 @@ class Options(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain_errors(type(self).__name__, error)) from None
+            raise ConfigError(explain_errors(type(self), error)) from None
 
 
-def explain_errors(owner: str, error: ValidationError) -> str:
-    """What pydantic found, in one line: `Got temperature=-1 but expected ...`."""
-    lines = []
+def explain_errors(
+    owner: type[BaseModel], error: ValidationError, *, called: str | None = None, beside: Iterable[str] = ()
+) -> str:
+    """What pydantic found, in one line: `Got temperature=-1 but expected ...`.
+
+    Args:
+        owner: whose options were checked.
+        error: what pydantic raised.
+        called: the owner's name in the text; default: that of the class.
+        beside: names of options that are taken along with the owner's.
+    """
+    lines, called = [], called or owner.__name__
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("Drafter", "Validator()]")))
         expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        given = name if is_secret(name) else f"{name}={_shown(problem['input'])}"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"Got unknown option {name}={problem['input']!r} for {owner}: check the spelling")
+            lines.append(f"Got unknown option {given} for {called}: {advice(name, owner, _homes(), beside)}")
         elif problem["type"] == "missing":
-            lines.append(f"Got no {name} for {owner} but it is required")
+            lines.append(f"Got no {name} for {called} but it is required")
         elif not name or expected.startswith("Got "):  # the message of nested options or of a whole object
             lines.append(expected)
         else:
-            lines.append(f"Got {name}={problem['input']!r} but expected {expected}")
+            lines.append(f"Got {given} but expected {expected}")
     return "; ".join(dict.fromkeys(lines))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def _homes() -> list[type[BaseModel]]:
+    """All options that a caller may set, those of engine, sampling and requests first."""
+    return [kind for module in _MODULES for kind in Options.__subclasses__() if kind.__module__ == module]

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
-    0: {"errors", "options", "grammar_options", "config", "metrics", "explanation", "outputs"},
+    0: {"errors", "option_names", "options", "grammar_options", "config", "metrics", "explanation", "outputs"},
     1: {
         "calibration",
         "compiled",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from copyspec_engine import ConfigError
-from copyspec_engine.adapters import AdapterOptions, clear_errors
+from copyspec_engine.adapters import AdapterOptions
 from langchain_copyspec._tools import ToolOptions
 
 __all__ = ["CallOptions", "deciding"]
@@ -17,6 +17,9 @@ _NOT_DECIDING = ("session_id", "memory_pool", "prediction", "cache_salt", "combi
 
 class CallOptions(AdapterOptions):
     """What may be set for a model and again for one call."""
+
+    called: ClassVar[str | None] = "a call of ChatCopySpec"
+    beside: ClassVar[tuple[str, ...]] = ("model", *ToolOptions.model_fields)
 
     max_retries: int = Field(default=0, ge=0)
     """How often a call is tried again if its forward pass failed before any text came."""
@@ -49,8 +52,7 @@ class CallOptions(AdapterOptions):
         fixed = {name: getattr(self, name) for name in CallOptions.model_fields}
         if "stop_sequences" in given:
             fixed.pop("stop")
-        with clear_errors("a call of ChatCopySpec"):
-            return CallOptions(**{**fixed, **given}), ToolOptions(**tools)
+        return CallOptions(**{**fixed, **given}), ToolOptions(**tools)
 
 
 def deciding(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
+from copyspec_engine.adapters import clear_errors
 
 __all__ = ["Tool", "ToolOptions", "convert_tools", "json_schema_of"]
 
@@ -58,6 +59,10 @@ class ToolOptions(BaseModel):
     """What a call says of tools and of the form of its answer."""
 
     model_config = ConfigDict(extra="forbid")
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
+        with clear_errors(ToolOptions, called="a call of ChatCopySpec"):
+            super().__init__(**options)
 
     tools: list[dict[str, Any]] = Field(default_factory=list)
     """OpenAI-style function schemas; whatever LangChain takes for a tool is accepted."""

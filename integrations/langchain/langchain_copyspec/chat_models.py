@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput, ModelProfile
@@ -31,7 +31,7 @@ from copyspec_engine import (
     SamplingParams,
     shared_engine,
 )
-from copyspec_engine.adapters import adopt_engine, clear_errors
+from copyspec_engine.adapters import adopt_engine
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_engine_messages
 from langchain_copyspec._explain import explain
@@ -75,6 +75,9 @@ class ChatCopySpec(CallOptions, ConversationalModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
+    called: ClassVar[str | None] = None
+    beside: ClassVar[tuple[str, ...]] = ("stop_sequences",)
+
     model: str = "bundled"
     """Hub name or local folder of a decoder; "bundled" is the small model that ships with the engine."""
     device: str = "auto"
@@ -88,10 +91,6 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     """True: `invoke` streams too, so that callbacks see each chunk. False, if given: nothing streams."""
 
     _instance_session_id: str = PrivateAttr(default_factory=lambda: f"instance-{uuid.uuid4().hex}")
-
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
-        with clear_errors(type(self).__name__):
-            super().__init__(**options)
 
     @model_validator(mode="before")
     @classmethod
@@ -196,8 +195,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         """
         given = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls, "strict": strict}
         bound = {"tools": convert_tools(tools), **{name: value for name, value in given.items() if value is not None}}
-        with clear_errors("bind_tools"):
-            ToolOptions(**bound)
+        ToolOptions(**bound)
         return self.bind(**bound, **options)
 
     @override

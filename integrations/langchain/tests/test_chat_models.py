@@ -126,7 +126,8 @@ def test_options_of_a_call_replace_the_fields(make_engine: MakeEngine) -> None:
     ("options", "named"),
     [
         ({"temperature": -1}, "temperature=-1"),
-        ({"max_token": 3}, "unknown option max_token=3"),
+        ({"max_token": 3}, "unknown option max_token=3 for a call of ChatCopySpec: use max_tokens"),
+        ({"tool_choise": "auto"}, "use tool_choice"),
         ({"model": ""}, "model=''"),
         ({"tool_choice": "any"}, "tool_choice='required' but expected tools"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),

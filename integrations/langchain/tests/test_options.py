@@ -65,7 +65,10 @@ def test_the_constructor_loads_nothing() -> None:
         ({"logit_bias": {5: 101}}, "logit_bias"),
         ({"top_logprobs": 2}, "top_logprobs=2 without logprobs"),
         ({"cache_salt": ""}, "cache_salt=''"),
-        ({"temprature": 1}, "unknown option temprature=1"),
+        ({"temprature": 1}, "unknown option temprature=1 for ChatCopySpec: use temperature"),
+        ({"max_new_tokens": 5}, "use max_tokens"),
+        ({"num_ctx": 5}, r"use engine=EngineConfig\(max_model_len=...\)"),
+        ({"api_key": "x"}, "leave it out, the model runs in this process"),
     ],
 )
 def test_a_bad_option_raises_by_name_and_value(options: dict[str, Any], named: str) -> None:

@@ -165,7 +165,8 @@ def test_options_of_a_call_replace_the_fields(make_engine: MakeEngine) -> None:
     ("options", "named"),
     [
         ({"temperature": -1}, "temperature=-1"),
-        ({"max_token": 3}, "unknown option max_token=3"),
+        ({"max_token": 3}, "unknown option max_token=3 for a call of CopySpec: use max_tokens"),
+        ({"tool_choise": "auto"}, "use tool_choice"),
         ({"drafter": "fast"}, "drafter='fast'"),
         ({"session_id": 3}, "session_id=3"),
     ],
@@ -359,6 +360,8 @@ def test_completion_uses_its_own_prompt_functions(make_engine: MakeEngine) -> No
     )
     assert llm.complete("hi").text == "<hi>"
     assert llm.complete("hi", formatted=True).text == "hi"
+    with pytest.raises(ConfigError, match=r"max_token=3 for CopySpecCompletion: use llm=CopySpec\(max_tokens=...\)"):
+        CopySpecCompletion(max_token=3)
     with pytest.raises(ConfigError, match="unknown option max_token=3"):
         llm.complete("hi", max_token=3)
 

@@ -51,7 +51,10 @@ def test_the_constructor_and_traces_load_nothing() -> None:
         ({"session_id": ""}, "session_id=''"),
         ({"memory_pool": ""}, "memory_pool=''"),
         ({"prediction": {"type": "image"}}, "prediction=.* but expected a text, or"),
-        ({"temprature": 1}, "unknown option temprature=1"),
+        ({"temprature": 1}, "unknown option temprature=1 for CopySpec: use temperature"),
+        ({"max_new_tokens": 5}, "use max_tokens"),
+        ({"context_window": 5}, r"use engine=EngineConfig\(max_model_len=...\)"),
+        ({"model_name": "m"}, "use model"),
     ],
 )
 def test_a_bad_option_raises_by_name_and_value(options: dict[str, Any], named: str) -> None:

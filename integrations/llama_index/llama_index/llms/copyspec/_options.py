@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import field_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
-from copyspec_engine.adapters import AdapterOptions, clear_errors
+from copyspec_engine.adapters import AdapterOptions
 from llama_index.llms.copyspec._convert import to_function_schemas
 
 __all__ = ["Call", "CallOptions", "ToolUse", "closed", "take_tools"]
@@ -23,6 +23,8 @@ _WRITTEN_AS_BY_TEMPLATES = {
     "coerce_one_of": True,
 }
 """How calls are written, for llguidance: as chat templates write those of earlier turns, so that they can be copied."""
+
+_TOOL_OPTIONS = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 def closed(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON schema
@@ -43,6 +45,9 @@ def closed(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON schema
 class CallOptions(AdapterOptions):
     """What may be set for a model and again for one call."""
 
+    called: ClassVar[str | None] = "a call of CopySpec"
+    beside: ClassVar[tuple[str, ...]] = _TOOL_OPTIONS
+
     response_format: Grammar | None = None
     """What answers must look like: a `Grammar`, or OpenAI's {"type": "json_schema", ...} or {"type": "json_object"}."""
 
@@ -59,8 +64,7 @@ class CallOptions(AdapterOptions):
         """
         fixed = {name: getattr(self, name) for name in CallOptions.model_fields}
         given = {name: value for name, value in options.items() if value is not None}
-        with clear_errors("a call of CopySpec"):
-            return CallOptions(**{**fixed, **given})
+        return CallOptions(**{**fixed, **given})
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,8 @@ def take_tools(options: dict[str, Any]) -> tuple[ToolUse | None, dict[str, Any]]
         ConfigError: an option of tools without tools, something that is no tool, or a choice that is none.
     """
     others = dict(options)
-    given = others.pop("tools", None)
+    given, choice, parallel = (others.pop(name, None) for name in _TOOL_OPTIONS)
     tools = () if given is None else to_function_schemas(given)
-    choice = others.pop("tool_choice", None)
-    parallel = others.pop("parallel_tool_calls", None)
     if not tools:
         if choice not in (None, "auto", "none"):
             raise ConfigError(f"Got tool_choice={choice!r} without tools: pass tools=, or leave tool_choice out")

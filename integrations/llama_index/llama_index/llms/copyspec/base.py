@@ -9,7 +9,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -40,7 +40,7 @@ from copyspec_engine import (
     GenerationRequest,
     shared_engine,
 )
-from copyspec_engine.adapters import adopt_engine, clear_errors, explain_metadata, model_facts
+from copyspec_engine.adapters import adopt_engine, explain_metadata, model_facts
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
 from llama_index.llms.copyspec._responses import Answer
@@ -82,6 +82,9 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
+    called: ClassVar[str | None] = None
+    beside: ClassVar[tuple[str, ...]] = ()
+
     model: str = "bundled"
     """Hub name or local folder of a decoder; "bundled" is the small model that ships with the engine."""
     device: str = "auto"
@@ -93,10 +96,6 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     the configuration only."""
 
     _instance_session_id: str = PrivateAttr(default_factory=lambda: f"instance-{uuid.uuid4().hex}")
-
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
-        with clear_errors(type(self).__name__):
-            super().__init__(**options)
 
     @model_validator(mode="before")
     @classmethod

@@ -23,6 +23,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from pydantic import ConfigDict, Field
 from typing_extensions import override
 
+from copyspec_engine.adapters import clear_errors
 from llama_index.llms.copyspec._options import Call
 from llama_index.llms.copyspec._responses import Answer
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM
@@ -50,6 +51,10 @@ class CopySpecCompletion(GrammarStructuredLLM, CustomLLM):
 
     llm: CopySpec = Field(default_factory=CopySpec)
     """The model, its options and its conversation."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
+        with clear_errors(type(self)):
+            super().__init__(**options)
 
     @classmethod
     @override
