@@ -19,6 +19,7 @@ __all__ = [
     "load_failure",
     "longest_context",
     "read_model",
+    "refuse_unreadable_tokens",
     "refuse_unsupported",
     "relative_difference",
     "resolve_device",
@@ -169,6 +170,20 @@ def vocab_size(model: PreTrainedModel) -> int:
     """Width of the logits, which may be padded beyond the tokenizer's vocabulary."""
     head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return int(head.weight.shape[0])  # type: ignore[index]
+
+
+def refuse_unreadable_tokens(name: str, model: PreTrainedModel) -> None:
+    """Turn away a model that could write a token which it cannot read.
+
+    Raises:
+        UnsupportedModelError: its logits are wider than its embedding.
+    """
+    written, read = vocab_size(model), int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    if written > read:
+        raise UnsupportedModelError(
+            f"{name} has logits for {written} tokens but an embedding of {read}: it could write a token that it cannot "
+            "read"
+        )
 
 
 def tolerance(model: PreTrainedModel) -> float:

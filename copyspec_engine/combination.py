@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.draft_chain import DraftChain, Guess, masses
-from copyspec_engine.draft_model import DraftModel
+from copyspec_engine.draft_model import DraftModel, UnknownTokenError
 from copyspec_engine.draft_survival import DraftSurvival, Place
 from copyspec_engine.drafter import DraftingPolicy, DraftTree, likely_nodes
 from copyspec_engine.live_cost import LiveCost
@@ -233,7 +233,8 @@ class Combination:
                     self._give_up(writer.sequence, own)
 
     def _give_up(self, sequence: Sequence, error: Exception) -> None:
-        self._failures += 1
+        if not isinstance(error, UnknownTokenError):  # that is the text's doing, and no reason to leave others without
+            self._failures += 1
         logger.warning(
             "The draft model failed and request %s goes on without it: %s: %s",
             sequence.request.request_id,

@@ -103,14 +103,15 @@ class EngineCore:
         try:
             self.scheduler.open_memory(sequence)
             assert sequence.memory is not None
-            sequence.drafter = self.policy.begin(
-                NoDrafter() if sequence.combine == "draft-only" else sequence.drafting,
-                sequence.memory,
-                sequence.token_ids,
-                sequence.eos_token_ids,
-                sequence.prediction_ids,
-                None if self.model.exact_width is None else Ingredients(tree=False),
-            )
+            with sequence.memory.noting(sequence.texts):
+                sequence.drafter = self.policy.begin(
+                    NoDrafter() if sequence.combine == "draft-only" else sequence.drafting,
+                    sequence.memory,
+                    sequence.token_ids,
+                    sequence.eos_token_ids,
+                    sequence.prediction_ids,
+                    None if self.model.exact_width is None else Ingredients(tree=False),
+                )
         except Exception as error:
             return self._fail(sequence, error)
         return None
@@ -173,7 +174,10 @@ class EngineCore:
         if self.combination is not None:
             drafts = self._with_draft_model(self.combination, rows, drafts, width)
         shared = iter(self.policy.share([row.sequence.drafter for row in rows], drafts, width))
-        return [self.scheduler.fit(row, next(shared)) if row.samples else DraftTree() for row in batch.rows]
+        known = self.model.runner.vocab_size  # a tokenizer may hold more, and a grammar force it
+        return [
+            self.scheduler.fit(row, next(shared).below(known)) if row.samples else DraftTree() for row in batch.rows
+        ]
 
     def _draft(self, row: ScheduledRow, width: int) -> DraftTree:
         """What a row would like to verify in a pass that reads `width` tokens anyway."""

@@ -22,10 +22,14 @@ from copyspec_engine.prefix_cache import PrefixCache
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, session_key
 from copyspec_engine.sequence import Sequence
 
-__all__ = ["DraftModel"]
+__all__ = ["DraftModel", "UnknownTokenError"]
 
 _AHEAD = 256
 """Slots that a row takes at a time while many are free."""
+
+
+class UnknownTokenError(ValueError):
+    """A text holds a token that the draft model lacks."""
 
 
 @dataclass(slots=True)
@@ -68,7 +72,7 @@ class DraftModel:
         """Look at what a request has written; how many of its tokens are still to be read, at least 1.
 
         Raises:
-            ValueError: it holds a token that the draft model lacks.
+            UnknownTokenError: it holds a token that the draft model lacks.
         """
         row = self._rows.get(sequence) or self._begin(sequence)
         own, text = row.own, sequence.token_ids
@@ -77,7 +81,7 @@ class DraftModel:
             at += 1
         known = self.model.runner.vocab_size
         if max(text[at:], default=0) >= known:
-            raise ValueError(f"the text holds a token id from {known} on, which the draft model lacks")
+            raise UnknownTokenError(f"the text holds a token id from {known} on, which the draft model lacks")
         own.num_computed = min(own.num_computed, at, len(text) - 1)
         own.token_ids[at:] = text[at:]
         row.num_known = len(text)

@@ -102,6 +102,16 @@ class DraftTree:
             self.cost,
         )
 
+    def below(self, limit: int) -> DraftTree:
+        """The nodes whose tokens are below `limit`, as those of their ancestors are."""
+        if max(self.tokens, default=-1) < limit:
+            return self
+        kept: set[int] = {-1}
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
+            if token < limit and parent in kept:
+                kept.add(node)
+        return self.kept(sorted(kept)[1:])
+
     def joined(self, at: int, tokens: Seq[int], room: int) -> DraftTree:
         """The tree with a chain of forced tokens below node `at` (-1: the root), as likely as the node itself.
 

@@ -156,16 +156,33 @@ class Engine:
         """The token ids that the model would read for a request.
 
         Raises:
-            ConfigError: the chat template refuses the messages, or a token id is not in the vocabulary.
+            ConfigError: the chat template refuses the messages, or a token is not in the model's vocabulary.
         """
         if request.messages is not None:
             known = self._core.exact_tokens.of(request.session_id)
             tokenizer = self._model.tokenizer
-            return tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
+            ids = tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
+            return self._known_text("messages", ids)
         if request.prompt is not None:
-            return self.encode(request.prompt)
+            return self._known_text("prompt", self.encode(request.prompt))
         ids = list(request.prompt_token_ids or ())
         self._check_ids("prompt_token_ids", ids)
+        return ids
+
+    def _known_text(self, name: str, ids: list[int]) -> list[int]:
+        """The ids of a text, which its tokenizer may have made of tokens that the model does not have.
+
+        Raises:
+            ConfigError: one of them is beyond the model's embedding.
+        """
+        limit = self._model.runner.vocab_size - 1
+        if max(ids, default=0) > limit:
+            bad = next(token for token in ids if token > limit)
+            text = self.decode([bad], skip_special_tokens=False)
+            raise ConfigError(
+                f"Got {name} with {text!r} (token {bad}) but the model's own tokens end at {limit}: its tokenizer "
+                "holds more than it was trained on. Leave that text out"
+            )
         return ids
 
     def _check_ids(self, name: str, ids: Seq[int]) -> None:
@@ -340,7 +357,7 @@ class Engine:
             text=model.tokenizer.text_stream(params.stop, skip_special_tokens=not request.parse_reply),
             reply=reply,
             combine=self._combine(request),
-            prediction_ids=model.tokenizer.encode(request.prediction or "", special_tokens=False),
+            prediction_ids=self._known_text("prediction", self.encode(request.prediction or "", special_tokens=False)),
             deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
             cache_salt=request.cache_salt or self._config.cache_salt,
             grammar=None if request.grammar is None else self._grammars.begin(self._placed(request.grammar, reply)),

@@ -8,7 +8,8 @@ Not covered: whose memory it is, for how long, and keeping it on disk (sessions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class SessionMemory:
         self._saved: dict[Span, int] = {}
         """Texts that are in the memory file, and their numbers there."""
         self._next_number = self._num_calls = 0
+        self._noted: list[Span] | None = None
 
     # ---- for drafters ----------------------------------------------------------------------------------------------
 
@@ -96,7 +98,18 @@ class SessionMemory:
 
     def _add(self, spans: list[Span]) -> list[Span]:
         self._spans += spans
+        if self._noted is not None:
+            self._noted += spans
         return spans
+
+    @contextmanager
+    def noting(self, texts: list[Span]) -> Iterator[None]:
+        """What is added meanwhile goes into `texts` too: that of one call among others."""
+        self._noted = texts
+        try:
+            yield
+        finally:
+            self._noted = None
 
     @property
     def texts(self) -> list[Span]:
@@ -109,6 +122,13 @@ class SessionMemory:
         return text in self._spans
 
     # ---- for whoever keeps it --------------------------------------------------------------------------------------
+
+    def withdraw(self, texts: Iterable[Span]) -> None:
+        """Take texts out again that a failed call has added: nothing of it may fail another one."""
+        own = set(self._spans)
+        self.index.erase([span for span in texts if span in own])
+        self._forget_what_is_gone()
+        self._answers = [span for span in self._answers if self.index.holds(span)]
 
     def begin_call(self) -> None:
         """A call is going to use this memory, until `end_call`."""
@@ -153,15 +173,8 @@ class SessionMemory:
         for span in removed:
             del self._saved[span]
 
-    def restore(self, segments: Sequence[SavedSegment], vocab_size: int) -> None:
-        """Take in what was saved, oldest first, into a memory without texts.
-
-        Raises:
-            ValueError: a text holds something else than ids from 0 to `vocab_size` - 1; nothing is taken in then.
-        """
-        for segment in segments:
-            if len(segment.tokens) and not 0 <= segment.tokens.min() <= segment.tokens.max() < vocab_size:
-                raise ValueError(f"Got saved text {segment.number} with ids outside of 0 to {vocab_size - 1}")
+    def restore(self, segments: Sequence[SavedSegment]) -> None:
+        """Take in what was saved, oldest first, into a memory without texts."""
         for segment in segments:
             span = self._add([self.index.append(segment.tokens.astype(np.int64), segment.kind)])[0]
             self.mark_saved({span: segment})

@@ -6,7 +6,9 @@ One SQLite file holds, for every owner (`session:<id>` or `pool:<name>`), segmen
   killing the process at any point loses at most the call in flight. A power cut may take back the last calls, never
   half of one; waiting for the disk in every call (`synchronous=FULL`) would cost more than those are worth.
 - **Never trusted.** A file that is not ours, of another version, damaged, or made with another tokenizer or template is
-  refused and left as it is. Every segment carries a checksum over its tokens, number, kind and owner.
+  refused and left as it is. Every segment carries a checksum over its tokens, number, kind and owner; one that does not
+  agree with it is left out and removed, and the others are read all the same.
+- **The user's alone.** A file that others could read, or write, is theirs no longer once it is opened.
 - **One writer.** An open file is locked against other engines, in this process too. The operating system frees the lock
   when the process dies.
 - **Deleted is gone.** After `delete` no byte of the owner's text is left in the file or its write-ahead log. The space
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -38,6 +41,8 @@ import numpy.typing as npt
 from copyspec_engine.errors import MemoryFileError
 
 __all__ = ["Fingerprint", "MemoryFile", "SavedSegment"]
+
+logger = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x436F7079
 """Marks the file as ours in its header ("Copy")."""
@@ -116,21 +121,31 @@ class MemoryFile:
             )
             try:
                 _prepare(connection, file, fingerprint)
+                _narrow(file)
             except BaseException:
                 connection.close()
                 raise
         return cls(connection, file)
 
-    def load(self, owner: str) -> list[SavedSegment]:
-        """The owner's segments by number; none for an owner that the file does not know. Does not count as use."""
-        segments = []
+    def load(self, owner: str, vocab_size: int | None = None) -> list[SavedSegment]:
+        """The owner's segments by number; none for an owner that the file does not know. Does not count as use.
+
+        Segments that are not what was saved, or hold other ids than 0 to `vocab_size` - 1 if that is given, are left
+        out and removed.
+        """
+        segments, refused = [], []
         with self._transaction("load from") as connection:
             table = _table_of(connection, owner)
             query = f"SELECT number, kind, tokens, checksum FROM {table} ORDER BY number"
             for number, kind, tokens, checksum in connection.execute(query).fetchall() if table else ():
-                if checksum != _checksum(owner, number, kind, tokens):
-                    raise ValueError(f"segment {number} of {owner!r} is not what was saved")
-                segments.append(SavedSegment(number, kind, np.frombuffer(tokens, "<i4").astype(np.int32, copy=False)))
+                found = _segment(owner, (number, kind, tokens), checksum, vocab_size)
+                if isinstance(found, SavedSegment):
+                    segments.append(found)
+                else:
+                    refused.append((number,))
+                    logger.warning("Saved text %s of %r is left out of %s: %s", number, owner, self._path, found)
+            if refused:
+                connection.executemany(f"DELETE FROM {table} WHERE number = ?", refused)
         return segments
 
     def save(self, owner: str, added: Sequence[SavedSegment], removed: Sequence[int] = ()) -> None:
@@ -169,10 +184,16 @@ class MemoryFile:
             _empty_log(self._connection)
 
     def owners(self) -> list[str]:
-        """Every owner in the file, least recently used first."""
+        """Every owner in the file, least recently used first; one whose name cannot be read is left out."""
+        names = []
         with self._transaction("read") as connection:
-            rows = connection.execute("SELECT name FROM owners ORDER BY last_used").fetchall()
-            return [bytes.decode(name, "utf-8", "surrogatepass") for (name,) in rows]
+            for (encoded,) in connection.execute("SELECT name FROM owners ORDER BY last_used").fetchall():
+                name = _decoded(encoded)
+                if name is None:
+                    logger.warning("A conversation in %s is left out, its name cannot be read", self._path)
+                else:
+                    names.append(name)
+        return names
 
     def close(self) -> None:
         """Let go of the file when a call in another thread is done; closing twice is no error."""
@@ -245,12 +266,34 @@ def _prepare(connection: sqlite3.Connection, file: Path, fingerprint: Fingerprin
     connection.execute("PRAGMA journal_mode=WAL")
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
-        raise ValueError(f"it is damaged, {verdict.splitlines()[-1]}")
+        raise ValueError(f"it is damaged, {' '.join(verdict.split())}")
     (saved,) = connection.execute("SELECT tokenizer, template FROM fingerprint").fetchall()
     for (name, expected), got in zip(asdict(fingerprint).items(), saved, strict=True):
         if got != expected:
             raise ValueError(f"it was made with {name} {got}, but the model's {name} is {expected}")
     _empty_log(connection)  # finishes a delete that was cut short
+
+
+def _narrow(file: Path) -> None:
+    """Let the user alone read and write the file and what lies beside it."""
+    if os.name == "posix":
+        for part in (file, *(file.with_name(file.name + end) for end in ("-wal", "-shm"))):
+            if part.exists() and part.stat().st_mode & 0o077:
+                part.chmod(0o600)
+
+
+def _segment(owner: str, row: tuple[int, int, bytes], checksum: bytes, vocab_size: int | None) -> SavedSegment | str:
+    """What a row of (number, kind, tokens) holds, or why it cannot be what was saved, or be read by the model."""
+    number, kind, tokens = row
+    try:
+        if checksum != _checksum(owner, number, kind, tokens):
+            return "it is not what was saved"
+        ids = np.frombuffer(tokens, "<i4").astype(np.int32, copy=False)
+    except (TypeError, ValueError) as error:
+        return f"it is not what was saved, {error}"
+    if vocab_size is not None and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        return f"it holds ids outside of 0 to {vocab_size - 1}"
+    return SavedSegment(number, kind, ids)
 
 
 def _empty_log(connection: sqlite3.Connection) -> None:
@@ -266,6 +309,13 @@ def _table_of(connection: sqlite3.Connection, owner: str) -> str | None:
 def _encoded(owner: str) -> bytes:
     """Bytes for every name that a str can hold, with lone surrogates and NULs too."""
     return owner.encode("utf-8", "surrogatepass")
+
+
+def _decoded(name: object) -> str | None:
+    try:
+        return bytes.decode(name, "utf-8", "surrogatepass") if isinstance(name, bytes) else None
+    except UnicodeDecodeError:
+        return None
 
 
 def _checksum(owner: str, number: int, kind: int, tokens: bytes) -> bytes:

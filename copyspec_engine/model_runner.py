@@ -33,6 +33,7 @@ from copyspec_engine.checkpoint import (
     load_failure,
     longest_context,
     read_model,
+    refuse_unreadable_tokens,
     refuse_unsupported,
     resolve_device,
     vocab_size,
@@ -365,6 +366,7 @@ class _Served:
 
 def _check(model: PreTrainedModel, config: EngineConfig, on_progress: Progress | None) -> _Served:
     refuse_unsupported(config.model, model.config)
+    refuse_unreadable_tokens(config.model, model)
     reason = why_no_rollback(model)
     if reason is not None and config.exact:
         raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")

@@ -261,8 +261,9 @@ class Scheduler:
         sequence.draft_lengths.append(len(draft))
         sequence.accepted_lengths.append(len(kept))
         self._count(draft, runs, len(tokens))
-        if sequence.drafter is not None:
-            sequence.drafter.observe(draft, kept, tokens)
+        if sequence.drafter is not None and sequence.memory is not None:
+            with sequence.memory.noting(sequence.texts):
+                sequence.drafter.observe(draft, kept, tokens)
         if verdict.candidates is not None and sequence.memory is not None:
             sequence.memory.recycled.add(verdict.candidates)
         if sequence.finish_reason is not None:
@@ -285,7 +286,10 @@ class Scheduler:
         return _chunk(sequence, (), segments)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a request off; its texts and computed KV are kept for later calls, every other slot becomes free."""
+        """Take a request off; its texts and computed KV are kept for later calls, every other slot becomes free.
+
+        Of one that failed (it has no finish_reason) nothing is kept, since that may be what failed it.
+        """
         self._stuck = None
         self.counts.finished[sequence.finish_reason or "failed"] += 1
         if sequence in self.waiting:
@@ -293,7 +297,7 @@ class Scheduler:
         else:
             self.running.remove(sequence)
         try:
-            self._stop_drafting(sequence)
+            self._stop_drafting(sequence, keep=sequence.finish_reason is not None)
         finally:
             self._release(sequence)
             self._hand_over_slots(sequence)
@@ -307,25 +311,34 @@ class Scheduler:
             return
         memory.owner = None  # nothing of it is saved any more
         try:
-            self._stop_drafting(sequence)
+            self._stop_drafting(sequence, keep=True)
         finally:
             sequence.trail.withdraw()
             memory.erase()
             self._use(sequence, self._sessions.open(None).memory)
 
-    def _stop_drafting(self, sequence: Sequence) -> None:
-        """Finish a request's drafter and save its texts; whatever happens, nothing stays open in the memory."""
+    def _stop_drafting(self, sequence: Sequence, *, keep: bool) -> None:
+        """Finish a request's drafter and save its texts, or take them out of the memory again.
+
+        Whatever happens, nothing stays open there.
+        """
         drafter, memory = sequence.drafter, sequence.memory
         sequence.drafter = sequence.memory = None
+        if memory is None:
+            return
         try:
-            if memory is not None:
+            with memory.noting(sequence.texts):
                 _make_out_copies(sequence, memory, drafter)
-            if drafter is not None:
-                drafter.finish()
+                if drafter is not None:
+                    drafter.finish()
+        except Exception:
+            keep = False
+            raise
         finally:
-            if memory is not None:
-                memory.end_call()
-                self._sessions.save(memory)
+            if not keep:
+                memory.withdraw(sequence.texts)
+            memory.end_call()
+            self._sessions.save(memory)
 
     def _hand_over_slots(self, sequence: Sequence) -> None:
         """Keep the KV of a finished call, instead of that of its session's call before; free what is not kept."""
@@ -336,7 +349,7 @@ class Scheduler:
         owner = _session_key(sequence) if is_kept else None
         if sequence.request.session_id is None and sequence.cache_salt is not None:
             owner = _call_key(sequence)
-        if owner is None or not computed:
+        if owner is None or not computed or sequence.finish_reason is None:
             self._pool.release(slots)
             return
         self._pool.release(slots[computed:])

@@ -13,7 +13,7 @@ import numpy as np
 
 from copyspec_engine.config import Combine, DrafterConfig, GenerationRequest
 from copyspec_engine.copies import CopyTrail
-from copyspec_engine.copy_index import TokenArray
+from copyspec_engine.copy_index import Span, TokenArray
 from copyspec_engine.drafter import Drafter
 from copyspec_engine.memory import SessionMemory
 from copyspec_engine.outputs import (
@@ -114,6 +114,8 @@ class Sequence:
     """The session's own, or its part of the pool that the request names."""
     drafter: Drafter | None = None
     """Finished when the request ends."""
+    texts: list[Span] = field(default_factory=list)
+    """What it has added to the memory."""
     slots: TokenArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """The KV slots of its tokens and of some more, shape (n,); `num_computed` are filled. None while it waits."""
     num_computed: int = 0

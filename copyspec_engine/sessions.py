@@ -192,8 +192,8 @@ class SessionStore:
         """A memory with its texts on disk, where it is kept from now on; one that cannot be trusted starts empty."""
         memory.owner = owner.name
         try:
-            memory.restore(self._file.load(owner.name) if self._file is not None else (), self._vocab_size)
-        except (MemoryFileError, ValueError) as error:
+            memory.restore(self._file.load(owner.name, self._vocab_size) if self._file is not None else ())
+        except MemoryFileError as error:
             logger.warning("A conversation starts without its saved texts: %s", error)
             self._try_to_delete([owner])
         return memory
