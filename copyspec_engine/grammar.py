@@ -124,7 +124,11 @@ class GrammarState:
         """
         allowed = np.full((1 + len(draft), self._rules.num_words), -1, dtype=np.int32)
         address, size = allowed.ctypes.data, allowed.strides[0]
-        self._walk(draft, lambda node, place: self._rules.fill(place, allowed[node + 1], address + (node + 1) * size))
+        self._walk(
+            draft,
+            lambda node, place: self._rules.fill(place, allowed[node + 1], address + (node + 1) * size),
+            self._rules.fork,
+        )
         if not allowed.any(axis=1).all():
             raise RuntimeError("llguidance found no token that may follow")
         return torch.from_numpy(allowed)
@@ -141,32 +145,48 @@ class GrammarState:
         self._walk(chain, look)
         return forced
 
-    def _walk(self, draft: DraftTree, visit: Callable[[int, _Place], None]) -> None:
+    def _walk(
+        self,
+        draft: DraftTree,
+        visit: Callable[[int, _Place], None],
+        fork: Callable[[_Place], _Place] = lambda place: place,
+    ) -> None:
         """Visit the root (-1) and each node that the grammar allows, parents first; afterwards nothing has changed.
 
         One matcher goes down every path and back up: copying it for each node would cost far more late in an answer.
+
+        Args:
+            draft: the nodes.
+            visit: is handed a node and its place; asks for masks only if there is a `fork`.
+            fork: gives the place to go on from where there are several ways; at the root there is the answer's, too.
         """
         children: list[list[int]] = [[] for _ in range(len(draft) + 1)]
         for node, parent in enumerate(draft.parents):
             children[parent + 1].append(node)
-        path = [self._place]
+        path, left = [self._place], list[_Place]()  # the places down to a node, and those whose matchers moved there
         waiting = [(1, child) for child in children[0]]
+        root_moved = False
         try:
             visit(-1, self._place)
             while waiting:
                 depth, node = waiting.pop()
                 while len(path) > depth:
                     path.pop()
-                    _step_back(path[-1])
-                place = self._rules.step(path[-1], draft.tokens[node])
+                    _step_back(left.pop())
+                parent = draft.parents[node]
+                before = fork(path[-1]) if parent < 0 or len(children[parent + 1]) > 1 else path[-1]
+                root_moved |= before is self._place
+                place = self._rules.step(before, draft.tokens[node])
                 if place is not None:
                     path.append(place)
+                    left.append(before)
                     visit(node, place)
                     waiting += [(depth + 1, child) for child in children[node + 1]]
         finally:
-            while len(path) > 1:
-                path.pop()
-                _step_back(path[-1])
+            while left:
+                _step_back(left.pop())
+        if root_moved:
+            fork(self._place)
 
 
 class _Place(NamedTuple):
@@ -260,6 +280,7 @@ class _Rules:
         self._matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0)
         if self._matcher.is_error():
             raise ConfigError(f"Got a grammar that llguidance refuses: {self._matcher.get_error().strip()}")
+        self._unread = np.empty(self.num_words, dtype=np.int32)
         self._free_masks: dict[bytes, Mask] = {}
         # Tokens that can hold an end of the marker, and something behind it.
         ends = tuple(marker[at:] for at in range(len(marker)))
@@ -293,6 +314,25 @@ class _Rules:
             raise RuntimeError(f"llguidance gave up{_trouble(place)}")
         if (mask & self._vocabulary.special_mask).any():
             self._spell_out(place.matcher, mask)
+
+    def fork(self, place: _Place) -> _Place:
+        """The place, or a copy of it, from which masks may be asked for below although others were on another way.
+
+        llguidance (seen in 1.7.6 to 1.9.1) keeps the last mask under the numbers of the parser's row and the lexer's
+        state, which another path may have too, and `rollback` leaves it there::
+
+            matcher = LLMatcher(tokenizer, grammar)  # {"properties": {"a": {"type": "string"}, "b": {"type": "null"}}}
+            matcher.consume_tokens('{"a":'), matcher.compute_bitmask()  # a quote
+            matcher.rollback(4), matcher.consume_tokens('"b":'), matcher.compute_bitmask()  # a quote again
+
+        A mask asked for here takes the other's place. Where bytes are forced, llguidance keeps none: a copy goes on.
+        """
+        if place.matcher is None or place.ended:
+            return place
+        if place.matcher.compute_ff_bytes():
+            return place._replace(matcher=place.matcher.deep_copy())
+        place.matcher.unsafe_compute_mask_ptr(self._unread.ctypes.data, self._unread.nbytes)
+        return place
 
     def _spell_out(self, matcher: LLMatcher, mask: Mask) -> None:
         """Allow the first plain token of forced text that looks like a special token.
