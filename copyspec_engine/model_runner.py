@@ -46,6 +46,7 @@ from copyspec_engine.cuda_runner import StaticPasses
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.equivalence import Checked, check_equivalence
 from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
+from copyspec_engine.float32_head import decide_in_float32
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packing import Piece
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
@@ -335,7 +336,7 @@ def prepare(
         return _ready(model, tokenizer, config, served, on_progress)
     own = config.for_draft_model()
     refuse_other_vocabulary(config.model, tokenizer, own.model, draft[1])
-    beside = _check(draft[0], own, on_progress)
+    beside = _check(draft[0], own, on_progress, decides=False)
     if beside.reason is not None:
         raise UnsupportedModelError(f"Got draft_model={own.model!r} but it cannot draft: {beside.reason}")
     if beside.num_parameters >= served.num_parameters:
@@ -364,7 +365,10 @@ class _Served:
     num_parameters: int
 
 
-def _check(model: PreTrainedModel, config: EngineConfig, on_progress: Progress | None) -> _Served:
+def _check(
+    model: PreTrainedModel, config: EngineConfig, on_progress: Progress | None, *, decides: bool = True
+) -> _Served:
+    """Check how a model can be served; one that only drafts does not decide about tokens."""
     refuse_unsupported(config.model, model.config)
     refuse_unreadable_tokens(config.model, model)
     reason = why_no_rollback(model)
@@ -372,6 +376,8 @@ def _check(model: PreTrainedModel, config: EngineConfig, on_progress: Progress |
         raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")
     num_parameters = model.num_parameters()  # before tied weights are laid out apart
     with _phase("checking", config, on_progress):
+        if decides:
+            decide_in_float32(model, config.model)
         if reason is None:
             checked = check_equivalence(model, config, partial(ModelRunner, model))
             return _Served(checked, checked.bytes_per_token, None, None, num_parameters)
