@@ -148,6 +148,12 @@ class EngineConfig(_Options):
     combine: Combine = "tree"
     """How copies and the draft model go together, unless a request says otherwise; drafter="none" is plain decoding in
     any case. Blocks of drafter="copyspec" and copies under exact=True stand alone with "tree" too."""
+    keep_token_ids: bool = True
+    """Spell what a session has said with the very token ids that were read and sampled, so that its KV is reused up to
+    the end. A model may spell a text otherwise than its tokenizer, and read its own spelling otherwise: the same
+    messages can then get another answer in the session that wrote them than in a fresh one, greedy too. False
+    tokenises every prompt anew: the same messages are the same tokens in every session, and KV is reused up to the
+    first token that was spelled otherwise."""
     max_sessions: int = Field(default=256, ge=1)
     """Conversations remembered, on disk too; the least recently used one is forgotten first."""
     max_session_tokens: int = Field(default=1_000_000, ge=4096)
@@ -348,10 +354,17 @@ class GenerationRequest(_Options):
     prompt_token_ids: Sequence[int] | None = None
     sampling: SamplingParams = SamplingParams()
     session_id: str | None = Field(default=None, min_length=1)
-    """The conversation this call belongs to: its texts are copy sources, its KV prefix is reused."""
+    """The conversation this call belongs to: its texts are copy sources, its KV prefix is reused. Whoever names it has
+    all of it."""
+    keep_texts: bool = True
+    """False: the session keeps the KV and the spelling of its last call, but none of its texts, so that each of its
+    calls copies from its own input only. For sessions that are found by what a call shows (see
+    `adapters.Conversations`): what it does not show is not told it."""
     memory_pool: str | None = Field(default=None, min_length=1)
     """Copy from and add to the texts of this shared pool instead of the session's own. Everyone who names the pool can
-    tell from the speed of an answer what is in it; default: no session draws on another's texts."""
+    tell from the speed of an answer what is in it, but is shown none of it: copies of what other sessions (or any calls
+    without one) have put in are told by their length and as "pool", without text or place. Default: no session draws on
+    another's texts."""
     prediction: Prediction | None = None
     """A text that the answer will repeat in large part, the file to be changed, say. It is copied from wherever the
     model agrees with it, and never changes the answer."""

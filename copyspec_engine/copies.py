@@ -12,7 +12,7 @@ Not covered: places in messages and characters (provenance.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
@@ -192,7 +192,7 @@ class CopyTrail:
         own: Mapping[Span, int],
         prediction_ids: Sequence[int],
         *,
-        is_shared: bool,
+        is_others: Callable[[Span], bool],
     ) -> None:
         """Say of all runs so far where they came from, while the memory still knows.
 
@@ -202,7 +202,7 @@ class CopyTrail:
             memory: where the drafts came from.
             own: texts in it that hold this answer, and the place of each one's first own token in `token_ids`.
             prediction_ids: the declared text.
-            is_shared: the memory is a part of a shared pool.
+            is_others: whether a text of the memory may be another caller's; nothing is said of it but that.
         """
         prompt = _Prompt(token_ids, min(own.values(), default=num_prompt_tokens))
         for start, run in self._runs:
@@ -216,7 +216,10 @@ class CopyTrail:
                 window = _window(memory.index, run, token_ids[first : first + run.num_tokens])
                 place = prompt.find(window)
                 if place is None:
-                    self._copies.append(_stored(start, run, window, is_shared and not memory.has(run.text)))
+                    is_pool = is_others(run.text)
+                    self._copies.append(
+                        _copy(start, run.num_tokens, "pool") if is_pool else _stored(start, run, window)
+                    )
                     continue
             if place is not None:
                 self._copies += _in_call(start, run.num_tokens, place, num_prompt_tokens)
@@ -255,8 +258,8 @@ def _in_call(start: int, count: int, place: int, num_prompt_tokens: int) -> Iter
         yield _copy(start + of_prompt, count - of_prompt, "answer", place + of_prompt - num_prompt_tokens)
 
 
-def _stored(start: int, run: Run, window: _Window, is_others: bool) -> Copy:
-    """A copy from a text that is in the memory only."""
+def _stored(start: int, run: Run, window: _Window) -> Copy:
+    """A copy from a text that is in the session's memory only."""
     assert run.text is not None
     before, after = window.tokens[: window.first].tolist(), window.tokens[window.stop :].tolist()
     return Copy(
@@ -264,7 +267,7 @@ def _stored(start: int, run: Run, window: _Window, is_others: bool) -> Copy:
         start + run.num_tokens,
         0,
         0,
-        "pool" if is_others else _STORED[run.text.kind],
+        _STORED[run.text.kind],
         run.offset,
         run.text.number,
         tuple(before),

@@ -59,6 +59,7 @@ class EngineCore:
         is_stateful = model.drafting_error is not None  # nothing of a text can be read without all before it
         self.cache = PrefixCache(self.pool, 0 if is_stateful else _PER_SESSION * config.max_sessions)
         self.exact_tokens = ExactTokens()
+        self._keeps_token_ids = config.keep_token_ids
         self.sessions = SessionStore(config, self._drop_kv, self.file, model.runner.vocab_size)
         prefill = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
         self.scheduler = Scheduler(self.pool, self.cache, self.sessions, config.max_running, prefill, self._release)
@@ -230,15 +231,17 @@ class EngineCore:
         if self.combination is not None:
             self.combination.release(sequence)
 
-    def _drop_kv(self, session_id: str) -> None:
-        self.cache.drop(session_key(session_id))
+    def _drop_kv(self, session_id: str) -> bool:
         if self.combination is not None:
             self.combination.draft_model.forget(session_id)
         self.exact_tokens.drop(session_id)
+        return self.cache.drop(session_key(session_id))
 
     def keep_tokens(self, sequence: Sequence) -> None:
         """Keep a finished request's token ids for its session's next prompt."""
         session, session_id = sequence.session, sequence.request.session_id
+        if not self._keeps_token_ids:
+            return
         if session is not None and session.is_kept and session_id is not None and sequence.request.messages is not None:
             self.exact_tokens.keep(session_id, sequence.token_ids)
 
@@ -254,9 +257,14 @@ class EngineCore:
     def forget(self, session_id: str) -> bool:
         """Erase a session (see `SessionStore.forget`); calls of it in flight go on and keep nothing."""
         for sequence in self.scheduler.in_flight:
-            if sequence.request.session_id == session_id:
+            if sequence.request.session_id != session_id:
+                continue
+            if sequence.session is None or sequence.request.keep_texts:
                 self._detach(sequence)
-        return self.sessions.forget(session_id)
+            else:  # what it copies from is not the session's
+                sequence.session.is_kept = False
+        had_kv = self._drop_kv(session_id)  # also that of one that keeps no texts
+        return self.sessions.forget(session_id) or had_kv
 
     def forget_pool(self, name: str) -> bool:
         """Erase a shared pool, as `forget` does a session."""

@@ -5,6 +5,10 @@ it would have other ids there, and nothing behind them could be reused. So the i
 session, and taken wherever a prompt holds exactly their text, whole stretches between control tokens at a time.
 
 The text decides; ids only say how it is spelled.
+
+A model may read its own spelling otherwise than the tokenizer's, so the same messages can get another answer in the
+session that wrote them than in a fresh one, greedy decoding too. `EngineConfig(keep_token_ids=False)` keeps no ids: the
+same messages are then the same tokens everywhere, at the price of the KV behind a text that was spelled otherwise.
 """
 
 from __future__ import annotations

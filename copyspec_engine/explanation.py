@@ -25,10 +25,10 @@ CopySource = Literal[
     "recycled",
 ]
 """prompt: the prompt of this call; answer: what this answer said before; prediction: the declared one;
-earlier_...: a stored text of the conversation that is not in this prompt; pool: what another session put into the
-shared pool; grammar: nothing else was allowed; frequent: a token that is just frequent, from no text. Two are drafted
-but not copied, and in no `Explanation`: draft_model: a draft model wrote it; recycled: the model held it likely in an
-earlier pass."""
+earlier_...: a stored text of the conversation that is not in this prompt; pool: what another caller put into the
+shared pool, which is never shown; grammar: nothing else was allowed; frequent: a token that is just frequent, from no
+text. Two are drafted but not copied, and in no `Explanation`: draft_model: a draft model wrote it; recycled: the model
+held it likely in an earlier pass."""
 
 NOT_COPIED: frozenset[str] = frozenset({"draft_model", "recycled"})
 """Sources of drafted tokens that were not copied."""

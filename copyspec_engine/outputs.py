@@ -57,9 +57,9 @@ class Copy:
     source: CopySource
     offset: int | None = None
     """Tokens from the source's beginning: that of the prompt, the answer, the prediction or the stored text; None for
-    "grammar", "frequent", "draft_model" and "recycled"."""
+    "pool", whose texts are nobody's to look at, "grammar", "frequent", "draft_model" and "recycled"."""
     stored_text: int | None = None
-    """The number of the stored text in `Engine.memory`, for the sources that are one."""
+    """The number of the stored text in `Engine.memory`, for the sources that begin with "earlier_"."""
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     """Tokens around the place in the stored text, at most 64 each; none if it was forgotten meanwhile."""

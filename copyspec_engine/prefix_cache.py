@@ -78,11 +78,12 @@ class PrefixCache:
         while len(self._rows) > self._max_rows:
             self.drop(next(iter(self._rows)))
 
-    def drop(self, owner: str) -> None:
-        """Let go of an owner's row, if there is one."""
+    def drop(self, owner: str) -> bool:
+        """Let go of an owner's row; False if there is none."""
         row = self._rows.pop(owner, None)
         if row is not None:
             self._pool.release(row.slots)
+        return row is not None
 
     def evict(self, count: int) -> None:
         """Free slots until `count` are free, or all that are kept are in use."""

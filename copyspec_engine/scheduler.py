@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from copyspec_engine.config import GenerationRequest
 from copyspec_engine.copies import Run, cut
-from copyspec_engine.copy_index import TokenArray
+from copyspec_engine.copy_index import Span, TokenArray
 from copyspec_engine.drafter import Drafter, DraftTree, answer_texts
 from copyspec_engine.explanation import NOT_COPIED
 from copyspec_engine.kv_pool import KVPool
@@ -218,9 +220,12 @@ class Scheduler:
         """Bind a request to its session and the memory that it copies from, unless it is already."""
         if sequence.memory is not None:
             return
-        session_id, pool = sequence.request.session_id, sequence.request.memory_pool
-        sequence.session = session = self._sessions.open(session_id)
-        self._use(sequence, session.memory if pool is None else self._sessions.open_pool(pool, session_id))
+        request = sequence.request
+        sequence.session = self._sessions.open(request.session_id, keep_texts=request.keep_texts)
+        if request.memory_pool is None:
+            self._use(sequence, sequence.session.memory)
+        else:
+            self._use(sequence, self._sessions.open_pool(request.memory_pool, _owner(request)))
 
     def _use(self, sequence: Sequence, memory: SessionMemory) -> None:
         memory.begin_call()
@@ -363,8 +368,18 @@ def _make_out_copies(sequence: Sequence, memory: SessionMemory, drafter: Drafter
         memory,
         answer_texts(drafter),
         sequence.prediction_ids,
-        is_shared=sequence.request.memory_pool is not None,
+        is_others=partial(_is_others, sequence.request, memory),
     )
+
+
+def _owner(request: GenerationRequest) -> str | None:
+    """Whose texts a pool keeps those of a call as; None: nobody's who could come back for them."""
+    return request.session_id if request.keep_texts else None
+
+
+def _is_others(request: GenerationRequest, memory: SessionMemory, text: Span) -> bool:
+    """Whether a text is of a pool and may be another caller's: all calls without a session are one part of it."""
+    return request.memory_pool is not None and (_owner(request) is None or not memory.has(text))
 
 
 def _copied(verdict: Verdict) -> Iterator[bool]:

@@ -62,7 +62,7 @@ class SessionStore:
     def __init__(
         self,
         config: EngineConfig,
-        drop_kv: Callable[[str], None],
+        drop_kv: Callable[[str], object],
         file: MemoryFile | None = None,
         vocab_size: int = 1 << 31,
     ) -> None:
@@ -83,10 +83,13 @@ class SessionStore:
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
-    def open(self, session_id: str | None) -> Session:
-        """The session, made when it is new; None is a session for this one call."""
-        if session_id is None:
-            return Session(SessionMemory(self._config.max_session_tokens), is_kept=False)
+    def open(self, session_id: str | None, *, keep_texts: bool = True) -> Session:
+        """The session, made when it is new; None is a session for this one call.
+
+        One that keeps no texts has a memory for this call only, and is not counted, saved or forgotten.
+        """
+        if session_id is None or not keep_texts:
+            return Session(SessionMemory(self._config.max_session_tokens), is_kept=session_id is not None)
         session = self._sessions.pop(session_id, None)
         if session is None:
             memory = SessionMemory(self._config.max_session_tokens)

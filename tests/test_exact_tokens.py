@@ -265,6 +265,18 @@ def test_the_next_turn_reuses_the_whole_first_one(engine: Engine, monkeypatch: p
     assert ask(engine, FOLLOW_UP, "off", sampling=SHORT).usage.cached_tokens < first.usage.prompt_tokens + 2
 
 
+def test_without_kept_ids_the_same_messages_are_the_same_tokens_in_every_session() -> None:
+    with Engine(EngineConfig(keep_token_ids=False)) as engine:
+        first = first_turn(engine, "wrote it")
+        request = GenerationRequest(messages=FOLLOW_UP, session_id="wrote it", sampling=SHORT)
+        assert engine.tokenize(request) == engine.tokenize(GenerationRequest(messages=FOLLOW_UP))
+        again, fresh = engine.generate(request), ask(engine, FOLLOW_UP, "fresh", sampling=SHORT)
+        assert again.prompt_token_ids == fresh.prompt_token_ids
+        assert again.token_ids == fresh.token_ids
+        assert 0 < again.usage.cached_tokens < first.usage.prompt_tokens + 2  # up to what was spelled otherwise
+        assert engine._core.exact_tokens.num_tokens == 0
+
+
 def test_a_forgotten_session_and_others_know_nothing_of_it(engine: Engine) -> None:
     plain = engine.tokenize(GenerationRequest(messages=FOLLOW_UP))
     first_turn(engine, "mine")

@@ -79,9 +79,10 @@ def check(engine: Engine, request: GenerationRequest, output: GenerationOutput) 
         assert end <= copy.start < copy.stop <= len(output.token_ids)
         end = copy.stop
         assert 0 <= copy.text_start <= copy.text_stop <= len(output.text)
-        if copy.source in ("grammar", "frequent", "recycled"):
-            assert copy.offset is None
-        elif copy.source != "pool":
+        if copy.source in ("grammar", "frequent", "recycled", "pool"):
+            assert copy.offset is copy.stored_text is None
+            assert copy.before == copy.after == ()
+        else:
             copied = list(output.token_ids[copy.start : copy.stop])
             assert source_tokens(engine, request, output, copy) == copied
     assert sum(copy.stop - copy.start for copy in output.copies) == output.draft_stats.num_accepted_tokens
@@ -197,6 +198,32 @@ def test_the_answers_own_words_and_predictions_and_strangers_are_told_apart() ->
         _, output = asked = ask(engine, "Talk.", session_id="d", memory_pool="p")
         check(engine, *asked)
         assert max(copy.stop - copy.start for copy in output.copies if copy.source == "pool") > 16
+
+
+SECRET = "The vault code is 8714-2290-5531, and the alarm is off from two to three; Ann holds the second key."
+
+
+@pytest.mark.parametrize("session_ids", [("a", "b"), ("a", None), (None, None), (None, "b")])
+def test_a_pool_tells_no_one_what_others_have_put_in(session_ids: tuple[str | None, str | None]) -> None:
+    reply = f"Well: {SECRET[:40]} I do not know {SECRET[8:60]} or so."
+    with scripted_engine(["ok", reply]) as engine:
+        ask(engine, SECRET, session_id=session_ids[0], memory_pool="team")
+        request, output = asked = ask(engine, "And?", session_id=session_ids[1], memory_pool="team", explain=True)
+        check(engine, *asked)
+        told = [span for span in engine.explain(request, output).spans if span.source == "pool"]
+        assert sum(span.stop - span.start for span in told) > 40
+        assert all(span == CopiedSpan(span.start, span.stop, "pool") for span in told)
+        everything = repr(output) + repr(engine.explain(request, output)) + repr(engine.metrics())
+        assert not any(secret in everything for secret in ("two to three", "Ann", "second key"))
+
+
+def test_a_session_without_texts_in_a_pool_is_one_of_its_strangers() -> None:
+    with scripted_engine(["ok", SECRET]) as engine:
+        ask(engine, SECRET, session_id="a", memory_pool="team", keep_texts=False)
+        _, output = asked = ask(engine, "And?", session_id="a", memory_pool="team", keep_texts=False)
+        check(engine, *asked)
+        assert "pool" in sources(output)
+        assert not any(source.startswith("earlier") for source in sources(output) - {"earlier_prompt"})
 
 
 def test_what_a_grammar_forces_is_named_as_such() -> None:

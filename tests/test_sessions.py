@@ -143,6 +143,28 @@ def test_a_session_keeps_its_kv_and_what_it_has_learnt_when_it_uses_a_pool(make_
     assert first.survival is not second.survival
 
 
+def test_a_session_without_texts_keeps_its_kv_and_copies_from_its_prompts_only(make_engine: MakeEngine) -> None:
+    engine, alone = make_engine(), {"session_id": "s", "keep_texts": False}
+    assert min(passes(engine, **alone) for _ in range(2)) > 100
+    output = engine.generate(ask("the numbers please", **alone))
+    assert output.usage.cached_tokens == output.usage.prompt_tokens - 1
+    assert engine.metrics().num_sessions == len(engine.memory("s")) == 0
+    assert engine.forget("s")
+    assert not engine.forget("s")
+    assert engine.generate(ask("the numbers please", **alone)).usage.cached_tokens == 0
+
+
+def test_a_session_without_texts_that_is_forgotten_while_it_runs_keeps_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    others = passes(engine, session_id="other", memory_pool="p")
+    with engine.submit(ask("the numbers please", session_id="s", keep_texts=False, memory_pool="p")) as handle:
+        next(iter(handle))
+        engine.forget("s")
+        assert handle.result().text == TEXT
+    assert engine.generate(ask("the numbers please", session_id="s", keep_texts=False)).usage.cached_tokens == 0
+    assert passes(engine, memory_pool="p") <= FEW < others
+
+
 def test_the_least_recently_used_pool_is_forgotten(make_engine: MakeEngine) -> None:
     engine = make_engine(max_pools=2)
     for pool in ("one", "two", "one", "three"):
