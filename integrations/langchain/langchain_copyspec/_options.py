@@ -6,13 +6,23 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from copyspec_engine import ConfigError
+from copyspec_engine import ConfigError, EngineConfig
 from copyspec_engine.adapters import AdapterOptions
 from langchain_copyspec._tools import ToolOptions
 
-__all__ = ["CallOptions", "deciding"]
+__all__ = ["CallOptions", "deciding", "deciding_config"]
 
-_NOT_DECIDING = ("session_id", "memory_pool", "prediction", "cache_salt", "combine")
+_REUSE = {"session_id", "memory_pool", "prediction", "cache_salt", "combine"}
+"""Options that only decide what a call may reuse, which never changes an answer."""
+_PATIENCE = {"timeout", "max_retries"}
+"""Options that decide whether there is an answer at all."""
+_CAPACITY = {
+    *("max_running", "max_waiting", "max_prefill_tokens", "cache_salt", "max_sessions", "max_session_tokens"),
+    *("max_pools", "max_pool_tokens", "memory_path", "step_cost", "draft_model_step_cost", "calibrate"),
+}
+"""Options of an engine that decide how much it does at once and how fast."""
+_LANGCHAINS_OWN = {"stream", "ls_structured_output_format"}
+"""What the base class uses itself: to choose between invoke and stream, and for traces."""
 
 
 class CallOptions(AdapterOptions):
@@ -38,14 +48,18 @@ class CallOptions(AdapterOptions):
         others = {name: value for name, value in options.items() if name != "stop_sequences"}
         return {**others, "stop": [texts] if isinstance(texts, str) else texts}
 
+    def deciding(self) -> dict[str, Any]:
+        """What decides the answer, as plain values."""
+        names = set(CallOptions.model_fields) - _REUSE - _PATIENCE
+        return self.model_dump(mode="json", include=names)
+
     def for_call(self, stop: list[str] | None, options: dict[str, Any]) -> tuple[CallOptions, ToolOptions]:
         """These options, replaced by those of one call that are not None; and what the call says of tools.
 
         Raises:
             ConfigError: an unknown option, or a value out of range.
         """
-        # `stream` is the base class's, which has used it to choose between invoke and stream.
-        given = {name: value for name, value in options.items() if value is not None and name != "stream"}
+        given = {name: value for name, value in options.items() if value is not None and name not in _LANGCHAINS_OWN}
         if stop is not None:
             given["stop"] = stop
         tools = {name: given.pop(name) for name in ToolOptions.model_fields if name in given}
@@ -56,5 +70,10 @@ class CallOptions(AdapterOptions):
 
 
 def deciding(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a call without those that only decide what it may reuse, which never changes an answer."""
-    return {name: value for name, value in options.items() if name not in _NOT_DECIDING}
+    """The options of a call without those that only decide what it may reuse."""
+    return {name: value for name, value in options.items() if name not in _REUSE}
+
+
+def deciding_config(config: EngineConfig) -> dict[str, Any]:
+    """What decides the answers of an engine, as plain values."""
+    return config.model_dump(mode="json", exclude=_CAPACITY)

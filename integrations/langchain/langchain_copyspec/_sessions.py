@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from copyspec_engine.adapters import current_conversation
 
-__all__ = ["ConversationalModel", "session_of"]
+__all__ = ["ConversationalModel", "session_of", "with_session"]
 
 _SESSION_KEYS = ("thread_id", "session_id", "conversation_id")
 
@@ -35,7 +35,7 @@ def session_of(config: RunnableConfig | None) -> str | None:
     return current_conversation()
 
 
-def _with_session(config: RunnableConfig | None, options: dict[str, Any]) -> dict[str, Any]:
+def with_session(config: RunnableConfig | None, options: dict[str, Any]) -> dict[str, Any]:
     """`options` with the conversation that `config` names, unless they name one."""
     if options.get("session_id") is not None:
         return options
@@ -55,7 +55,7 @@ class ConversationalModel(BaseChatModel):
         stop: list[str] | None = None,
         **options: Any,
     ) -> AIMessage:
-        return super().invoke(input, config, stop=stop, **_with_session(config, options))
+        return super().invoke(input, config, stop=stop, **with_session(config, options))
 
     @override
     async def ainvoke(
@@ -66,7 +66,7 @@ class ConversationalModel(BaseChatModel):
         stop: list[str] | None = None,
         **options: Any,
     ) -> AIMessage:
-        return await super().ainvoke(input, config, stop=stop, **_with_session(config, options))
+        return await super().ainvoke(input, config, stop=stop, **with_session(config, options))
 
     @override
     def stream(
@@ -77,7 +77,7 @@ class ConversationalModel(BaseChatModel):
         stop: list[str] | None = None,
         **options: Any,
     ) -> Iterator[AIMessageChunk]:
-        return super().stream(input, config, stop=stop, **_with_session(config, options))
+        return super().stream(input, config, stop=stop, **with_session(config, options))
 
     @override
     def astream(
@@ -88,12 +88,12 @@ class ConversationalModel(BaseChatModel):
         stop: list[str] | None = None,
         **options: Any,
     ) -> AsyncIterator[AIMessageChunk]:
-        return super().astream(input, config, stop=stop, **_with_session(config, options))
+        return super().astream(input, config, stop=stop, **with_session(config, options))
 
     @override
     def stream_events(self, input: Any, config: RunnableConfig | None = None, **options: Any) -> Any:
-        return super().stream_events(input, config, **_with_session(config, options))
+        return super().stream_events(input, config, **with_session(config, options))
 
     @override
     def astream_events(self, input: Any, config: RunnableConfig | None = None, **options: Any) -> Any:
-        return super().astream_events(input, config, **_with_session(config, options))
+        return super().astream_events(input, config, **with_session(config, options))

@@ -6,6 +6,7 @@ The engine's stream is the one primitive: `invoke` joins it, and the async metho
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
@@ -28,17 +29,17 @@ from copyspec_engine import (
     EngineConfig,
     Explanation,
     GenerationRequest,
-    SamplingParams,
     shared_engine,
 )
 from copyspec_engine.adapters import adopt_engine
+from langchain_copyspec._bound import BoundModel
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_engine_messages
 from langchain_copyspec._explain import explain
-from langchain_copyspec._options import CallOptions, deciding
+from langchain_copyspec._options import CallOptions, deciding, deciding_config
 from langchain_copyspec._profile import model_profile
 from langchain_copyspec._replies import ReplyWriter
-from langchain_copyspec._sessions import ConversationalModel, session_of
+from langchain_copyspec._sessions import ConversationalModel, session_of, with_session
 from langchain_copyspec._structured import Method, answer_parser, call_parser, with_raw
 from langchain_copyspec._tools import Tool, ToolOptions, convert_tools, json_schema_of
 
@@ -121,8 +122,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """What decides the answer, for traces and cache keys: the conversation does not."""
-        names = {"model", "device", "dtype", "drafter", "chat_template_kwargs", *SamplingParams.model_fields}
-        return self.model_dump(include=names)
+        return {"model": self.model, "engine": deciding_config(self._engine_config()), **self.deciding()}
 
     @override
     def _resolve_model_profile(self) -> ModelProfile | None:
@@ -139,7 +139,16 @@ class ChatCopySpec(CallOptions, ConversationalModel):
 
     @override
     def _get_llm_string(self, stop: list[str] | None = None, **options: Any) -> str:
-        return super()._get_llm_string(stop=stop, **deciding(options))
+        """What decides the answer, as it is in force for a call, however the call says it."""
+        model = options.pop("model", None)
+        chosen, tools = self.for_call(stop, options)
+        key = {
+            "output_version": self.output_version,
+            "engine": deciding_config(self._engine_config(model)),
+            **chosen.deciding(),
+            **tools.model_dump(),
+        }
+        return json.dumps(key, sort_keys=True)
 
     @override
     def get_token_ids(self, text: str) -> list[int]:
@@ -149,22 +158,36 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         return self._get_engine().encode(text)
 
     @override
-    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Tool] | None = None) -> int:
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[Tool] | None = None,
+        *,
+        config: RunnableConfig | None = None,
+        **options: Any,
+    ) -> int:
         """Exactly the prompt tokens of a call with `messages` in this conversation; loads the model if no one has.
 
-        `tools` are counted as the model's chat template writes them.
+        Args:
+            messages: of the call.
+            tools: of the call, as the prompt tells of them.
+            config: of the call, which may name the conversation.
+            options: others of the call, as for `invoke`.
         """
         if not messages:
             return 0
-        request = GenerationRequest(
-            messages=to_engine_messages(messages),
-            tools=convert_tools(tools) if tools else None,
-            chat_template_kwargs=self.chat_template_kwargs or {},
-            session_id=session_of(None) or self.session_id or self._instance_session_id,
-        )
-        return len(self._get_engine().tokenize(request))
+        if tools is not None:
+            options["tools"] = tools
+        asked = self._asked(messages, None, with_session(config, options))
+        engine = self._get_engine(asked.model)
+        return len(engine.tokenize(asked.call(engine).request))
 
     # Tools and objects
+
+    @override
+    def bind(self, **options: Any) -> BoundModel:  # type: ignore[override]  # LangChain's own class is private
+        """This model with options of its calls."""
+        return BoundModel(bound=self, kwargs=options, config={})
 
     @override
     def bind_tools(

@@ -11,7 +11,7 @@ import langchain_core.exceptions
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, trim_messages
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 
@@ -339,6 +339,31 @@ def test_exact_token_counts(echo: Engine) -> None:
     assert llm.get_token_ids("hä") == list("hä".encode())
     assert llm.get_num_tokens("hä") == 3
     assert llm.get_num_tokens_from_messages([]) == 0
+
+
+def test_tokens_are_counted_as_a_call_with_its_options_reads_them(echo: Engine) -> None:
+    messages: list[BaseMessage] = [SystemMessage("be brief"), HumanMessage("häh?")]
+
+    def real(model: Any, **options: Any) -> int:
+        return int(model.invoke(messages, **options).usage_metadata["input_tokens"])
+
+    def look(place: str) -> str:
+        """Look there."""
+        return place
+
+    llm = ChatCopySpec(engine=echo, max_tokens=1)
+    plain = llm.get_num_tokens_from_messages(messages)
+    bound = llm.bind_tools([look], tool_choice="none")
+    assert plain == bound.get_num_tokens_from_messages(messages) == real(bound)  # type: ignore[attr-defined]
+    bound = llm.bind_tools([look])
+    counted = bound.get_num_tokens_from_messages(messages)  # type: ignore[attr-defined]
+    assert plain < counted == real(bound) == llm.get_num_tokens_from_messages(messages, tools=[look])
+    again = bound.with_config(tags=["t"]).bind(temperature=0.5)
+    assert again.get_num_tokens_from_messages(messages) == counted  # type: ignore[attr-defined]
+    named = llm.with_config(configurable={"thread_id": "t"})
+    assert named.get_num_tokens_from_messages(messages) == plain  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="use max_tokens"):
+        llm.get_num_tokens_from_messages(messages, max_new_tokens=5)
 
 
 def test_histories_are_trimmed_by_exact_counts(echo: Engine) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from langchain_core.language_models import BaseChatModel
+from pydantic import BaseModel
 
 from copyspec_engine import (
     AdaptiveDrafter,
@@ -185,21 +187,112 @@ def test_a_copy_shares_the_engine(make_engine: MakeEngine) -> None:
 
 
 def test_what_identifies_a_model_is_what_decides_its_answer(make_engine: MakeEngine) -> None:
-    llm = ChatCopySpec(engine=make_engine([]), temperature=0.5, session_id="s", timeout=3, include_segments=True)
+    llm = ChatCopySpec(engine=make_engine([]), temperature=0.5, session_id="s", timeout=3, max_retries=1)
     params = llm._identifying_params
     assert (params["model"], params["temperature"]) == ("scripted", 0.5)
-    assert not {"session_id", "timeout", "max_retries", "include_segments", "engine", "streaming"} & set(params)
+    assert params["engine"]["model"] == "scripted"
+    assert not {"session_id", "timeout", "max_retries", "streaming"} & set(params)
+    assert json.loads(json.dumps(params)) == params
 
 
 def test_the_conversation_is_no_part_of_cache_keys_and_traces() -> None:
     llm = ChatCopySpec()
-    assert llm._get_llm_string(session_id="a") == llm._get_llm_string()
-    assert llm._get_llm_string(temperature=0.5) != llm._get_llm_string()
-    assert llm._get_llm_string(stop=["x"]) != llm._get_llm_string()
-    assert llm._get_llm_string(prediction="text", memory_pool="team", combine="copy-only") == llm._get_llm_string()
+    for name, value in {
+        "session_id": "a",
+        "memory_pool": "team",
+        "prediction": "text",
+        "cache_salt": "salt",
+        "combine": "copy-only",
+        "timeout": 3.0,
+        "max_retries": 2,
+    }.items():
+        assert llm._get_llm_string(**{name: value}) == llm._get_llm_string()
+        assert ChatCopySpec(**{name: value})._get_llm_string() == llm._get_llm_string()
     assert "session_id" not in llm._get_invocation_params(session_id="a")
     assert "prediction" not in llm._get_invocation_params(prediction="text")
     assert "a" not in llm._get_ls_params(session_id="a").values()
+
+
+DECIDING: list[dict[str, Any]] = [
+    {"temperature": 0.5},
+    {"seed": 3},
+    {"max_tokens": 5},
+    {"stop": ["x"]},
+    {"logit_bias": {5: 1.0}},
+    {"repetition_penalty": 1.5},
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"logprobs": True},
+    {"include_segments": True},
+    {"model": "another"},
+]
+
+
+def test_a_cache_key_has_what_decides_an_answer_whoever_says_it() -> None:
+    plain = ChatCopySpec()._get_llm_string()
+    keys = {plain}
+    for options in DECIDING:
+        key = ChatCopySpec()._get_llm_string(**options)
+        assert ChatCopySpec(**options)._get_llm_string() == key
+        keys.add(key)
+    assert len(keys) == 1 + len(DECIDING)
+    assert ChatCopySpec(output_version="v1")._get_llm_string() not in keys
+    assert ChatCopySpec()._get_llm_string(stop_sequences="x") == ChatCopySpec()._get_llm_string(stop=["x"])
+
+
+def test_a_cache_key_has_the_tools_and_the_form_of_a_call() -> None:
+    def add(a: int) -> int:
+        """Add."""
+        return a
+
+    class Sum(BaseModel):
+        total: int
+
+    def other() -> type[BaseModel]:
+        class Sum(BaseModel):
+            total: str
+
+        Sum.__qualname__ = "Sum"
+        return Sum
+
+    llm = ChatCopySpec()
+    calls: list[dict[str, Any]] = [
+        {},
+        {"tools": [add]},
+        {"tools": [add], "tool_choice": "any"},
+        {"tools": [add], "tool_choice": "none"},
+        {"tools": [add], "strict": True},
+        {"tools": [add], "parallel_tool_calls": False},
+        {"response_format": Sum},
+        {"response_format": other()},
+        {"response_format": {"type": "json_object"}},
+    ]
+    assert len({llm._get_llm_string(**options) for options in calls}) == len(calls)
+    assert llm._get_llm_string(tools=[add]) == llm._get_llm_string(**llm.bind_tools([add]).kwargs)
+    assert llm._get_llm_string(tools=[add], tool_choice=True) == llm._get_llm_string(tools=[add], tool_choice="any")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "int8"},
+        {"max_model_len": 512},
+        {"dtype": "bfloat16"},
+        {"model": "other"},
+        {"device": "cpu"},
+        {"exact": True},
+        {"kv_cache_tokens": 512},
+        {"trust_remote_code": True},
+    ],
+)
+def test_a_cache_key_has_what_an_engine_decides(options: dict[str, Any]) -> None:
+    assert ChatCopySpec(engine=EngineConfig(**options))._get_llm_string() != ChatCopySpec()._get_llm_string()
+
+
+def test_a_cache_key_lacks_how_much_an_engine_does_at_once() -> None:
+    config = EngineConfig(max_running=2, max_waiting=3, max_sessions=4, memory_path="m", calibrate="always")
+    assert ChatCopySpec(engine=config)._get_llm_string() == ChatCopySpec()._get_llm_string()
+    every = set(EngineConfig.model_fields)
+    assert every > set(ChatCopySpec()._identifying_params["engine"]) > {"model", "dtype", "quantization", "drafter"}
 
 
 def test_traces_name_the_options_in_force() -> None:
