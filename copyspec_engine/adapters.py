@@ -54,7 +54,8 @@ class AdapterOptions(BaseModel):
     """Names of options that are taken along with these, for advice about one that is not known."""
 
     temperature: float | None = None
-    """0 (the default) is greedy decoding."""
+    """0 is greedy decoding; default: what the checkpoint's generation_config.json says, as for all options of sampling,
+    else 0."""
     top_p: float | None = None
     """Keep the fewest tokens whose probabilities reach this sum, above 0 and up to 1 (the default)."""
     top_k: int | None = None
@@ -69,6 +70,14 @@ class AdapterOptions(BaseModel):
     """Subtracted from a token's logit for each time that the answer holds it, -2 to 2; default: 0."""
     logit_bias: dict[int, float] | None = None
     """What is added to the logits of token ids, -100 (never) to 100 (always)."""
+    suppress_tokens: list[int] | None = None
+    """Token ids that never come."""
+    begin_suppress_tokens: list[int] | None = None
+    """Token ids that the answer does not begin with."""
+    bad_words: list[str | list[int]] | None = None
+    """Texts, or runs of token ids, that do not come."""
+    no_repeat_ngram_size: int | None = None
+    """No run of this many tokens comes twice in prompt and answer; default: any may."""
     logprobs: bool | None = None
     """Give the natural log-probability of each token of the answer."""
     top_logprobs: int | None = None
@@ -77,6 +86,8 @@ class AdapterOptions(BaseModel):
     """The same seed gives the same answer; default: a fresh one for each call."""
     max_tokens: int | None = None
     """Most tokens to generate, at least 1; default: up to the end of the context."""
+    min_tokens: int | None = None
+    """Tokens before which no id ends the answer; default: 0."""
     stop: list[str] | None = None
     """Texts that end the answer and are not part of it; one string is accepted too."""
     stop_token_ids: list[int] | None = None

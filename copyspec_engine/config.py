@@ -184,6 +184,9 @@ class EngineConfig(_Options):
     Where that fails the layers run as they are, and `Engine.info` says why."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
+    generation_config: Literal["auto", "ignore"] = "auto"
+    """"auto" takes from the checkpoint's generation_config.json what a call does not say of its sampling, as `generate`
+    does (`EngineInfo.sampling_defaults`); "ignore" only its end-of-sequence ids."""
 
     @field_validator("device", "draft_model_device")
     @classmethod
@@ -245,6 +248,7 @@ class EngineConfig(_Options):
             calibrate=self.calibrate,
             compile_layers=self.compile_layers,
             trust_remote_code=self.trust_remote_code,
+            generation_config="ignore",  # what it writes is only a guess
         )
 
 
@@ -264,19 +268,21 @@ def _as_bias_pairs(value: object) -> object:
 class SamplingParams(_Options):
     """How tokens are chosen and when to stop. Drafting never changes the result.
 
-    The options work in this order: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, temperature,
-    top_k, top_p, min_p. Where a draft is verified, penalties see the path in front of each of its tokens.
+    What a call does not set is as the checkpoint's generation_config.json has it (`EngineConfig.generation_config`),
+    else as it says here. The options work in this order: logit_bias, repetition_penalty, frequency_penalty,
+    presence_penalty, what bans tokens, temperature, top_k, top_p, min_p. Where a draft is verified, penalties and bans
+    see the path in front of each of its tokens. Where a grammar allows only banned tokens, the grammar goes first.
     """
 
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
-    """0 is greedy decoding: the most likely token after logit_bias and penalties."""
+    """0 is greedy decoding: the most likely token after logit_bias, penalties and bans."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Keep the fewest tokens whose probabilities reach this sum, and those as likely as the last of them."""
     top_k: int | None = Field(default=None, ge=1)
     """Keep this many of the most likely tokens, and those as likely as the last of them."""
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Keep tokens at least this many times as likely as the most likely one."""
-    repetition_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Divides the positive logits, and multiplies the negative ones, of tokens in prompt and answer; above 1 makes them
     less likely, as in transformers."""
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
@@ -289,6 +295,15 @@ class SamplingParams(_Options):
     ] = ()
     """(token id, what is added to its logit, -100 to 100) pairs; a dict is taken too, also with ids as strings. 100
     forces a token and -100 bans it, as for OpenAI."""
+    suppress_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Token ids that never come."""
+    begin_suppress_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Token ids that the answer does not begin with."""
+    bad_words: Annotated[tuple[str | tuple[Annotated[int, Field(ge=0)], ...], ...], BeforeValidator(_as_texts)] = ()
+    """Texts, or runs of token ids, that do not come. A text is banned as the tokenizer spells it by itself and behind a
+    space, not where it comes about from other tokens."""
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    """No run of this many tokens comes twice in prompt and answer, as in transformers; 0: any may."""
     logprobs: bool = False
     """Give the natural log-probability of each token of the answer: the model's own, in float32, before all options
     above."""
@@ -299,6 +314,8 @@ class SamplingParams(_Options):
     fresh random seed."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Most tokens to generate; default: up to the end of the context."""
+    min_tokens: int = Field(default=0, ge=0)
+    """Tokens before which no id ends the answer; stop texts and the end of a grammar do."""
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_texts)] = ()
     """Texts that end the answer; they are not part of it. One text may be given by itself."""
     stop_token_ids: tuple[int, ...] = ()
@@ -310,6 +327,10 @@ class SamplingParams(_Options):
     def _check_stop(self) -> SamplingParams:
         if any(not text for text in self.stop):
             raise ValueError(f"Got stop={self.stop!r} but expected texts of at least one character")
+        if not all(self.bad_words):
+            raise ValueError(f"Got bad_words={self.bad_words!r} but expected texts or token ids, none of them empty")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"Got min_tokens={self.min_tokens} but expected max_tokens={self.max_tokens} at most")
         return self
 
     @model_validator(mode="after")

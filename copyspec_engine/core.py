@@ -363,4 +363,5 @@ def _sample_row(row: ScheduledRow, draft: DraftTree) -> SampleRow:
     if params.has_penalties:
         sequence.counts.update(sequence.token_ids, sequence.num_prompt_tokens)
     allowed = sequence.grammar.masks(draft) if isinstance(sequence.grammar, GrammarState) else None
-    return SampleRow(params, sequence.seed, len(sequence.token_ids), draft, sequence.counts, allowed)
+    banned = None if sequence.bans is None else sequence.bans.at(sequence.token_ids, draft)
+    return SampleRow(params, sequence.seed, len(sequence.token_ids), draft, sequence.counts, allowed, banned)

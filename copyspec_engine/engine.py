@@ -28,8 +28,9 @@ from typing import TypeVar
 
 import torch
 
+from copyspec_engine.bans import Bans
 from copyspec_engine.chat_format import ChatFormat
-from copyspec_engine.config import Combine, EngineConfig, GenerationRequest, NoDrafter
+from copyspec_engine.config import Combine, EngineConfig, GenerationRequest, NoDrafter, SamplingParams
 from copyspec_engine.core import EngineCore, warm_up
 from copyspec_engine.errors import (
     ConfigError,
@@ -129,6 +130,8 @@ class Engine:
             draft_model=None if draft is None else draft.name,
             draft_model_step_cost=() if draft is None else draft.step_cost,
             draft_model_error=None if combination is None else combination.error,
+            sampling_defaults=model.defaults.options,
+            sampling_defaults_not_done=model.defaults.not_done,
             memory_path=self._config.memory_path if self._core.file is not None else None,
             memory_error=self._core.memory_error,
             versions={
@@ -332,12 +335,16 @@ class Engine:
 
     def _prepare(self, request: GenerationRequest) -> Sequence:
         """Tokenise and check a request."""
-        params, model = request.sampling, self._model
+        model = self._model
         token_ids = self.tokenize(request)
         if not token_ids:
             raise ConfigError("Got an empty prompt: the text gives no tokens")
-        self._check_ids("logit_bias", [token for token, _ in params.logit_bias])
-        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", [token for token, _ in request.sampling.logit_bias])
+        for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
+            self._check_ids(name, getattr(request.sampling, name))
+        room = min(model.max_model_len, model.num_slots) - len(token_ids)
+        params = model.defaults.applied(request.sampling, len(token_ids), room)
+        request = request.model_copy(update={"sampling": params})
         wanted = len(token_ids) + (params.max_tokens or 1)
         if wanted > model.max_model_len:
             raise ContextOverflowError(wanted, model.max_model_len)
@@ -345,13 +352,13 @@ class Engine:
             raise ContextOverflowError(wanted, model.num_slots, "the KV pool (kv_cache_tokens)")
         limit = min(model.max_model_len, model.num_slots)
         reply = self._reply_parser(request, token_ids) if request.parse_reply else None
-        eos = frozenset() if params.ignore_eos else model.eos_token_ids
+        ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | frozenset(params.stop_token_ids)
         return Sequence(
             request=request,
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
             max_total_tokens=wanted if params.max_tokens else limit,
-            eos_token_ids=eos | frozenset(params.stop_token_ids),
+            eos_token_ids=ends,
             drafting=(request.drafter or self._config.drafter) if model.drafting_error is None else NoDrafter(),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=model.tokenizer.text_stream(params.stop, skip_special_tokens=not request.parse_reply),
@@ -360,8 +367,27 @@ class Engine:
             prediction_ids=self._known_text("prediction", self.encode(request.prediction or "", special_tokens=False)),
             deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
             cache_salt=request.cache_salt or self._config.cache_salt,
+            bans=self._bans(params, ends, len(token_ids)),
             grammar=None if request.grammar is None else self._grammars.begin(self._placed(request.grammar, reply)),
         )
+
+    def _bans(self, params: SamplingParams, ends: frozenset[int], num_prompt_tokens: int) -> Bans | None:
+        """What may not come in the answer to a request.
+
+        Raises:
+            ConfigError: a bad word has an id that is not in the vocabulary, or nothing would be left to write.
+        """
+        words = {word for word in params.bad_words if isinstance(word, tuple)}
+        texts = [word for word in params.bad_words if isinstance(word, str)]
+        for text in (*texts, *(f" {text.lstrip()}" for text in texts)):
+            words.add(tuple(self.encode(text, special_tokens=False)))
+        words.discard(())
+        self._check_ids("bad_words", [token for word in words for token in word])
+        most = len({*params.suppress_tokens, *params.begin_suppress_tokens, *ends, *(word[-1] for word in words)})
+        if most >= self._model.runner.vocab_size:
+            raise ConfigError(f"Got options that ban {most} tokens, all that the model has: ban fewer")
+        bans = Bans(params, words, ends, num_prompt_tokens)
+        return None if bans.is_empty else bans
 
     def _combine(self, request: GenerationRequest) -> Combine:
         """How a request puts copies and the draft model together."""

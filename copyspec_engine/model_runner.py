@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -47,6 +47,7 @@ from copyspec_engine.drafter import DraftTree
 from copyspec_engine.equivalence import Checked, check_equivalence
 from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
 from copyspec_engine.float32_head import decide_in_float32
+from copyspec_engine.generation_defaults import GenerationDefaults, read_defaults
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packing import Piece
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
@@ -272,6 +273,8 @@ class LoadedModel:
     execution: Execution = "eager"
     execution_error: str | None = None
     """See `EngineInfo`."""
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    """What the checkpoint says of calls that do not say otherwise."""
     draft: LoadedModel | None = None
     """A smaller model with the same vocabulary and as many slots, which drafts."""
 
@@ -433,6 +436,9 @@ def _ready(
         exact_width=exact_width,
         execution=checked.execution,
         execution_error=checked.error,
+        defaults=GenerationDefaults()
+        if config.generation_config == "ignore"
+        else read_defaults(model.generation_config, config.model, vocab_size(model)),
     )
 
 

@@ -255,6 +255,11 @@ class EngineInfo:
     """As `step_cost`, of the draft model."""
     draft_model_error: str | None = None
     """Why the draft model is not asked any more."""
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
+    """What the checkpoint's generation_config.json sets for calls that do not say otherwise, by the names of
+    `SamplingParams`, besides min_length and max_length (tokens of prompt and answer)."""
+    sampling_defaults_not_done: tuple[str, ...] = ()
+    """What it sets and this engine does not do, as "num_beams=4"."""
     memory_path: str | None = None
     """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
     memory_error: str | None = None

@@ -1,4 +1,4 @@
-"""What changes logits before a token is chosen: the grammar's mask, logit_bias and penalties, in that order.
+"""What changes logits before a token is chosen: the grammar's mask, logit_bias, penalties and bans, in that order.
 
 Penalties look at the text in front of each node: the sequence's own, which is counted once, and the draft's path down
 to the node. A token's penalty is computed from whole counts in one place, so that it is the same to the last bit
@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from copyspec_engine.bans import Banned
 from copyspec_engine.config import SamplingParams
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.token_counts import TokenCounts
 
-__all__ = ["add_bias", "mask_tokens", "penalise"]
+__all__ = ["add_bias", "ban", "mask_tokens", "penalise"]
 
 
 def mask_tokens(scores: torch.Tensor, allowed: torch.Tensor) -> None:
@@ -49,6 +50,23 @@ def add_bias(scores: torch.Tensor, logit_bias: tuple[tuple[int, float], ...]) ->
     """Add each token's bias to its scores, shape (nodes, vocabulary), in place."""
     tokens = torch.tensor([token for token, _ in logit_bias], device=scores.device)
     scores[:, tokens] += torch.tensor([bias for _, bias in logit_bias], dtype=scores.dtype, device=scores.device)
+
+
+def ban(scores: torch.Tensor, banned: Banned, *, is_bound: bool) -> None:
+    """Make banned tokens impossible, in place.
+
+    Args:
+        scores: shape (nodes, vocabulary).
+        banned: by nodes.
+        is_bound: a grammar has made other tokens impossible. Where it leaves only banned ones, these stay possible.
+    """
+    before = scores.clone() if is_bound else scores
+    scores[:, torch.from_numpy(banned.everywhere).to(scores.device)] = -torch.inf
+    rows, tokens = (torch.from_numpy(part).to(scores.device) for part in (banned.rows, banned.tokens))
+    scores[rows, tokens] = -torch.inf
+    if is_bound:
+        stuck = scores.amax(dim=-1) == -torch.inf
+        scores[stuck] = before[stuck]
 
 
 def penalise(scores: torch.Tensor, params: SamplingParams, counts: TokenCounts, draft: DraftTree) -> None:

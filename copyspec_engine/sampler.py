@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from copyspec_engine.bans import Banned
 from copyspec_engine.config import SamplingParams
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.gumbel import highest_perturbed, noise_keys
-from copyspec_engine.processors import add_bias, mask_tokens, penalise
+from copyspec_engine.processors import add_bias, ban, mask_tokens, penalise
 from copyspec_engine.token_counts import TokenCounts
 
 __all__ = ["SampleRow", "filtered", "sample"]
@@ -43,6 +44,8 @@ class SampleRow:
     """Of the sequence, up to date; read if there are penalties."""
     allowed: torch.Tensor | None = None
     """Tokens that may follow at each node, see `mask_tokens`; None: all."""
+    banned: Banned | None = None
+    """Tokens that may not; None: all may."""
 
     @property
     def num_nodes(self) -> int:
@@ -52,16 +55,19 @@ class SampleRow:
     @property
     def is_processed(self) -> bool:
         """Whether anything changes the logits."""
-        return self.allowed is not None or bool(self.params.logit_bias) or self.params.has_penalties
+        is_masked = self.allowed is not None or self.banned is not None
+        return is_masked or bool(self.params.logit_bias) or self.params.has_penalties
 
     def process(self, scores: torch.Tensor) -> None:
-        """Mask, bias, penalties, in place; scores of shape (num_nodes, vocabulary)."""
+        """Mask, bias, penalties, bans, in place; scores of shape (num_nodes, vocabulary)."""
         if self.allowed is not None:
             mask_tokens(scores, self.allowed)
         if self.params.logit_bias:
             add_bias(scores, self.params.logit_bias)
         if self.params.has_penalties:
             penalise(scores, self.params, self.counts, self.draft)
+        if self.banned is not None:
+            ban(scores, self.banned, is_bound=self.allowed is not None)
 
     def keys(self) -> npt.NDArray[np.uint64]:
         """What keys the noise at each node, shape (num_nodes, 2)."""

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from copyspec_engine.bans import Bans
 from copyspec_engine.config import Combine, DrafterConfig, GenerationRequest
 from copyspec_engine.copies import CopyTrail
 from copyspec_engine.copy_index import Span, TokenArray
@@ -98,6 +99,8 @@ class Sequence:
     """Whose KV it may share, besides that of its session."""
     counts: TokenCounts = field(default_factory=TokenCounts)
     """Of `token_ids`, brought up to date before they are penalised."""
+    bans: Bans | None = None
+    """Tokens that may not come; None: all may."""
     grammar: TextGrammar | None = None
     """What the answer must look like."""
     reply: ReplyReader | None = None

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
     0: {"errors", "option_names", "options", "grammar_options", "config", "metrics", "explanation", "outputs"},
     1: {
+        "bans",
         "calibration",
         "compiled",
         "copies",
@@ -29,6 +30,7 @@ LEVELS = {
         "call_reader",
         "drafter",
         "exact_tokens",
+        "generation_defaults",
         "grammar_dialect",
         "grammar_text",
         "growth",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -30,6 +32,8 @@ def run_info(config: EngineConfig, console: Console) -> int:
         "drafting": "yes" if info.drafting_error is None else f"no: {info.drafting_error}",
         "cost of a pass": ", ".join(f"{width} tokens: {1000 * cost:.3g} ms" for width, cost in info.step_cost) or "-",
         "cost measured": f"{kept.measured_at}, kept in {kept.path}" if kept else "when it was loaded, not kept",
+        "sampling defaults": _options(info.sampling_defaults),
+        "not done of them": ", ".join(info.sampling_defaults_not_done) or "-",
         "CPU threads": str(torch.get_num_threads()),
         **{f"{name} version": version for name, version in sorted(info.versions.items())},
     }
@@ -38,6 +42,10 @@ def run_info(config: EngineConfig, console: Console) -> int:
         grid.add_row(f"[bold]{name}[/]", escape(value))
     console.print(grid)
     return 0
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items()) or "-"
 
 
 def _device_name(device: str) -> str:

@@ -72,17 +72,20 @@ def chat(
     model: Model = BUNDLED,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; default: the checkpoint's own, else 0.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
 ) -> None:
     """Talk to a model; copied text is coloured."""
 
     def run() -> int:
-        config = engine_config(model, device, dtype)
+        config = engine_config(model, device, dtype, generation_config="auto")
         from copyspec_engine.cli.chat import run_chat
 
-        sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
+        given = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
+        sampling = SamplingParams(**{name: value for name, value in given.items() if value is not None})
         return run_chat(config, sampling, console())
 
     exit_with(run)
@@ -93,7 +96,7 @@ def info(model: Model = BUNDLED, device: Device = "auto", dtype: Dtype = "auto")
     """Show the device, the model, its memory and the versions."""
 
     def run() -> int:
-        config = engine_config(model, device, dtype)
+        config = engine_config(model, device, dtype, generation_config="auto")
         from copyspec_engine.cli.info import run_info
 
         return run_info(config, console())
