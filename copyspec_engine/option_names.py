@@ -31,6 +31,9 @@ _NAMES = {
     "repetition_penalty": "repeat_penalty rep_penalty",
     "stop": "stop_sequences stop_sequence stop_strings stop_words stop_texts stopping_criteria",
     "stop_token_ids": "eos_token_id eos_token_ids stop_tokens",
+    "min_tokens": "min_new_tokens min_length min_completion_tokens",
+    "bad_words": "bad_words_ids banned_strings banned_words",
+    "suppress_tokens": "banned_tokens",
     "seed": "random_seed random_state generator",
     "logprobs": "output_scores output_logits return_logprobs",
     "top_logprobs": "n_probs num_logprobs logprobs_num",
@@ -61,8 +64,8 @@ _NEEDLESS = {
     "num_beam_groups early_stopping length_penalty use_beam_search",
     "of what narrows sampling there are top_k, top_p and min_p": "typical_p tfs_z mirostat mirostat_tau mirostat_eta "
     "epsilon_cutoff eta_cutoff top_a xtc_threshold xtc_probability dry_multiplier",
-    "repetition_penalty, presence_penalty and frequency_penalty count single tokens": "no_repeat_ngram_size "
-    "repeat_last_n encoder_repetition_penalty",
+    "repetition_penalty, presence_penalty and frequency_penalty count single tokens": "repeat_last_n "
+    "encoder_repetition_penalty",
     "a method of its own streams": "stream streaming",
     "torch.set_num_threads or OMP_NUM_THREADS decides it": "n_threads num_threads num_thread threads cpu_threads",
     "the hub's variables HF_HOME and HF_TOKEN decide it": "cache_dir download_dir hf_token use_auth_token",

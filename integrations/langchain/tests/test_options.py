@@ -169,7 +169,8 @@ def test_all_sampling_options_reach_the_engine(make_engine: MakeEngine) -> None:
     options: dict[str, Any] = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5,
         "frequency_penalty": 0.5, "logit_bias": {5: 1.0}, "logprobs": True, "top_logprobs": 2, "seed": 3, "stop": ["x"],
-        "max_tokens": 7, "stop_token_ids": [4], "ignore_eos": True,
+        "max_tokens": 7, "stop_token_ids": [4], "ignore_eos": True, "min_tokens": 3, "bad_words": ["x", [1, 2]],
+        "suppress_tokens": [7], "begin_suppress_tokens": [8], "no_repeat_ngram_size": 4,
     }  # fmt: skip
     assert options.keys() == SamplingParams.model_fields.keys()
     assert ChatCopySpec(**options).sampling() == SamplingParams(**options)
