@@ -206,7 +206,7 @@ def model_facts(engine: Engine | EngineConfig) -> ModelFacts | None:
         return read_model_facts(engine)
     found, known = read_model_facts(engine.config), engine.chat_format
     takes_tools = known.calls is not None or (found is not None and found.takes_tools)
-    return ModelFacts(engine.info.max_model_len, known, takes_tools, found is not None and found.reasons)
+    return ModelFacts(engine.info.max_model_len, known, takes_tools)
 
 
 def answer_metadata(output: GenerationOutput) -> dict[str, Any]:

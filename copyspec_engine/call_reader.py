@@ -51,19 +51,20 @@ class Call:
         self._layout = layout
         self._arguments: list[str] = []
         self._parsed: Any = None
-        self._told = False
+        self.is_told = False
+        """Its name was told: from then on it is a call, whatever comes."""
 
     def named(self, name: object, call_id: str | None = None) -> list[ReplyDelta]:
         """The name is known."""
-        if not isinstance(name, str) or self._told:
+        if not isinstance(name, str) or self.is_told:
             return []
-        self.name, self.id, self._told = name, call_id or self.id, True
+        self.name, self.id, self.is_told = name, call_id or self.id, True
         return [ReplyDelta("tool_call", "".join(self._arguments), self.index, self.id, name)]
 
     def argue(self, text: str) -> list[ReplyDelta]:
         """More of the arguments, as JSON."""
         self._arguments.append(text)
-        return [ReplyDelta("tool_call", text, self.index)] if self._told and text else []
+        return [ReplyDelta("tool_call", text, self.index)] if self.is_told and text else []
 
     def end(self) -> list[ReplyDelta]:
         """It is written wholly; without arguments it has none."""
@@ -110,7 +111,7 @@ class CallsReader:
         self._held = ""
         """A short text that is not understood yet."""
         self._skipped = ""
-        """What came before the first call."""
+        """What came before a call, or behind one."""
         self._value = _Value()
         self._key: object = None
         self._token: list[str] = []
@@ -125,16 +126,19 @@ class CallsReader:
             deltas += added
         return deltas
 
-    def close(self) -> None:
-        """Nothing more comes: a call that was not ended stays as it is; if none was begun there is a malformed one."""
+    def close(self) -> bool:
+        """Nothing more comes: a call that was not ended stays as it is. False if none has a name: then it was none."""
         held, self._held = self._held, ""
-        if not held and len(self._calls) > self._first:
-            return
-        call = self._open()
-        call.raw.append(self._skipped + held)
-        name = _NAME.match(held) if self._is_named else None
-        call.name = name and name[1]
-        call.error = "not JSON: no arguments" if self._is_named else None
+        if not any(call.is_told for call in self._calls[self._first :]):
+            del self._calls[self._first :]
+            return False
+        if held:
+            call = self._open()
+            call.raw.append(held)
+            name = _NAME.match(held) if self._is_named else None
+            call.name = name and name[1]
+            call.error = "not JSON: no arguments" if self._is_named else None
+        return True
 
     def _open(self) -> Call:
         self._calls.append(Call(len(self._calls), self._layout))
@@ -146,20 +150,21 @@ class CallsReader:
         """Before a call, or behind one."""
         text = self._held + text
         rest = text.lstrip(_BEHIND if self._is_named else _BETWEEN)
-        if len(self._calls) == self._first:
-            self._skipped += text[: len(text) - len(rest)]
+        self._skipped += text[: len(text) - len(rest)]
         self._held = ""
         begin = self._layout.begin
         if begin and rest and (rest.startswith(begin) or begin.startswith(rest)):
             if len(rest) < len(begin):
                 self._held = rest
                 return "", []
+            self._skipped = ""
             self._state = self._head if self._is_named else self._between
             return rest[len(begin) :], []
         if not rest:
             return "", []
         if rest[0] == "{" and not self._is_named:
             self._open().raw.append("{")
+            self._skipped = ""
             self._state = self._before_key
             return rest[1:], []
         self._state = self._as_text if len(self._calls) > self._first and not self._layout.end else self._stray

@@ -16,7 +16,10 @@ from copyspec_engine.errors import ConfigError
 from copyspec_engine.grammar_options import CallLayout, Grammar, ToolCalls
 from copyspec_engine.options import Options
 
-__all__ = ["FORMATS", "ChatFormat", "find_chat_format"]
+__all__ = ["FORMATS", "REASONING_FIELDS", "ChatFormat", "find_chat_format"]
+
+REASONING_FIELDS = ("thinking", "reasoning", "reasoning_content")
+"""Names that response templates give to reasoning."""
 
 
 class ChatFormat(Options):
@@ -30,7 +33,7 @@ class ChatFormat(Options):
     calls: CallLayout | None = None
     """How tool calls are written; None: nobody knows, or `parts` says how to read them."""
     reasoning: tuple[str, str] | None = ("<think>", "</think>")
-    """What opens and closes reasoning; None: there is none."""
+    """What opens and closes reasoning; None: there is none, or `parts` says how to read it."""
     text_begin: str = ""
     """What is written between reasoning and text."""
     space_before_text: bool = False
@@ -48,6 +51,11 @@ class ChatFormat(Options):
     prelude: str = ""
     """Jinja that is put before a template which does not know `tools`, calls or reasoning, and writes them for it."""
 
+    @property
+    def reasons(self) -> bool:
+        """Answers may have reasoning."""
+        return any(name in self.response_template()["fields"] for name in REASONING_FIELDS)
+
     def response_template(self, names: Collection[str] = ()) -> dict[str, Any]:
         """What transformers' `ResponseParser` needs. But for a tokenizer's own template, it parses no part further.
 
@@ -56,13 +64,13 @@ class ChatFormat(Options):
         """
         if self.own_template is not None:
             return cast("dict[str, Any]", self.own_template)
-        fields: dict[str, Any] = {"content": {"content": "text"}}
+        fields: dict[str, Any] = dict(self.parts or {"content": {"content": "text"}})
         if self.reasoning is not None:
             begin, end = self.reasoning
             fields["thinking"] = {"open": begin, "close": end, "content": "text"}
-        if self.calls is not None:
+        if self.calls is not None and self.parts is None:
             fields |= _call_fields(self.calls, names)
-        return {"start_anchor": list(self.assistant), "fields": self.parts or fields}
+        return {"start_anchor": list(self.assistant), "fields": fields}
 
     def grammar(self, tools: tuple[dict[str, JsonValue], ...], tool_choice: str, *, parallel: bool = True) -> Grammar:
         """A grammar under which an answer calls `tools` in this format.
@@ -85,18 +93,30 @@ class ChatFormat(Options):
 
 
 def _call_fields(layout: CallLayout, names: Collection[str]) -> dict[str, Any]:
-    """Where the calls of an answer are, as fields of a response template."""
+    """Where the calls of an answer are, and what ends all of them, as fields of a response template.
+
+    A mark opens one only where something follows it that may be one: texts speak of such marks too.
+    """
     calls: dict[str, Any] = {"repeats": True, "content": "text"}
+    follows = _NAME_FOLLOWS if layout.style == "named" else _OBJECT_FOLLOWS
     if layout.begin:
         before = rf"(?:{re.escape(layout.before)}\s{{0,64}})?" if layout.before else ""
-        calls["open_pattern"] = before + re.escape(layout.begin)
+        calls["open_pattern"] = before + re.escape(layout.begin) + follows
     else:
         known = "|".join(map(re.escape, names)) or "(?!)"
         name = rf'"{re.escape(layout.name_key)}"\s*:\s*"(?:{known})"'
-        calls["open_pattern"] = rf'\A\s{{0,64}}(?:<\|python_tag\|>|(?=\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?{name}))'
+        bare = rf'(?=\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?{name})'
+        calls["open_pattern"] = rf"\A\s{{0,64}}(?:<\|python_tag\|>{follows}|{bare})"
     if layout.end:
         calls["close"] = layout.end
-    return {"tool_calls": calls} | ({"rest": {"open": layout.after}} if layout.after else {})
+    if not layout.after:
+        return {"tool_calls": calls}
+    behind_calls = rf"(?<={re.escape(layout.end)}\s{{0,64}}){re.escape(layout.after)}"
+    return {"tool_calls": calls, "calls_end": {"open_pattern": behind_calls, "close_pattern": "", "content": "text"}}
+
+
+_OBJECT_FOLLOWS = r'(?=\s{0,64}(?:\[\s{0,64})?\{\s{0,64}")'
+_NAME_FOLLOWS = r"(?=\s{0,64}[\w.\-/]{1,128}\s{0,64}[^\w\s.\-/])"
 
 
 def _calls_in_text(call: str, *, begin: str = "", end: str = "", between: str = "", head: str = "") -> str:
@@ -264,7 +284,6 @@ FORMATS: tuple[ChatFormat, ...] = (
         assistant=_CHATML,
         parts={
             "content": {},
-            "thinking": {"open": "<think>", "close": "</think>"},
             "tool_calls": {
                 "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
                 "close_pattern": r"</function>\s*</tool_call>",
@@ -308,4 +327,8 @@ def find_chat_format(chat_template: str | None, response_template: dict[str, Any
     """
     known = (fmt for fmt in FORMATS if chat_template is not None and all(mark in chat_template for mark in fmt.marks))
     found = next(known, _PLAIN)
+    if found.reasoning is not None:
+        marks, written = (*found.reasoning, found.reasoning_key), found.prelude + (chat_template or "")
+        if not any(mark.strip() in written for mark in marks):  # of a model that does not reason they are text
+            found = found.model_copy(update={"reasoning": None})
     return found if response_template is None else found.model_copy(update={"own_template": response_template})

@@ -49,7 +49,7 @@ from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, Progress, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
 from copyspec_engine.provenance import explain
-from copyspec_engine.replies import ReplyParser
+from copyspec_engine.replies import Form, ReplyParser
 from copyspec_engine.sequence import Sequence
 
 __all__ = ["Engine", "RequestHandle", "shared_engine"]
@@ -410,7 +410,15 @@ class Engine:
 
     def _reply_parser(self, request: GenerationRequest, prompt_ids: Seq[int]) -> ReplyParser:
         prompt = self._model.tokenizer.decode(prompt_ids[-_PROMPT_END:], skip_special_tokens=False)
-        return ReplyParser(self._chat_format, prompt, request.tools or ())
+        grammar = request.grammar
+        form: Form = "free"
+        calls = None if grammar is None else grammar.tools
+        if calls is not None and calls.answer_schema is not None:
+            form = "either"
+        elif grammar is not None and calls is None and grammar.start_after is None:
+            form = "text"
+        tools = request.tools or (() if calls is None else calls.tools)
+        return ReplyParser(self._chat_format, prompt, tools, form=form)
 
     def _enqueue(self, sequence: Sequence, sink: Sink) -> None:
         request_id = sequence.request.request_id

@@ -28,8 +28,11 @@ class ModelFacts:
     """How its chat template writes tool calls and reasoning."""
     takes_tools: bool
     """Its chat template tells the model of tools."""
-    reasons: bool
-    """Its chat template knows reasoning."""
+
+    @property
+    def reasons(self) -> bool:
+        """Its answers may have reasoning."""
+        return self.chat_format.reasons
 
 
 def read_model_facts(config: EngineConfig) -> ModelFacts | None:
@@ -44,7 +47,7 @@ def read_model_facts(config: EngineConfig) -> ModelFacts | None:
         return None
     facts = _read(folder)
     limits = [limit for limit in (facts.max_model_len, config.max_model_len) if limit is not None]
-    return ModelFacts(min(limits, default=None), facts.chat_format, facts.takes_tools, facts.reasons)
+    return ModelFacts(min(limits, default=None), facts.chat_format, facts.takes_tools)
 
 
 def _cached_folder(name: str) -> Path | None:
@@ -68,7 +71,6 @@ def _read(folder: Path) -> ModelFacts:
         max_model_len=_longest_context(_json(folder / "config.json")),
         chat_format=found,
         takes_tools="tools" in text or bool(found.prelude),
-        reasons="reasoning_content" in text or "thinking" in text or "<think>" in text,
     )
 
 

@@ -9,39 +9,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
-
-from transformers.utils.chat_parsing import ResponseParser
-from transformers.utils.chat_parsing.response_templates import load_response_template
+from typing import Any, Literal
 
 from copyspec_engine.call_reader import Call, CallsReader
-from copyspec_engine.chat_format import ChatFormat
+from copyspec_engine.chat_format import REASONING_FIELDS, ChatFormat
+from copyspec_engine.grammar_options import CallLayout
 from copyspec_engine.outputs import InvalidToolCall, Reply, ReplyDelta, ToolCall
+from copyspec_engine.reply_template import PartsParser, answer_template, begun_by
 
-__all__ = ["ReplyParser"]
+__all__ = ["Form", "ReplyParser"]
 
 logger = logging.getLogger(__name__)
 
-_REASONING = ("thinking", "reasoning", "reasoning_content")
-"""Names that response templates give to it."""
-
-
-class _Parser(ResponseParser):
-    """Goes on behind a part that cannot be parsed; its closing event then says why."""
-
-    @property
-    def pending(self) -> str:
-        """What was read but may still be a part of something else."""
-        return self._buffer[self._pos :]
-
-    def _close_current(self, events: list[dict[str, Any]]) -> None:
-        field = self._current
-        try:
-            super()._close_current(events)
-        except Exception as error:  # a malformed number or JSON, a transform that does not fit it, deep nesting
-            events.append({"type": "region_close", "field": field, "error": f"{type(error).__name__}: {error}"})
-            self._reset_to_implicit()
+Form = Literal["free", "either", "text"]
+"""What an answer may be. free: reasoning, then text with calls in it; either: calls alone or text alone; text: nothing
+else, but for a reasoning that the prompt has opened."""
 
 
 class _Part:
@@ -79,27 +61,49 @@ class _Part:
 class ReplyParser:
     """Takes one answer apart.
 
+    Reasoning can only begin an answer. Calls are there only where tools were offered; what looks like one but has no
+    name is text. All that is in no other part is text, character for character.
+
     Args:
         chat_format: how the model writes.
         prompt: the end of the rendered prompt, special tokens included: a template may have begun the answer, with an
             opened reasoning say.
-        tools: OpenAI-style function schemas, by which arguments are read that the format writes without types.
+        tools: OpenAI-style function schemas that the answer may call; by them arguments are read that the format writes
+            without types.
+        form: what the answer may be.
 
     Raises:
         ValueError: the tokenizer's own response template is malformed.
     """
 
-    def __init__(self, chat_format: ChatFormat, prompt: str = "", tools: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        prompt: str = "",
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        form: Form = "free",
+    ) -> None:
         self._layout = chat_format.calls if chat_format.own_template is None else None
+        self._may_call = bool(tools) and form != "text"
         functions = [tool.get("function") or {} for tool in tools]
-        template = load_response_template(chat_format.response_template([str(f.get("name")) for f in functions]))
-        # A required part that is missing would cost all others.
-        template.fields = {name: replace(field, optional=True) for name, field in template.fields.items()}
-        self._parser: _Parser | None = _Parser(template, prefix=_begun(chat_format, prompt), tools=list(tools))
-        self._unread: list[str] | None = None if template.implicit is not None else []
-        """All text, where what is in no part would be lost."""
+        spec = chat_format.response_template([str(function.get("name")) for function in functions])
+        begun = begun_by(prompt, spec)
+        template = answer_template(spec, may_call=self._may_call, may_reason=form == "free" or bool(begun))
+        self._parser: PartsParser | None = PartsParser(template, prefix=begun, tools=list(tools))
+        self._undecided = "" if form == "either" and self._may_call and self._layout is not None else None
+        """The answer as long as it may be calls or text; None: that is clear, or nobody asks."""
+        self._has_implicit = template.implicit is not None
+        """Text needs no marks."""
+        self._is_last = self._has_implicit and not self._may_call
+        """No other part comes behind text."""
+        self._anchors = chat_format.assistant
+        self._loose: list[str] = []
+        """Text in no part, where a template has a part for each."""
         self._calls: list[Call] = []
         self._reader: CallsReader | None = None
+        self._raw: list[str] = []
+        """A call that comes as a whole, as far as it is written."""
         self._spaced = chat_format.space_before_text
         self.is_reasoning = False
         """The prompt has opened a reasoning that the answer goes on with."""
@@ -108,19 +112,26 @@ class ReplyParser:
         self._reset()
         for event in self._parser.initial_events:  # what the template has written is no part of the answer
             self._take(event)
-            if event["field"] in _REASONING:
+            if event["field"] in REASONING_FIELDS:
                 self.is_reasoning = event["type"] != "region_close"
         self._reset()
         self._of_prompt = self._parser.pending
 
     def _reset(self) -> None:
         self._text, self._reasoning = _Part(), _Part()
-        self._has_others, self._in_text = self.is_reasoning or self._spaced, not self.is_reasoning
+        self._loose = []
+        self._has_others, self._in_text = self.is_reasoning, not self.is_reasoning
 
     def feed(self, text: str) -> list[ReplyDelta]:
         """What more text adds to the parts. `text` is the answer's own, special tokens included."""
-        if self._unread is not None:
-            self._unread.append(text)
+        if self._undecided is not None and self._layout is not None:
+            self._undecided += text
+            first, marks = self._undecided.lstrip(), (self._layout.before, self._layout.begin)
+            if not first or any(mark.startswith(first) and mark != first for mark in marks):
+                return []
+            text, self._undecided = self._undecided, None
+            if not any(first.startswith(mark) for mark in marks if mark or not any(marks)):
+                self._parser = None
         if self._parser is None:
             return self._add_text(text)
         try:
@@ -132,15 +143,17 @@ class ReplyParser:
 
     def finish(self) -> tuple[Reply, list[ReplyDelta]]:
         """The whole answer, and what its end added."""
-        deltas: list[ReplyDelta] = []
+        undecided, self._undecided = self._undecided, None
+        deltas = self.feed(undecided) if undecided else []
         if self._parser is not None:
             try:
-                deltas = [delta for event in self._parser.finalize()[1] for delta in self._take(event)]
+                deltas += [delta for event in self._parser.finalize()[1] for delta in self._take(event)]
             except Exception:
                 logger.exception("the end of an answer could not be taken apart")
-        self._close_reader()
-        if self._unread and not (self._text.text or self._reasoning.text or self._calls):
-            deltas += self._add_text("".join(self._unread))
+        if self._reader is not None:
+            self._reader.close()
+        if not (self._text.text or self._calls) and (loose := self._loose_text()):
+            deltas += self._add_text(loose)
         if self._in_text and (rest := self._text.end()):
             deltas.append(ReplyDelta("text", rest))
         results = [call.result() for call in self._calls]
@@ -151,77 +164,110 @@ class ReplyParser:
             tuple(call for call in results if isinstance(call, InvalidToolCall)),
         ), deltas
 
+    def _loose_text(self) -> str:
+        """What is in no part, but for what stands between parts."""
+        loose = "".join(self._loose)
+        for anchor in self._anchors:
+            loose = loose.replace(anchor, "")
+        return loose if loose.strip() else ""
+
     def _take(self, event: dict[str, Any]) -> list[ReplyDelta]:
         field, kind = event["field"], event["type"]
-        if field in (*_REASONING, "tool_calls", "rest"):
-            self._has_others, self._in_text = True, False
-        if field == "rest":
-            return []
         if field == "tool_calls":
-            return self._take_call(event) if self._layout is None else self._read_calls(event)
+            return self._take_call(event)
+        if field == "calls_end":  # of calls that were none it is text as well
+            return self._no_call(event) if kind == "region_close" and not self._calls else []
+        if field in REASONING_FIELDS:
+            self._begin_other()
         if kind != "region_chunk":
             return []
         text = event["text"].removeprefix(self._of_prompt)
         self._of_prompt = ""
-        if field not in _REASONING:
+        if field is None:
+            self._loose.append(text)
+            return []
+        if field not in REASONING_FIELDS:
             return self._add_text(text)
         added = self._reasoning.feed(text)
         return [ReplyDelta("reasoning", added)] if added else []
 
+    def _begin_other(self) -> None:
+        """A part that is not the text begins, or goes on."""
+        self._has_others, self._in_text = True, False
+
     def _add_text(self, text: str) -> list[ReplyDelta]:
+        if self._spaced and text:
+            text, self._spaced = text.removeprefix(" "), False
         added = self._text.feed(text, after_other=self._has_others)
+        if self._is_last:
+            added += self._text.end()
         self._in_text |= bool(added)
         return [ReplyDelta("text", added)] if added else []
 
-    def _read_calls(self, event: dict[str, Any]) -> list[ReplyDelta]:
-        """Calls whose layout we know are read as they come."""
-        if event["type"] == "region_open" and self._layout is not None:
-            self._reader = CallsReader(self._layout, self._calls)
-        elif event["type"] == "region_close":
-            self._close_reader()
-        elif self._reader is not None:
-            deltas = self._reader.feed(event["text"])
-            return [d for delta in deltas for d in ([delta] if delta.kind != "text" else self._add_text(delta.text))]
+    def _take_call(self, event: dict[str, Any]) -> list[ReplyDelta]:
+        if not self._may_call:
+            return self._no_call(event) if event["type"] == "region_close" else []
+        return self._take_whole_calls(event) if self._layout is None else self._read_calls(event, self._layout)
+
+    def _no_call(self, event: dict[str, Any]) -> list[ReplyDelta]:
+        """What looked like a call is text; in front of all text, as what is in no part."""
+        if self._has_implicit or self._text.text:
+            return self._add_text(event["written"])
+        self._loose.append(event["written"])
         return []
 
-    def _close_reader(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
+    def _read_calls(self, event: dict[str, Any], layout: CallLayout) -> list[ReplyDelta]:
+        """Calls whose layout we know are read as they come."""
+        if event["type"] == "region_open":
+            self._reader = CallsReader(layout, self._calls)
+        reader = self._reader
+        if reader is None:
+            return []
+        if event["type"] == "region_close":
             self._reader = None
+            return [] if reader.close() else self._no_call(event)
+        deltas: list[ReplyDelta] = []
+        for delta in reader.feed(event.get("text", "")):
+            if delta.kind == "text":
+                deltas += self._add_text(delta.text)
+            else:
+                self._begin_other()
+                deltas.append(delta)
+        return deltas
 
-    def _take_call(self, event: dict[str, Any]) -> list[ReplyDelta]:
+    def _take_whole_calls(self, event: dict[str, Any]) -> list[ReplyDelta]:
         """Calls that transformers parses come as a whole, and may be several."""
         if event["type"] == "region_open":
-            self._calls.append(Call(len(self._calls)))
+            self._raw = []
             return []
-        call = self._calls[-1]
         if event["type"] == "region_chunk":
-            call.raw.append(event["text"])
+            self._raw.append(event["text"])
             return []
-        call.error = event.get("error")
-        if call.error is not None:
-            return []
-        first, *others = event["value"] if isinstance(event["value"], list) and event["value"] else [event["value"]]
-        deltas = _read_value(call, first)
-        for value in others:
-            self._calls.append(Call(len(self._calls)))
-            self._calls[-1].raw = call.raw
-            deltas += _read_value(self._calls[-1], value)
+        value = event.get("value")
+        values = value if isinstance(value, list) and value else [value]
+        if all(_function(one) is None for one in values):
+            return self._no_call(event)
+        self._begin_other()
+        deltas: list[ReplyDelta] = []
+        for one in values:
+            call = Call(len(self._calls))
+            call.raw = self._raw
+            self._calls.append(call)
+            deltas += _read_value(call, _function(one))
         return deltas
 
 
-def _read_value(call: Call, value: object) -> list[ReplyDelta]:
-    """A call as a response template gives it."""
+def _function(value: object) -> dict[str, Any] | None:
+    """The function that a call names, as a response template gives it."""
     function = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
+    return function if isinstance(function, dict) and is_named else None
+
+
+def _read_value(call: Call, function: dict[str, Any] | None) -> list[ReplyDelta]:
+    if function is None:
         call.error = "no 'name' in the call"
         return []
     arguments = function.get("arguments", {})
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return call.named(function["name"]) + call.argue(written)
-
-
-def _begun(chat_format: ChatFormat, prompt: str) -> str:
-    """The prompt, or nothing of it if no answer begins there: the parser would take all of it for the answer's."""
-    known = chat_format.own_template is not None or any(mark in prompt for mark in chat_format.assistant)
-    return prompt if known else ""

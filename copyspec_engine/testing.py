@@ -78,7 +78,7 @@ class ByteTokenizer:
         return [_START, *self.encode(f"{role}\n{content}"), _END, *self.encode("\n")]
 
     def chat_format(self) -> ChatFormat:
-        return find_chat_format("<tool_call>")
+        return find_chat_format("<think> <tool_call>")
 
     def text_stream(self, stop: Seq[str], *, skip_special_tokens: bool = True) -> TextStream:
         markers = dict.fromkeys(_MARKERS, "") if skip_special_tokens else _MARKERS

@@ -65,6 +65,7 @@ LEVELS = {
         "model_facts",
         "provenance",
         "replies",
+        "reply_template",
         "tokenizer",
         "vocabulary",
         "draft_model",
@@ -85,7 +86,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "float32_head",
     "forced",
     "model_runner",
-    "replies",
+    "reply_template",
     "stateful_runner",
     "tokenizer",
 }

@@ -129,8 +129,13 @@ FAMILIES: dict[str, Family] = {
         MISTRAL,
         [
             Answer(f"Hm.[TOOL_CALLS]add[ARGS]{ADD_JSON}[TOOL_CALLS]now[ARGS]{{}}", TWO, "Hm."),
-            Answer(f"[THINK]so[/THINK][TOOL_CALLS]add[ARGS]{ADD_JSON}", ONE, reasoning="so", is_kept=False),
+            Answer("[THINK]so[/THINK] is text", text="[THINK]so[/THINK] is text"),
         ],
+        "mistral-v13",
+    ),
+    "magistral": Family(
+        MISTRAL,
+        [Answer(f"[THINK]so[/THINK][TOOL_CALLS]add[ARGS]{ADD_JSON}", ONE, reasoning="so")],
         "mistral-v13",
     ),
     "gemma3": Family("<end_of_turn> <bos> <start_of_turn>", [Answer("Fine.", text="Fine.")], "gemma"),
@@ -314,6 +319,55 @@ def test_arguments_stream_while_they_are_written() -> None:
         assert sum(delta.index == 0 for delta in deltas) > len(ADD_JSON) / 2, name
 
 
+@case
+@pytest.mark.parametrize("cut", [None, 1, 3])
+def test_without_tools_what_calls_are_marked_with_is_text(name: str, answer: Answer, cut: int | None) -> None:
+    reply, deltas = parse(ReplyParser(tokenizer_of(name).chat_format(), rendered(name, [USER])), answer.written, cut)
+    assert (reply.tool_calls, reply.invalid_tool_calls, reply.reasoning) == ((), (), answer.reasoning)
+    assert joined(deltas) == (reply.text, reply.reasoning, [])
+    assert all(function in reply.text for function, _ in answer.calls)
+    if not answer.reasoning and tokenizer_of(name).chat_format().parts is None:
+        assert reply.text == answer.written.removeprefix(" " if name == "mistral" else "")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("cut", [None, 1, 3])
+def test_texts_may_speak_of_a_familys_marks(name: str, cut: int | None) -> None:
+    chat_format = tokenizer_of(name).chat_format()
+    if chat_format.parts is not None and "content" not in chat_format.parts:
+        pytest.skip("every part has marks of its own")
+    layout = chat_format.calls
+    marks = () if layout is None else (layout.begin, layout.end, layout.after, layout.before)
+    text = "They are " + ", ".join(filter(None, (*marks, *(chat_format.reasoning or ()), "<think>"))) + " and so on."
+    reply, deltas = parse(ReplyParser(chat_format, rendered(name, [USER]), TOOLS), text, cut)
+    assert reply == Reply(text)
+    assert joined(deltas) == (text, "", [])
+
+
+@pytest.mark.parametrize("cut", [None, 1, 3])
+def test_text_behind_calls_is_kept(cut: int | None) -> None:
+    written = f"<｜tool▁calls▁begin｜>{V3_ADD}\n<｜tool▁calls▁end｜>\nSo <｜tool▁calls▁end｜>."
+    reply, _ = parse(ReplyParser(tokenizer_of("deepseek_v3").chat_format(), "", TOOLS), written, cut)
+    assert (reply.text, len(reply.tool_calls)) == ("So <｜tool▁calls▁end｜>.", 1)
+    written = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f, and <｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    reply, _ = parse(ReplyParser(tokenizer_of("deepseek_v3").chat_format(), "", TOOLS), written, cut)
+    assert reply == Reply(written)
+
+
+def test_text_in_no_part_is_kept_where_every_part_has_marks() -> None:
+    gpt_oss = tokenizer_of("gpt_oss").chat_format()
+    analysis = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    assert parse(ReplyParser(gpt_oss), f"{analysis}Fine.")[0] == Reply("Fine.", "hm")
+    assert parse(ReplyParser(gpt_oss), analysis)[0] == Reply("", "hm")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_reasons_if_its_template_says_how(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    written = any(answer.reasoning for answer in FAMILIES[name].answers)
+    assert tokenizer.chat_format().reasons == (written or name == "deepseek_v31")
+
+
 # ---- grammars --------------------------------------------------------------------------------------------------------
 
 PRESCRIBED = [name for name in FAMILIES if tokenizer_of(name).chat_format().calls is not None]
@@ -438,7 +492,8 @@ def test_gemmas_values_are_read_and_prescribed(seed: int) -> None:
     arguments |= {key: value for key, value in more.items() if rng.random() < 0.6}
     assert gemma_allows(arguments)
     for cut in (None, 1, 2):
-        reply, deltas = parse(ReplyParser(tokenizer_of("gemma4").chat_format()), gemma_call(arguments), cut)
+        parser = ReplyParser(tokenizer_of("gemma4").chat_format(), "", TOOLS)
+        reply, deltas = parse(parser, gemma_call(arguments), cut)
         assert [call.arguments for call in reply.tool_calls] == [arguments]
         assert json.loads(joined(deltas)[2][0][2]) == arguments
     wrong = [{"kind": "dog"}, {"text": 1}, {"list": [True]}, {"flag": "x"}, {"tree": {"x": "1"}}, {"other": 1}]
@@ -493,7 +548,6 @@ JSON_CALLS = {
         (JSON_CALLS, '["f"]'),
         (JSON_CALLS, "[" * 20_000),
         (JSON_CALLS, '{"name": 3, "arguments": {}}'),
-        (JSON_CALLS, '{"name": "f", "arguments": [1]}'),
         (JSON_CALLS | {"transform": "{nothing}"}, "{}"),
         (JSON_CALLS | {"transform_each": True}, "{}"),
         (JSON_CALLS | {"transform_each": True}, "[1]"),
@@ -504,18 +558,33 @@ JSON_CALLS = {
         (JSON_CALLS | {"content": "float", "transform": None}, "x"),
     ],
 )
-def test_a_templates_own_parser_may_fail_at_a_call_and_nowhere_else(
+def test_a_templates_own_parser_may_fail_at_a_call_which_is_text_then(
     field: dict[str, Any], body: str, cut: int | None
 ) -> None:
     field = {key: value for key, value in field.items() if value is not None}
     good = "<call>" + json.dumps({"name": "g", "arguments": {"a": 1}}) + "</call>"
     parser = ReplyParser(own({"tool_calls": field}), "<|im_start|>assistant\n", TOOLS)
     reply, deltas = parse(parser, f"before <call>{body}</call> behind{good if field == JSON_CALLS else ''}", cut)
-    assert reply.text == joined(deltas)[0] == "before  behind"
-    (invalid,) = reply.invalid_tool_calls
-    assert invalid.arguments == body
-    assert invalid.error
+    assert reply.text == joined(deltas)[0] == f"before <call>{body}</call> behind"
+    assert reply.invalid_tool_calls == ()
     assert [call.arguments for call in reply.tool_calls] == ([{"a": 1}] if field == JSON_CALLS else [])
+
+
+@pytest.mark.parametrize("cut", [None, 1, 2])
+def test_a_call_of_a_templates_own_parser_has_a_name_or_is_text(cut: int | None) -> None:
+    text = 'before <call>{"name": "f", "arguments": [1]}</call> behind'
+    (invalid,) = parse(ReplyParser(own({"tool_calls": JSON_CALLS}), "", TOOLS), text, cut)[0].invalid_tool_calls
+    assert (invalid.name, invalid.arguments) == ("f", '{"name": "f", "arguments": [1]}')
+    assert "no JSON object" in invalid.error
+    assert parse(ReplyParser(own({"tool_calls": JSON_CALLS})), text, cut)[0] == Reply(text)
+    several = JSON_CALLS | {
+        "transform_each": True,
+        "transform": {"function": {"name": "{name}", "arguments": "{arguments}"}},
+    }
+    text = '<call>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"a": 1}}]</call>'
+    reply, deltas = parse(ReplyParser(own({"tool_calls": several}), "", TOOLS), text, cut)
+    assert [call.name for call in reply.tool_calls] == ["f", "g"]
+    assert reply.text == joined(deltas)[0] == ""
 
 
 def test_a_required_part_that_is_missing_costs_no_other() -> None:

@@ -19,8 +19,6 @@ class Call:
     request: GenerationRequest
     max_retries: int
     include_segments: bool
-    may_call: bool = True
-    """False: what reads as a call of a tool is none that can be carried out."""
 
 
 def _check(call: Call, chunk: StreamChunk) -> StreamChunk:

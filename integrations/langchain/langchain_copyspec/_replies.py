@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -19,7 +18,6 @@ from langchain_core.utils.json import parse_partial_json
 from copyspec_engine import (
     Engine,
     GenerationOutput,
-    InvalidToolCall,
     Reply,
     ReplyDelta,
     Segment,
@@ -62,7 +60,7 @@ class ReplyWriter:
         output = last.output
         assert output is not None, "the last chunk has the whole answer"
         assert output.reply is not None, "every request asks for the parts"
-        reply = self._allowed(output.reply)
+        reply = output.reply
         segments = output.segments if self._call.include_segments else ()
         metadata = {"model_provider": PROVIDER, **self._metadata(output, segments), **self._logprobs(output.logprobs)}
         calls = [{"name": call.name, "args": call.arguments, "id": call.id} for call in reply.tool_calls]
@@ -79,16 +77,6 @@ class ReplyWriter:
             response_metadata={**metadata, "output_version": "v1"} if self._blocks else metadata,
         )
 
-    def _allowed(self, reply: Reply) -> Reply:
-        """The answer, whose calls are invalid where none was to be made: text may look like one."""
-        if self._call.may_call:
-            return reply
-        error = "a call of no tool that was offered: tool_choice is 'none'"
-        refused = tuple(
-            InvalidToolCall(call.id, call.name, json.dumps(call.arguments), error) for call in reply.tool_calls
-        )
-        return replace(reply, tool_calls=(), invalid_tool_calls=refused + reply.invalid_tool_calls)
-
     # A stream
 
     def chunks(self, chunk: StreamChunk) -> list[AIMessageChunk]:
@@ -101,7 +89,7 @@ class ReplyWriter:
         for delta in deltas:
             self._note(delta)
         if chunk.output is not None and chunk.output.reply is not None:
-            deltas += self._corrections(self._allowed(chunk.output.reply))
+            deltas += self._corrections(chunk.output.reply)
         made = [self._piece(delta) for delta in deltas]
         if chunk.output is not None:
             made.append(self._chunk([] if self._blocks else "", {}))

@@ -205,7 +205,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
             tools: functions, classes, tools or schemas.
             tool_choice: "auto" (the default): the model decides; "any", "required" or True: it calls at least one;
                 a tool's name, or OpenAI's or Anthropic's dict with it: it calls that one; "none" or False: it is told
-                of none, and what it calls nevertheless is an invalid call. A call that is asked for needs the extra
+                of none, and what it writes like a call is text. A call that is asked for needs the extra
                 "grammar".
             parallel_tool_calls: False: at most one call in an answer; needs the extra "grammar".
             strict: True: arguments fit their schemas in every detail, or the call raises; needs the extra "grammar".
@@ -406,4 +406,4 @@ class _Asked:
             session_id=self.options.session_id,
             **self.options.request_options(),
         )
-        return Call(request, self.options.max_retries, self.options.include_segments, self.tools.tool_choice != "none")
+        return Call(request, self.options.max_retries, self.options.include_segments)

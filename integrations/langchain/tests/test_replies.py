@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 
 from copyspec_engine import Engine
+from copyspec_engine.chat_format import find_chat_format
+from copyspec_engine.testing import ByteTokenizer
 from langchain_copyspec import ChatCopySpec
 from langchain_copyspec._replies import _ending, _reads_as_object
 
@@ -18,6 +21,9 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "x}"}}\n</tool_c
 NO_ARGUMENTS = '<tool_call>{"name": "now"}</tool_call>'
 ANSWER = f"<think>hm, so</think>Let me see.\n{CALL}\n{NO_ARGUMENTS}"
 ARGS = {"a": 1, "b": "x}"}
+TOOLS = [{"type": "function", "function": {"name": name, "description": name}} for name in ("add", "now")]
+OFFERED: dict[str, Any] = {"tools": TOOLS, "strict": False}
+"""Tools that are called as the model likes."""
 
 
 def joined(chunks: list[Any]) -> AIMessageChunk:
@@ -43,7 +49,7 @@ async def everyhow(llm: ChatCopySpec, **options: Any) -> list[AIMessage]:
 @pytest.mark.parametrize("drafter", ["adaptive", "none"])
 async def test_an_answer_comes_apart_on_every_path(make_engine: MakeEngine, drafter: str) -> None:
     llm = ChatCopySpec(engine=make_engine(lambda prompt: ANSWER), drafter=drafter)
-    for answer in await everyhow(llm):
+    for answer in await everyhow(llm, **OFFERED):
         assert answer.text == answer.content == "Let me see."
         assert answer.additional_kwargs == {"reasoning_content": "hm, so"}
         assert [(call["name"], call["args"]) for call in answer.tool_calls] == [("add", ARGS), ("now", {})]
@@ -55,7 +61,7 @@ async def test_an_answer_comes_apart_on_every_path(make_engine: MakeEngine, draf
 @pytest.mark.parametrize("drafter", ["adaptive", "none"])
 async def test_version_1_gives_content_blocks_on_every_path(make_engine: MakeEngine, drafter: str) -> None:
     llm = ChatCopySpec(engine=make_engine(lambda prompt: ANSWER), drafter=drafter, output_version="v1")
-    for answer in await everyhow(llm):
+    for answer in await everyhow(llm, **OFFERED):
         assert answer.text == "Let me see."
         blocks: list[Any] = [
             {key: value for key, value in block.items() if key not in ("id", "index")}
@@ -74,7 +80,7 @@ async def test_version_1_gives_content_blocks_on_every_path(make_engine: MakeEng
 
 def test_arguments_stream_in_pieces(make_engine: MakeEngine) -> None:
     llm = ChatCopySpec(engine=make_engine(lambda prompt: ANSWER), drafter="none")
-    pieces = [piece for chunk in llm.stream("go") for piece in chunk.tool_call_chunks if piece["index"] == 0]
+    pieces = [piece for chunk in llm.stream("go", **OFFERED) for piece in chunk.tool_call_chunks if piece["index"] == 0]
     assert len(pieces) > 5
     assert "".join(piece["args"] or "" for piece in pieces) == '{"a": 1, "b": "x}"}'
     assert [(piece["name"], piece["id"] is None) for piece in pieces[:2]] == [("add", False), (None, True)]
@@ -82,27 +88,26 @@ def test_arguments_stream_in_pieces(make_engine: MakeEngine) -> None:
 
 @pytest.mark.parametrize("version", [None, "v1"])
 @pytest.mark.parametrize(
-    ("written", "name"),
+    "written",
     [
-        (CALL[:-20], "add"),
-        (CALL[: CALL.index("x}") + 1], "add"),
-        (CALL[: CALL.index('"b"')], "add"),
-        (CALL.removesuffix("}\n</tool_call>"), "add"),
-        ('<tool_call>{"name": "add", "argu', "add"),
-        ("<tool_call>add(1)</tool_call>", None),
-        ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', "add"),
+        CALL[:-20],
+        CALL[: CALL.index("x}") + 1],
+        CALL[: CALL.index('"b"')],
+        CALL.removesuffix("}\n</tool_call>"),
+        '<tool_call>{"name": "add", "argu',
+        '<tool_call>{"name": "add", "arguments": [1]}</tool_call>',
     ],
 )
 async def test_a_call_that_is_cut_off_or_malformed_is_never_a_valid_one(
-    make_engine: MakeEngine, written: str, name: str | None, version: str | None
+    make_engine: MakeEngine, written: str, version: str | None
 ) -> None:
     llm = ChatCopySpec(engine=make_engine(lambda prompt: f"so: {written}"), output_version=version)
-    for answer in await everyhow(llm):
+    for answer in await everyhow(llm, **OFFERED):
         assert answer.tool_calls == []
         (call,) = answer.invalid_tool_calls
-        assert call["name"] == name
+        assert call["name"] == "add"
         assert answer.text == "so:"
-        again = llm.invoke([HumanMessage("go"), answer, HumanMessage("again")])
+        again = llm.invoke([HumanMessage("go"), answer, HumanMessage("again")], **OFFERED)
         assert again.text == "so:"
 
 
@@ -134,7 +139,7 @@ async def test_malformed_calls_spoil_no_good_ones_nor_pass_for_them(
     make_engine: MakeEngine, written: str, valid: list[str], version: str | None
 ) -> None:
     llm = ChatCopySpec(engine=make_engine(lambda prompt: written), output_version=version)
-    answers = await everyhow(llm)
+    answers = await everyhow(llm, **OFFERED)
     for answer in answers:
         assert sorted(call["name"] for call in answer.tool_calls) == sorted(valid)
         assert all(call["args"] in (ARGS, {}, {"a": 1}) for call in answer.tool_calls)
@@ -153,7 +158,7 @@ def test_an_ending_makes_any_arguments_malformed(text: str) -> None:
 @pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
 async def test_event_streams_have_a_block_for_each_part(make_engine: MakeEngine, version: str | None) -> None:
     llm = ChatCopySpec(engine=make_engine(lambda prompt: ANSWER), output_version=version)
-    stream = llm.stream_events("go", version="v3")
+    stream = llm.stream_events("go", version="v3", **OFFERED)
     events = list(stream)
     finished = [event["content"]["type"] for event in events if event["event"] == "content-block-finish"]
     assert finished == ["reasoning", "text", "tool_call", "tool_call"]
@@ -161,7 +166,7 @@ async def test_event_streams_have_a_block_for_each_part(make_engine: MakeEngine,
     assert message.text == "Let me see."
     assert [(call["name"], call["args"]) for call in message.tool_calls] == [("add", ARGS), ("now", {})]
     assert message.usage_metadata is not None
-    astream = await llm.astream_events("go", version="v3")
+    astream = await llm.astream_events("go", version="v3", **OFFERED)
     assert (await astream.output).tool_calls[0]["args"] == ARGS
 
 
@@ -183,7 +188,7 @@ def test_a_tool_loop_keeps_its_turns_apart(make_engine: MakeEngine) -> None:
         seen.append(prompt)
         return CALL if len(seen) == 1 else "It is 3."
 
-    llm = ChatCopySpec(engine=make_engine(reply))
+    llm = ChatCopySpec(engine=make_engine(reply)).bind(**OFFERED)
     question = HumanMessage("1 + 2?")
     call = llm.invoke([question])
     result = ToolMessage("3", tool_call_id=call.tool_calls[0]["id"])
@@ -192,3 +197,59 @@ def test_a_tool_loop_keeps_its_turns_apart(make_engine: MakeEngine) -> None:
     assert "<|im_start|>tool\n3<|im_end|>" in seen[1]
     assert answer.usage_metadata is not None
     assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
+
+
+MARKED = [
+    f"Write {CALL} like so.",
+    f"\n {ANSWER.removeprefix('<think>hm, so</think>')}\n",
+    "Wrap <think>thoughts</think> like so. ",
+    GARBAGE,
+]
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+@pytest.mark.parametrize("options", [{}, {"tools": TOOLS, "tool_choice": "none"}])
+@pytest.mark.parametrize("written", MARKED)
+async def test_where_no_tool_was_offered_all_that_is_written_is_text(
+    make_engine: MakeEngine, written: str, options: dict[str, Any], version: str | None
+) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: written), output_version=version)
+    for answer in await everyhow(llm, **options):
+        assert answer.text == written
+        assert answer.tool_calls == answer.invalid_tool_calls == []
+        assert [block["type"] for block in answer.content_blocks] == ["text"]
+        assert ChatCopySpec.explain(answer).text == written
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+async def test_what_has_no_name_is_text_though_tools_were_offered(make_engine: MakeEngine, version: str | None) -> None:
+    written = f"Not {NO_CALL}, but {CALL} calls; `<tool_call>` opens it."
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: written), output_version=version)
+    for answer in await everyhow(llm, **OFFERED):
+        assert answer.text == f"Not {NO_CALL}, but  calls; `<tool_call>` opens it."
+        assert [call["args"] for call in answer.tool_calls] == [ARGS]
+        assert answer.invalid_tool_calls == []
+
+
+def test_marks_inside_of_an_objects_texts_stay(make_engine: MakeEngine) -> None:
+    value = {"thought": "<think>a</think>", "call": CALL}
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: json.dumps(value)), max_tokens=400)
+    schema = {"title": "Note", "type": "object", "properties": {key: {"type": "string"} for key in value}}
+    for method in ("json_schema", "json_mode"):
+        assert llm.with_structured_output(schema, method=method).invoke("go") == value
+    wrapped = llm.bind_tools(TOOLS, response_format=schema).invoke("go")
+    assert json.loads(wrapped.text) == value
+    assert wrapped.tool_calls == []
+
+
+@pytest.mark.parametrize(("template", "reasons"), [("<|im_start|>", False), ("<|im_start|> <think>", True)])
+def test_the_profile_says_of_reasoning_what_is_read_as_such(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, template: str, reasons: bool
+) -> None:
+    monkeypatch.setattr(ByteTokenizer, "chat_format", lambda _: find_chat_format(template))
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: "<think>hm</think>So."))
+    assert llm.profile is not None
+    assert llm.profile["reasoning_output"] is reasons
+    answer = llm.invoke("go")
+    assert answer.text == ("So." if reasons else "<think>hm</think>So.")
+    assert answer.additional_kwargs == ({"reasoning_content": "hm"} if reasons else {})

@@ -87,21 +87,6 @@ def test_with_none_the_prompt_tells_of_no_tool(make_engine: MakeEngine, choice: 
     assert ["Add two numbers" in prompt for prompt in prompts] == [False, True]
 
 
-@pytest.mark.parametrize("version", [None, "v1"])
-def test_with_none_a_call_is_never_a_valid_one(make_engine: MakeEngine, version: Any) -> None:
-    engine = make_engine(lambda prompt: "So: " + call("add", a=1, b=2) + call("now"))
-    llm = ChatCopySpec(engine=engine, max_tokens=200, output_version=version)
-    for tools in ([add, now], []):
-        refusing = llm.bind_tools(tools, tool_choice="none")
-        first, *others = refusing.stream("go")
-        for answer in (refusing.invoke("go"), sum(others, first)):  # type: ignore[arg-type]
-            assert answer.tool_calls == []
-            assert answer.text == "So:"
-            assert [made["name"] for made in answer.invalid_tool_calls] == ["add", "now"]
-    assert "tool_choice is 'none'" in str(refusing.invoke("go").invalid_tool_calls[0]["error"])
-    assert len(llm.invoke("go").tool_calls) == 2
-
-
 @pytest.mark.parametrize("tools", [5, "add", {"name": "add"}])
 def test_tools_that_are_no_list_raise(tools: Any) -> None:
     for use in (lambda: ChatCopySpec().bind_tools(tools), lambda: ChatCopySpec().invoke("go", tools=tools)):

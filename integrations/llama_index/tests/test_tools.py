@@ -71,16 +71,21 @@ async def test_calls_come_with_ids_and_whole_arguments(make_engine: MakeEngine, 
 async def test_a_call_behind_one_that_cannot_be_read_is_made(
     make_engine: MakeEngine, write_call: Any, form: str, no_llguidance: None
 ) -> None:
-    answer = f"<tool_call>garbage</tool_call>\n{write_call('look', lamp='yard')}\n{write_call('look', lamp='hall')}"
+    half = '<tool_call>{"name": "look", "arguments": {</tool_call>'
+    answer = (
+        f"<tool_call>garbage</tool_call>\n{half}\n{write_call('look', lamp='yard')}\n{write_call('look', lamp='hall')}"
+    )
     llm = CopySpec(engine=make_engine(lambda prompt: answer), drafter="none")
     for parallel, lamps in ((True, ["yard", "hall"]), (False, ["yard"])):
         responses = await ask(llm, form, allow_parallel_tool_calls=parallel)
         calls = llm.get_tool_calls_from_response(responses[-1])
         assert [call.tool_kwargs["lamp"] for call in calls] == lamps
-        (invalid,) = responses[-1].raw["copyspec"]["invalid_tool_calls"]
-        assert invalid["arguments"] == "garbage"
+        assert responses[-1].message.content == "<tool_call>garbage</tool_call>"
+        invalid, *others = responses[-1].raw["copyspec"]["invalid_tool_calls"]
+        assert invalid["arguments"] == '{"name": "look", "arguments": {'
+        assert [json.loads(other["arguments"]) for other in others] == ([] if parallel else [{"lamp": "hall"}])
         shown = [block for r in responses for block in r.message.blocks if isinstance(block, ToolCallBlock)]
-        assert {block.tool_call_id for block in shown} == {call.tool_id for call in calls}
+        assert {block.tool_call_id for block in shown} >= {call.tool_id for call in calls}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -95,10 +100,10 @@ async def test_where_no_tool_may_be_called_no_call_is_made(
         assert all(isinstance(block, TextBlock) for block in response.message.blocks)
         assert response.message.additional_kwargs == {}
         assert llm.get_tool_calls_from_response(response, error_on_no_tool_call=False) == []
-    assert responses[-1].message.content == "Well."
-    (invalid,) = responses[-1].raw["copyspec"]["invalid_tool_calls"]
-    assert (invalid["name"], json.loads(invalid["arguments"])) == ("look", {"lamp": "hall"})
-    assert "no tool was offered" in invalid["error"]
+        assert response.raw["copyspec"].get("invalid_tool_calls") is None
+    assert responses[-1].message.content == answer
+    if form.startswith(("stream", "astream")):
+        assert "".join(response.delta for response in responses) == answer
 
 
 @pytest.mark.parametrize("form", FORMS)

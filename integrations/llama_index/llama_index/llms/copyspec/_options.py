@@ -74,15 +74,13 @@ class ToolUse:
     tools: tuple[dict[str, Any], ...]
     """OpenAI-style schemas."""
     choice: str
-    """"auto", "none", "required" or a function's name."""
+    """"auto", "required" or a function's name."""
     parallel: bool
     """Several calls in one answer."""
 
     @property
     def max_calls(self) -> int | None:
         """Most calls in one answer; None: any number."""
-        if self.choice == "none":
-            return 0
         return None if self.parallel else 1
 
     def grammar(self, engine: Engine) -> Grammar | None:
@@ -120,18 +118,14 @@ class Call:
     prompt: str | None = None
     """Raw text to go on with, instead of messages."""
     tool_use: ToolUse | None = None
+    """The tools that the prompt tells of."""
     response_format: Grammar | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.offered is not None and self.prompt is not None:
+        if self.tool_use is not None and self.prompt is not None:
             raise ConfigError("Got tools with a formatted prompt but expected messages: the chat template writes tools")
-        if self.offered is not None and self.response_format is not None:
+        if self.tool_use is not None and self.response_format is not None:
             raise ConfigError("Got response_format with tools but expected one of them: an answer has one form")
-
-    @property
-    def offered(self) -> ToolUse | None:
-        """The tools that the prompt tells of: with the choice "none" it tells of none."""
-        return None if self.tool_use is None or self.tool_use.choice == "none" else self.tool_use
 
     @property
     def max_calls(self) -> int | None:
@@ -144,7 +138,7 @@ class Call:
         Raises:
             ConfigError: no answer can have the form that is asked for.
         """
-        tools = self.offered
+        tools = self.tool_use
         return GenerationRequest(
             messages=self.messages,
             prompt=self.prompt,
@@ -157,7 +151,7 @@ class Call:
 
 
 def take_tools(options: dict[str, Any]) -> tuple[ToolUse | None, dict[str, Any]]:
-    """What a call's options say of tools, and the others.
+    """The tools that a call's options offer, and the other options; with the choice "none" there are none.
 
     Raises:
         ConfigError: an option of tools without tools, something that is no tool, or a choice that is none.
@@ -165,12 +159,10 @@ def take_tools(options: dict[str, Any]) -> tuple[ToolUse | None, dict[str, Any]]
     others = dict(options)
     given, choice, parallel = (others.pop(name, None) for name in _TOOL_OPTIONS)
     tools = () if given is None else to_function_schemas(given)
-    if not tools:
-        if choice not in (None, "auto", "none"):
-            raise ConfigError(f"Got tool_choice={choice!r} without tools: pass tools=, or leave tool_choice out")
-        if choice != "none":
-            return None, others
-    return ToolUse(tools, _choice(choice), parallel is not False), others
+    if not tools and choice not in (None, "auto", "none"):
+        raise ConfigError(f"Got tool_choice={choice!r} without tools: pass tools=, or leave tool_choice out")
+    chosen = _choice(choice)
+    return (ToolUse(tools, chosen, parallel is not False) if tools and chosen != "none" else None), others
 
 
 def _choice(choice: object) -> str:

@@ -222,17 +222,12 @@ class Answer:
         }
 
     def _invalid_calls(self, reply: Reply) -> list[dict[str, Any]]:
-        """Calls that nobody makes, and why: they cannot be read, or there was nothing to call."""
+        """Calls that nobody makes, and why: they cannot be read, or are more than were asked for."""
         invalid = [(call.id, call.name, call.arguments, call.error) for call in reply.invalid_tool_calls]
-        if self._max_calls == 0:
+        if self._max_calls is not None:
             invalid += [
-                (
-                    call.id,
-                    call.name,
-                    json.dumps(call.arguments, ensure_ascii=False),
-                    'no tool was offered: tool_choice="none"',
-                )
-                for call in reply.tool_calls
+                (call.id, call.name, json.dumps(call.arguments, ensure_ascii=False), "one call too many was written")
+                for call in reply.tool_calls[self._max_calls :]
             ]
         return [dict(zip(("id", "name", "arguments", "error"), values, strict=True)) for values in invalid]
 
