@@ -8,9 +8,10 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TorchAoConfig
 
 from copyspec_engine.config import EngineConfig
+from copyspec_engine.config_checks import refuse_impossible
 from copyspec_engine.errors import ModelLoadError, UnsupportedModelError, missing_extra
 from copyspec_engine.tokenizer import ChatTokenizer
 
@@ -19,6 +20,7 @@ __all__ = [
     "load_failure",
     "longest_context",
     "read_model",
+    "refuse_files",
     "refuse_unreadable_tokens",
     "refuse_unsupported",
     "relative_difference",
@@ -34,6 +36,15 @@ _ATTENTION = {"full_attention", "sliding_attention"}
 _STATEFUL = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 """Kinds of layers, as transformers names them, with a state that every token changes for good."""
 _NO_MEMORY = {"moe", "mlp"}
+_OWN_KERNELS = {
+    "_attn_implementation": ("eager", "sdpa"),
+    "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+"""What transformers itself brings along, by the attribute that chooses it."""
+_GGUF_ADVICE = (
+    "models are read from a folder or hub name in transformers' own form: give the model that the GGUF was made from, "
+    "with quantization='int8' if memory is short"
+)
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
@@ -61,12 +72,14 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
     A checkpoint's own `quantization_config` is honoured, whatever package it needs.
 
     Raises:
-        ModelLoadError: weights are missing or have the wrong shape.
+        ModelLoadError: weights are missing or have the wrong shape, or the config.json cannot be true.
         CopySpecError: a package that the options need is not installed.
     """
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    refuse_impossible(config.model, PreTrainedConfig.get_config_dict(path)[0], on_cpu=device.type == "cpu")
     hf_config = AutoConfig.from_pretrained(path, **options)
     refuse_unsupported(config.model, hf_config)
+    _without_foreign_kernels(config.model, hf_config)
     quantized = getattr(hf_config, "quantization_config", None) is not None
     if config.quantization is not None:
         if quantized:
@@ -82,7 +95,11 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
     if "device_map" in options and importlib.util.find_spec("accelerate") is None:
         raise missing_extra("accelerate", "quantization" if quantized else "multi-gpu")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=_resolve_dtype(config.dtype, device, quantized), output_loading_info=True, **options
+        path,
+        config=hf_config,
+        dtype=_resolve_dtype(config.dtype, device, quantized),
+        output_loading_info=True,
+        **options,
     )
     model, report = loaded
     absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
@@ -100,6 +117,44 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
         )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+def _without_foreign_kernels(name: str, hf_config: PreTrainedConfig) -> None:
+    """Take back what a config.json says of attention and experts where that would be code from elsewhere.
+
+    transformers fetches kernels of such a name from a hub. The attention is ours in any case.
+    """
+    for part in (hf_config, *(getattr(hf_config, key, None) for key in hf_config.sub_configs)):
+        for key, known in _OWN_KERNELS.items():
+            wanted = getattr(part, key, None)
+            if wanted is not None and wanted not in known:
+                logger.warning("%s: its config.json asks for %s=%r, which is not used", name, key.strip("_"), wanted)
+                setattr(part, key, None)
+
+
+def refuse_files(name: str, path: str) -> None:
+    """Turn away what is a file, where a folder or a name on the hub is wanted.
+
+    Raises:
+        ModelLoadError: it is a file, or a folder of nothing but GGUF files.
+    """
+    is_folder = os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json"))
+    if path.lower().endswith(".gguf") or _begins_with(path, b"GGUF"):
+        what = "a GGUF file" if os.path.exists(path) else "a GGUF file that is not there"
+    elif is_folder and any(file.lower().endswith(".gguf") for file in os.listdir(path)):
+        what = "a folder of GGUF files"
+    elif os.path.isfile(path):
+        raise ModelLoadError(f"Got model={name!r}, a file, but expected the folder that holds the model's files")
+    else:
+        return
+    raise ModelLoadError(f"Got model={name!r}, {what}, but {_GGUF_ADVICE}")
+
+
+def _begins_with(path: str, magic: bytes) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _int8_weights() -> TorchAoConfig:
@@ -123,8 +178,8 @@ def _resolve_dtype(dtype: str, device: torch.device, quantized: bool) -> torch.d
 
 
 def load_failure(name: str, path: str, error: Exception) -> str:
-    """One line that says what to do about a model that could not be loaded."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What to do about a model that could not be loaded, and all that the error said."""
+    reason = str(error).strip() or type(error).__name__
     looks_local = path.startswith((".", os.path.sep)) or path.count("/") > 1
     if looks_local and not os.path.isdir(path):
         return (
@@ -133,6 +188,8 @@ def load_failure(name: str, path: str, error: Exception) -> str:
         )
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         return f"Got model={name!r} but the folder has no config.json: give the folder that holds the model's files"
+    if not os.path.isdir(path) and "gguf" in name.lower():
+        reason += f". If it holds GGUF files: {_GGUF_ADVICE}"
     where = "the folder" if os.path.isdir(path) else "the hub (is the name right, and is there a network?)"
     return f"Could not load model={name!r} from {where}: {type(error).__name__}: {reason}"
 

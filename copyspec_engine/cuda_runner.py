@@ -123,7 +123,7 @@ class StaticPasses:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits.copy_(self._forward(bucket))
         except Exception as error:
-            self.capture_error = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            self.capture_error = f"{type(error).__name__}: {error}"
             logger.warning("passes run without CUDA graphs, which is slower: %s", self.capture_error)
             torch.cuda.synchronize(self._device)
             return eager

@@ -96,10 +96,11 @@ def _chat_template(folder: Path, tokenizer: dict[str, Any]) -> str | None:
 
 def _longest_context(config: dict[str, Any]) -> int | None:
     """As the engine limits it: long-context RoPE ("longrope") is used up to its original context only."""
-    text = config.get("text_config") or config
+    part = config.get("text_config")
+    text = part if isinstance(part, dict) else config
     limit = text.get("max_position_embeddings")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    if isinstance(rope, dict) and "longrope" in (rope.get("rope_type"), rope.get("type")):
         original = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
-        limit = min((length for length in (limit, original) if length), default=None)
-    return int(limit) if limit else None
+        limit = min((length for length in (limit, original) if isinstance(length, int)), default=None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -33,6 +33,7 @@ from copyspec_engine.checkpoint import (
     load_failure,
     longest_context,
     read_model,
+    refuse_files,
     refuse_unreadable_tokens,
     refuse_unsupported,
     resolve_device,
@@ -50,6 +51,7 @@ from copyspec_engine.float32_head import decide_in_float32
 from copyspec_engine.generation_defaults import GenerationDefaults, read_defaults
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packing import Piece
+from copyspec_engine.peft_adapter import base_of_adapter, merge_adapter, tokenizer_path
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.stateful_runner import StatefulRunner, check_state
@@ -300,10 +302,15 @@ def load_model(config: EngineConfig, on_progress: Progress | None = None) -> Loa
 def _read(config: EngineConfig, on_progress: Progress | None) -> tuple[PreTrainedModel, ChatTokenizer]:
     """A model on its device, and its tokenizer."""
     path, device = _path(config), resolve_device(config)
+    refuse_files(config.model, path)
     with _load_failures(config):
+        base = base_of_adapter(path, config)
         with _loading, _phase("reading the weights", config, on_progress):
-            model = read_model(path, device, config)
-        return model, HFTokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code))
+            model = read_model(base or path, device, config)
+            if base is not None:
+                model = merge_adapter(model, path)
+        words = tokenizer_path(path, base)
+        return model, HFTokenizer(AutoTokenizer.from_pretrained(words, trust_remote_code=config.trust_remote_code))
 
 
 def _path(config: EngineConfig) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from copyspec_engine import ConfigError, CopySpecError, Engine, EngineConfig, ModelLoadError, UnsupportedModelError
 from copyspec_engine.attention import KVBatch, KVRow, KVStore
-from copyspec_engine.checkpoint import read_model
+from copyspec_engine.checkpoint import load_failure, read_model
+from copyspec_engine.config_checks import refuse_impossible
 from copyspec_engine.model_runner import load_model
 from copyspec_engine.tokenizer import HFTokenizer
 from tests.architectures import build_model
@@ -125,3 +128,143 @@ def test_an_image_is_refused_rather_than_overlooked(folder: str) -> None:
     with pytest.raises(UnsupportedModelError, match="part of type 'image_url' but only text"):
         HFTokenizer(tokenizer).render(messages, None)
     assert HFTokenizer(tokenizer).render([{"role": "user", "content": "hello"}], None)
+
+
+# ---- what is no checkpoint, or not a whole one -----------------------------------------------------------------------
+
+
+def change_config(folder: str, **values: object) -> None:
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"num_hidden_layers": 10**7}, "Got num_hidden_layers=10000000 in the config.json .* number from 1 to 10,000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings=-1"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings=1000000000000"),
+        ({"hidden_size": "48"}, "hidden_size='48'"),
+        ({"hidden_size": 48.5}, "hidden_size=48.5"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 .* expected a divisor of num_attention_heads=4"),
+        ({"vocab_size": -258}, "vocab_size=-258"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"intermediate_size": 0}, "intermediate_size=0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters.rope_theta=nan"),
+        ({"text_config": {"num_hidden_layers": -2}}, "text_config.num_hidden_layers=-2"),
+        ({"hidden_size": 10**6, "intermediate_size": 10**7, "num_hidden_layers": 10**4}, r"GiB at least, and this"),
+    ],
+)
+def test_a_config_that_cannot_be_true_is_refused_by_name(folder: str, values: dict[str, Any], says: str) -> None:
+    change_config(folder, **values)
+    with pytest.raises(ModelLoadError, match=says):
+        load_model(EngineConfig(model=folder))
+
+
+def test_configs_of_real_models_are_believed() -> None:
+    refuse_impossible("a", {"hidden_size": 16384, "num_hidden_layers": 126, "num_attention_heads": 128})
+    refuse_impossible("b", {"max_position_embeddings": 10_485_760, "num_key_value_heads": [4, 8], "sliding_window": 0})
+    refuse_impossible("c", {"time_step_limit": [0.0, float("inf")], "num_attention_heads": None, "text_config": None})
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_cannot_have_kernels_fetched_from_elsewhere(
+    folder: str, key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers.integrations.hub_kernels as hub_kernels
+
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel was asked for")
+
+    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", fetch)
+    change_config(folder, **{key: "kernels-community/flash-attn"})
+    model = read_model(folder, CPU, EngineConfig(model=folder))
+    assert model.config._attn_implementation in ("eager", "sdpa")
+    assert "asks for attn_implementation='kernels-community/flash-attn', which is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("m.gguf", b"GGUF" + bytes(64), "m.gguf', a GGUF file, but models are read from a folder"),
+        ("M.GGUF", b"", "M.GGUF', a GGUF file, but"),
+        ("model.bin", b"GGUF" + bytes(64), "model.bin', a GGUF file, but"),
+        ("no.gguf", None, "no.gguf', a GGUF file that is not there, but"),
+        ("model.safetensors", b"x", "model.safetensors', a file, but expected the folder"),
+    ],
+)
+def test_a_file_instead_of_a_folder_is_named(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelLoadError, match=says):
+        Engine(EngineConfig(model=str(tmp_path / name)))
+
+
+def test_a_folder_of_gguf_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelLoadError, match="a folder of GGUF files, but"):
+        Engine(EngineConfig(model=str(tmp_path)))
+    assert "GGUF" in load_failure("someone/Model-7B-GGUF", "someone/Model-7B-GGUF", OSError("no config.json"))
+
+
+def test_an_error_is_told_to_its_last_line(tmp_path: Path) -> None:
+    said = load_failure("a/b", "a/b", ValueError("the config is broken:\n  field hidden_size\n  expected int"))
+    assert "field hidden_size" in said
+    assert "expected int" in said
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(folder: str, tmp_path: Path) -> str:
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": folder}))
+    return str(path)
+
+
+def test_an_adapter_is_refused_without_peft(adapter: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    for path in (adapter, folder):
+        (Path(path) / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+        with pytest.raises(ModelLoadError, match=r"a PEFT adapter .* peft is not installed\. .* \"copyspec\[peft\]\""):
+            load_model(EngineConfig(model=path))
+
+
+def test_an_adapter_that_cannot_be_used_is_refused(adapter: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
+    with pytest.raises(ModelLoadError, match=r"a PEFT adapter .* with quantization='int8'"):
+        load_model(EngineConfig(model=adapter, quantization="int8"))
+    for path, says in (
+        (folder, "with the weights of a whole model beside it"),
+        (adapter, "whose base_model_name_or_path is None"),
+    ):
+        (Path(path) / "adapter_config.json").write_text("{}")
+        with pytest.raises(ModelLoadError, match=f"a PEFT adapter .* {says}"):
+            load_model(EngineConfig(model=path))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_served_as_peft_computes_it(folder: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base: Any = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        expected, plain = adapted(ids).logits, build_model("llama")(ids).logits
+    assert (expected - plain).abs().max() > 0.01
+    path = str(tmp_path / "lora")
+    with Engine(EngineConfig(model=path, step_cost=STEP_COST)) as engine:
+        assert run(engine, PROMPT, "none").token_ids == run(engine, PROMPT, "adaptive").token_ids
+        own = adapted.generate(ids, max_new_tokens=30, do_sample=False)[0, len(PROMPT) :].tolist()
+        assert list(run(engine, PROMPT, "none").token_ids)[:30] == own

@@ -91,7 +91,7 @@ def _from_datasets(source: Hub, name: str) -> Iterator[tuple[str, Mapping[str, A
             split = source.split if source.split in found else next(iter(found))
             found = found[split]
     except Exception as error:  # of the network, of the file formats, of the library
-        problem = " ".join(str(error).split())[:200]
+        problem = " ".join(str(error).split())
         raise ConfigError(
             f"Cannot load {_WHAT} {name} with datasets: {problem}. Name a JSON Lines file, or {SAMPLE!r} for the few "
             "tasks that come along"
