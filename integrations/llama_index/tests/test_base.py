@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -344,6 +344,57 @@ async def test_a_react_agent_calls_a_tool_through_text(make_engine: MakeEngine) 
 
 
 # Raw text
+
+
+def written(messages: Sequence[ChatMessage]) -> str:
+    return "".join(f"[{message.role.value}] {message.content}\n" for message in messages) + "[assistant]"
+
+
+async def test_messages_to_prompt_writes_the_prompts_of_chats(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: prompt), messages_to_prompt=written)
+    for responses in (await everyhow(llm, "hi")).values():
+        assert text_of(responses[-1]) == "[user] hi\n[assistant]"
+        assert responses[-1].raw["usage"]["prompt_tokens"] == llm.count_tokens([ChatMessage("hi")])
+    assert llm.complete("hi", formatted=True).text == "hi"
+    chat = [ChatMessage(role="system", content="s"), ChatMessage("hi")]
+    assert (await llm.achat(chat)).message.content == written(chat)
+    assert "".join(str(part.delta) for part in llm.stream_chat(chat)) == written(chat)
+
+
+async def test_completion_to_prompt_writes_the_prompts_of_completions(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: prompt), completion_to_prompt=lambda prompt: f"<{prompt}>")
+    for name, responses in (await everyhow(llm, "hi")).items():
+        assert (text_of(responses[-1]) == "<hi>") == ("complete" in name)
+    assert llm.complete("hi", formatted=True).text == "hi"
+    assert llm.count_tokens("hi") == 4
+    assert llm.count_tokens("hi", formatted=True) == 2
+    assert llm.count_tokens([ChatMessage("hi")]) == CopySpec(engine=llm.engine).count_tokens([ChatMessage("hi")])
+
+
+def test_a_model_whose_prompts_a_function_writes_takes_no_tools(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: prompt), messages_to_prompt=written)
+    assert not llm.metadata.is_function_calling_model
+    add = FunctionTool.from_defaults(lambda a, b: a + b, name="add", description="adds two numbers")
+    with pytest.raises(ConfigError, match="neither messages_to_prompt nor completion_to_prompt"):
+        llm.chat_with_tools([add], "1 + 2?")
+
+
+async def test_objects_are_written_behind_a_prompt_of_ones_own(make_engine: MakeEngine) -> None:
+    class Sum(BaseModel):
+        total: int
+
+    prompts: list[str] = []
+
+    def reply(prompt: str) -> str:
+        prompts.append(prompt)
+        return '{"total": 3}'
+
+    llm = CopySpec(engine=make_engine(reply), messages_to_prompt=written)
+    prompt = PromptTemplate("Add {what}.")
+    assert llm.structured_predict(Sum, prompt, what="1 and 2") == Sum(total=3)
+    assert await llm.astructured_predict(Sum, prompt, what="1 and 2") == Sum(total=3)
+    assert list(llm.stream_structured_predict(Sum, prompt, what="1 and 2"))[-1] == Sum(total=3)
+    assert all(text.startswith("[user] Add 1 and 2.\n") and text.endswith("\n[assistant]") for text in prompts)
 
 
 async def test_completion_sends_the_prompt_as_it_is(make_engine: MakeEngine) -> None:

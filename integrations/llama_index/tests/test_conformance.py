@@ -16,6 +16,7 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import LLM, ChatMessage, CustomLLM, ImageBlock, TextBlock
 from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.tools import FunctionTool
 from pydantic import Field
 
 from copyspec_engine import ConfigError, ContextOverflowError, Engine, EngineConfig
@@ -301,6 +302,27 @@ def test_tokens_are_counted_as_the_prompt_will_have_them(bundled: Engine) -> Non
     llm, messages = CopySpec(engine=bundled, max_tokens=2), [ChatMessage(NOTES), ChatMessage("Repeat the document.")]
     assert llm.count_tokens(messages) == llm.chat(messages).raw["usage"]["prompt_tokens"]
     assert bundled.decode(llm.tokenizer(NOTES)) == NOTES
+
+
+def test_tokens_are_counted_with_every_option_that_a_call_has(make_engine: MakeEngine) -> None:
+    llm, chat = CopySpec(engine=make_engine(lambda prompt: "x"), max_tokens=2), [ChatMessage("hi")]
+    tools = [FunctionTool.from_defaults(lambda a: a, name=name, description="tells") for name in ("one", "two")]
+    calls: list[dict[str, Any]] = [
+        {},
+        {"tools": tools},
+        {"tools": tools[:1]},
+        {"tools": tools, "tool_choice": "none"},
+        {"tools": tools, "tool_choice": "two"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"session_id": "s", "temperature": 0.5},
+    ]
+    counted = [llm.count_tokens(chat, **options) for options in calls]
+    assert counted == [llm.chat(chat, **options).raw["usage"]["prompt_tokens"] for options in calls]
+    assert counted[1] > counted[2] > counted[0] == counted[3]
+    assert llm.count_tokens("hi") == llm.complete("hi").raw["usage"]["prompt_tokens"] == counted[0]
+    for options in ({"max_new_tokens": 3}, {"tool_choice": "two"}):
+        with pytest.raises(ConfigError):
+            llm.count_tokens(chat, **options)
 
 
 async def test_a_pickled_llm_answers_like_the_first(bundled: Engine) -> None:

@@ -123,7 +123,10 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.tool_use is not None and self.prompt is not None:
-            raise ConfigError("Got tools with a formatted prompt but expected messages: the chat template writes tools")
+            raise ConfigError(
+                "Got tools with a prompt but expected messages: the chat template writes tools, and neither "
+                "messages_to_prompt nor completion_to_prompt does"
+            )
         if self.tool_use is not None and self.response_format is not None:
             raise ConfigError("Got response_format with tools but expected one of them: an answer has one form")
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Literal, TypeVar
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -26,7 +27,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.llms.llm import MessagesToPromptType, ToolSelection, default_completion_to_prompt
 from llama_index.core.tools.types import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
@@ -37,7 +38,6 @@ from copyspec_engine import (
     Engine,
     EngineConfig,
     Explanation,
-    GenerationRequest,
     shared_engine,
 )
 from copyspec_engine.adapters import adopt_engine, explain_metadata, model_facts
@@ -62,6 +62,9 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     A conversation keeps its texts and its KV cache over calls. Which one a call belongs to is decided by, in this
     order: its keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; in a step of an
     agent or workflow, the run's context (async methods only); the field `session_id`; the instance.
+
+    A function given as `messages_to_prompt` writes the prompts of chats in place of the model's chat template, and one
+    given as `completion_to_prompt` those of completions: the model goes on with what they give, and takes no tools.
 
     The options from `temperature` on are also keywords of each call, for that call. `raw["usage"]` of the last response
     has the token counts and `raw["copyspec"]` the draft statistics.
@@ -139,7 +142,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
             # LlamaIndex keeps this much of the context free of prompt; its own default may be more than there is.
             num_output=self.max_tokens or min(DEFAULT_NUM_OUTPUTS, context // 4),
             is_chat_model=True,
-            is_function_calling_model=takes_tools,
+            is_function_calling_model=takes_tools and self._own_format() is None,
             model_name=self.model,
         )
 
@@ -165,10 +168,27 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         """
         return self._get_engine().encode(text, special_tokens=False)
 
-    def count_tokens(self, messages: Sequence[ChatMessage], tools: Sequence[BaseTool] = ()) -> int:
-        """Exactly the prompt tokens of a call with `messages` and `tools`; loads the model if no one has."""
-        schemas = to_function_schemas(tools) or None
-        return len(self._get_engine().tokenize(GenerationRequest(messages=to_engine_messages(messages), tools=schemas)))
+    def count_tokens(
+        self,
+        messages: str | Sequence[ChatMessage],
+        tools: Sequence[BaseTool] = (),
+        **options: Any,  # noqa: ANN401 - those of a call
+    ) -> int:
+        """Exactly the prompt tokens of a call of `chat` with `messages`, or of `complete` with a text.
+
+        Loads the model if no one has.
+
+        Args:
+            messages: of the call.
+            tools: that it offers.
+            options: others of the call; `formatted=True` too, for a text.
+        """
+        if isinstance(messages, str):
+            call = self._prompt_call(messages, options.pop("formatted", False), options)
+        else:
+            call = self._chat_call(messages, {"tools": tools, **options})
+        engine = self._get_engine()
+        return len(engine.tokenize(call.request(engine)))
 
     # What was copied, and what is remembered
 
@@ -234,7 +254,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     @override
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
-        """Answer `prompt` as a user message; with `formatted` continue it as it is, without the chat template."""
+        """Answer `prompt`, as a user's message or as `completion_to_prompt` has it; if `formatted`, go on with it."""
         return self._whole(self._prompt_call(prompt, formatted, options), Answer.completion)
 
     @override
@@ -319,14 +339,26 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         return options if session_id is None else {**options, "session_id": session_id}
 
     def _chat_call(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Call:
+        """A call that answers `messages`."""
         tool_use, others = take_tools(options)
-        return self._call(others, messages=to_engine_messages(messages), tool_use=tool_use)
+        return self._call(others, **self._written(messages), tool_use=tool_use)
 
     def _prompt_call(self, prompt: str, formatted: bool, options: dict[str, Any]) -> Call:
-        """A call that continues `prompt` if it is `formatted`, else answers it."""
-        if formatted:
-            return self._call(options, prompt=prompt)
-        return self._call(options, messages=({"role": "user", "content": prompt},))
+        """A call that answers `prompt`, or goes on with it if it is `formatted`."""
+        # LlamaIndex puts defaults where none is given; this one changes nothing.
+        write = None if self.completion_to_prompt is default_completion_to_prompt else self.completion_to_prompt
+        if formatted or write is not None:
+            return self._call(options, prompt=prompt if formatted or write is None else write(prompt))
+        return self._call(options, **self._written([ChatMessage(prompt)]))
+
+    def _written(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
+        """Messages for the chat template, or the prompt that the caller's own function makes of them."""
+        write = self._own_format()
+        return {"messages": to_engine_messages(messages)} if write is None else {"prompt": write(messages)}
+
+    def _own_format(self) -> MessagesToPromptType | None:
+        """The caller's function in place of the chat template; LlamaIndex's default is none."""
+        return None if self.messages_to_prompt is messages_to_prompt else self.messages_to_prompt
 
     def _call(self, options: dict[str, Any], **asked: Any) -> Call:  # noqa: ANN401 - fields of `Call`
         options = {
