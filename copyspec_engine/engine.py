@@ -14,14 +14,12 @@ import logging
 import math
 import os
 import platform
-import queue
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -31,19 +29,16 @@ import torch
 from copyspec_engine.bans import Bans
 from copyspec_engine.chat_format import ChatFormat
 from copyspec_engine.config import Combine, EngineConfig, GenerationRequest, NoDrafter, SamplingParams
-from copyspec_engine.core import EngineCore, warm_up
 from copyspec_engine.errors import (
     ConfigError,
     ContextOverflowError,
-    EngineBusyError,
-    EngineStoppedError,
-    MemoryFileError,
     RequestFailedError,
 )
 from copyspec_engine.explanation import Explanation
 from copyspec_engine.grammar import GrammarCompiler
 from copyspec_engine.grammar_options import Grammar
-from copyspec_engine.handle import RequestHandle, Sink
+from copyspec_engine.handle import RequestHandle
+from copyspec_engine.loop import EngineLoop
 from copyspec_engine.memory_view import ConversationMemory
 from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel, Progress, load_model
@@ -84,25 +79,15 @@ class Engine:
         on_progress: Progress | None = None,
     ) -> None:
         self._config = config or EngineConfig()
-        # Reentrant: a forgotten handle is closed by the garbage collector, at any moment in any thread.
-        self._lock = threading.RLock()
-        self._requests: dict[str, tuple[Sequence, Sink]] = {}
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._closing = self._stopped = False
-        self._stop_cause: BaseException | None = None
-        # The loop thread loads the model too: with OpenMP each thread that calls it keeps workers of its own, and two
-        # such teams on the same cores disturb each other, the measured step costs above all.
-        loaded: Future[LoadedModel] = Future()
         load = partial(load_model, self._config, on_progress) if model is None else lambda: model
-        self._thread = threading.Thread(target=self._run, args=(load, loaded), name="copyspec-engine", daemon=True)
-        self._thread.start()
-        self._model = loaded.result()
-        self._core = EngineCore(self._model, self._config)
+        self._loop = EngineLoop(self._config, load, partial(_unshare, self._config, weakref.ref(self)))
+        self._model, self._core = self._loop.model, self._loop.core
+        # The loop's thread must not keep us alive: an engine that everybody has let go of ends it.
+        weakref.finalize(self, self._loop.end).atexit = False
         self._grammars = GrammarCompiler(
             self._model.tokenizer, self._model.runner.vocab_size, self._model.eos_token_ids
         )
         self._chat_format = self._model.tokenizer.chat_format()
-        self._commands.put(self._loop)
         _open_engines.add(self)
 
     # ---- front doors, any thread -------------------------------------------------------------------------------
@@ -195,7 +180,7 @@ class Engine:
             raise ConfigError(f"Got {name} with {bad} but expected ids from 0 to {limit}")
 
     def submit(self, request: GenerationRequest) -> RequestHandle:
-        """Queue a request; tokenising and checks happen here, in the caller's thread.
+        """Queue a request; tokenising and checks happen here, in the caller's thread. Never waits for a place.
 
         Raises:
             ConfigError: the input cannot be tokenised, a token id is not in the vocabulary, its grammar is not one, or
@@ -205,28 +190,44 @@ class Engine:
             EngineBusyError: too many requests wait already.
             EngineStoppedError: the engine takes no more requests.
         """
-        handle, sequence = RequestHandle(request.request_id), self._prepare(request)
-        self._enqueue(sequence, handle.sink)
+        sequence = self._prepare(request)
+        self._loop.places.take(sequence.number)
+        return self._begin(request, sequence)
+
+    def _begin(self, request: GenerationRequest, sequence: Sequence) -> RequestHandle:
+        """Queue a request that has a place."""
+        handle = RequestHandle(request.request_id)
+        self._loop.enqueue(sequence, handle.sink)
         handle.on_close(partial(self._abandon, sequence))
         if request.explain:
             handle.on_last(partial(self._explained, request))
         return handle
 
     def stream(self, request: GenerationRequest) -> RequestHandle:
-        """Chunks as they are decoded; closing or dropping the iterator cancels. Raises as `submit` does, at once."""
-        return self.submit(request)
+        """Chunks as they are decoded; closing or dropping the iterator cancels.
+
+        Where too many requests wait already this waits too, for as long as the request's `timeout_s` allows. Raises as
+        `submit` does, and EngineBusyError when that is over.
+        """
+        sequence = self._prepare(request)
+        self._loop.places.wait(sequence.number, sequence.deadline_s)
+        return self._begin(request, sequence)
 
     def generate(self, request: GenerationRequest) -> GenerationOutput:
-        """The whole answer. Raises as `submit` does."""
-        with self.submit(request) as handle:
+        """The whole answer. Waits and raises as `stream` does."""
+        with self.stream(request) as handle:
             return handle.result()
 
     async def astream(self, request: GenerationRequest) -> AsyncGenerator[StreamChunk, None]:
-        """Chunks as they are decoded. Closing the iterator or cancelling the task cancels the request."""
+        """Chunks as they are decoded. Closing the iterator or cancelling the task cancels the request.
+
+        Waits and raises as `stream` does, without blocking the event loop.
+        """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
         sequence = await asyncio.to_thread(self._prepare, request)
-        self._enqueue(sequence, partial(_put_threadsafe, loop, items))
+        await self._loop.places.wait_async(sequence.number, sequence.deadline_s)
+        self._loop.enqueue(sequence, partial(_put_threadsafe, loop, items))
         try:
             while True:
                 item = await items.get()
@@ -238,7 +239,7 @@ class Engine:
                 if item.is_last:
                     return
         finally:
-            self._abandon(sequence)
+            self._loop.abandon(sequence)
 
     async def agenerate(self, request: GenerationRequest) -> GenerationOutput:
         """The whole answer, without blocking the event loop."""
@@ -250,11 +251,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request at the next step; its reader gets what was written. False if it is not running (any more)."""
-        with self._lock:
-            entry = self._requests.get(request_id)
-        if entry is not None:
-            self._commands.put(partial(self._cancel, entry[0]))
-        return entry is not None
+        return self._loop.cancel(request_id)
 
     def forget(self, session_id: str) -> bool:
         """Erase a session's texts, in memory, in shared pools and on disk, and its KV; False if there was nothing.
@@ -265,7 +262,7 @@ class Engine:
             MemoryFileError: the texts are erased in memory, but not on disk. Call again to try again.
             EngineStoppedError: the engine was closed.
         """
-        return self._on_loop(partial(self._core.forget, session_id))
+        return self._loop.call(partial(self._core.forget, session_id))
 
     def explain(self, request: GenerationRequest, output: GenerationOutput) -> Explanation:
         """Where the answer `output` to `request` was copied from, in messages and characters.
@@ -288,14 +285,14 @@ class Engine:
         """What a conversation remembers; it need not exist. Its methods raise EngineStoppedError once we are closed."""
         return ConversationMemory(
             session_id,
-            partial(self._on_loop, partial(self._core.look, session_id)),
+            partial(self._loop.call, partial(self._core.look, session_id)),
             partial(self._model.tokenizer.decode, skip_special_tokens=False),
             partial(self.forget, session_id),
         )
 
     def forget_pool(self, name: str) -> bool:
         """Erase the texts of a shared pool, in memory and on disk; False if there is none. Raises as `forget` does."""
-        return self._on_loop(partial(self._core.forget_pool, name))
+        return self._loop.call(partial(self._core.forget_pool, name))
 
     def metrics(self) -> EngineMetrics:
         """What runs and waits now, and counts since the engine was made, taken between two steps.
@@ -303,27 +300,14 @@ class Engine:
         Raises:
             EngineStoppedError: the engine was closed.
         """
-        return self._on_loop(self._core.metrics)
-
-    def _on_loop(self, work: Callable[[], _T]) -> _T:
-        """The result of `work`, done by the loop thread between two steps."""
-        if threading.current_thread() is self._thread:
-            return work()
-        done: Future[_T] = Future()
-        with self._lock:
-            self._check_running()
-            self._commands.put(partial(_fulfil, done, work))
-        return done.result()
+        return self._loop.call(self._core.metrics)
 
     def close(self) -> None:
         """Stop the loop; unfinished requests raise EngineStoppedError. Safe to call twice.
 
         The model's memory is free once nobody holds the engine any more.
         """
-        self._closing = True
-        self._commands.put(lambda: None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._loop.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -335,6 +319,7 @@ class Engine:
 
     def _prepare(self, request: GenerationRequest) -> Sequence:
         """Tokenise and check a request."""
+        self._loop.check_running()
         model = self._model
         token_ids = self.tokenize(request)
         if not token_ids:
@@ -389,6 +374,10 @@ class Engine:
         bans = Bans(params, words, ends, num_prompt_tokens)
         return None if bans.is_empty else bans
 
+    def _abandon(self, sequence: Sequence) -> None:
+        """Nobody will read this request any more. Whoever holds its handle holds the engine by this."""
+        self._loop.abandon(sequence)
+
     def _combine(self, request: GenerationRequest) -> Combine:
         """How a request puts copies and the draft model together."""
         wanted = request.combine or self._config.combine
@@ -420,97 +409,6 @@ class Engine:
         tools = request.tools or (() if calls is None else calls.tools)
         return ReplyParser(self._chat_format, prompt, tools, form=form)
 
-    def _enqueue(self, sequence: Sequence, sink: Sink) -> None:
-        request_id = sequence.request.request_id
-        with self._lock:
-            self._check_running()
-            if request_id in self._requests:
-                raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
-            if len(self._requests) >= self._config.max_running + self._config.max_waiting:
-                raise EngineBusyError(len(self._requests))
-            self._requests[request_id] = (sequence, sink)
-            self._commands.put(partial(self._core.scheduler.add, sequence))
-
-    def _check_running(self) -> None:
-        if self._stopped or self._closing:
-            raise EngineStoppedError(self._stop_cause)
-
-    def _abandon(self, sequence: Sequence) -> None:
-        """Nobody will read this request any more: free its id now and its slots at the next step."""
-        with self._lock:
-            entry = self._requests.get(sequence.request.request_id)
-            if entry is None or entry[0] is not sequence:
-                return
-            del self._requests[sequence.request.request_id]
-            self._commands.put(partial(self._cancel, sequence))
-
-    # ---- the loop thread ---------------------------------------------------------------------------------------
-
-    def _run(self, load: Callable[[], LoadedModel], loaded: Future[LoadedModel]) -> None:
-        """The thread's whole life: load, wait until the engine is put together, loop."""
-        try:
-            warm_up()
-            loaded.set_result(load())
-        except BaseException as error:
-            loaded.set_exception(error)
-        else:
-            self._commands.get()()
-
-    def _loop(self) -> None:
-        try:
-            while not self._closing:
-                self._run_commands()
-                if self._core.scheduler:
-                    for sequence, item in self._core.step():
-                        self._deliver(sequence, item)
-        except BaseException as error:  # whatever it was, callers must not wait for ever
-            logger.exception("the engine's loop failed")
-            self._stop_cause = error
-        self._stop()
-
-    def _run_commands(self) -> None:
-        """Carry out what callers asked for; waits for something to do while nothing runs."""
-        if not self._core.scheduler:
-            self._commands.get()()
-        while not self._commands.empty():
-            self._commands.get()()
-
-    def _cancel(self, sequence: Sequence) -> None:
-        item = self._core.cancel(sequence)
-        if item is not None:
-            self._deliver(sequence, item)
-
-    def _deliver(self, sequence: Sequence, item: StreamChunk | Exception) -> None:
-        """Give a request's reader an item, if it still has one."""
-        request_id, last = sequence.request.request_id, isinstance(item, Exception) or item.is_last
-        if last and isinstance(item, StreamChunk):
-            self._core.keep_tokens(sequence)
-        with self._lock:
-            entry = self._requests.get(request_id)
-            if entry is None or entry[0] is not sequence:
-                return
-            if last:
-                del self._requests[request_id]
-        if not _hand(entry[1], sequence, item) and not last:
-            self._abandon(sequence)
-
-    def _stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            waiting = list(self._requests.values())
-            self._requests.clear()
-        with _registry_lock:
-            if _shared.get(self._config) is self:
-                del _shared[self._config]
-        while not self._commands.empty():  # a `forget` may be waiting for its answer
-            self._commands.get()()
-        try:
-            self._core.close()
-        except MemoryFileError:
-            logger.exception("the memory file was not closed well")
-        for sequence, sink in waiting:
-            _hand(sink, sequence, EngineStoppedError(self._stop_cause))
-
 
 def _copyspec_version() -> str:
     try:
@@ -519,28 +417,17 @@ def _copyspec_version() -> str:
         return "not installed"
 
 
-def _hand(sink: Sink, sequence: Sequence, item: StreamChunk | Exception) -> bool:
-    """Give a request's reader an item; False if the reader is gone (its event loop was closed, say)."""
-    try:
-        sink(item)
-    except Exception:
-        logger.warning("nobody reads request %s any more", sequence.request.request_id, exc_info=True)
-        return False
-    return True
-
-
-def _fulfil(done: Future[_T], work: Callable[[], _T]) -> None:
-    """Run `work` and hand its result or error to who waits for it."""
-    try:
-        done.set_result(work())
-    except Exception as error:
-        done.set_exception(error)
-
-
 def _put_threadsafe(
     loop: asyncio.AbstractEventLoop, items: asyncio.Queue[StreamChunk | Exception], item: StreamChunk | Exception
 ) -> None:
     loop.call_soon_threadsafe(items.put_nowait, item)
+
+
+def _unshare(config: EngineConfig, engine: weakref.ref[Engine]) -> None:
+    """An engine has stopped: the next who asks for its config gets a new one."""
+    with _registry_lock:
+        if config in _shared and _shared[config] is engine():
+            del _shared[config]
 
 
 _shared: dict[EngineConfig, Engine] = {}
@@ -561,7 +448,7 @@ def shared_engine(config: EngineConfig | None = None, on_progress: Progress | No
     with lock:
         with _registry_lock:
             engine = _shared.get(config)
-        if engine is None or engine._stopped or engine._closing:
+        if engine is None or engine._loop.is_over:
             engine = Engine(config, on_progress=on_progress)
             with _registry_lock:
                 _shared[config] = engine
@@ -582,9 +469,7 @@ def _after_fork() -> None:
     _shared.clear()
     _shared_locks.clear()
     for engine in list(_open_engines):
-        engine._lock = threading.RLock()
-        engine._stopped = engine._closing = True
-        engine._stop_cause = RuntimeError("the process was forked; create engines after the fork")
+        engine._loop.abandon_in_child()
 
 
 if hasattr(os, "register_at_fork"):

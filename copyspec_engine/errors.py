@@ -6,7 +6,7 @@ CopySpecError
 ├── UnsupportedModelError           the model loads, but its architecture cannot be served losslessly
 ├── ContextOverflowError            prompt plus requested output exceed the context or the KV pool
 ├── MemoryFileError                 the file given as memory_path cannot be used, read or written
-├── EngineBusyError                 more requests wait than the engine's max_waiting
+├── EngineBusyError                 max_waiting requests wait, and there was no room for one more in time
 ├── EngineStoppedError              the engine was closed, or its loop died (`cause` says of what)
 └── RequestFailedError              one request failed in its forward pass; the engine goes on
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Callable
 
-from copyspec_engine.errors import RequestFailedError
+from copyspec_engine.errors import EngineStoppedError, RequestFailedError
 from copyspec_engine.outputs import GenerationOutput, StreamChunk
 
-__all__ = ["RequestHandle", "Sink"]
+__all__ = ["FORKED", "RequestHandle", "Sink"]
+
+FORKED = "the process was forked; create engines after the fork"
+"""Why nothing can be asked of an engine in a forked child: its thread is not there."""
 
 Sink = Callable[[StreamChunk | Exception], None]
 """Takes a request's chunks, or the error that ended it; called on the loop thread, must not block."""
@@ -21,12 +25,13 @@ class RequestHandle:
 
     Raises, when read:
         RequestFailedError: the request failed in the engine.
-        EngineStoppedError: the engine stopped before it was finished.
+        EngineStoppedError: the engine stopped before it was finished, or this is a forked child of its process.
     """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self._items: queue.SimpleQueue[StreamChunk | Exception | None] = queue.SimpleQueue()
+        self._pid = os.getpid()
         self._last: StreamChunk | Exception | None = None
         self._abandon: Callable[[], None] | None = None
         self._complete: Callable[[StreamChunk], StreamChunk] | None = None
@@ -50,6 +55,8 @@ class RequestHandle:
     def __next__(self) -> StreamChunk:
         if isinstance(self._last, Exception):
             raise self._last
+        if self._last is None and self._pid != os.getpid():
+            raise EngineStoppedError(RuntimeError(FORKED))
         item = self._items.get() if self._last is None else None
         if item is None:  # closed, or read to the end
             self._items.put(None)
@@ -76,7 +83,7 @@ class RequestHandle:
     def close(self) -> None:
         """Cancel the request unless it is finished; readers see the end of the stream."""
         abandon, self._abandon = self._abandon, None
-        if abandon is not None:
+        if abandon is not None and self._pid == os.getpid():
             abandon()
             self._items.put(None)
 

@@ -50,4 +50,4 @@ def assert_all_slots_free(engine: Engine) -> None:
     assert (users == core.pool.users).all()
     assert core.pool.num_free == (users == 0).sum()
     assert not core.scheduler
-    assert not engine._requests
+    assert not engine._loop.requests

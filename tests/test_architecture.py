@@ -10,6 +10,7 @@ PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
     0: {"errors", "option_names", "options", "grammar_options", "config", "metrics", "explanation", "outputs"},
     1: {
+        "admission",
         "bans",
         "calibration",
         "compiled",
@@ -74,7 +75,7 @@ LEVELS = {
         "combination",
         "bundled",
     },
-    3: {"core", "engine"},
+    3: {"core", "loop", "engine"},
     4: {"testing", "adapters", "replay", "peers", "forced", "evaluation", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}

@@ -256,6 +256,6 @@ def soak(engine: Engine, num_threads: int, seconds: float) -> None:
         thread.join()
     assert not failures, failures[0]
     deadline = time.monotonic() + 10
-    while (engine._requests or engine._core.scheduler) and time.monotonic() < deadline:
+    while (engine._loop.requests or engine._core.scheduler) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert_all_slots_free(engine)

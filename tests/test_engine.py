@@ -63,9 +63,9 @@ def echo() -> Iterator[Engine]:
 def wait_until_idle(engine: Engine) -> bool:
     engine.forget("nobody")  # answered once everything asked for before it has been carried out
     deadline = time.monotonic() + 10
-    while (engine._requests or engine._core.scheduler) and time.monotonic() < deadline:
+    while (engine._loop.requests or engine._core.scheduler) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return not engine._requests and not engine._core.scheduler
+    return not engine._loop.requests and not engine._core.scheduler
 
 
 def test_stream_joined_equals_generate(echo: Engine) -> None:
@@ -167,7 +167,7 @@ def test_a_result_may_be_asked_for_again(echo: Engine) -> None:
 def test_the_garbage_collector_may_close_a_handle_while_the_lock_is_held(endless: Engine) -> None:
     """Past regression: an abandoned stream in a reference cycle deadlocked the thread that collected it."""
     handle = endless.submit(ask("go"))
-    with endless._lock:
+    with endless._loop.lock:
         handle.close()
     assert wait_until_idle(endless)
 
@@ -205,7 +205,7 @@ def test_a_cancelled_task_cancels_its_request(endless: Engine) -> None:
                 pass
 
         task = asyncio.create_task(consume())
-        while not endless._requests:
+        while not endless._loop.requests:
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -367,7 +367,7 @@ def test_an_error_that_stops_the_loop_reaches_current_and_later_callers(caplog: 
         with pytest.raises(EngineStoppedError, match="its loop failed with TypeError") as caught:
             handle.result()
         assert isinstance(caught.value.cause, TypeError)
-        engine._thread.join()
+        engine._loop.thread.join()
         with pytest.raises(EngineStoppedError, match="TypeError"):
             engine.generate(ask("again"))
         with pytest.raises(EngineStoppedError):
@@ -387,7 +387,7 @@ def test_even_an_exit_inside_the_loop_reaches_the_callers(caplog: pytest.LogCapt
 def test_an_error_while_cancelling_stays_with_its_request(endless: Engine) -> None:
     good, bad = endless.submit(ask("a", request_id="good")), endless.submit(ask("b", request_id="bad"))
     next(bad)
-    sequence = endless._requests["bad"][0]
+    sequence = endless._loop.requests["bad"][0]
     sequence.text.flush = None  # type: ignore[method-assign,assignment]
     endless.cancel("bad")
     with pytest.raises(RequestFailedError, match="TypeError"):

@@ -240,7 +240,7 @@ async def stopped_early(engine: Engine) -> bool:
     """Whether the engine is idle within two seconds and has not written an answer of `slow` to its end."""
     await asyncio.to_thread(engine.forget, "nobody")  # answered once everything asked for before has been carried out
     for _ in range(200):
-        if not engine._requests and not engine._core.scheduler:
+        if not engine._loop.requests and not engine._core.scheduler:
             return engine._model.runner.num_forward_passes < 7000  # type: ignore[attr-defined]
         await asyncio.sleep(0.01)
     return False
