@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from copyspec_engine.chat_format import ChatFormat
 from copyspec_engine.config import (
     AdaptiveDrafter,
     Combine,
     CopySpecDrafter,
     EngineConfig,
+    GenerationRequest,
     NoDrafter,
     Prediction,
     SamplingParams,
@@ -29,7 +31,9 @@ from copyspec_engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.outputs import GenerationOutput, Segment, TokenLogprob
 
 __all__ = [
+    "ENGINE_OPTIONS",
     "AdapterOptions",
+    "ChatFormat",
     "ModelFacts",
     "adopt_engine",
     "answer_metadata",
@@ -40,6 +44,7 @@ __all__ = [
     "logprobs_metadata",
     "model_facts",
     "segment_metadata",
+    "tool_metadata",
 ]
 
 
@@ -178,17 +183,21 @@ def current_conversation() -> str | None:
     return _conversation.get()
 
 
+ENGINE_OPTIONS = ("model", "device", "dtype", "chat_template", "tool_prompt")
+"""Options of an `EngineConfig` that an integration's model has too."""
+
+
 def adopt_engine(options: dict[str, Any]) -> dict[str, Any]:
-    """`options` with the model, device and dtype of the engine (or its config) in them, if there is one.
+    """`options` with those of the engine (or its config) in them that models have too, if there is one.
 
     Raises:
-        ConfigError: one of the three is given too and differs.
+        ConfigError: one of them is given too and differs.
     """
     engine = options.get("engine")
     config = engine.config if isinstance(engine, Engine) else engine
     if not isinstance(config, EngineConfig):
         return options
-    adopted = {name: getattr(config, name) for name in ("model", "device", "dtype")}
+    adopted = {name: getattr(config, name) for name in ENGINE_OPTIONS}
     for name, value in adopted.items():
         if options.get(name, value) != value:
             raise ConfigError(
@@ -204,9 +213,7 @@ def model_facts(engine: Engine | EngineConfig) -> ModelFacts | None:
     """
     if not isinstance(engine, Engine):
         return read_model_facts(engine)
-    found, known = read_model_facts(engine.config), engine.chat_format
-    takes_tools = known.calls is not None or (found is not None and found.takes_tools)
-    return ModelFacts(engine.info.max_model_len, known, takes_tools)
+    return ModelFacts(engine.info.max_model_len, engine.chat_format)
 
 
 def answer_metadata(output: GenerationOutput) -> dict[str, Any]:
@@ -234,6 +241,11 @@ def _sources(output: GenerationOutput) -> dict[str, Any]:
     text = output.text if output.reply is None else output.reply.text
     written = {} if text == output.text else {"written": output.text}
     return {**written, "copies": output.explanation.to_list()}
+
+
+def tool_metadata(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
+    """{"tool_calling": "by template" or "by prompt"}: how the model was told of tools, if the request has any."""
+    return {"tool_calling": engine.chat_format.tool_calling} if request.tools else {}
 
 
 def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 - it comes from anywhere

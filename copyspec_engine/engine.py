@@ -120,6 +120,7 @@ class Engine:
             sampling_defaults_not_done=model.defaults.not_done,
             memory_path=self._config.memory_path if self._core.file is not None else None,
             memory_error=self._core.memory_error,
+            tool_calling=self._chat_format.tool_calling,
             versions={
                 "copyspec": _copyspec_version(),
                 "python": platform.python_version(),

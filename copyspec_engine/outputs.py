@@ -266,6 +266,9 @@ class EngineInfo:
     """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
     memory_error: str | None = None
     """Why the file could not be opened."""
+    tool_calling: Literal["by template", "by prompt"] | None = None
+    """How the model is told of tools: by its chat template, or in a message where the template leaves them out; None:
+    it is not."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

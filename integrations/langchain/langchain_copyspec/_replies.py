@@ -24,7 +24,7 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata
+from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata, tool_metadata
 from langchain_copyspec._calls import Call
 from langchain_copyspec._convert import PROVIDER
 
@@ -163,7 +163,8 @@ class ReplyWriter:
         return {"logprobs": logprobs_metadata(self._engine, logprobs)} if logprobs else {}
 
     def _metadata(self, output: GenerationOutput, segments: Sequence[Segment]) -> dict[str, Any]:
-        copyspec = {"session_id": self._call.request.session_id, **answer_metadata(output)}
+        request = self._call.request
+        copyspec = {"session_id": request.session_id, **answer_metadata(output), **tool_metadata(self._engine, request)}
         if segments:
             copyspec["segments"] = segment_metadata(segments)
         return {"model_name": self._model, "finish_reason": output.finish_reason, "copyspec": copyspec}

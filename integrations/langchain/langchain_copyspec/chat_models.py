@@ -31,7 +31,7 @@ from copyspec_engine import (
     GenerationRequest,
     shared_engine,
 )
-from copyspec_engine.adapters import adopt_engine
+from copyspec_engine.adapters import ENGINE_OPTIONS, adopt_engine
 from langchain_copyspec._bound import BoundModel
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_engine_messages
@@ -50,14 +50,14 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     """Chat model on this machine that drafts answers by copying from the conversation and verifies every token.
 
     The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
-    shared by all models of the process with the same `model`, `device` and `dtype`.
+    shared by all models of the process with the same options of the engine (`model` to `tool_prompt`).
 
     A conversation keeps its texts and its KV cache over calls. Which one a call belongs to is decided by, in this
     order: the keyword `session_id` of the call; `thread_id`, `session_id` or `conversation_id` in the `configurable`
     part of its config, then in the config's metadata; the innermost `with conversation(id)`; the field `session_id`;
     the instance.
 
-    All options but `device`, `dtype`, `engine` and `streaming` are also keywords of a call (`invoke`, `stream`, `bind`
+    All options but those of the engine and `streaming` are also keywords of a call (`invoke`, `stream`, `bind`
     ...), for that call. `model` there names any model, loaded on first use as by `ChatCopySpec(model=..., device=...,
     dtype=...)` with this model's device and dtype; the name of this model changes nothing.
 
@@ -85,9 +85,13 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     """"auto", "cpu", "cuda" or "cuda:N"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
+    chat_template: str | None = None
+    """Jinja, or the path of a file with it, in place of the model's own chat template."""
+    tool_prompt: bool = True
+    """Where the chat template leaves out tools, calls or results, write them into the messages; False: refuse them."""
     engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
-    """An engine to use, or the configuration of one to share: it decides `model`, `device` and `dtype`. Pickling keeps
-    the configuration only."""
+    """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
+    configuration only."""
     streaming: bool = False
     """True: `invoke` streams too, so that callbacks see each chunk. False, if given: nothing streams."""
 
@@ -369,10 +373,10 @@ class ChatCopySpec(CallOptions, ConversationalModel):
 
     def _engine_config(self, model: str | None = None) -> EngineConfig:
         if model is not None and model != self.model:
-            return EngineConfig(model=model, device=self.device, dtype=self.dtype)
+            return EngineConfig(model=model, device=self.device, dtype=self.dtype, tool_prompt=self.tool_prompt)
         if isinstance(self.engine, Engine):
             return self.engine.config
-        return self.engine or EngineConfig(model=self.model, device=self.device, dtype=self.dtype)
+        return self.engine or EngineConfig(**{name: getattr(self, name) for name in ENGINE_OPTIONS})
 
     def _get_engine(self, model: str | None = None) -> Engine:
         """The engine, or that of another model; loads the model if no one has."""

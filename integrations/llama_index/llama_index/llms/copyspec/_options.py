@@ -117,6 +117,8 @@ class Call:
     messages: tuple[dict[str, Any], ...] | None = None
     prompt: str | None = None
     """Raw text to go on with, instead of messages."""
+    question: str | None = None
+    """A user's message instead of both; raw text for a base model, which has no chat template."""
     tool_use: ToolUse | None = None
     """The tools that the prompt tells of."""
     response_format: Grammar | dict[str, Any] | None = None
@@ -141,13 +143,17 @@ class Call:
         Raises:
             ConfigError: no answer can have the form that is asked for.
         """
-        tools = self.tool_use
+        tools, messages, prompt = self.tool_use, self.messages, self.prompt
+        if self.question is not None and engine.chat_format.is_chat:
+            messages = ({"role": "user", "content": self.question},)
+        elif self.question is not None:
+            prompt = self.question
         return GenerationRequest(
-            messages=self.messages,
-            prompt=self.prompt,
+            messages=messages,
+            prompt=prompt,
             tools=tools.tools if tools else None,
             grammar=tools.grammar(engine) if tools else self.response_format,
-            parse_reply=self.messages is not None,
+            parse_reply=messages is not None,
             session_id=self.session_id,
             **self.options,
         )

@@ -32,7 +32,7 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata
+from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata, tool_metadata
 
 __all__ = ["Answer"]
 
@@ -218,7 +218,7 @@ class Answer:
                 "completion_tokens": output.usage.completion_tokens,
                 "total_tokens": output.usage.total_tokens,
             },
-            "copyspec": {**copyspec, **answer_metadata(output)},
+            "copyspec": {**copyspec, **answer_metadata(output), **tool_metadata(self._engine, self._request)},
         }
 
     def _invalid_calls(self, reply: Reply) -> list[dict[str, Any]]:

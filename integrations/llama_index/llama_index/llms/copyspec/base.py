@@ -40,7 +40,7 @@ from copyspec_engine import (
     Explanation,
     shared_engine,
 )
-from copyspec_engine.adapters import adopt_engine, explain_metadata, model_facts
+from copyspec_engine.adapters import ENGINE_OPTIONS, ChatFormat, adopt_engine, explain_metadata, model_facts
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
 from llama_index.llms.copyspec._responses import Answer
@@ -57,7 +57,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     """LLM on this machine that drafts answers by copying from the conversation and verifies every token.
 
     The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
-    shared by all LLMs of the process with the same `model`, `device` and `dtype`.
+    shared by all LLMs of the process with the same options of the engine (`model` to `tool_prompt`).
 
     A conversation keeps its texts and its KV cache over calls. Which one a call belongs to is decided by, in this
     order: its keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; in a step of an
@@ -94,9 +94,13 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     """"auto", "cpu", "cuda" or "cuda:N"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
+    chat_template: str | None = None
+    """Jinja, or the path of a file with it, in place of the model's own chat template."""
+    tool_prompt: bool = True
+    """Where the chat template leaves out tools, calls or results, write them into the messages; False: refuse them."""
     engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
-    """An engine to use, or the configuration of one to share: it decides `model`, `device` and `dtype`. Pickling keeps
-    the configuration only."""
+    """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
+    configuration only."""
 
     _instance_session_id: str = PrivateAttr(default_factory=lambda: f"instance-{uuid.uuid4().hex}")
 
@@ -136,23 +140,24 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         Agents ask for it on the event loop, so it is read from the model's small files; only a model that is not on
         this machine yet is loaded for it.
         """
-        context, takes_tools = self._facts()
+        context, chat_format = self._facts()
         return LLMMetadata(
             context_window=context,
             # LlamaIndex keeps this much of the context free of prompt; its own default may be more than there is.
             num_output=self.max_tokens or min(DEFAULT_NUM_OUTPUTS, context // 4),
-            is_chat_model=True,
-            is_function_calling_model=takes_tools and self._own_format() is None,
+            # A base model goes on with a text: LlamaIndex then asks by `complete`, and so puts messages into one.
+            is_chat_model=chat_format.is_chat or self._own_format() is not None,
+            is_function_calling_model=chat_format.takes_tools and self._own_format() is None,
             model_name=self.model,
         )
 
-    def _facts(self) -> tuple[int, bool]:
-        """The model's context in tokens, and whether its chat template takes tools."""
+    def _facts(self) -> tuple[int, ChatFormat]:
+        """The model's context in tokens, and what its chat template can do."""
         facts = model_facts(self.engine if isinstance(self.engine, Engine) else self._engine_config())
         if facts is None or facts.max_model_len is None:
             engine = self._get_engine()
-            return engine.info.max_model_len, engine.chat_format.calls is not None
-        return facts.max_model_len, facts.takes_tools
+            return engine.info.max_model_len, engine.chat_format
+        return facts.max_model_len, facts.chat_format
 
     @override
     def to_payload(self) -> dict[str, Any]:
@@ -349,7 +354,8 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         write = None if self.completion_to_prompt is default_completion_to_prompt else self.completion_to_prompt
         if formatted or write is not None:
             return self._call(options, prompt=prompt if formatted or write is None else write(prompt))
-        return self._call(options, **self._written([ChatMessage(prompt)]))
+        is_question = self._own_format() is None
+        return self._call(options, **({"question": prompt} if is_question else self._written([ChatMessage(prompt)])))
 
     def _written(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
         """Messages for the chat template, or the prompt that the caller's own function makes of them."""
@@ -408,7 +414,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     def _engine_config(self) -> EngineConfig:
         if isinstance(self.engine, Engine):
             return self.engine.config
-        return self.engine or EngineConfig(model=self.model, device=self.device, dtype=self.dtype)
+        return self.engine or EngineConfig(**{name: getattr(self, name) for name in ENGINE_OPTIONS})
 
     def _get_engine(self) -> Engine:
         """The engine; loads the model if no one has."""
