@@ -65,9 +65,6 @@ LEVELS = {
         "stateful_runner",
         "chat_format",
         "chat_messages",
-        "chat_template",
-        "template_sandbox",
-        "tool_prompt",
         "model_facts",
         "provenance",
         "replies",
@@ -79,7 +76,7 @@ LEVELS = {
         "bundled",
     },
     3: {"core", "loop", "engine"},
-    4: {"testing", "adapters", "replay", "peers", "forced", "evaluation", "cli", "__main__"},
+    4: {"testing", "adapters", "conversations", "replay", "peers", "forced", "evaluation", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 MAY_IMPORT_TRANSFORMERS = {
