@@ -6,6 +6,7 @@ families, told apart by what their chat templates write.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
 from typing import Any, Literal, cast
@@ -55,6 +56,16 @@ class ChatFormat(Options):
     def reasons(self) -> bool:
         """Answers may have reasoning."""
         return any(name in self.response_template()["fields"] for name in REASONING_FIELDS)
+
+    def marks_parts_with(self, token: str) -> bool:
+        """A token of this name tells a part of an answer from others, or stands in one."""
+        template = self.response_template()
+        fields = template["fields"].values()
+        # Where all text is in a part with marks, what begins an answer may also stand between two of them.
+        spec = template if all("open" in field or "open_pattern" in field for field in fields) else template["fields"]
+        calls = None if self.calls is None else self.calls.model_dump()
+        written = json.dumps([spec, calls, self.reasoning, self.text_begin], ensure_ascii=False)
+        return token in written.replace("\\", "")  # those of patterns and of JSON
 
     def response_template(self, names: Collection[str] = ()) -> dict[str, Any]:
         """What transformers' `ResponseParser` needs. But for a tokenizer's own template, it parses no part further.

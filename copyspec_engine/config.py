@@ -367,8 +367,7 @@ class GenerationRequest(_Options):
     """What else the chat template reads ({"enable_thinking": False}, say); only with `messages`."""
     parse_reply: bool = False
     """Take the answer apart into text, reasoning and tool calls, as the model's chat template writes them (see
-    `StreamChunk.deltas` and `GenerationOutput.reply`). `text` is then all that was written, special tokens by name, but
-    for the one that ends the answer."""
+    `StreamChunk.deltas` and `GenerationOutput.reply`). `text` is then all that was written, marks of parts included."""
     explain: bool = False
     """Say where the answer was copied from, in messages and characters (`GenerationOutput.explanation`); takes about a
     fifth of the time that tokenising the prompt does, in the thread that reads the answer."""

@@ -29,6 +29,7 @@ import torch
 from copyspec_engine.bans import Bans
 from copyspec_engine.chat_format import ChatFormat
 from copyspec_engine.config import Combine, EngineConfig, GenerationRequest, NoDrafter, SamplingParams
+from copyspec_engine.detokenizer import answer_stream
 from copyspec_engine.errors import (
     ConfigError,
     ContextOverflowError,
@@ -133,7 +134,7 @@ class Engine:
         return self._chat_format
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of raw text, with those special tokens around it that the tokenizer adds to a prompt by itself."""
+        """Token ids of raw text, behind those special tokens that the tokenizer begins a text with, but once."""
         return self._model.tokenizer.encode(text, special_tokens=special_tokens)
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
@@ -339,6 +340,7 @@ class Engine:
         limit = min(model.max_model_len, model.num_slots)
         reply = self._reply_parser(request, token_ids) if request.parse_reply else None
         ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | frozenset(params.stop_token_ids)
+        ends |= model.tokenizer.special_ids(params.stop)  # which have no text in which they could be found
         return Sequence(
             request=request,
             token_ids=token_ids,
@@ -347,7 +349,7 @@ class Engine:
             eos_token_ids=ends,
             drafting=(request.drafter or self._config.drafter) if model.drafting_error is None else NoDrafter(),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            text=model.tokenizer.text_stream(params.stop, skip_special_tokens=not request.parse_reply),
+            text=answer_stream(model.tokenizer, request, token_ids, params.stop),
             reply=reply,
             combine=self._combine(request),
             prediction_ids=self._known_text("prediction", self.encode(request.prediction or "", special_tokens=False)),

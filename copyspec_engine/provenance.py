@@ -14,11 +14,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from copyspec_engine.config import GenerationRequest
+from copyspec_engine.detokenizer import answer_stream
 from copyspec_engine.errors import ConfigError
 from copyspec_engine.explanation import NOT_COPIED, CopiedSpan, CopySource, Explanation
 from copyspec_engine.outputs import Copy, GenerationOutput
 
 if TYPE_CHECKING:
+    from copyspec_engine.sequence import TextStream
     from copyspec_engine.tokenizer import ChatTokenizer
 
 __all__ = ["explain"]
@@ -116,8 +118,11 @@ class _Located:
             return
         own = [copy for copy in copies if copy.source == kind and copy.offset is not None]
         cuts = sorted({at for copy in own for at in (copy.offset or 0, (copy.offset or 0) + copy.stop - copy.start)})
-        skip = kind == "answer" and not request.parse_reply
-        pieces = _pieces(tokenizer, tokens, cuts, skip_special_tokens=skip)
+        parts = [tokens[first:stop] for first, stop in pairwise((0, *cuts, len(tokens)))]
+        if kind == "answer":
+            pieces = _streamed(answer_stream(tokenizer, request, sources.output.prompt_token_ids), parts)
+        else:
+            pieces = _pieces(tokenizer, parts, tokens)
         self._places = dict(zip(cuts, _ends(pieces), strict=False))
         self._text = "".join(pieces)
         if kind == "prompt" and request.messages is not None:
@@ -181,15 +186,16 @@ def _ends(pieces: Sequence[str]) -> Iterator[int]:
         yield end
 
 
-def _pieces(
-    tokenizer: ChatTokenizer, token_ids: Sequence[int], cuts: Sequence[int], *, skip_special_tokens: bool
-) -> list[str]:
-    """The text of tokens up to each cut, from the one before; a character in two pieces is in the second one."""
-    parts = [token_ids[first:stop] for first, stop in pairwise((0, *cuts, len(token_ids)))]
-    pieces = [tokenizer.decode(part, skip_special_tokens=skip_special_tokens) for part in parts]
-    if "".join(pieces) == tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens):
+def _pieces(tokenizer: ChatTokenizer, parts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[str]:
+    """The text of each part of `tokens`, special ones by name; a character in two parts is in the second one."""
+    pieces = [tokenizer.decode(part, skip_special_tokens=False) for part in parts]
+    if "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=False):
         return pieces
-    stream = tokenizer.text_stream((), skip_special_tokens=skip_special_tokens)
+    return _streamed(tokenizer.text_stream((), special="all"), parts)
+
+
+def _streamed(stream: TextStream, parts: Sequence[Sequence[int]]) -> list[str]:
+    """The same of a text that is written token by token."""
     pushed = ([segment.text for token in part for segment in stream.push(token, copied=False)] for part in parts)
     pieces = ["".join(texts) for texts in pushed]
     pieces[-1] += "".join(segment.text for segment in stream.flush())

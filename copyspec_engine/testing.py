@@ -28,7 +28,7 @@ from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.scheduler import ScheduledBatch
 from copyspec_engine.sequence import Sequence, TextStream
-from copyspec_engine.tokenizer import StoppingTextStream
+from copyspec_engine.tokenizer import SpecialTokens, StoppingTextStream
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -80,14 +80,23 @@ class ByteTokenizer:
     def chat_format(self) -> ChatFormat:
         return find_chat_format("<think> <tool_call>")
 
-    def text_stream(self, stop: Seq[str], *, skip_special_tokens: bool = True) -> TextStream:
-        markers = dict.fromkeys(_MARKERS, "") if skip_special_tokens else _MARKERS
+    def text_stream(
+        self,
+        stop: Seq[str],
+        *,
+        special: SpecialTokens = "none",
+        behind: Seq[int] = (),  # noqa: ARG002 - bytes have the same text anywhere
+    ) -> TextStream:
+        markers = _MARKERS if special == "all" else dict.fromkeys(_MARKERS, "")  # they mark no parts of an answer
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return StoppingTextStream(
             lambda token: decoder.decode(bytes([token])) if token < _START else markers[token],
             lambda: decoder.decode(b"", final=True),
             stop,
         )
+
+    def special_ids(self, names: Seq[str]) -> frozenset[int]:
+        return frozenset(token for token, name in _MARKERS.items() if name in names)
 
     def vocabulary(self) -> dict[str, int]:
         return {f"<{byte:02x}>": byte for byte in range(_START)} | {name: token for token, name in _MARKERS.items()}

@@ -13,13 +13,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from tokenizers.decoders import DecodeStream
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from copyspec_engine.chat_format import ChatFormat, find_chat_format
 from copyspec_engine.chat_messages import for_template
+from copyspec_engine.detokenizer import Detokenizer
 from copyspec_engine.errors import ConfigError, UnsupportedModelError
 from copyspec_engine.exact_tokens import Speller, Spelling
 from copyspec_engine.memory_file import Fingerprint
@@ -30,16 +30,24 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatTokenizer", "HFTokenizer", "StoppingTextStream"]
+__all__ = ["ChatTokenizer", "HFTokenizer", "SpecialTokens", "StoppingTextStream"]
 
 logger = logging.getLogger(__name__)
+
+
+SpecialTokens = Literal["none", "parts", "all"]
+"""none; those that mark the parts of an answer; all."""
 
 
 class ChatTokenizer(Protocol):
     """What the engine needs of a tokenizer. All methods may be called from any thread."""
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of raw text, with those special tokens around it that the tokenizer adds to a prompt by itself."""
+        """Token ids of raw text, behind those special tokens that the tokenizer begins a text with.
+
+        A text that begins with them by name has them once. What a tokenizer ends texts with is left out: a prompt is
+        to be gone on with.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -72,8 +80,20 @@ class ChatTokenizer(Protocol):
         """The text of which `render` gives the token ids."""
         ...
 
-    def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
-        """A fresh detokeniser for one answer."""
+    def text_stream(
+        self, stop: Sequence[str], *, special: SpecialTokens = "none", behind: Sequence[int] = ()
+    ) -> TextStream:
+        """A fresh detokeniser for one answer.
+
+        Args:
+            stop: texts that end it.
+            special: which special tokens are written, by name.
+            behind: the end of the prompt, where the answer goes on with its text.
+        """
+        ...
+
+    def special_ids(self, names: Sequence[str]) -> frozenset[int]:
+        """The ids of those of the names that are special tokens': what is written by them has no text."""
         ...
 
     def chat_format(self) -> ChatFormat:
@@ -116,6 +136,9 @@ class HFTokenizer:
         # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
         self._encoding = threading.Lock()
         self._chat_format = self._find_format()
+        self._begin = self._text_begin()
+        self._special = self._special_tokens()
+        self._hidden = {i for i, name in self._special.items() if not self._chat_format.marks_parts_with(name)}
         control = self._control_tokens()
         self._markers = (*control, *_FORGED)
         self._speller = Speller(
@@ -141,8 +164,9 @@ class HFTokenizer:
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         with self._encoding:
-            ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=special_tokens).ids
-        return ids
+            ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=False).ids
+        begin = self._begin if special_tokens else []
+        return ids if ids[: len(begin)] == begin else begin + ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -252,23 +276,33 @@ class HFTokenizer:
             )
         return True
 
-    def text_stream(self, stop: Sequence[str], *, skip_special_tokens: bool = True) -> TextStream:
-        stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        pending: list[int] = []  # tokens that have given no text yet
+    def text_stream(
+        self, stop: Sequence[str], *, special: SpecialTokens = "none", behind: Sequence[int] = ()
+    ) -> TextStream:
+        hidden = self._hidden if special == "parts" else self._special if special == "none" else ()
+        tokens = Detokenizer(self._backend, hidden, skip_special_tokens=special == "none", behind=behind)
+        return StoppingTextStream(tokens.step, tokens.rest, stop)
 
-        def step(token_id: int) -> str:
-            nonlocal stream
-            pending.append(token_id)
-            try:
-                piece: str = stream.step(self._backend, token_id) or ""
-            except Exception:  # it gives up on bytes that are no UTF-8, which some tokenizers can write
-                stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-                piece = self.decode(pending, skip_special_tokens=skip_special_tokens)
-            if piece:
-                pending.clear()
-            return piece
+    def special_ids(self, names: Sequence[str]) -> frozenset[int]:
+        return frozenset(token_id for token_id, name in self._special.items() if name in names)
 
-        return StoppingTextStream(step, lambda: self.decode(pending, skip_special_tokens=skip_special_tokens), stop)
+    def _special_tokens(self) -> dict[int, str]:
+        """The names of special tokens, and of all others that begin an answer in the chat template, by id."""
+        begins = "".join(self._chat_format.assistant)
+        return {
+            token_id: token.content
+            for token_id, token in self._tokenizer.added_tokens_decoder.items()
+            if token.special or (token.content in begins and not token.content.isspace())
+        }
+
+    def _text_begin(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text."""
+        for text in ("a", "1", ".", "the"):
+            whole, plain = (self._backend.encode(text, add_special_tokens=added).ids for added in (True, False))
+            for at in range(len(whole) - len(plain) + 1):
+                if plain and whole[at : at + len(plain)] == plain:
+                    return list(whole[:at])
+        return []
 
     def chat_format(self) -> ChatFormat:
         return self._chat_format

@@ -65,6 +65,7 @@ LEVELS = {
         "stateful_runner",
         "chat_format",
         "chat_messages",
+        "detokenizer",
         "model_facts",
         "provenance",
         "replies",
