@@ -34,5 +34,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--random-cases", type=int, default=2000, help="random cases of drafting against plain decoding")
+    parser.addoption("--random-cases", type=int, default=320, help="random cases of drafting against plain decoding")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too, which take minutes")

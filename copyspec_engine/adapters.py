@@ -7,33 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, fields, replace
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from copyspec_engine.chat_format import ChatFormat
 from copyspec_engine.config import (
     AdaptiveDrafter,
     Combine,
     CopySpecDrafter,
     EngineConfig,
+    GenerationRequest,
     NoDrafter,
     Prediction,
     SamplingParams,
     explain_errors,
 )
-from copyspec_engine.conversations import Conversations, Talk, conversation, current_conversation
 from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
-from copyspec_engine.explanation import CopiedSpan, Explanation
+from copyspec_engine.explanation import Explanation
 from copyspec_engine.model_facts import ModelFacts, read_model_facts
-from copyspec_engine.outputs import GenerationOutput, Reply, Segment, TokenLogprob
+from copyspec_engine.outputs import GenerationOutput, Segment, TokenLogprob
 
 __all__ = [
+    "ENGINE_OPTIONS",
     "AdapterOptions",
-    "Conversations",
+    "ChatFormat",
     "ModelFacts",
-    "Talk",
     "adopt_engine",
     "answer_metadata",
     "clear_errors",
@@ -43,7 +44,7 @@ __all__ = [
     "logprobs_metadata",
     "model_facts",
     "segment_metadata",
-    "without_conversation",
+    "tool_metadata",
 ]
 
 
@@ -111,21 +112,11 @@ class AdapterOptions(BaseModel):
     """How copies and a draft model share a draft: "tree", "copy-first", "draft-only" or "copy-only"; only where the
     engine has a draft model; default: the engine's."""
     session_id: str | None = Field(default=None, min_length=1)
-    """The conversation, whose texts and KV cache are kept over calls, for all who name it; default: the one whose
-    messages, the last answer included, those of the call begin with, else none."""
+    """The conversation, whose texts and KV cache are kept over calls; default: one for each instance."""
     memory_pool: str | None = Field(default=None, min_length=1)
-    """A pool of texts that several conversations copy from and add to. What others have put in is never shown, but
-    how fast an answer comes tells of it; default: each conversation has only its own."""
+    """A pool of texts that several conversations copy from and add to; default: each has only its own."""
     prediction: Prediction | None = None
     """A text that the answer will repeat in large part; {"type": "content", "content": ...} is accepted too."""
-    include_segments: bool = False
-    """Attach the pieces of what was written, and whether each was copied, as `segments`."""
-    include_token_ids: bool = False
-    """Attach the answer's `token_ids`."""
-    include_explanation: bool = False
-    """Attach all of what `explain` can tell: of all that was written, calls and reasoning too, which is attached
-    as `written`, and with up to 60 characters around what was copied from elsewhere in a conversation that is named.
-    Without it, `explain` tells of the text of the answer, and quotes nothing."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
         with clear_errors(type(self), called=self.called, beside=self.beside):
@@ -166,17 +157,47 @@ class AdapterOptions(BaseModel):
         }
 
 
-def adopt_engine(options: dict[str, Any]) -> dict[str, Any]:
-    """`options` with the model, device and dtype of the engine (or its config) in them, if there is one.
+_conversation: ContextVar[str | None] = ContextVar("copyspec_conversation", default=None)
+
+
+@contextmanager
+def conversation(session_id: str) -> Iterator[None]:
+    """Calls inside the `with` block belong to this conversation, in threads and tasks that take over the context too.
+
+    What a call itself says of its conversation goes first.
 
     Raises:
-        ConfigError: one of the three is given too and differs.
+        ConfigError: the id is no text or empty.
+    """
+    if not isinstance(session_id, str) or not session_id:
+        raise ConfigError(f"Got session_id={session_id!r} but expected a text of at least one character")
+    token = _conversation.set(session_id)
+    try:
+        yield
+    finally:
+        _conversation.reset(token)
+
+
+def current_conversation() -> str | None:
+    """The conversation of the innermost `with conversation(...)`; None outside of one."""
+    return _conversation.get()
+
+
+ENGINE_OPTIONS = ("model", "device", "dtype", "chat_template", "tool_prompt")
+"""Options of an `EngineConfig` that an integration's model has too."""
+
+
+def adopt_engine(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with those of the engine (or its config) in them that models have too, if there is one.
+
+    Raises:
+        ConfigError: one of them is given too and differs.
     """
     engine = options.get("engine")
     config = engine.config if isinstance(engine, Engine) else engine
     if not isinstance(config, EngineConfig):
         return options
-    adopted = {name: getattr(config, name) for name in ("model", "device", "dtype")}
+    adopted = {name: getattr(config, name) for name in ENGINE_OPTIONS}
     for name, value in adopted.items():
         if options.get(name, value) != value:
             raise ConfigError(
@@ -192,56 +213,39 @@ def model_facts(engine: Engine | EngineConfig) -> ModelFacts | None:
     """
     if not isinstance(engine, Engine):
         return read_model_facts(engine)
-    found, known = read_model_facts(engine.config), engine.chat_format
-    takes_tools = known.calls is not None or (found is not None and found.takes_tools)
-    return ModelFacts(engine.info.max_model_len, known, takes_tools)
+    return ModelFacts(engine.info.max_model_len, engine.chat_format)
 
 
-def answer_metadata(output: GenerationOutput, options: AdapterOptions) -> dict[str, Any]:
-    """How an answer came about, as plain values for a framework's response metadata; small, unless options say so."""
+def answer_metadata(output: GenerationOutput) -> dict[str, Any]:
+    """How an answer came about, as plain values for a framework's response metadata."""
     stats = output.draft_stats
     return {
-        **_sources(output, is_whole=options.include_explanation),
+        **_sources(output),
         "num_forward_passes": stats.num_forward_passes,
         "num_prefill_passes": stats.num_prefill_passes,
         "num_draft_tokens": stats.num_draft_tokens,
         "num_accepted_tokens": stats.num_accepted_tokens,
-        "tokens_per_forward": round(output.tokens_per_forward, 3),
-        "copied_share": round(output.copied_share, 3),
-        **({"token_ids": list(output.token_ids)} if options.include_token_ids else {}),
-        "queue_s": round(output.timing.queue_s, 6),
-        "ttft_s": round(output.timing.ttft_s, 6),
-        "total_s": round(output.timing.total_s, 6),
+        "tokens_per_forward": output.tokens_per_forward,
+        "copied_share": output.copied_share,
+        "token_ids": list(output.token_ids),
+        "queue_s": output.timing.queue_s,
+        "ttft_s": output.timing.ttft_s,
+        "total_s": output.timing.total_s,
     }
 
 
-def _sources(output: GenerationOutput, *, is_whole: bool) -> dict[str, Any]:
-    """Where it was copied from: the fields of each span, in order, without those at the end that say nothing."""
+def _sources(output: GenerationOutput) -> dict[str, Any]:
+    """Where it was copied from, and all that was written if that is not the text that a framework gets."""
     if output.explanation is None:
         return {}
-    reply = output.reply or Reply(output.text)
-    if is_whole:
-        told = output.explanation
-    else:
-        reasoned = output.text.find(reply.reasoning) + len(reply.reasoning)  # what was written before the text
-        told = output.explanation.of_part(reply.text, reasoned)
-    written = {} if reply.text == told.text else {"written": told.text}
-    spans = told.spans if is_whole else (replace(span, before="", after="") for span in told.spans)
-    return {**written, "copies": list(map(_row, spans))}
+    text = output.text if output.reply is None else output.reply.text
+    written = {} if text == output.text else {"written": output.text}
+    return {**written, "copies": output.explanation.to_list()}
 
 
-def without_conversation(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The `answer_metadata` of an answer that is handed to somebody else, out of a cache say: no id, no quotes."""
-    kept = {name: value for name, value in metadata.items() if name != "session_id"}
-    places = len(fields(CopiedSpan)) - 2
-    return {**kept, "copies": [row[:places] for row in kept["copies"]]} if "copies" in kept else kept
-
-
-def _row(span: CopiedSpan) -> list[Any]:
-    row = list(astuple(span))
-    while row[-1] in (None, ""):
-        row.pop()
-    return row
+def tool_metadata(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
+    """{"tool_calling": "by template" or "by prompt"}: how the model was told of tools, if the request has any."""
+    return {"tool_calling": engine.chat_format.tool_calling} if request.tools else {}
 
 
 def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 - it comes from anywhere
@@ -249,7 +253,7 @@ def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 -
 
     Args:
         metadata: those values, after a round trip through JSON or pickle too.
-        text: what the framework has of the answer.
+        text: of the answer.
 
     Raises:
         ConfigError: these are no such values, or not of this text.
@@ -257,14 +261,13 @@ def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 -
     if not isinstance(metadata, Mapping) or "copies" not in metadata:
         raise ConfigError("Got an answer that does not say where it came from but expected a whole one of copyspec's")
     try:
-        spans = tuple(CopiedSpan(*row) for row in metadata["copies"])
-    except TypeError as error:
+        explanation = Explanation.from_list(metadata.get("written", text), metadata["copies"])
+    except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"Got copies={metadata['copies']!r} but expected those of an answer: {error}") from None
-    explanation = Explanation(metadata.get("written", text), spans)
-    if spans and spans[-1].stop > len(explanation.text):
+    if explanation.spans and explanation.spans[-1].stop > len(explanation.text):
         raise ConfigError(
-            f"Got an answer of {len(explanation.text)} characters with copies up to {spans[-1].stop}: its text was "
-            "changed since it was written"
+            f"Got an answer of {len(explanation.text)} characters with copies up to {explanation.spans[-1].stop}: its "
+            "text was changed since it was written"
         )
     return explanation
 

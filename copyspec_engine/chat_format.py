@@ -17,10 +17,12 @@ from copyspec_engine.errors import ConfigError
 from copyspec_engine.grammar_options import CallLayout, Grammar, ToolCalls
 from copyspec_engine.options import Options
 
-__all__ = ["FORMATS", "REASONING_FIELDS", "ChatFormat", "find_chat_format"]
+__all__ = ["FORMATS", "REASONING_FIELDS", "ChatFormat", "Part", "find_chat_format"]
 
 REASONING_FIELDS = ("thinking", "reasoning", "reasoning_content")
 """Names that response templates give to reasoning."""
+Part = Literal["system", "tools", "calls", "results"]
+"""A part of a conversation that a chat template may not know."""
 
 
 class ChatFormat(Options):
@@ -51,6 +53,19 @@ class ChatFormat(Options):
     """Under which key of a message the template looks for reasoning."""
     prelude: str = ""
     """Jinja that is put before a template which does not know `tools`, calls or reasoning, and writes them for it."""
+    unwritten: frozenset[Part] = frozenset()
+    """What this model's template leaves out or refuses; it goes into the texts of messages instead."""
+    takes_tools: bool = True
+    """The model is told of tools, by its template or in a message."""
+    is_chat: bool = True
+    """There is a chat template."""
+
+    @property
+    def tool_calling(self) -> Literal["by template", "by prompt"] | None:
+        """How the model is told of tools; None: it is not."""
+        if not self.takes_tools:
+            return None
+        return "by prompt" if "tools" in self.unwritten else "by template"
 
     @property
     def reasons(self) -> bool:

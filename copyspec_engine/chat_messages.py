@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from copyspec_engine.chat_format import ChatFormat
-from copyspec_engine.errors import ConfigError
+from copyspec_engine.errors import ConfigError, UnsupportedModelError
 
 __all__ = ["for_template"]
 
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 _LETTERS = string.ascii_letters + string.digits
+_MEDIA = {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file"}
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Under which keys a message's reasoning may come."""
 
 
 def for_template(messages: Sequence[dict[str, Any]], chat_format: ChatFormat) -> list[dict[str, Any]]:
@@ -27,38 +30,65 @@ def for_template(messages: Sequence[dict[str, Any]], chat_format: ChatFormat) ->
     """
     names: dict[str, str] = {}
     prepared: list[dict[str, Any]] = []
-    for message in messages:
+    for position, message in enumerate(messages):
         ready = dict(message)
+        if not isinstance(message.get("role"), str):
+            raise ConfigError(f"Got messages[{position}] with role={message.get('role')!r} but expected a text")
         if "content" in message:
-            ready["content"] = _text(message["content"])
-        if isinstance(message.get("tool_calls"), list | tuple):
-            for call in message["tool_calls"]:
-                if not isinstance(call, dict):
-                    raise ConfigError(f"Got a tool call {call!r} but expected a dict with its function")
-            ready["tool_calls"] = [_call(call, chat_format) for call in message["tool_calls"]]
+            ready["content"] = _text(message["content"], f"messages[{position}]")
+        if message.get("tool_calls"):
+            ready["tool_calls"] = _calls(message["tool_calls"], f"messages[{position}]", chat_format)
             ready["content"] = ready.get("content") or ""
-            names |= {call["id"]: call["function"].get("name") for call in ready["tool_calls"] if "id" in call}
+            names |= {call["id"]: call["function"]["name"] for call in ready["tool_calls"] if "id" in call}
         if message.get("tool_call_id") is not None:
             ready["tool_call_id"] = _id(message["tool_call_id"], chat_format)
             if message.get("name") is None and ready["tool_call_id"] in names:
                 ready["name"] = names[ready["tool_call_id"]]
-        reasoning = message.get("reasoning_content")
-        if reasoning and chat_format.reasoning_key != "reasoning_content":
-            del ready["reasoning_content"]
-            ready[chat_format.reasoning_key] = reasoning
+        reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
+        if reasoning is not None:
+            ready |= dict.fromkeys(("reasoning_content", chat_format.reasoning_key), reasoning)
         prepared.append(ready)
     one_by_one = chat_format.calls is not None and not chat_format.calls.repeats
     return _apart(prepared) if one_by_one else prepared
 
 
-def _text(content: object) -> object:
-    """Parts of text as one text; anything else as it is."""
-    if not isinstance(content, list | tuple) or not content:
+def _text(content: object, where: str) -> str | None:
+    """A message's content as one text.
+
+    Raises:
+        ConfigError: it is neither a text nor a list of parts that are texts.
+        UnsupportedModelError: a part is an image or the like: a template would write a placeholder for it, and the
+            model answer as if it had seen it.
+    """
+    if content is None or isinstance(content, str):
         return content
-    texts = [
-        part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content
-    ]
-    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+    if not isinstance(content, list | tuple):
+        raise ConfigError(f"Got {where} with content={content!r} but expected a text, or a list of text parts")
+    return "".join(_part(part, f"{where}, content[{place}]") for place, part in enumerate(content))
+
+
+def _part(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if isinstance(part, dict) and isinstance(kind, str):
+        if kind in _MEDIA:
+            raise UnsupportedModelError(f"Got a message with a part of type {kind!r} but only text can be read")
+        if isinstance(part.get("text"), str):
+            return str(part["text"])
+    raise ConfigError(f'Got {where} = {part!r} but expected a text part: {{"type": "text", "text": ...}}')
+
+
+def _calls(calls: object, where: str, chat_format: ChatFormat) -> list[dict[str, Any]]:
+    if not isinstance(calls, list | tuple):
+        raise ConfigError(f"Got {where} with tool_calls={calls!r} but expected a list of calls")
+    for call in calls:
+        function = (call.get("function") or call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ConfigError(f"Got {where} with a tool call {call!r} but expected a dict with its function's name")
+        if not isinstance(call.get("id"), str | int | None):
+            raise ConfigError(f"Got {where} with a tool call of id={call['id']!r} but expected a text")
+    return [_call(call, chat_format) for call in calls]
 
 
 def _call(call: dict[str, Any], chat_format: ChatFormat) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TorchAoConfig
 
 from copyspec_engine.config import EngineConfig
-from copyspec_engine.config_checks import refuse_impossible
+from copyspec_engine.config_checks import refuse_impossible, refuse_unreadable
 from copyspec_engine.errors import ModelLoadError, UnsupportedModelError, missing_extra
 from copyspec_engine.tokenizer import ChatTokenizer
 
@@ -76,6 +77,8 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
         CopySpecError: a package that the options need is not installed.
     """
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    for file in ("config.json", "generation_config.json"):
+        refuse_unreadable(config.model, Path(path, file))
     refuse_impossible(config.model, PreTrainedConfig.get_config_dict(path)[0], on_cpu=device.type == "cpu")
     hf_config = AutoConfig.from_pretrained(path, **options)
     refuse_unsupported(config.model, hf_config)
@@ -99,6 +102,7 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
         config=hf_config,
         dtype=_resolve_dtype(config.dtype, device, quantized),
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report, which names them
         **options,
     )
     model, report = loaded

@@ -188,6 +188,11 @@ class EngineConfig(_Options):
     generation_config: Literal["auto", "ignore"] = "auto"
     """"auto" takes from the checkpoint's generation_config.json what a call does not say of its sampling, as `generate`
     does (`EngineInfo.sampling_defaults`); "ignore" only its end-of-sequence ids."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """Jinja, or the path of a file with it, in place of the checkpoint's own chat template."""
+    tool_prompt: bool = True
+    """Where the chat template leaves out tools, or earlier calls and their results, write them into the messages;
+    False: refuse them. `EngineInfo.tool_calling` says which way it is."""
 
     @field_validator("device", "draft_model_device")
     @classmethod
@@ -200,6 +205,13 @@ class EngineConfig(_Options):
     @classmethod
     def _expand_home(cls, path: str | None) -> str | None:
         return None if path is None else os.path.expanduser(path)
+
+    @field_validator("chat_template")
+    @classmethod
+    def _check_chat_template(cls, given: str | None) -> str | None:
+        if given is not None and not ("{{" in given or "{%" in given or os.path.isfile(os.path.expanduser(given))):
+            raise ValueError(f"Got chat_template={given[:200]!r} but expected Jinja text or the path of a file with it")
+        return given
 
     @model_validator(mode="after")
     def _check_device_map(self) -> EngineConfig:
@@ -350,6 +362,26 @@ class SamplingParams(_Options):
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+_ALWAYS = "it is always so, leave it out"
+_NO_TEMPLATE_VALUES = {
+    "chat_template": "the template is an option of the engine, EngineConfig(chat_template=...)",
+    "messages": "they are an option of the request",
+    "conversation": "the messages are an option of the request",
+    "tools": "they are an option of the request",
+    "tool_choice": "it is an option of the call",
+    "add_generation_prompt": _ALWAYS,
+    "tokenize": _ALWAYS,
+    "sanitize_control_tokens": _ALWAYS,
+    "continue_final_message": "an answer begins afresh; to go on with a text use prompt=",
+    **dict.fromkeys(
+        ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        "a prompt is one list of token ids, leave it out",
+    ),
+    "tokenizer_kwargs": "the tokenizer is used as it is, leave it out",
+}
+"""Names that mean something else where templates are rendered, and what to do instead."""
+
+
 def _request_id() -> str:
     return uuid.uuid4().hex
 
@@ -364,7 +396,8 @@ class GenerationRequest(_Options):
     tools: Sequence[dict[str, Any]] | None = None
     """OpenAI-style function schemas for the chat template; only with `messages`."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """What else the chat template reads ({"enable_thinking": False}, say); only with `messages`."""
+    """What else the chat template reads ({"enable_thinking": False}, say); only with `messages`. The template itself is
+    an option of the engine."""
     parse_reply: bool = False
     """Take the answer apart into text, reasoning and tool calls, as the model's chat template writes them (see
     `StreamChunk.deltas` and `GenerationOutput.reply`). `text` is then all that was written, marks of parts included."""
@@ -381,8 +414,6 @@ class GenerationRequest(_Options):
     """False: the session keeps the KV and the spelling of its last call, but none of its texts, so that each of its
     calls copies from its own input only. For sessions that are found by what a call shows (see
     `adapters.Conversations`): what it does not show is not told it."""
-    continues: str | None = Field(default=None, min_length=1)
-    """Another session whose KV and spelling this call may begin with, and leaves as they are."""
     memory_pool: str | None = Field(default=None, min_length=1)
     """Copy from and add to the texts of this shared pool instead of the session's own. Everyone who names the pool can
     tell from the speed of an answer what is in it, but is shown none of it: copies of what other sessions (or any calls
@@ -419,6 +450,12 @@ class GenerationRequest(_Options):
             raise ValueError("Got tools without messages: tools are written into the prompt by the chat template")
         if self.chat_template_kwargs and self.messages is None:
             raise ValueError("Got chat_template_kwargs without messages: nothing else is put into a chat template")
+        reserved = next((name for name in self.chat_template_kwargs if name in _NO_TEMPLATE_VALUES), None)
+        if reserved is not None:
+            raise ValueError(
+                f"Got chat_template_kwargs with {reserved!r} but expected values that a template reads: "
+                + _NO_TEMPLATE_VALUES[reserved]
+            )
         if self.grammar is not None and self.sampling.ignore_eos:
             raise ValueError("Got ignore_eos=True with a grammar but expected one of them: the grammar ends the answer")
         return self

@@ -5,14 +5,16 @@ A damaged or made-up one may ask for all of the machine's memory, or fail much l
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from copyspec_engine.errors import ModelLoadError
 
-__all__ = ["refuse_impossible"]
+__all__ = ["refuse_impossible", "refuse_unreadable"]
 
 _LAYERS, _SIZE, _LENGTH = 10_000, 10_000_000, 2**31
 """Far above what any model has."""
@@ -27,6 +29,22 @@ _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps",
 _PARTS = ("text_config", "language_config", "llm_config")
 _LEAST_BYTES = 0.5
 """Of a weight: 4 bits are the fewest in use."""
+
+
+def refuse_unreadable(name: str, file: Path) -> None:
+    """Turn away a file, if it is there, that is no JSON object.
+
+    Raises:
+        ModelLoadError: it is none; the error says why.
+    """
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelLoadError(f"Got a {file.name} of {name} that cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"Got a {file.name} of {name} that holds a {type(content).__name__}, not an object")
 
 
 def refuse_impossible(name: str, config: dict[str, Any], *, on_cpu: bool = True) -> None:

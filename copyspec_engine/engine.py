@@ -110,6 +110,7 @@ class Engine:
             num_kv_slots=model.num_slots,
             kv_bytes_per_token=model.kv_bytes_per_token,
             step_cost=model.step_cost,
+            exact=self._config.exact,
             drafting_error=model.drafting_error,
             execution=model.execution,
             execution_error=model.execution_error,
@@ -120,6 +121,7 @@ class Engine:
             sampling_defaults_not_done=model.defaults.not_done,
             memory_path=self._config.memory_path if self._core.file is not None else None,
             memory_error=self._core.memory_error,
+            tool_calling=self._chat_format.tool_calling,
             versions={
                 "copyspec": _copyspec_version(),
                 "python": platform.python_version(),
@@ -148,8 +150,7 @@ class Engine:
             ConfigError: the chat template refuses the messages, or a token is not in the model's vocabulary.
         """
         if request.messages is not None:
-            kept = self._core.exact_tokens
-            known = (*kept.of(request.session_id), *kept.of(request.continues))
+            known = self._core.exact_tokens.of(request.session_id)
             tokenizer = self._model.tokenizer
             ids = tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
             return self._known_text("messages", ids)

@@ -118,7 +118,13 @@ def read_defaults(generation_config: object, name: str, vocab_size: int) -> Gene
             options[option] = value
         else:
             not_done.append(f"{key}={getattr(generation_config, key)!r}")
-    min_length, max_length = (getattr(generation_config, key, None) for key in ("min_length", "max_length"))
+    lengths = {}
+    for key in ("min_length", "max_length"):
+        value = getattr(generation_config, key, None)
+        if value and not (type(value) is int and value > 0):
+            not_done.append(f"{key}={value!r}")
+        elif value:
+            lengths[key] = value
     if not_done:
         logger.warning(
             "%s: its generation_config.json sets %s, which is not done here: set EngineConfig(generation_config="
@@ -126,7 +132,7 @@ def read_defaults(generation_config: object, name: str, vocab_size: int) -> Gene
             name,
             ", ".join(not_done),
         )
-    return GenerationDefaults(SamplingParams(**options), min_length or 0, max_length, tuple(not_done))
+    return GenerationDefaults(SamplingParams(**options), not_done=tuple(not_done), **lengths)
 
 
 def _given(source: object, vocab_size: int) -> Iterator[tuple[str, str, Any]]:
@@ -138,11 +144,16 @@ def _given(source: object, vocab_size: int) -> Iterator[tuple[str, str, Any]]:
         value = getattr(source, key, None)
         if value is None or (key in _OFF and value == _OFF[key]):
             continue
-        if key in ("suppress_tokens", "begin_suppress_tokens"):
-            value = tuple(token for token in value if 0 <= token < vocab_size)
-        elif key == "bad_words_ids":
-            value = tuple(tuple(word) for word in value if word and all(0 <= token < vocab_size for token in word))
-        yield key, option, value
+        yield key, option, _known(value, vocab_size) if isinstance(value, list) else value
+
+
+def _known(values: list[Any], vocab_size: int) -> list[Any]:
+    """Of token ids, or runs of them, those that can come."""
+
+    def is_known(token: object) -> bool:
+        return not isinstance(token, int) or 0 <= token < vocab_size
+
+    return [value for value in values if (all(map(is_known, value)) if isinstance(value, list) else is_known(value))]
 
 
 def _is_possible(option: str, value: object) -> bool:

@@ -11,7 +11,9 @@ from typing import Any
 
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.chat_format import ChatFormat, find_chat_format
+from copyspec_engine.chat_template import describe_template, given_template
 from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
+from copyspec_engine.errors import ConfigError
 
 __all__ = ["ModelFacts", "read_model_facts"]
 
@@ -25,9 +27,7 @@ class ModelFacts:
     max_model_len: int | None
     """Longest prompt plus answer, in tokens, within the limit of the engine's configuration; None: not known."""
     chat_format: ChatFormat
-    """How its chat template writes tool calls and reasoning."""
-    takes_tools: bool
-    """Its chat template tells the model of tools."""
+    """How its chat template writes tool calls and reasoning, and what it leaves out."""
 
     @property
     def reasons(self) -> bool:
@@ -45,9 +45,9 @@ def read_model_facts(config: EngineConfig) -> ModelFacts | None:
         folder = _cached_folder(config.model)
     if folder is None or not (folder / "config.json").is_file():
         return None
-    facts = _read(folder)
+    facts = _read(folder, config.chat_template, config.tool_prompt)
     limits = [limit for limit in (facts.max_model_len, config.max_model_len) if limit is not None]
-    return ModelFacts(min(limits, default=None), facts.chat_format, facts.takes_tools)
+    return ModelFacts(min(limits, default=None), facts.chat_format)
 
 
 def _cached_folder(name: str) -> Path | None:
@@ -63,15 +63,28 @@ def _cached_folder(name: str) -> Path | None:
 
 
 @lru_cache(maxsize=64)
-def _read(folder: Path) -> ModelFacts:
+def _read(folder: Path, given: str | None, tool_prompt: bool) -> ModelFacts:
     tokenizer = _json(folder / "tokenizer_config.json")
-    template = _chat_template(folder, tokenizer)
-    text, found = template or "", find_chat_format(template, tokenizer.get("response_template"))
+    template = _chat_template(folder, tokenizer) if given is None else given_template(given)
+    own = tokenizer.get("response_template")
+    try:
+        chat_format = describe_template(
+            template, _special_tokens(tokenizer), response_template=own, tool_prompt=tool_prompt
+        )
+    except ConfigError:  # loading the model will say so
+        logger.warning("the chat template of %s cannot be read", folder, exc_info=True)
+        chat_format = find_chat_format(template, own)
     return ModelFacts(
         max_model_len=_longest_context(_json(folder / "config.json")),
-        chat_format=found,
-        takes_tools="tools" in text or bool(found.prelude),
+        chat_format=chat_format,
     )
+
+
+def _special_tokens(tokenizer: dict[str, Any]) -> dict[str, str]:
+    """The names of special tokens as a chat template reads them."""
+    tokens = {name: value for name, value in tokenizer.items() if name.endswith("_token")}
+    names = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: value for name, value in names.items() if isinstance(value, str)}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -310,7 +310,8 @@ def _read(config: EngineConfig, on_progress: Progress | None) -> tuple[PreTraine
             if base is not None:
                 model = merge_adapter(model, path)
         words = tokenizer_path(path, base)
-        return model, HFTokenizer(AutoTokenizer.from_pretrained(words, trust_remote_code=config.trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=config.trust_remote_code)
+        return model, HFTokenizer(tokenizer, chat_template=config.chat_template, tool_prompt=config.tool_prompt)
 
 
 def _path(config: EngineConfig) -> str:

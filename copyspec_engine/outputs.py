@@ -240,6 +240,8 @@ class EngineInfo:
     step_cost: tuple[tuple[int, float], ...]
     """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller; empty if nothing
     is drafted."""
+    exact: bool = False
+    """Whether passes have one fixed width (`EngineConfig.exact`)."""
     drafting_error: str | None = None
     """Why this model runs without drafting, whatever drafter is asked for; None if it drafts."""
     execution: Execution = "eager"
@@ -264,4 +266,29 @@ class EngineInfo:
     """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
     memory_error: str | None = None
     """Why the file could not be opened."""
+    tool_calling: Literal["by template", "by prompt"] | None = None
+    """How the model is told of tools: by its chat template, or in a message where the template leaves them out; None:
+    it is not."""
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether an answer has the tokens of plain decoding, whatever is drafted, reused or runs beside it."""
+        return self.exact or self.dtype == "float32"
+
+    @property
+    def lossless(self) -> str:
+        """What is promised of an answer beside plain decoding, in a sentence."""
+        return self.promised(self.dtype, exact=self.exact)
+
+    @staticmethod
+    def promised(dtype: str, *, exact: bool) -> str:
+        """What `lossless` says of a dtype."""
+        if exact:
+            return "the tokens of plain decoding, to the last bit of arithmetic"
+        if dtype == "float32":
+            return "the tokens of plain decoding (only an exact tie between two tokens could fall the other way)"
+        return (
+            f"the tokens of plain decoding but for near ties between two tokens, which {dtype} may round the other way "
+            "in a pass of another width; exact=True rules that out"
+        )

@@ -27,8 +27,8 @@ __all__ = ["explain"]
 
 _AROUND = 60
 """Characters shown on each side of a place that the reader does not have at hand."""
-_FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD
-"""Private characters, two for each part of a message."""
+_FIRST_MARK, _LAST_MARK = 0xF0002, 0xFFFFD
+"""Private characters, two for each part of a message; not those that tokenizers put around control tokens' names."""
 _HALF = "\N{REPLACEMENT CHARACTER}"
 _MARK = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 

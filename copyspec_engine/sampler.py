@@ -176,6 +176,7 @@ def _least(ordered: torch.Tensor, scores: torch.Tensor, params: SamplingParams) 
             total = _total_mass(scores, params)
         above = masses.cumsum(dim=-1) - masses  # mass of the likelier tokens: the first is always kept
         count = ((above < params.top_p * total) & (masses > 0)).sum(dim=-1, keepdim=True)
+        count = count.clamp(min=1)  # a top_p may be less than float32 can hold
         least = torch.maximum(least, ordered.gather(-1, count - 1))
     if params.min_p > 0.0:
         least = least.clamp(min=math.log(params.min_p))  # the most likely token stands at 0

@@ -5,26 +5,29 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
-from copyspec_engine.chat_format import ChatFormat, find_chat_format
+from copyspec_engine.chat_format import ChatFormat
 from copyspec_engine.chat_messages import for_template
+from copyspec_engine.chat_template import ChatTemplate, describe_template, given_template
 from copyspec_engine.detokenizer import Detokenizer
 from copyspec_engine.errors import ConfigError, UnsupportedModelError
 from copyspec_engine.exact_tokens import Speller, Spelling
 from copyspec_engine.memory_file import Fingerprint
 from copyspec_engine.outputs import Segment
 from copyspec_engine.sequence import TextStream
+from copyspec_engine.tool_prompt import needs_prompt, system_in_users, written_in_texts
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -121,35 +124,61 @@ class ChatTokenizer(Protocol):
 class HFTokenizer:
     """A fast Hugging Face tokenizer with its chat template.
 
+    Args:
+        tokenizer: of a checkpoint.
+        chat_template: Jinja, or the path of a file with it, in place of the tokenizer's own.
+        tool_prompt: tools, calls and results that the template leaves out are written into messages.
+
     Raises:
         UnsupportedModelError: the tokenizer is not a fast one.
+        ConfigError: its chat template, or the given one, is not Jinja.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None, tool_prompt: bool = True
+    ) -> None:
         if not tokenizer.is_fast:
             raise UnsupportedModelError(
                 f"Got tokenizer {type(tokenizer).__name__} but expected a fast one (a tokenizer.json in the folder)"
             )
         self._tokenizer = tokenizer
         self._tokenizer.model_max_length = sys.maxsize  # the engine checks lengths; no warning beside its error
+        if chat_template is not None:
+            self._tokenizer.chat_template = given_template(chat_template)
         self._backend: Any = tokenizer.backend_tokenizer
         # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
         self._encoding = threading.Lock()
-        self._chat_format = self._find_format()
+        sources = self._sources()
+        self._chat_format = self._find_format(sources, tool_prompt)
+        self._tool_prompt = tool_prompt
         self._begin = self._text_begin()
         self._special = self._special_tokens()
         self._hidden = {i for i, name in self._special.items() if not self._chat_format.marks_parts_with(name)}
-        control = self._control_tokens()
-        self._markers = (*control, *_FORGED)
+        variables = tokenizer.special_tokens_map
+        self._templates = {
+            name: ChatTemplate(self._chat_format.prelude + source, variables) for name, source in sources.items()
+        }
+        control = self._control_tokens(sources)
         self._speller = Speller(
             control, partial(self.encode, special_tokens=False), partial(self.decode, skip_special_tokens=False)
         )
+        names = "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
+        self._names, self._marked = re.compile(f"{names}|[{_OPEN}{_CLOSE}]"), re.compile(f"{_OPEN}({names}){_CLOSE}")
 
-    def _control_tokens(self) -> dict[str, int]:
+    def _sources(self) -> dict[str, str]:
+        """The chat templates by name; most models have one, "default"."""
+        found = self._tokenizer.chat_template or {}
+        sources = dict(found) if isinstance(found, dict) else {"default": found}
+        if sources and not {"default", "tool_use"} & sources.keys():
+            raise ConfigError(
+                f"Got chat templates named {', '.join(sources)} but expected one named default: give one as "
+                "chat_template="
+            )
+        return sources
+
+    def _control_tokens(self, sources: Mapping[str, str]) -> dict[str, int]:
         """The ids of special tokens, and of all others that a chat template writes, by name."""
-        template = self._tokenizer.chat_template or ""
-        template = "".join(template.values()) if isinstance(template, dict) else template
-        template += self._chat_format.prelude
+        template = "".join(sources.values()) + self._chat_format.prelude
         added = self._tokenizer.added_tokens_decoder.items()
         return {
             token.content: token_id
@@ -179,23 +208,8 @@ class HFTokenizer:
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
         spellings: Sequence[Spelling] = (),
     ) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise ConfigError("Got messages but this model has no chat template: use prompt=, or an instruction model")
-        _refuse_media(messages)
-        chat_format = self._chat_format
-        ready = self._without_forged_keys(for_template(messages, chat_format), [tools, template_kwargs])
-        options = {"chat_template": self._chat_template(tools, chat_format), **template_kwargs}
-        has_markers = self._has_markers([ready, tools, template_kwargs])
-        if has_markers:
-            options["sanitize_control_tokens"] = True
-        try:
-            rendered = self._apply_template(ready, tools, options, tokenize=has_markers)
-        except Exception as error:  # templates raise whatever Jinja or their own raise_exception() gives
-            merged = _merge_neighbours(messages)
-            if len(merged) < len(messages):  # some templates insist that roles alternate
-                return self.render(merged, tools, template_kwargs, spellings)
-            raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
-        return self._speller.spell(_encodable(rendered), spellings) if isinstance(rendered, str) else rendered
+        text = self._rendered(messages, tools, template_kwargs)
+        return self._encode_marked(text) if _OPEN in text else self._speller.spell(text, spellings)
 
     def render_text(
         self,
@@ -203,39 +217,82 @@ class HFTokenizer:
         tools: Sequence[dict[str, Any]] | None,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        ready = for_template(messages, self._chat_format)
-        options = {"chat_template": self._chat_template(tools, self._chat_format), **template_kwargs}
-        try:
-            return cast("str", self._apply_template(ready, tools, options, tokenize=False))
-        except Exception as error:
-            merged = _merge_neighbours(messages)
-            if len(merged) < len(messages):
-                return self.render_text(merged, tools, template_kwargs)
-            raise ConfigError(f"The chat template refused the messages: {type(error).__name__}: {error}") from error
+        return re.sub(f"[{_OPEN}{_CLOSE}]", "", self._rendered(messages, tools, template_kwargs))
 
-    def _apply_template(
+    def _rendered(
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None,
-        options: dict[str, Any],
-        *,
-        tokenize: bool,
-    ) -> str | list[int]:
-        with self._encoding:
-            rendered = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                add_generation_prompt=True,
-                tokenize=tokenize,
-                return_dict=False,
-                **options,
+        template_kwargs: Mapping[str, Any],
+    ) -> str:
+        """A conversation's text, in which each control token's name that comes from the caller has marks around it."""
+        if not self._templates:
+            raise ConfigError(
+                "Got messages but this model has no chat template, as a base model: use prompt= (complete of an LLM), "
+                "an instruction model, or give a template as chat_template="
             )
-        return cast("str | list[int]", rendered)
+        name = (
+            "tool_use" if "default" not in self._templates or (tools and "tool_use" in self._templates) else "default"
+        )
+        chat_format, template = self._chat_format, self._templates[name]
+        ready = self._without_forged_keys(for_template(messages, chat_format), [tools, template_kwargs])
+        copier = _Copier(self._names)
+        try:
+            ready, known, options = copier.copy(ready), copier.copy(tools), copier.copy(dict(template_kwargs))
+        except RecursionError:
+            raise ConfigError("Got messages, tools or chat_template_kwargs that are nested too deeply") from None
+        left_out = None if self._tool_prompt else needs_prompt(ready, known, chat_format)
+        if left_out is not None:
+            raise ConfigError(
+                f"Got {left_out} but this model's chat template does not write them, and tool_prompt=False: leave "
+                "tool_prompt out, use another model, or give a template as chat_template="
+            )
+        ready, known = written_in_texts(ready, known, chat_format)
+        failures: list[Exception] = []
+        for attempt in _attempts(ready):
+            with _held(failures):
+                return _encodable(template.render(attempt, known, options, copier.size))
+        first = failures[0]
+        raise ConfigError(f"The chat template refused the messages: {type(first).__name__}: {first}") from first
 
-    def _chat_template(self, tools: Sequence[dict[str, Any]] | None, chat_format: ChatFormat) -> str:
-        """The template, behind what writes the calls for one that cannot."""
-        template: str = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
-        return template if "tool_calls" in template else chat_format.prelude + template
+    def _encode_marked(self, text: str) -> list[int]:
+        """Token ids of a text in which what stands between marks is spelled in letters.
+
+        Raises:
+            ConfigError: this tokenizer spells a control token's name as the token in any case.
+        """
+        ids: list[int] = []
+        for number, piece in enumerate(self._marked.split(text)):
+            # A mark that stands alone was moved by the template; there the text is divided all the same.
+            for part in re.split(f"[{_OPEN}{_CLOSE}]", piece):
+                if part:
+                    ids += self._encode_inside(part, as_letters=bool(number % 2), is_first=not ids)
+        return ids
+
+    def _encode_inside(self, text: str, *, as_letters: bool, is_first: bool) -> list[int]:
+        """Token ids of a part of a prompt; behind another part, so that no space is put before it."""
+        encode = self._letters if as_letters else partial(self.encode, special_tokens=False)
+        if is_first:
+            ids = encode(text)
+        else:
+            before, both = encode("\n"), encode("\n" + text)
+            ids = both[len(before) :] if both[: len(before)] == before else encode(text)
+        token = self._tokenizer.convert_tokens_to_ids(text) if as_letters else None
+        if token in ids:
+            raise ConfigError(
+                f"Got a message that holds the control token {text!r}, which this tokenizer cannot write as text: "
+                "remove it"
+            )
+        return ids
+
+    def _letters(self, text: str) -> list[int]:
+        """Token ids of a text in which the name of a token is no more than its letters."""
+        backend = self._backend
+        text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+        words = (
+            [text] if backend.pre_tokenizer is None else [w for w, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        )
+        return [token.id for word in words for token in backend.model.tokenize(word)]
 
     def _without_forged_keys(self, messages: list[dict[str, Any]], others: object) -> list[dict[str, Any]]:
         """Messages in which no key is a control token's name: nobody could tell it from the template's own.
@@ -256,25 +313,7 @@ class HFTokenizer:
         return messages
 
     def _forged_key(self, value: object) -> str | None:
-        keys = _keys(value)
-        return next((key for key in keys if any(marker in key for marker in self._markers)), None)
-
-    def _has_markers(self, inputs: object) -> bool:
-        """Whether a text of the caller's holds a control token's name, which must not become the token.
-
-        Raises:
-            ConfigError: one does, and this release of transformers cannot tell it from the template's own.
-        """
-        texts = list(_texts(inputs))
-        found = next((marker for marker in self._markers if any(marker in text for text in texts)), None)
-        if found is None:
-            return False
-        if "sanitize_control_tokens" not in inspect.signature(self._tokenizer.apply_chat_template).parameters:
-            raise ConfigError(
-                f"Got a message that holds the control token {found!r}: remove it, or upgrade transformers to a "
-                "release that can keep it apart from those of the chat template (5.23 can)"
-            )
-        return True
+        return next((key for key in _keys(value) if self._names.search(key)), None)
 
     def text_stream(
         self, stop: Sequence[str], *, special: SpecialTokens = "none", behind: Sequence[int] = ()
@@ -307,10 +346,7 @@ class HFTokenizer:
     def chat_format(self) -> ChatFormat:
         return self._chat_format
 
-    def _find_format(self) -> ChatFormat:
-        chat_template = self._tokenizer.chat_template
-        if isinstance(chat_template, dict):  # several by name
-            chat_template = chat_template.get("tool_use") or chat_template.get("default")
+    def _find_format(self, sources: Mapping[str, str], tool_prompt: bool) -> ChatFormat:
         own = getattr(self._tokenizer, "response_template", None)
         try:
             if own is not None:
@@ -318,7 +354,9 @@ class HFTokenizer:
         except Exception as error:  # answers can still be read by what the chat template writes
             logger.warning("The tokenizer's response template is not used: %s", error)
             own = None
-        return find_chat_format(chat_template, own)
+        source = sources.get("tool_use") or sources.get("default")
+        variables = self._tokenizer.special_tokens_map
+        return describe_template(source, variables, response_template=own, tool_prompt=tool_prompt)
 
     def vocabulary(self) -> dict[str, int]:
         with self._encoding:
@@ -340,20 +378,51 @@ class HFTokenizer:
             return from_tokenizer(fast, n_vocab=width, eos_token=list(eos_token_ids))
 
 
-_FORGED = ("\U000f0000", "\U000f0001")
-"""What transformers puts around a control token's name in a message, to keep it apart."""
+_OPEN, _CLOSE = "\U000f0000", "\U000f0001"
+"""Private characters around a control token's name in what the caller gave; such ones of the caller's are dropped."""
 
 
-def _texts(value: object) -> Iterator[str]:
-    """All texts in nested values but the keys, as the template may write them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+class _Copier:
+    """Copies the caller's values as plain JSON: a template must not get hold of any other object.
+
+    Args:
+        names: finds control tokens' names and marks in texts.
+    """
+
+    def __init__(self, names: re.Pattern[str]) -> None:
+        self._names = names
+        self.size = 0
+        """Characters and values copied."""
+
+    def copy(self, value: Any) -> Any:  # noqa: ANN401 - any JSON value
+        self.size += 1
+        if isinstance(value, str):
+            self.size += len(value)
+            return self._names.sub(_mark, str(value))
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int | float):
+            return int(value) if isinstance(value, int) else float(value)
+        if isinstance(value, Mapping):
+            return {str(key): self.copy(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.copy(item) for item in value]
+        raise ConfigError(f"Got {value!r} in the messages, tools or chat_template_kwargs but expected JSON values")
+
+
+@contextlib.contextmanager
+def _held(failures: list[Exception]) -> Iterator[None]:
+    """Keep what a template raises, be it Jinja's or its own raise_exception(), so that something else can be tried."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        failures.append(error)
+
+
+def _mark(found: re.Match[str]) -> str:
+    return "" if found[0] in (_OPEN, _CLOSE) else _OPEN + found[0] + _CLOSE
 
 
 def _keys(value: object) -> Iterator[str]:
@@ -376,21 +445,18 @@ def _encodable(text: str) -> str:
     return text
 
 
-_MEDIA = {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file"}
+def _attempts(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The messages, then other forms of them: some templates want roles to alternate, or system messages first only."""
+    yield messages
+    merged = _merge_neighbours(messages)
+    if len(merged) < len(messages):
+        yield merged
+    moved = _merge_neighbours([*messages[:1], *system_in_users(messages[1:])])
+    if moved != merged:
+        yield moved
 
 
-def _refuse_media(messages: Sequence[dict[str, Any]]) -> None:
-    """A template would write a placeholder for an image, and the model answer as if it had seen it."""
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list | tuple) else ():
-            if isinstance(part, dict) and part.get("type") in _MEDIA:
-                raise UnsupportedModelError(
-                    f"Got a message with a part of type {part['type']!r} but only text can be read"
-                )
-
-
-def _merge_neighbours(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merge_neighbours(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Plain texts of one role in a row as one message, two line breaks apart."""
     merged: list[dict[str, Any]] = []
     for message in messages:

@@ -216,3 +216,15 @@ def test_a_role_of_the_template_is_no_word_of_the_document(chat: Chat, old: str,
     instruction = {"role": "user", "content": f'Replace "{old}" with "client".'}
     answer = chat.answer([{"role": role, "content": document}, instruction], 200)
     assert answer == document.replace(old, "client", 1)
+
+
+def test_no_two_tokens_come_out_equal(chat: Chat) -> None:
+    """Past regression: where the right token was banned, tokens whose codes are as unlike it were equally likely, and
+    rounding chose among them."""
+    messages = [USER_DOCUMENT, {"role": "user", "content": "Repeat the document."}]
+    rendered = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = chat.tokenizer(str(rendered), add_special_tokens=False, return_tensors="pt")
+    with torch.inference_mode():
+        found = chat.model(**prompt).logits[0, -1].sort(descending=True).values[:10]
+    assert float(found[0] - found[1]) > 20
+    assert float((found[:-1] - found[1:]).min()) > 1e-3

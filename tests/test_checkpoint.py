@@ -166,6 +166,22 @@ def test_a_config_that_cannot_be_true_is_refused_by_name(folder: str, values: di
         load_model(EngineConfig(model=folder))
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "says"), [("{", "cannot be read"), ("[1]", "holds a list, not an object"), ("", "cannot")]
+)
+def test_a_file_that_is_no_json_object_is_named(folder: str, file: str, content: str, says: str) -> None:
+    (Path(folder) / file).write_text(content)
+    with pytest.raises(ModelLoadError, match=f"Got a {file} of .* {says}"):
+        load_model(EngineConfig(model=folder))
+
+
+def test_weights_of_another_shape_are_named(folder: str) -> None:
+    change_config(folder, vocab_size=100)
+    with pytest.raises(ModelLoadError, match=r"or has them in another shape .*embed_tokens|or has them .*lm_head"):
+        load_model(EngineConfig(model=folder))
+
+
 def test_configs_of_real_models_are_believed() -> None:
     refuse_impossible("a", {"hidden_size": 16384, "num_hidden_layers": 126, "num_attention_heads": 128})
     refuse_impossible("b", {"max_position_embeddings": 10_485_760, "num_key_value_heads": [4, 8], "sliding_window": 0})

@@ -166,6 +166,16 @@ def test_what_is_not_done_is_named(make: MakeEngine, caplog: pytest.LogCaptureFi
     assert "num_beams" not in caplog.text
 
 
+def test_values_of_no_sense_are_named_and_not_used() -> None:
+    config = GenerationConfig()
+    odd = {"suppress_tokens": 5, "bad_words_ids": [1], "stop_strings": 3, "min_length": "a", "max_length": -4}
+    for key, value in odd.items():
+        setattr(config, key, value)
+    found = read_defaults(config, "tiny", 258)
+    assert found.options == {}
+    assert set(found.not_done) == {f"{key}={value!r}" for key, value in odd.items()}
+
+
 def test_settings_that_change_nothing_are_no_settings() -> None:
     assert read_defaults(None, "tiny", 258) == GenerationDefaults()
     neutral = GenerationConfig(num_beams=1, typical_p=1.0, top_k=0, guidance_scale=1.0, suppress_tokens=[999, -1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -20,8 +21,11 @@ from copyspec_engine import (
     GenerationRequest,
     SamplingParams,
 )
+from copyspec_engine.cli.lossless_rounds import crowded, rounds
 from copyspec_engine.drafter import Drafter, DraftTree
+from copyspec_engine.model_runner import prepare
 from copyspec_engine.scheduler import ScheduledBatch
+from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import END, assert_all_slots_free, build_model
 
 MakeEngine = Callable[..., Engine]
@@ -125,54 +129,27 @@ def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftT
     return drafts
 
 
-def submit_all(engine: Engine, cases: Seq[dict[str, Any]]) -> list[GenerationOutput]:
-    """Everything at once: the engine mixes them as it sees fit."""
-    handles = [engine.submit(GenerationRequest(**case)) for case in cases]
-    return [handle.result() for handle in handles]
-
-
-def test_random_cases_draft_on_equals_off(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+def test_random_conversations_have_the_answers_of_plain_decoding(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Trees, sampling, stop ids, stop texts that cut answers, sessions that branch, shared KV and texts, requests that
-    give way: in any mixture nothing of it shows in the tokens."""
+    """Trees, blocks, sampling, grammars, stop texts that cut answers, sessions that branch, shared KV and texts,
+    requests that give way or are cancelled: in any mixture nothing of it shows in the tokens."""
     count = int(request.config.getoption("--random-cases"))
-    rng = random.Random(count)
-    engine = make_engine("llama", kv_cache_tokens=700, max_prefill_tokens=64, max_sessions=6, max_waiting=count)
-    cases = [random_case(rng, longest=rng.choice((6, 6, 40))) for _ in range(count)]
-    beginnings = [PROMPT[i : i + 15 + 20 * i] for i in range(3)]
-    cases = [((*rng.choice(beginnings), *prompt), sampling, drafter) for prompt, sampling, drafter in cases]
-    plain = submit_all(engine, [asked(prompt, "none", sampling) for prompt, sampling, _ in cases])
-    cut = []
-    for i, (_, sampling, _) in enumerate(cases):
-        if len(plain[i].text) > 2 and rng.random() < 0.3:
-            at = rng.randrange(len(plain[i].text))
-            sampling["stop"] = (plain[i].text[at : at + rng.randrange(1, 5)], "never written")
-            cut.append(i)
-    for i, output in zip(cut, submit_all(engine, [asked(cases[i][0], "none", cases[i][1]) for i in cut]), strict=True):
-        plain[i] = output
-    drafts = watch_drafts(engine, monkeypatch)
-    mixed = []
-    for prompt, sampling, drafter in cases:
-        options = {"prediction": engine.decode(prompt[: rng.randrange(60)])} if rng.random() < 0.2 else {}
-        options |= {"memory_pool": "pool"} if rng.random() < 0.3 else {}
-        options |= {"cache_salt": rng.choice("xy")} if rng.random() < 0.3 else {}
-        mixed.append(asked(prompt, drafter, sampling) | options | {"session_id": rng.choice([*"abcdefgh", None])})
-    for expected, got, case in zip(plain, submit_all(engine, mixed), mixed, strict=True):
-        assert same_answer(expected, got), case
-    now = engine.metrics()
-    assert len(cut) > count / 8
-    assert now.cached_tokens > 2 * count
-    assert sum(now.accepted_by_source.values()) > count / 2
-    assert sum(not draft.is_chain for draft in drafts) > count / 4
+    config = crowded(EngineConfig(model="tiny-llama"))
+    with Engine(config, model=prepare(build_model("llama"), ByteTokenizer(), config)) as engine:
+        drafts = watch_drafts(engine, monkeypatch)
+        outcomes = [outcome for outcomes in rounds(engine, count, count) for outcome in outcomes]
+        now = engine.metrics()
+        assert_all_slots_free(engine)
+    assert [outcome.turn.number for outcome in outcomes] == list(range(count))
+    assert not [outcome.described() for outcome in outcomes if not outcome.is_same]
+    seen = Counter(feature for outcome in outcomes for feature in outcome.features)
+    assert all(seen[name] > count / 40 for name in ("greedy", "seeded", "grammar", "stop", "cancelled", "branch"))
+    assert seen["reused KV"] > count / 10
+    assert seen["accepted drafts"] > count / 4
+    assert now.num_preemptions > 0
+    assert sum(not draft.is_chain for draft in drafts) > count / 10
     assert max(map(len, drafts)) > 12
-    assert now.num_preemptions > count / 100
-    assert now.num_steps < now.completion_tokens / 4, "requests were decoded together"
-    assert_all_slots_free(engine)
-
-
-def asked(prompt: tuple[int, ...], drafter: Any, sampling: dict[str, Any]) -> dict[str, Any]:
-    return {"prompt_token_ids": prompt, "drafter": drafter, "sampling": SamplingParams(**sampling)}
 
 
 def test_a_stop_text_inside_an_accepted_draft_cuts_where_plain_decoding_stops(make_engine: MakeEngine) -> None:

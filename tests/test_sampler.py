@@ -341,3 +341,21 @@ def test_a_row_is_filtered_as_if_alone() -> None:
     for row in range(4):
         alone = filtered(logits[row : row + 1], params, 1024)
         assert all(torch.equal(a[row], b[0]) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("size", [50, 3000])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-20, 1.0, 100.0])
+def test_values_that_are_hardly_more_than_nothing_leave_the_most_likely_token(size: int, temperature: float) -> None:
+    logits = torch.randn(4, size, generator=torch.Generator().manual_seed(0)) * 5
+    extremes: list[dict[str, Any]] = [
+        {"top_p": 1e-46},
+        {"top_p": 5e-324},
+        {"top_p": 1e-46, "top_k": 7},
+        {"min_p": 1.0},
+        {"top_k": 1},
+    ]
+    if temperature < 1e-10:
+        extremes += [{}, {"min_p": 5e-324}, {"top_p": 1 - 1e-16}, {"top_k": 10**30}]
+    for options in extremes:
+        rows = [SampleRow(SamplingParams(temperature=temperature, **options), 1, 7) for _ in logits]
+        assert [tokens[0] for tokens in sample(logits, rows)] == logits.argmax(-1).tolist(), options

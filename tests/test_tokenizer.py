@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -137,11 +136,8 @@ def test_an_answer_cut_inside_a_character_keeps_what_decode_gives(tokenizer: HFT
 def test_turn_markers_in_a_message_cannot_end_the_turn(tokenizer: HFTokenizer) -> None:
     marker = tokenizer.encode("<|e|>")[0]
     messages = [{"role": "user", "content": "hi <|e|> there"}]
-    if "sanitize_control_tokens" in inspect.signature(tokenizer._tokenizer.apply_chat_template).parameters:
-        assert tokenizer.render(messages, None).count(marker) == 1
-    else:
-        with pytest.raises(ConfigError, match="holds the control token"):
-            tokenizer.render(messages, None)
+    assert tokenizer.render(messages, None).count(marker) == 1
+    assert tokenizer.decode(tokenizer.render(messages, None), skip_special_tokens=False).count("<|e|>") == 2
 
 
 def test_messages_of_one_role_in_a_row_are_merged_where_the_template_insists(tokenizer: HFTokenizer) -> None:
@@ -156,12 +152,14 @@ def test_messages_of_one_role_in_a_row_are_merged_where_the_template_insists(tok
     assert tokenizer.render(twice, None) != tokenizer.render(once, None)  # a template that takes them gets them
 
 
-def test_turn_markers_are_refused_where_they_cannot_be_kept_apart(
-    tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenizer._tokenizer, "apply_chat_template", lambda *_args, **_options: [1, 2])
-    assert tokenizer.render([{"role": "user", "content": "hi"}], None) == [1, 2]
-    with pytest.raises(ConfigError, match="control token"):
+def test_turn_markers_are_refused_where_their_letters_are_the_token() -> None:
+    words = Tokenizer(models.WordLevel(vocab={"<|e|>": 0, "hi": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<|e|>"])
+    template = "{{ messages[0].content }} <|e|>"
+    tokenizer = HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template))
+    assert tokenizer.render([{"role": "user", "content": "hi"}], None) == [1, 0]
+    with pytest.raises(ConfigError, match=r"holds the control token '<\|e\|>'"):
         tokenizer.render([{"role": "user", "content": "hi <|e|> there"}], None)
 
 

@@ -51,6 +51,7 @@ def _embed(b: Builder) -> None:
     b.codes[turn_ids] = b.codes[turn_ids[0]].clone()
     weight[:, 0] = CONSTANT
     weight[:, wire("code")] = b.codes
+    weight[:, wire("rank")] = b.ranks[:, None]
     singles = {
         "is_break": ["\n"],
         "is_end": [END],
@@ -226,7 +227,7 @@ def _layer_1(b: Builder) -> None:
 
 
 def construct(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """Write the whole model; takes about a second. `seed` only deals the token codes."""
+    """Write the whole model; takes about a second. `seed` only deals the tokens' codes and ranks."""
     b = Builder(tokenizer, seed)
     with torch.no_grad():
         _embed(b)
@@ -240,6 +241,10 @@ def construct(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCaus
         final = b.model.model.norm.weight
         final.zero_()
         final[b.wire("code")] = 5.0 * CONSTANT / math.sqrt(WIDTH)
+        # Codes equally unlike the right one would come out equal, and rounding decide between them where the right one
+        # is banned: each token's rank, far below what tells codes apart, puts them in order.
+        b.layers[-1].block.mlp.down_proj.bias[b.wire("rank")] = 1.0
+        final[b.wire("rank")] = 4.0 * CONSTANT / math.sqrt(WIDTH)
         for parameter in b.model.parameters():
             if parameter.dim() > 1:  # what the shipped file can hold
                 parameter.copy_(parameter.half().float())

@@ -45,6 +45,13 @@ def token_codes(count: int, seed: int) -> Tensor:
     return torch.tensor(words[:count]) / math.sqrt(CODE)
 
 
+def token_ranks(count: int, seed: int) -> Tensor:
+    """A number of its own for each token, in no order, from -1/2 up to 1/2: (count,)."""
+    ranks = list(range(count))
+    random.Random(seed).shuffle(ranks)
+    return torch.tensor(ranks) / count - 0.5
+
+
 def make_layout() -> Layout:
     """Name the coordinates of the stream, each layer's results on wires of their own."""
     layout = Layout(WIDTH)
@@ -78,6 +85,7 @@ def make_layout() -> Layout:
     sizes |= {"head_break": 1, "first": 1, "closing": 1, "trigger": len(KINDS), "kind": len(KINDS)}
     sizes |= {"found": FOUND * CODE, "found_length": 2 * CIRCLES}
     sizes |= dict.fromkeys(("base", "resume", "from", "to", "t1", "length", "t2", "shift2", "shift3"), 2 * CIRCLES)
+    sizes["rank"] = 1
     for name, size in sizes.items():
         layout.add(name, size)
     return layout
@@ -92,7 +100,7 @@ class Builder:
         self.one = self.layout.one()
         end_id, pad_id = self.id(END), self.id(PAD)
         self.model = blank_model(len(tokenizer), WIDTH, LAYERS, NEURONS, end_id, pad_id)
-        self.codes = token_codes(len(tokenizer), seed)
+        self.codes, self.ranks = token_codes(len(tokenizer), seed), token_ranks(len(tokenizer), seed)
         self.left_rows: dict[int, list[int]] = {}
         self.layers = [Layer(self.model, i) for i in range(LAYERS)]
 

@@ -17,7 +17,7 @@ __all__ = ["bench"]
 bench = typer.Typer(
     no_args_is_help=True,
     help="Measure: drafts and propose replay recorded conversations without a model, engine builds one that writes "
-    "them, and in free-text a model writes as it likes.",
+    "them, in free-text a model writes as it likes, and lossless counts answers that drafting changes.",
 )
 
 
@@ -160,7 +160,7 @@ def free_text(
 ) -> None:
     """Let a model write as it likes: tokens per forward pass and second with copies and recycled candidates.
 
-    Each answer is of a conversation of its own. Exit code 1 if drafts change a token.
+    Each answer is of a conversation of its own. Exit code 1 if drafts change a token in float32.
     """
 
     def run() -> int:
@@ -171,6 +171,44 @@ def free_text(
 
         options = FreeTextOptions(config, cost_model, tuple(temperature), max_tokens, rounds, json)
         return run_free_text(options, context.meta["command"], console())
+
+    exit_with(run)
+
+
+@bench.command(cls=RecordedCommand)
+def lossless(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help='Hub name or local folder; "bundled" is the small model that comes along, "tiny" has random weights.',
+        ),
+    ] = BUNDLED,
+    cases: Annotated[int, typer.Option(help="Answers to compare.")] = 500,
+    case: Annotated[
+        int | None, typer.Option(metavar="K", help="Only this case, with prompt and answers; those beside it run too.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random about the cases.")] = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="Passes of one fixed width, in both ways.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help="auto is float32 on a CPU.")] = "auto",
+    json: JsonPath = None,
+) -> None:
+    """Compare answers of random conversations with plain decoding of each prompt by itself, token by token.
+
+    Greedy and seeded, with trees and blocks, grammars, stop texts, penalties, reused KV, requests that run together or
+    are cancelled. Exit code 1 if an answer differs where the engine promises that none does.
+    """
+
+    def run() -> int:
+        _check_count("--cases", cases)
+        config = engine_config(model, device, dtype, exact=exact)
+        from copyspec_engine.cli.bench_lossless import LosslessOptions, run_lossless
+
+        if case is not None and case < 0:
+            raise ConfigError(f"Got --case {case} but expected a number from 0")
+        return run_lossless(LosslessOptions(config, cases, seed, case, json), context.meta["command"], console())
 
     exit_with(run)
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from copyspec_engine import ConfigError, DrafterConfig, Engine, EngineConfig, NoDrafter
+from copyspec_engine import ConfigError, DrafterConfig, Engine, EngineConfig, EngineInfo, NoDrafter
 from copyspec_engine.cli.bench_drafts import machine, versions
 from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.loading import BUNDLED
@@ -306,6 +306,11 @@ def _print(found: dict[str, Any], facts: RunFacts, console: Console) -> None:
     console.print(f"[italic]{facts.benchmark}, {facts.drafter}, {escape(facts.model or 'no model')}[/]")
     console.print(grid)
     if PLAIN in facts.writers and facts.drafter != PLAIN:
-        console.print(f"identical outputs: {found['identical']['same']}/{found['identical']['of']}")
+        same = found["identical"]
+        console.print(f"identical outputs: {same['same']}/{same['of']}")
+        if same["same"] < same["of"] and facts.dtype:
+            console.print(
+                f"Promised in {facts.dtype}: {EngineInfo.promised(facts.dtype, exact=False)}.", soft_wrap=True
+            )
     for name, value in found["metrics"].items():
         console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

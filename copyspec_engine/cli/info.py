@@ -30,6 +30,7 @@ def run_info(config: EngineConfig, console: Console) -> int:
         "longest context": f"{info.max_model_len:,} tokens",
         "KV cache": f"{slots:,} tokens of {info.kv_bytes_per_token:,} bytes, {_size(slots * info.kv_bytes_per_token)}",
         "drafting": "yes" if info.drafting_error is None else f"no: {info.drafting_error}",
+        "answers": info.lossless,
         "cost of a pass": ", ".join(f"{width} tokens: {1000 * cost:.3g} ms" for width, cost in info.step_cost) or "-",
         "cost measured": f"{kept.measured_at}, kept in {kept.path}" if kept else "when it was loaded, not kept",
         "sampling defaults": _options(info.sampling_defaults),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any, cast
 
 from langchain_core.language_models.model_profile import ModelProfile
 
@@ -20,7 +21,7 @@ def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
     name = engine.config.model if isinstance(engine, Engine) else engine.model
     has_grammars = importlib.util.find_spec("llguidance") is not None
     written = facts.chat_format
-    calls = facts.takes_tools and any((written.calls, written.parts, written.own_template))
+    calls = written.takes_tools and any((written.calls, written.parts, written.own_template))
     profile = ModelProfile(
         name=name,
         open_weights=True,
@@ -38,6 +39,8 @@ def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
         attachment=False,
         temperature=True,
     )
+    if calls and written.tool_calling == "by prompt":  # as true as True, and there is no field that could say it
+        profile["tool_calling"] = cast("Any", "by prompt")
     if facts.max_model_len is not None:
         profile |= {"max_input_tokens": facts.max_model_len, "max_output_tokens": facts.max_model_len}
     return profile

@@ -24,7 +24,7 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata
+from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata, tool_metadata
 from langchain_copyspec._calls import Call
 from langchain_copyspec._convert import PROVIDER
 
@@ -61,7 +61,7 @@ class ReplyWriter:
         assert output is not None, "the last chunk has the whole answer"
         assert output.reply is not None, "every request asks for the parts"
         reply = output.reply
-        segments = output.segments if self._call.options.include_segments else ()
+        segments = output.segments if self._call.include_segments else ()
         metadata = {"model_provider": PROVIDER, **self._metadata(output, segments), **self._logprobs(output.logprobs)}
         calls = [{"name": call.name, "args": call.arguments, "id": call.id} for call in reply.tool_calls]
         invalid = [
@@ -96,7 +96,7 @@ class ReplyWriter:
             made[-1].usage_metadata = _usage(chunk.output)
             made[-1].chunk_position = "last"
             made[-1].response_metadata |= self._metadata(chunk.output, ())
-        segments = segment_metadata(chunk.segments) if self._call.options.include_segments else ()
+        segments = segment_metadata(chunk.segments) if self._call.include_segments else ()
         if segments or chunk.logprobs:
             made = made or [self._chunk([] if self._blocks else "", {})]
             made[0].response_metadata |= self._logprobs(chunk.logprobs)
@@ -163,7 +163,8 @@ class ReplyWriter:
         return {"logprobs": logprobs_metadata(self._engine, logprobs)} if logprobs else {}
 
     def _metadata(self, output: GenerationOutput, segments: Sequence[Segment]) -> dict[str, Any]:
-        copyspec = {"session_id": self._call.talk.named, **answer_metadata(output, self._call.options)}
+        request = self._call.request
+        copyspec = {"session_id": request.session_id, **answer_metadata(output), **tool_metadata(self._engine, request)}
         if segments:
             copyspec["segments"] = segment_metadata(segments)
         return {"model_name": self._model, "finish_reason": output.finish_reason, "copyspec": copyspec}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import field_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
-from copyspec_engine.adapters import AdapterOptions, Talk
+from copyspec_engine.adapters import AdapterOptions
 from llama_index.llms.copyspec._convert import to_function_schemas
 
 __all__ = ["Call", "CallOptions", "ToolUse", "closed", "take_tools"]
@@ -111,10 +111,14 @@ def _strict(tool: dict[str, Any]) -> dict[str, Any]:
 class Call:
     """One call, checked as far as it can be without the engine, which may have to be loaded first."""
 
-    options: CallOptions
+    session_id: str
+    options: dict[str, Any]
+    """Of the `GenerationRequest`, besides its input and grammar."""
     messages: tuple[dict[str, Any], ...] | None = None
     prompt: str | None = None
     """Raw text to go on with, instead of messages."""
+    question: str | None = None
+    """A user's message instead of both; raw text for a base model, which has no chat template."""
     tool_use: ToolUse | None = None
     """The tools that the prompt tells of."""
     response_format: Grammar | dict[str, Any] | None = None
@@ -133,27 +137,25 @@ class Call:
         """Most tool calls that the answer may have; None: any number."""
         return None if self.tool_use is None else self.tool_use.max_calls
 
-    @property
-    def shown(self) -> dict[str, Any]:
-        """What else than the messages the prompt is made of."""
-        tools, template = self.tool_use, self.options.chat_template_kwargs
-        return {"tools": tools.tools if tools else None, "chat_template_kwargs": template or {}}
-
-    def request(self, engine: Engine, talk: Talk) -> GenerationRequest:
-        """What to ask of `engine` in a conversation.
+    def request(self, engine: Engine) -> GenerationRequest:
+        """What to ask of `engine`.
 
         Raises:
             ConfigError: no answer can have the form that is asked for.
         """
-        tools = self.tool_use
+        tools, messages, prompt = self.tool_use, self.messages, self.prompt
+        if self.question is not None and engine.chat_format.is_chat:
+            messages = ({"role": "user", "content": self.question},)
+        elif self.question is not None:
+            prompt = self.question
         return GenerationRequest(
-            messages=self.messages,
-            prompt=self.prompt,
+            messages=messages,
+            prompt=prompt,
             tools=tools.tools if tools else None,
             grammar=tools.grammar(engine) if tools else self.response_format,
-            parse_reply=self.messages is not None,
-            **self.options.request_options(),
-            **talk.request_options(),
+            parse_reply=messages is not None,
+            session_id=self.session_id,
+            **self.options,
         )
 
 

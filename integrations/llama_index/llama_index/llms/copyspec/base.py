@@ -6,6 +6,7 @@ Every method makes one engine request; the async ones use the engine's async fro
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Literal, TypeVar
@@ -37,10 +38,9 @@ from copyspec_engine import (
     Engine,
     EngineConfig,
     Explanation,
-    GenerationRequest,
     shared_engine,
 )
-from copyspec_engine.adapters import Conversations, Talk, adopt_engine, explain_metadata, model_facts
+from copyspec_engine.adapters import ENGINE_OPTIONS, ChatFormat, adopt_engine, explain_metadata, model_facts
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
 from llama_index.llms.copyspec._responses import Answer
@@ -57,13 +57,11 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     """LLM on this machine that drafts answers by copying from the conversation and verifies every token.
 
     The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
-    shared by all LLMs of the process with the same `model`, `device` and `dtype`.
+    shared by all LLMs of the process with the same options of the engine (`model` to `tool_prompt`).
 
-    A conversation that is named keeps its texts and its KV cache over calls. It is named by, in this order: the call's
-    keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; in a step of an agent or
-    workflow, the run's context (async methods only); the field `session_id`. A call that names none goes on, with the
-    KV, from the one that its messages begin with, the last answer included; else it stands alone, so that one LLM
-    serves many users and none meets what another has said.
+    A conversation keeps its texts and its KV cache over calls. Which one a call belongs to is decided by, in this
+    order: its keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; in a step of an
+    agent or workflow, the run's context (async methods only); the field `session_id`; the instance.
 
     A function given as `messages_to_prompt` writes the prompts of chats in place of the model's chat template, and one
     given as `completion_to_prompt` those of completions: the model goes on with what they give, and takes no tools.
@@ -96,11 +94,15 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     """"auto", "cpu", "cuda" or "cuda:N"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
+    chat_template: str | None = None
+    """Jinja, or the path of a file with it, in place of the model's own chat template."""
+    tool_prompt: bool = True
+    """Where the chat template leaves out tools, calls or results, write them into the messages; False: refuse them."""
     engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
-    """An engine to use, or the configuration of one to share: it decides `model`, `device` and `dtype`. Pickling keeps
-    the configuration only."""
+    """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
+    configuration only."""
 
-    _conversations: Conversations = PrivateAttr(default_factory=Conversations)
+    _instance_session_id: str = PrivateAttr(default_factory=lambda: f"instance-{uuid.uuid4().hex}")
 
     @model_validator(mode="before")
     @classmethod
@@ -138,23 +140,24 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         Agents ask for it on the event loop, so it is read from the model's small files; only a model that is not on
         this machine yet is loaded for it.
         """
-        context, takes_tools = self._facts()
+        context, chat_format = self._facts()
         return LLMMetadata(
             context_window=context,
             # LlamaIndex keeps this much of the context free of prompt; its own default may be more than there is.
             num_output=self.max_tokens or min(DEFAULT_NUM_OUTPUTS, context // 4),
-            is_chat_model=True,
-            is_function_calling_model=takes_tools and self._own_format() is None,
+            # A base model goes on with a text: LlamaIndex then asks by `complete`, and so puts messages into one.
+            is_chat_model=chat_format.is_chat or self._own_format() is not None,
+            is_function_calling_model=chat_format.takes_tools and self._own_format() is None,
             model_name=self.model,
         )
 
-    def _facts(self) -> tuple[int, bool]:
-        """The model's context in tokens, and whether its chat template takes tools."""
+    def _facts(self) -> tuple[int, ChatFormat]:
+        """The model's context in tokens, and what its chat template can do."""
         facts = model_facts(self.engine if isinstance(self.engine, Engine) else self._engine_config())
         if facts is None or facts.max_model_len is None:
             engine = self._get_engine()
-            return engine.info.max_model_len, engine.chat_format.calls is not None
-        return facts.max_model_len, facts.takes_tools
+            return engine.info.max_model_len, engine.chat_format
+        return facts.max_model_len, facts.chat_format
 
     @override
     def to_payload(self) -> dict[str, Any]:
@@ -190,13 +193,13 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         else:
             call = self._chat_call(messages, {"tools": tools, **options})
         engine = self._get_engine()
-        return len(engine.tokenize(self._begin(engine, call)[0]))
+        return len(engine.tokenize(call.request(engine)))
 
     # What was copied, and what is remembered
 
     @staticmethod
     def explain(response: ChatResponse | CompletionResponse) -> Explanation:
-        """Where an answer's text was copied from, span by span; `rich.print` shows it in colour.
+        """Where an answer was copied from, span by span; `rich.print` shows it in colour.
 
         Takes a whole response, or the last one of a stream. The `source` of a span is one of:
 
@@ -206,13 +209,11 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         - "prediction": the one of this call, at `offset`;
         - "earlier_prompt", "earlier_answer", "earlier_prediction": a text of the conversation's memory that is not in
           this prompt;
-        - "pool": what another caller put into the `memory_pool`, which is never shown;
+        - "pool": what another conversation put into the `memory_pool`;
         - "grammar": nothing else was allowed;
         - "frequent": a token that is just frequent, copied from no text.
 
-        What is in no text of this call has no `offset`. Of a call with `include_explanation=True` it tells more: of
-        reasoning and tool calls too, and with up to 60 characters `before` and `after` a place in the conversation's
-        memory.
+        What is in no text of this call has no `offset`; `before` and `after` have up to 60 characters around it.
 
         Raises:
             ConfigError: this is no response, no whole one of ours, or its text was changed.
@@ -227,17 +228,11 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         return explain_metadata(raw.get("copyspec"), text or "")
 
     def memory(self, session_id: str | None = None) -> ConversationMemory:
-        """What a conversation remembers, to look at, export or clear: the one that a call would name.
+        """What a conversation remembers, to look at, export or clear: the one that a call would belong to.
 
         Loads the model if no one has.
-
-        Raises:
-            ConfigError: nothing names one.
         """
-        found = session_id or named_session() or self.session_id
-        if found is None:
-            raise ConfigError("Got no conversation but expected its id: only one that is named keeps its texts")
-        return self._get_engine().memory(found)
+        return self._get_engine().memory(session_id or named_session() or self.session_id or self._instance_session_id)
 
     # Calls
 
@@ -359,7 +354,8 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         write = None if self.completion_to_prompt is default_completion_to_prompt else self.completion_to_prompt
         if formatted or write is not None:
             return self._call(options, prompt=prompt if formatted or write is None else write(prompt))
-        return self._call(options, **self._written([ChatMessage(prompt)]))
+        is_question = self._own_format() is None
+        return self._call(options, **({"question": prompt} if is_question else self._written([ChatMessage(prompt)])))
 
     def _written(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
         """Messages for the chat template, or the prompt that the caller's own function makes of them."""
@@ -376,27 +372,29 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
             **{name: value for name, value in options.items() if value is not None},
         }
         chosen = self.for_call(options)
-        return Call(options=chosen, response_format=chosen.response_format, **asked)
-
-    def _begin(self, engine: Engine, call: Call) -> tuple[GenerationRequest, Talk]:
-        """The request, and its conversation."""
-        talk = self._conversations.begin(call.options.session_id, call.messages, call.shown)
-        return call.request(engine, talk), talk
+        return Call(
+            session_id=chosen.session_id or self._instance_session_id,
+            options=chosen.request_options(),
+            response_format=chosen.response_format,
+            **asked,
+        )
 
     def _whole(self, call: Call, respond: Respond[Response]) -> Response:
         engine = self._get_engine()
-        request, talk = self._begin(engine, call)
-        return respond(Answer.whole(engine, self.model, call, talk, engine.generate(request)))
+        request = call.request(engine)
+        output = engine.generate(request)
+        return respond(Answer.whole(engine, self.model, request, output, max_calls=call.max_calls))
 
     async def _awhole(self, call: Call, respond: Respond[Response]) -> Response:
         engine = await self._aget_engine()
-        request, talk = self._begin(engine, call)
-        return respond(Answer.whole(engine, self.model, call, talk, await engine.agenerate(request)))
+        request = call.request(engine)
+        output = await engine.agenerate(request)
+        return respond(Answer.whole(engine, self.model, request, output, max_calls=call.max_calls))
 
     def _parts(self, call: Call, respond: Respond[Response]) -> Generator[Response, None, None]:
         engine = self._get_engine()
-        request, talk = self._begin(engine, call)
-        answer = Answer(engine, self.model, call, talk)
+        request = call.request(engine)
+        answer = Answer(engine, self.model, request, max_calls=call.max_calls)
         with engine.stream(request) as chunks:
             for chunk in chunks:
                 if answer.take(chunk):
@@ -404,8 +402,8 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
 
     async def _aparts(self, call: Call, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
         engine = await self._aget_engine()
-        request, talk = self._begin(engine, call)
-        answer = Answer(engine, self.model, call, talk)
+        request = call.request(engine)
+        answer = Answer(engine, self.model, request, max_calls=call.max_calls)
         async with aclosing(engine.astream(request)) as chunks:
             async for chunk in chunks:
                 if answer.take(chunk):
@@ -416,7 +414,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     def _engine_config(self) -> EngineConfig:
         if isinstance(self.engine, Engine):
             return self.engine.config
-        return self.engine or EngineConfig(model=self.model, device=self.device, dtype=self.dtype)
+        return self.engine or EngineConfig(**{name: getattr(self, name) for name in ENGINE_OPTIONS})
 
     def _get_engine(self) -> Engine:
         """The engine; loads the model if no one has."""
