@@ -75,7 +75,17 @@ class Admission:
         with self._lock:
             self._taken.discard(number)
             self._waiting.pop(number, None)
-            self._admit()
+            self._go_on()
+
+    def admit(self, number: int) -> bool:
+        """Give one who waits a place out of turn, and beyond the limit; False if it does not wait (any more)."""
+        with self._lock:
+            place = self._waiting.pop(number, None)
+            if place is None or not place.set_running_or_notify_cancel():
+                return False
+            self._taken.add(number)
+            place.set_result(None)
+            return True
 
     def close(self, error: Exception) -> None:
         """Nobody gets a place any more; who waits for one gets the error."""
@@ -95,16 +105,12 @@ class Admission:
         with self._lock:
             self._refuse_if_closed()
             self._waiting[number] = place
-            self._admit()
+            self._go_on()
         return place
 
-    def _admit(self) -> None:
+    def _go_on(self) -> None:
         while self._waiting and len(self._taken) < self._num_places:
-            number = next(iter(self._waiting))
-            place = self._waiting.pop(number, None)
-            if place is not None and place.set_running_or_notify_cancel():
-                self._taken.add(number)
-                place.set_result(None)
+            self.admit(next(iter(self._waiting)))
 
     def _refuse_if_closed(self) -> None:
         if self._error is not None:

@@ -213,7 +213,7 @@ class Engine:
         `submit` does, and EngineBusyError when that is over.
         """
         sequence = self._prepare(request)
-        self._loop.places.wait(sequence.number, sequence.deadline_s)
+        self._loop.wait(sequence)
         return self._begin(request, sequence)
 
     def generate(self, request: GenerationRequest) -> GenerationOutput:
@@ -229,7 +229,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
         sequence = await asyncio.to_thread(self._prepare, request)
-        await self._loop.places.wait_async(sequence.number, sequence.deadline_s)
+        await self._loop.wait_async(sequence)
         self._loop.enqueue(sequence, partial(_put_threadsafe, loop, items))
         try:
             while True:

@@ -10,8 +10,9 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -52,6 +53,10 @@ class EngineLoop:
         """Those that run or wait, by their ids, with who reads them."""
         self.places = Admission(config.max_running + config.max_waiting)
         """Of requests that run or wait, by `Sequence.number`."""
+        self._at_the_door: dict[str, int] = {}
+        """Numbers of requests whose callers wait for a place, by their ids."""
+        self._called_off: set[int] = set()
+        """Of these, the ones that are to be cancelled when they come in."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._on_stop, self._pid = on_stop, os.getpid()
         self._closing = self._stopped = False
@@ -79,6 +84,28 @@ class EngineLoop:
         if self.is_over:
             raise EngineStoppedError(self._cause)
 
+    def wait(self, sequence: Sequence) -> None:
+        """Wait for a place. Raises as `Admission.wait` does."""
+        with self._waiting_at_the_door(sequence):
+            self.places.wait(sequence.number, sequence.deadline_s)
+
+    async def wait_async(self, sequence: Sequence) -> None:
+        """As `wait`, for a task."""
+        with self._waiting_at_the_door(sequence):
+            await self.places.wait_async(sequence.number, sequence.deadline_s)
+
+    @contextmanager
+    def _waiting_at_the_door(self, sequence: Sequence) -> Iterator[None]:
+        request_id = sequence.request.request_id
+        self._at_the_door[request_id] = sequence.number
+        try:
+            yield
+        except BaseException:
+            self._called_off.discard(sequence.number)
+            raise
+        finally:
+            self._at_the_door.pop(request_id, None)
+
     def enqueue(self, sequence: Sequence, sink: Sink) -> None:
         """Hand over a request that has a place; one that is refused has none any more.
 
@@ -94,9 +121,13 @@ class EngineLoop:
                     raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
                 self.requests[request_id] = (sequence, sink)
                 self._commands.put(partial(self.core.scheduler.add, sequence))
+                if sequence.number in self._called_off:
+                    self._commands.put(partial(self._cancel, sequence))
         except BaseException:
             self.places.release(sequence.number)
             raise
+        finally:
+            self._called_off.discard(sequence.number)
 
     def abandon(self, sequence: Sequence) -> None:
         """Nobody will read this request any more: free its id and place now, and its slots at the next step."""
@@ -106,10 +137,17 @@ class EngineLoop:
     def cancel(self, request_id: str) -> bool:
         """Stop a request at the next step; its reader gets what was written. False if it is not running (any more)."""
         with self.lock:
-            entry = self.requests.get(request_id)
+            entry, number = self.requests.get(request_id), self._at_the_door.get(request_id)
         if entry is not None:
             self._commands.put(partial(self._cancel, entry[0]))
-        return entry is not None
+            return True
+        if number is None:
+            return False
+        self._called_off.add(number)  # before it can come in
+        found = self.places.admit(number)
+        if not found:
+            self._called_off.discard(number)
+        return found
 
     def call(self, work: Callable[[], _T]) -> _T:
         """The result of `work`, done by the loop's thread between two steps."""

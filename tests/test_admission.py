@@ -130,6 +130,26 @@ def test_a_task_that_is_cancelled_while_it_waits_leaves_the_queue(full: Engine, 
     assert asyncio.run(run()) == "KEPT"
 
 
+def test_a_request_whose_caller_waits_can_be_cancelled(full: Engine, gate: Gate) -> None:
+    async def run() -> str:
+        task = asyncio.create_task(full.agenerate(ask("gone", request_id="task")))
+        while not full._loop.places._waiting:
+            await asyncio.sleep(0)
+        assert full.cancel("task")
+        gate.event.set()
+        return (await task).finish_reason
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(full.generate, ask("gone", request_id="thread"))
+        assert num_waiting(full, 1)
+        assert full.cancel("thread")
+        assert asyncio.run(run()) == waiting.result().finish_reason == "cancelled"
+    assert waiting.result().text == ""
+    assert not full.cancel("thread")
+    assert not full._loop._at_the_door
+    assert not full._loop._called_off
+
+
 def test_closing_tells_those_who_wait(gate: Gate, full: Engine) -> None:
     async def run() -> BaseException:
         task = asyncio.create_task(full.agenerate(ask("x")))
