@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationOutput, GenerationRequest, SamplingParams
 from copyspec_engine.bans import Bans
+from copyspec_engine.cli.loading import engine_config
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.generation_defaults import GenerationDefaults, read_defaults
 from copyspec_engine.model_runner import prepare
@@ -248,3 +249,8 @@ def test_bans_give_way_to_a_grammar_that_leaves_nothing_else() -> None:
     assert bound.argmax(-1).tolist() == [1, 2]
     ban(scores, bans.at([2], DraftTree((2,), (-1,))), is_bound=False)
     assert scores[0].isinf().all()
+
+
+def test_what_commands_measure_is_plain_greedy_decoding() -> None:
+    assert engine_config("some/model", "cpu", "float32").generation_config == "ignore"
+    assert engine_config("some/model", "cpu", "float32", generation_config="auto").generation_config == "auto"
