@@ -163,7 +163,7 @@ class HFTokenizer:
             control, partial(self.encode, special_tokens=False), partial(self.decode, skip_special_tokens=False)
         )
         names = "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
-        self._names, self._marked = re.compile(f"{names}|[{_OPEN}{_CLOSE}]"), re.compile(f"{_OPEN}({names}){_CLOSE}")
+        self._names, self._marked = re.compile(f"{names}|{_OPEN}|{_CLOSE}"), re.compile(f"{_OPEN}({names}){_CLOSE}")
 
     def _sources(self) -> dict[str, str]:
         """The chat templates by name; most models have one, "default"."""
