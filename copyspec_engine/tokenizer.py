@@ -398,7 +398,7 @@ class _Copier:
         self.size += 1
         if isinstance(value, str):
             self.size += len(value)
-            return self._names.sub(_mark, str(value))
+            return self._names.sub(_mark, str.__str__(value))  # the text of an enum's member, not its name
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, int | float):

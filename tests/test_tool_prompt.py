@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,19 @@ def test_odd_content_is_named(content: object) -> None:
 def test_odd_calls_are_named(calls: object) -> None:
     with pytest.raises(ConfigError, match=r"Got messages\[0\] with .*call"):
         for_template([{"role": "assistant", "content": "", "tool_calls": calls}], find_chat_format(CHATML))
+
+
+def test_members_of_enums_are_their_texts(fast: PreTrainedTokenizerFast) -> None:
+    class Role(str, Enum):
+        USER = "user"
+
+    tokenizer = with_template(fast, CHATML)
+    assert tokenizer.render([{**ASK, "role": Role.USER}], None) == tokenizer.render([ASK], None)
+
+
+def test_values_that_are_no_json_are_named(fast: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"Got \{1\} in the messages, tools or chat_template_kwargs"):
+        with_template(fast, CHATML).render([ASK], None, {"x": {1}})
 
 
 @pytest.mark.parametrize("role", [None, 5, ["user"]])
