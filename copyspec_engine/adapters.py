@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import astuple, fields, replace
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,17 +24,20 @@ from copyspec_engine.config import (
     SamplingParams,
     explain_errors,
 )
+from copyspec_engine.conversations import Conversations, Talk, conversation, current_conversation
 from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
-from copyspec_engine.explanation import Explanation
+from copyspec_engine.explanation import CopiedSpan, Explanation
 from copyspec_engine.model_facts import ModelFacts, read_model_facts
-from copyspec_engine.outputs import GenerationOutput, Segment, TokenLogprob
+from copyspec_engine.outputs import GenerationOutput, Reply, Segment, TokenLogprob
 
 __all__ = [
     "ENGINE_OPTIONS",
     "AdapterOptions",
     "ChatFormat",
+    "Conversations",
     "ModelFacts",
+    "Talk",
     "adopt_engine",
     "answer_metadata",
     "clear_errors",
@@ -45,6 +48,7 @@ __all__ = [
     "model_facts",
     "segment_metadata",
     "tool_metadata",
+    "without_conversation",
 ]
 
 
@@ -112,11 +116,21 @@ class AdapterOptions(BaseModel):
     """How copies and a draft model share a draft: "tree", "copy-first", "draft-only" or "copy-only"; only where the
     engine has a draft model; default: the engine's."""
     session_id: str | None = Field(default=None, min_length=1)
-    """The conversation, whose texts and KV cache are kept over calls; default: one for each instance."""
+    """The conversation, whose texts and KV cache are kept over calls, for all who name it; default: the one whose
+    messages, the last answer included, those of the call begin with, else none."""
     memory_pool: str | None = Field(default=None, min_length=1)
-    """A pool of texts that several conversations copy from and add to; default: each has only its own."""
+    """A pool of texts that several conversations copy from and add to. What others have put in is never shown, but
+    how fast an answer comes tells of it; default: each conversation has only its own."""
     prediction: Prediction | None = None
     """A text that the answer will repeat in large part; {"type": "content", "content": ...} is accepted too."""
+    include_segments: bool = False
+    """Attach the pieces of what was written, and whether each was copied, as `segments`."""
+    include_token_ids: bool = False
+    """Attach the answer's `token_ids`."""
+    include_explanation: bool = False
+    """Attach all of what `explain` can tell: of all that was written, calls and reasoning too, which is attached
+    as `written`, and with up to 60 characters around what was copied from elsewhere in a conversation that is named.
+    Without it, `explain` tells of the text of the answer, and quotes nothing."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
         with clear_errors(type(self), called=self.called, beside=self.beside):
@@ -157,32 +171,6 @@ class AdapterOptions(BaseModel):
         }
 
 
-_conversation: ContextVar[str | None] = ContextVar("copyspec_conversation", default=None)
-
-
-@contextmanager
-def conversation(session_id: str) -> Iterator[None]:
-    """Calls inside the `with` block belong to this conversation, in threads and tasks that take over the context too.
-
-    What a call itself says of its conversation goes first.
-
-    Raises:
-        ConfigError: the id is no text or empty.
-    """
-    if not isinstance(session_id, str) or not session_id:
-        raise ConfigError(f"Got session_id={session_id!r} but expected a text of at least one character")
-    token = _conversation.set(session_id)
-    try:
-        yield
-    finally:
-        _conversation.reset(token)
-
-
-def current_conversation() -> str | None:
-    """The conversation of the innermost `with conversation(...)`; None outside of one."""
-    return _conversation.get()
-
-
 ENGINE_OPTIONS = ("model", "device", "dtype", "chat_template", "tool_prompt")
 """Options of an `EngineConfig` that an integration's model has too."""
 
@@ -216,31 +204,51 @@ def model_facts(engine: Engine | EngineConfig) -> ModelFacts | None:
     return ModelFacts(engine.info.max_model_len, engine.chat_format)
 
 
-def answer_metadata(output: GenerationOutput) -> dict[str, Any]:
-    """How an answer came about, as plain values for a framework's response metadata."""
+def answer_metadata(output: GenerationOutput, options: AdapterOptions) -> dict[str, Any]:
+    """How an answer came about, as plain values for a framework's response metadata; small, unless options say so."""
     stats = output.draft_stats
     return {
-        **_sources(output),
+        **_sources(output, is_whole=options.include_explanation),
         "num_forward_passes": stats.num_forward_passes,
         "num_prefill_passes": stats.num_prefill_passes,
         "num_draft_tokens": stats.num_draft_tokens,
         "num_accepted_tokens": stats.num_accepted_tokens,
-        "tokens_per_forward": output.tokens_per_forward,
-        "copied_share": output.copied_share,
-        "token_ids": list(output.token_ids),
-        "queue_s": output.timing.queue_s,
-        "ttft_s": output.timing.ttft_s,
-        "total_s": output.timing.total_s,
+        "tokens_per_forward": round(output.tokens_per_forward, 3),
+        "copied_share": round(output.copied_share, 3),
+        **({"token_ids": list(output.token_ids)} if options.include_token_ids else {}),
+        "queue_s": round(output.timing.queue_s, 6),
+        "ttft_s": round(output.timing.ttft_s, 6),
+        "total_s": round(output.timing.total_s, 6),
     }
 
 
-def _sources(output: GenerationOutput) -> dict[str, Any]:
-    """Where it was copied from, and all that was written if that is not the text that a framework gets."""
+def _sources(output: GenerationOutput, *, is_whole: bool) -> dict[str, Any]:
+    """Where it was copied from: the fields of each span, in order, without those at the end that say nothing."""
     if output.explanation is None:
         return {}
-    text = output.text if output.reply is None else output.reply.text
-    written = {} if text == output.text else {"written": output.text}
-    return {**written, "copies": output.explanation.to_list()}
+    reply = output.reply or Reply(output.text)
+    if is_whole:
+        told = output.explanation
+    else:
+        reasoned = output.text.find(reply.reasoning) + len(reply.reasoning)  # what was written before the text
+        told = output.explanation.of_part(reply.text, reasoned)
+    written = {} if reply.text == told.text else {"written": told.text}
+    spans = told.spans if is_whole else (replace(span, before="", after="") for span in told.spans)
+    return {**written, "copies": list(map(_row, spans))}
+
+
+def without_conversation(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The `answer_metadata` of an answer that is handed to somebody else, out of a cache say: no id, no quotes."""
+    kept = {name: value for name, value in metadata.items() if name != "session_id"}
+    places = len(fields(CopiedSpan)) - 2
+    return {**kept, "copies": [row[:places] for row in kept["copies"]]} if "copies" in kept else kept
+
+
+def _row(span: CopiedSpan) -> list[Any]:
+    row = list(astuple(span))
+    while row[-1] in (None, ""):
+        row.pop()
+    return row
 
 
 def tool_metadata(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
@@ -253,7 +261,7 @@ def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 -
 
     Args:
         metadata: those values, after a round trip through JSON or pickle too.
-        text: of the answer.
+        text: what the framework has of the answer.
 
     Raises:
         ConfigError: these are no such values, or not of this text.
@@ -261,13 +269,14 @@ def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 -
     if not isinstance(metadata, Mapping) or "copies" not in metadata:
         raise ConfigError("Got an answer that does not say where it came from but expected a whole one of copyspec's")
     try:
-        explanation = Explanation.from_list(metadata.get("written", text), metadata["copies"])
-    except (TypeError, ValueError, KeyError) as error:
+        spans = tuple(CopiedSpan(*row) for row in metadata["copies"])
+    except TypeError as error:
         raise ConfigError(f"Got copies={metadata['copies']!r} but expected those of an answer: {error}") from None
-    if explanation.spans and explanation.spans[-1].stop > len(explanation.text):
+    explanation = Explanation(metadata.get("written", text), spans)
+    if spans and spans[-1].stop > len(explanation.text):
         raise ConfigError(
-            f"Got an answer of {len(explanation.text)} characters with copies up to {explanation.spans[-1].stop}: its "
-            "text was changed since it was written"
+            f"Got an answer of {len(explanation.text)} characters with copies up to {spans[-1].stop}: its text was "
+            "changed since it was written"
         )
     return explanation
 

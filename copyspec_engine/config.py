@@ -414,6 +414,8 @@ class GenerationRequest(_Options):
     """False: the session keeps the KV and the spelling of its last call, but none of its texts, so that each of its
     calls copies from its own input only. For sessions that are found by what a call shows (see
     `adapters.Conversations`): what it does not show is not told it."""
+    continues: str | None = Field(default=None, min_length=1)
+    """Another session whose KV and spelling this call may begin with, and leaves as they are."""
     memory_pool: str | None = Field(default=None, min_length=1)
     """Copy from and add to the texts of this shared pool instead of the session's own. Everyone who names the pool can
     tell from the speed of an answer what is in it, but is shown none of it: copies of what other sessions (or any calls

@@ -19,7 +19,7 @@ from copyspec_engine.drafter import DraftTree
 from copyspec_engine.kv_pool import KVPool
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.prefix_cache import PrefixCache
-from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, session_key
+from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, session_key, session_keys
 from copyspec_engine.sequence import Sequence
 
 __all__ = ["DraftModel", "UnknownTokenError"]
@@ -156,8 +156,7 @@ class DraftModel:
 
     def _begin(self, sequence: Sequence) -> _Row:
         tokens = np.array(sequence.token_ids[:-1], dtype=np.int64)
-        session_id = sequence.request.session_id
-        owners = [] if session_id is None else [session_key(session_id)]
+        owners = session_keys(sequence.request)
         prefix = self.cache.match(tokens, owners, sequence.cache_salt)
         self.pool.share(prefix)
         own = Sequence(

@@ -150,7 +150,8 @@ class Engine:
             ConfigError: the chat template refuses the messages, or a token is not in the model's vocabulary.
         """
         if request.messages is not None:
-            known = self._core.exact_tokens.of(request.session_id)
+            kept = self._core.exact_tokens
+            known = (*kept.of(request.session_id), *kept.of(request.continues))
             tokenizer = self._model.tokenizer
             ids = tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
             return self._known_text("messages", ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -61,6 +61,16 @@ class CopiedSpan:
     after: str = ""
     """Up to 60 characters around a place without an offset."""
 
+    def cut(self, first: int, stop: int) -> CopiedSpan:
+        """What of it lies in characters `first` to `stop` of the answer, counted from `first`."""
+        missing = max(first - self.start, 0)
+        return replace(
+            self,
+            start=max(self.start - first, 0),
+            stop=min(self.stop, stop) - first,
+            offset=None if self.offset is None else self.offset + missing,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -80,6 +90,15 @@ class Explanation:
             end = span.stop
         if end < len(self.text):
             yield self.text[end:], None
+
+    def of_part(self, text: str, after: int = 0) -> Explanation:
+        """What concerns the first place from `after` on where `text` stands in one piece; no spans if there is none."""
+        first = self.text.find(text, after) if text else -1
+        if first < 0:
+            return Explanation(text, ())
+        stop = first + len(text)
+        inside = (span for span in self.spans if span.start < stop and span.stop > first)
+        return Explanation(text, tuple(span.cut(first, stop) for span in inside))
 
     @property
     def copied_share(self) -> float:

@@ -1,7 +1,8 @@
 """Rows of KV that are kept after their call, so that a later prompt with the same beginning need not compute it again.
 
-A row is found by whoever it belongs to: the session that computed it, and, where calls name a `cache_salt`, every call
-with the same salt. Nobody else: from the time of a first token one could tell what others have asked.
+A row is found by whoever it belongs to: the session that computed it, calls that continue that session, and, where
+calls name a `cache_salt`, every call with the same salt. Nobody else: from the time of a first token one could tell
+what others have asked.
 
 Kept rows only fill slots that nobody needs. When slots run short, the row that was not used for longest gives up its
 last tokens first, since a beginning is what prompts have in common.
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.kv_pool import KVPool
@@ -22,6 +22,8 @@ from copyspec_engine.memory import common_prefix_length
 
 __all__ = ["PrefixCache"]
 
+_MOST_SHARED = 4
+"""Slots of all rows together, as a multiple of those there are."""
 _NO_SLOTS: TokenArray = np.empty(0, dtype=np.int64)
 
 
@@ -36,12 +38,15 @@ class PrefixCache:
 
     Args:
         pool: whose slots they are.
-        max_rows: the least recently used row goes when there are more.
+        max_rows: the least recently used row goes when there are more, or when they are too long together: rows may
+            share what they begin with.
     """
 
     def __init__(self, pool: KVPool, max_rows: int) -> None:
         self._pool, self._max_rows = pool, max_rows
         self._rows: OrderedDict[str, _Row] = OrderedDict()
+        self._kept = np.zeros(pool.num_slots, dtype=np.int32)
+        """How many rows use each slot."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -49,15 +54,7 @@ class PrefixCache:
     @property
     def num_idle_slots(self) -> int:
         """Slots that would be free if no row were kept."""
-        kept = self._kept()
-        return int(((kept > 0) & (kept == self._pool.users)).sum())
-
-    def _kept(self) -> npt.NDArray[np.int32]:
-        """How many rows use each slot, shape (num_slots,)."""
-        kept = np.zeros(self._pool.num_slots, dtype=np.int32)
-        for row in self._rows.values():
-            kept[row.slots] += 1
-        return kept
+        return int(((self._kept > 0) & (self._kept == self._pool.users)).sum())
 
     def match(self, token_ids: TokenArray, owners: Sequence[str], salt: str | None) -> TokenArray:
         """The slots of the longest kept beginning of a text, shape (n,), in the rows that its caller may use."""
@@ -75,13 +72,16 @@ class PrefixCache:
         """Keep a row instead of the one that its owner had; the caller's part in the slots passes to the cache."""
         self.drop(owner)
         self._rows[owner] = _Row(token_ids, slots, salt)
-        while len(self._rows) > self._max_rows:
+        self._kept[slots] += 1
+        most = _MOST_SHARED * self._pool.num_slots
+        while len(self._rows) > self._max_rows or int(self._kept.sum()) > most:
             self.drop(next(iter(self._rows)))
 
     def drop(self, owner: str) -> bool:
         """Let go of an owner's row; False if there is none."""
         row = self._rows.pop(owner, None)
         if row is not None:
+            self._kept[row.slots] -= 1
             self._pool.release(row.slots)
         return row is not None
 
@@ -89,16 +89,15 @@ class PrefixCache:
         """Free slots until `count` are free, or all that are kept are in use."""
         if self._pool.num_free >= count:
             return
-        kept = self._kept()
         for owner, row in list(self._rows.items()):
-            idle = np.flatnonzero(kept[row.slots] == self._pool.users[row.slots])
+            idle = np.flatnonzero(self._kept[row.slots] == self._pool.users[row.slots])
             missing = count - self._pool.num_free
             if missing <= 0:
                 return
             if not len(idle):
                 continue
             length = int(idle[-min(missing, len(idle))])
-            kept[row.slots[length:]] -= 1
+            self._kept[row.slots[length:]] -= 1
             self._pool.release(row.slots[length:])
             if length:
                 self._rows[owner] = _Row(row.token_ids[:length], row.slots[:length], row.salt)

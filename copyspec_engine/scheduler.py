@@ -32,7 +32,7 @@ from copyspec_engine.sequence import Sequence
 from copyspec_engine.sessions import SessionStore
 from copyspec_engine.verify import Verdict
 
-__all__ = ["ScheduledBatch", "ScheduledRow", "Scheduler", "session_key"]
+__all__ = ["ScheduledBatch", "ScheduledRow", "Scheduler", "session_key", "session_keys"]
 
 _AHEAD = 256
 """Slots that a row takes at a time while many are free, so that it lies in one piece."""
@@ -196,7 +196,7 @@ class Scheduler:
         """Give a request the KV that is kept of its beginning, and slots for the rest of it; False: it has to wait."""
         # The last token is always computed: its logits choose the next one.
         tokens = _tokens(sequence, len(sequence.token_ids) - 1)
-        owners = [key for key in (_call_key(sequence), _session_key(sequence)) if key is not None]
+        owners = [_call_key(sequence), *session_keys(sequence.request)]
         prefix = self._cache.match(tokens, owners, sequence.cache_salt)
         self._pool.share(prefix)
         need = len(sequence.token_ids) - len(prefix)
@@ -392,6 +392,11 @@ def _copied(verdict: Verdict) -> Iterator[bool]:
 def session_key(session_id: str) -> str:
     """Under which the prefix cache keeps a session's row."""
     return f"session:{session_id}"
+
+
+def session_keys(request: GenerationRequest) -> list[str]:
+    """Under which it keeps what a call may begin with."""
+    return [session_key(name) for name in (request.session_id, request.continues) if name is not None]
 
 
 def _session_key(sequence: Sequence) -> str | None:

@@ -18,7 +18,7 @@ def compare(
     tokens, passes, seconds, found = [], [], [], []
     for drafter in ("adaptive", "none"):
         with make_engine() as engine:
-            llm = ChatCopySpec(engine=engine, drafter=drafter)
+            llm = ChatCopySpec(engine=engine, drafter=drafter, include_token_ids=True)
             llm.invoke("Warm up.", session_id="warm-up")
             started = time.perf_counter()
             answers = run(llm)

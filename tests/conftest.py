@@ -48,6 +48,7 @@ def assert_all_slots_free(engine: Engine) -> None:
         assert len(row.slots) == len(row.token_ids) == len(np.unique(row.slots))
         users[row.slots] += 1
     assert (users == core.pool.users).all()
+    assert (users == core.cache._kept).all()
     assert core.pool.num_free == (users == 0).sum()
     assert not core.scheduler
     assert not engine._loop.requests

@@ -80,7 +80,7 @@ LEVELS = {
         "bundled",
     },
     3: {"core", "loop", "engine"},
-    4: {"testing", "adapters", "replay", "peers", "forced", "evaluation", "cli", "__main__"},
+    4: {"testing", "adapters", "conversations", "replay", "peers", "forced", "evaluation", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 MAY_IMPORT_TRANSFORMERS = {

@@ -114,7 +114,7 @@ def _answer(output: GenerationOutput | None) -> Answer:
 def _ask_langchain(engine: Engine) -> Ask:
     from langchain_copyspec import ChatCopySpec
 
-    llm = ChatCopySpec(engine=engine, include_segments=True)
+    llm = ChatCopySpec(engine=engine, include_segments=True, include_token_ids=True)
 
     def ask(messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> Answer:
         turns = [(message["role"], message["content"]) for message in messages]
@@ -135,7 +135,7 @@ def _ask_llama_index(engine: Engine) -> Ask:
 
     from llama_index.llms.copyspec import CopySpec
 
-    llm = CopySpec(engine=engine)
+    llm = CopySpec(engine=engine, include_segments=True, include_token_ids=True)
 
     def ask(messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> Answer:
         turns = [ChatMessage(role=message["role"], content=message["content"]) for message in messages]

@@ -7,6 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from copyspec_engine import Engine, GenerationRequest, RequestFailedError, StreamChunk
+from copyspec_engine.adapters import Talk
+from langchain_copyspec._options import CallOptions
 from langchain_copyspec.errors import RequestTimeoutError, langchain_errors
 
 __all__ = ["Call", "astream_call", "stream_call"]
@@ -17,8 +19,8 @@ class Call:
     """A request and how to run it."""
 
     request: GenerationRequest
-    max_retries: int
-    include_segments: bool
+    talk: Talk
+    options: CallOptions
 
 
 def _check(call: Call, chunk: StreamChunk) -> StreamChunk:
@@ -40,7 +42,7 @@ def stream_call(engine: Engine, call: Call) -> Generator[StreamChunk, None, None
         RequestFailedError: the engine failed more often than `max_retries`, or in the middle of the answer.
     """
     with langchain_errors():
-        for attempt in range(call.max_retries + 1):
+        for attempt in range(call.options.max_retries + 1):
             started = False
             try:
                 with engine.stream(call.request) as chunks:
@@ -49,14 +51,14 @@ def stream_call(engine: Engine, call: Call) -> Generator[StreamChunk, None, None
                         started = True
                 return
             except RequestFailedError:
-                if started or attempt == call.max_retries:
+                if started or attempt == call.options.max_retries:
                     raise
 
 
 async def astream_call(engine: Engine, call: Call) -> AsyncGenerator[StreamChunk, None]:
     """`stream_call` for an event loop."""
     with langchain_errors():
-        for attempt in range(call.max_retries + 1):
+        for attempt in range(call.options.max_retries + 1):
             started = False
             try:
                 async with aclosing(engine.astream(call.request)) as chunks:
@@ -65,5 +67,5 @@ async def astream_call(engine: Engine, call: Call) -> AsyncGenerator[StreamChunk
                         started = True
                 return
             except RequestFailedError:
-                if started or attempt == call.max_retries:
+                if started or attempt == call.options.max_retries:
                     raise

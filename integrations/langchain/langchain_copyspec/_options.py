@@ -33,9 +33,6 @@ class CallOptions(AdapterOptions):
 
     max_retries: int = Field(default=0, ge=0)
     """How often a call is tried again if its forward pass failed before any text came."""
-    include_segments: bool = False
-    """Put the pieces of what was written, and whether each was copied, into
-    `response_metadata["copyspec"]["segments"]`."""
 
     @model_validator(mode="before")
     @classmethod

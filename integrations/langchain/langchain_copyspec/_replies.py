@@ -61,7 +61,7 @@ class ReplyWriter:
         assert output is not None, "the last chunk has the whole answer"
         assert output.reply is not None, "every request asks for the parts"
         reply = output.reply
-        segments = output.segments if self._call.include_segments else ()
+        segments = output.segments if self._call.options.include_segments else ()
         metadata = {"model_provider": PROVIDER, **self._metadata(output, segments), **self._logprobs(output.logprobs)}
         calls = [{"name": call.name, "args": call.arguments, "id": call.id} for call in reply.tool_calls]
         invalid = [
@@ -96,7 +96,7 @@ class ReplyWriter:
             made[-1].usage_metadata = _usage(chunk.output)
             made[-1].chunk_position = "last"
             made[-1].response_metadata |= self._metadata(chunk.output, ())
-        segments = segment_metadata(chunk.segments) if self._call.include_segments else ()
+        segments = segment_metadata(chunk.segments) if self._call.options.include_segments else ()
         if segments or chunk.logprobs:
             made = made or [self._chunk([] if self._blocks else "", {})]
             made[0].response_metadata |= self._logprobs(chunk.logprobs)
@@ -163,8 +163,12 @@ class ReplyWriter:
         return {"logprobs": logprobs_metadata(self._engine, logprobs)} if logprobs else {}
 
     def _metadata(self, output: GenerationOutput, segments: Sequence[Segment]) -> dict[str, Any]:
-        request = self._call.request
-        copyspec = {"session_id": request.session_id, **answer_metadata(output), **tool_metadata(self._engine, request)}
+        call = self._call
+        copyspec = {
+            "session_id": call.talk.named,
+            **answer_metadata(output, call.options),
+            **tool_metadata(self._engine, call.request),
+        }
         if segments:
             copyspec["segments"] = segment_metadata(segments)
         return {"model_name": self._model, "finish_reason": output.finish_reason, "copyspec": copyspec}

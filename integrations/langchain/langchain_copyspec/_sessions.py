@@ -11,11 +11,12 @@ from typing import Any
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from typing_extensions import override
 
-from copyspec_engine.adapters import current_conversation
+from copyspec_engine.adapters import current_conversation, without_conversation
 
 __all__ = ["ConversationalModel", "session_of", "with_session"]
 
@@ -45,6 +46,17 @@ def with_session(config: RunnableConfig | None, options: dict[str, Any]) -> dict
 
 class ConversationalModel(BaseChatModel):
     """A chat model whose calls learn their conversation from the config, on every path."""
+
+    @override
+    def _convert_cached_generations(self, cache_val: list[Generation]) -> list[ChatGeneration]:
+        """Answers out of a cache, which say nothing of the conversation that they were written in."""
+        found = super()._convert_cached_generations(cache_val)
+        for generation in found:
+            metadata = generation.message.response_metadata
+            if "copyspec" in metadata:
+                metadata = {**metadata, "copyspec": without_conversation(metadata["copyspec"])}
+                generation.message = generation.message.model_copy(update={"response_metadata": metadata})
+        return found
 
     @override
     def invoke(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
@@ -29,9 +28,10 @@ from copyspec_engine import (
     EngineConfig,
     Explanation,
     GenerationRequest,
+    StreamChunk,
     shared_engine,
 )
-from copyspec_engine.adapters import ENGINE_OPTIONS, adopt_engine
+from copyspec_engine.adapters import ENGINE_OPTIONS, Conversations, Talk, adopt_engine
 from langchain_copyspec._bound import BoundModel
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_engine_messages
@@ -52,10 +52,11 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
     shared by all models of the process with the same options of the engine (`model` to `tool_prompt`).
 
-    A conversation keeps its texts and its KV cache over calls. Which one a call belongs to is decided by, in this
-    order: the keyword `session_id` of the call; `thread_id`, `session_id` or `conversation_id` in the `configurable`
-    part of its config, then in the config's metadata; the innermost `with conversation(id)`; the field `session_id`;
-    the instance.
+    A conversation that is named keeps its texts and its KV cache over calls. It is named by, in this order: the keyword
+    `session_id` of the call; `thread_id`, `session_id` or `conversation_id` in the `configurable` part of its config,
+    then in the config's metadata; the innermost `with conversation(id)`; the field `session_id`. A call that names none
+    goes on, with the KV, from the one that its messages begin with, the last answer included; else it stands alone, so
+    that one model serves many users and none meets what another has said.
 
     All options but those of the engine and `streaming` are also keywords of a call (`invoke`, `stream`, `bind`
     ...), for that call. `model` there names any model, loaded on first use as by `ChatCopySpec(model=..., device=...,
@@ -95,7 +96,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     streaming: bool = False
     """True: `invoke` streams too, so that callbacks see each chunk. False, if given: nothing streams."""
 
-    _instance_session_id: str = PrivateAttr(default_factory=lambda: f"instance-{uuid.uuid4().hex}")
+    _conversations: Conversations = PrivateAttr(default_factory=Conversations)
 
     @model_validator(mode="before")
     @classmethod
@@ -184,7 +185,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
             options["tools"] = tools
         asked = self._asked(messages, None, with_session(config, options))
         engine = self._get_engine(asked.model)
-        return len(engine.tokenize(asked.call(engine).request))
+        return len(engine.tokenize(self._call(engine, asked).request))
 
     # Tools and objects
 
@@ -275,10 +276,11 @@ class ChatCopySpec(CallOptions, ConversationalModel):
 
     @staticmethod
     def explain(message: AIMessage) -> Explanation:
-        """Where an answer was copied from, span by span: which message of its call, and which character there.
+        """Where an answer's text was copied from, span by span: which message of its call, and which character there.
 
         Takes what `invoke` returns, and the sum of the chunks of a stream. What stands in no message of the call comes
-        from the conversation's memory, and is shown with some text around it. `rich.print` shows it in colour.
+        from the conversation's memory. Of a call with `include_explanation=True` it tells more: of reasoning and tool
+        calls too, and what stands around a place in the conversation's memory. `rich.print` shows it in colour.
 
         Raises:
             ConfigError: the message is no whole answer of ours, or its text was changed.
@@ -286,11 +288,16 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         return explain(message)
 
     def memory(self, session_id: str | None = None, config: RunnableConfig | None = None) -> ConversationMemory:
-        """What a conversation remembers, to look at, export or clear: the one that a call would belong to.
+        """What a conversation remembers, to look at, export or clear: the one that a call would name.
 
         Loads the model if no one has.
+
+        Raises:
+            ConfigError: nothing names one.
         """
-        found = session_id or session_of(config) or self.session_id or self._instance_session_id
+        found = session_id or session_of(config) or self.session_id
+        if found is None:
+            raise ConfigError("Got no conversation but expected its id: only one that is named keeps its texts")
         return self._get_engine().memory(found)
 
     # Generation
@@ -305,9 +312,9 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     ) -> ChatResult:
         asked = self._asked(messages, stop, options)
         engine = self._get_engine(asked.model)
-        call = asked.call(engine)
+        call = self._call(engine, asked)
         *_, last = stream_call(engine, call)
-        return ChatResult(generations=[ChatGeneration(message=self._writer(engine, call, asked).message(last))])
+        return ChatResult(generations=[ChatGeneration(message=self._answer(engine, call, asked, last))])
 
     @override
     async def _agenerate(
@@ -319,10 +326,10 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     ) -> ChatResult:
         asked = self._asked(messages, stop, options)
         engine = await self._aget_engine(asked.model)
-        call = asked.call(engine)
+        call = self._call(engine, asked)
         async with aclosing(astream_call(engine, call)) as chunks:
             *_, last = [chunk async for chunk in chunks]
-        return ChatResult(generations=[ChatGeneration(message=self._writer(engine, call, asked).message(last))])
+        return ChatResult(generations=[ChatGeneration(message=self._answer(engine, call, asked, last))])
 
     @override
     def _stream(
@@ -334,10 +341,12 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     ) -> Iterator[ChatGenerationChunk]:
         asked = self._asked(messages, stop, options)
         engine = self._get_engine(asked.model)
-        call = asked.call(engine)
+        call = self._call(engine, asked)
         writer = self._writer(engine, call, asked)
         with closing(stream_call(engine, call)) as chunks:
             for chunk in chunks:
+                if chunk.is_last:
+                    self._answer(engine, call, asked, chunk)
                 for message in writer.chunks(chunk):
                     yield ChatGenerationChunk(message=message)
 
@@ -351,10 +360,12 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         asked = self._asked(messages, stop, options)
         engine = await self._aget_engine(asked.model)
-        call = asked.call(engine)
+        call = self._call(engine, asked)
         writer = self._writer(engine, call, asked)
         async with aclosing(astream_call(engine, call)) as chunks:
             async for chunk in chunks:
+                if chunk.is_last:
+                    self._answer(engine, call, asked, chunk)
                 for message in writer.chunks(chunk):
                     yield ChatGenerationChunk(message=message)
 
@@ -363,8 +374,18 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         if model is not None and (not isinstance(model, str) or not model):
             raise ConfigError(f"Got model={model!r} but expected the name of a model or a folder")
         session_id = options.pop("session_id", None) or session_of(None) or self.session_id
-        chosen, tools = self.for_call(stop, {**options, "session_id": session_id or self._instance_session_id})
+        chosen, tools = self.for_call(stop, {**options, "session_id": session_id})
         return _Asked(model or self.model, to_engine_messages(messages), chosen, tools)
+
+    def _call(self, engine: Engine, asked: _Asked) -> Call:
+        talk = self._conversations.begin(asked.options.session_id, asked.messages, asked.shown)
+        return Call(asked.request(engine, talk), talk, asked.options)
+
+    def _answer(self, engine: Engine, call: Call, asked: _Asked, last: StreamChunk) -> AIMessage:
+        """The whole answer, with which the conversation can be continued."""
+        message = self._writer(engine, call, asked).message(last)
+        call.talk.answered(to_engine_messages((message,))[-1])
+        return message
 
     def _writer(self, engine: Engine, call: Call, asked: _Asked) -> ReplyWriter:
         return ReplyWriter(engine, call, asked.model, blocks=self.output_version == "v1")
@@ -400,14 +421,19 @@ class _Asked:
     options: CallOptions
     tools: ToolOptions
 
-    def call(self, engine: Engine) -> Call:
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What else than the messages the prompt is made of."""
+        tools, template = self.tools.offered, self.options.chat_template_kwargs
+        return {"model": self.model, "tools": tools, "chat_template_kwargs": template or {}}
+
+    def request(self, engine: Engine, talk: Talk) -> GenerationRequest:
         """The request for an engine."""
-        request = GenerationRequest(
+        return GenerationRequest(
             messages=self.messages,
             tools=self.tools.offered,
             grammar=self.tools.grammar(engine),
             parse_reply=True,
-            session_id=self.options.session_id,
             **self.options.request_options(),
+            **talk.request_options(),
         )
-        return Call(request, self.options.max_retries, self.options.include_segments)

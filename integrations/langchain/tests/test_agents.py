@@ -73,8 +73,9 @@ def answers(messages: list[Any]) -> list[AIMessage]:
 def same_without_drafts(make_engine: MakeEngine, reply: Callable[[str], str], scenario: Scenario) -> list[AIMessage]:
     """The scenario's answers, after the same scenario without drafting gave the same ones in more passes."""
     engine = make_engine(reply, max_model_len=32768)
-    drafted = scenario(ChatCopySpec(engine=engine))
-    plain = scenario(ChatCopySpec(engine=make_engine(reply, max_model_len=32768), drafter="none"))
+    drafted = scenario(ChatCopySpec(engine=engine, include_token_ids=True))
+    undrafted = make_engine(reply, max_model_len=32768)
+    plain = scenario(ChatCopySpec(engine=undrafted, include_token_ids=True, drafter="none"))
     assert [stats(answer)["token_ids"] for answer in drafted] == [stats(answer)["token_ids"] for answer in plain]
     passes = [sum(stats(answer)["num_forward_passes"] for answer in found) for found in (drafted, plain)]
     assert passes[0] < passes[1] / 2

@@ -103,7 +103,7 @@ async def test_every_method_gives_the_answer_its_counts_and_its_reason(ways: Any
 
 @pytest.mark.parametrize("way", ALL)
 async def test_every_method_gives_the_tokens_of_plain_decoding(ways: Any, bundled: Engine, way: str) -> None:
-    llm, answers = CopySpec(engine=bundled, max_tokens=60), []
+    llm, answers = CopySpec(engine=bundled, max_tokens=60, include_token_ids=True), []
     for drafter in ("adaptive", "none"):
         asked: Any = [ChatMessage(NOTES), ChatMessage("Repeat the document.")]
         asked = asked if "chat" in way else f"Repeat this text:\n{NOTES}"
@@ -210,10 +210,11 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(reversed(options)))
 def test_an_option_means_the_same_for_a_model_and_for_a_call(bundled: Engine, options: dict[str, Any]) -> None:
     messages = [ChatMessage(NOTES), ChatMessage("Repeat the document.")]
-    of_model = CopySpec(engine=bundled, max_tokens=20, **options).chat(messages)
-    of_call = CopySpec(engine=bundled, max_tokens=20).chat(messages, **options)
+    of_model = CopySpec(engine=bundled, max_tokens=20, include_token_ids=True, **options).chat(messages)
+    of_call = CopySpec(engine=bundled, max_tokens=20).chat(messages, include_token_ids=True, **options)
     assert of_model.raw["copyspec"]["token_ids"] == of_call.raw["copyspec"]["token_ids"]
-    plain = CopySpec(engine=bundled, max_tokens=20, drafter="none", **options).chat(messages)
+    options = {**options, "include_token_ids": True, "drafter": "none"}
+    plain = CopySpec(engine=bundled, max_tokens=20, **options).chat(messages)
     assert of_model.raw["copyspec"]["token_ids"] == plain.raw["copyspec"]["token_ids"]
 
 

@@ -266,9 +266,9 @@ def test_what_is_no_tool_is_refused_by_name(echo: Engine, tools: Any, named: str
 
 async def test_calls_are_the_same_with_and_without_drafting(bundled: Engine) -> None:
     asked = 'Call this tool:\n{"name": "switch", "arguments": {"lamp": "yard", "on": true}}'
+    llm = CopySpec(engine=bundled, include_token_ids=True)
     found = [
-        (await CopySpec(engine=bundled, drafter=drafter).achat_with_tools(TOOLS, asked)).raw["copyspec"]
-        for drafter in ("adaptive", "none")
+        (await llm.achat_with_tools(TOOLS, asked, drafter=drafter)).raw["copyspec"] for drafter in ("adaptive", "none")
     ]
     assert found[0]["token_ids"] == found[1]["token_ids"]
     assert found[0]["tokens_per_forward"] > 1.5

@@ -111,9 +111,7 @@ def _strict(tool: dict[str, Any]) -> dict[str, Any]:
 class Call:
     """One call, checked as far as it can be without the engine, which may have to be loaded first."""
 
-    session_id: str
-    options: dict[str, Any]
-    """Of the `GenerationRequest`, besides its input and grammar."""
+    options: CallOptions
     messages: tuple[dict[str, Any], ...] | None = None
     prompt: str | None = None
     """Raw text to go on with, instead of messages."""
@@ -138,7 +136,7 @@ class Call:
         return None if self.tool_use is None else self.tool_use.max_calls
 
     def request(self, engine: Engine) -> GenerationRequest:
-        """What to ask of `engine`.
+        """What to ask of `engine`, in no conversation yet.
 
         Raises:
             ConfigError: no answer can have the form that is asked for.
@@ -154,8 +152,7 @@ class Call:
             tools=tools.tools if tools else None,
             grammar=tools.grammar(engine) if tools else self.response_format,
             parse_reply=messages is not None,
-            session_id=self.session_id,
-            **self.options,
+            **self.options.request_options(),
         )
 
 

@@ -32,7 +32,9 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata, tool_metadata
+from copyspec_engine.adapters import Talk, answer_metadata, logprobs_metadata, segment_metadata, tool_metadata
+from llama_index.llms.copyspec._convert import to_engine_messages
+from llama_index.llms.copyspec._options import Call
 
 __all__ = ["Answer"]
 
@@ -66,11 +68,13 @@ class Answer:
         engine: which writes it.
         model: its name.
         request: what was asked.
-        max_calls: keeps this many tool calls, the first ones; None: all.
+        call: the same, with what is to be attached; of the tool calls as many are kept as it allows, the first ones.
+        talk: its conversation, which goes on with the whole answer.
     """
 
-    def __init__(self, engine: Engine, model: str, request: GenerationRequest, *, max_calls: int | None = None) -> None:
-        self._engine, self._model, self._request, self._max_calls = engine, model, request, max_calls
+    def __init__(self, engine: Engine, model: str, request: GenerationRequest, call: Call, talk: Talk) -> None:
+        self._engine, self._model, self._request, self._call, self._talk = engine, model, request, call, talk
+        self._max_calls = call.max_calls
         self._text = self._thinking = ""
         self._calls: dict[int, _WrittenCall] = {}
         """By the engine's numbers, in order; one that cannot be read has a number but never comes."""
@@ -86,12 +90,12 @@ class Answer:
         engine: Engine,
         model: str,
         request: GenerationRequest,
+        call: Call,
+        talk: Talk,
         output: GenerationOutput,
-        *,
-        max_calls: int | None = None,
     ) -> Answer:
         """An answer that came in one piece; its responses have no `delta`."""
-        answer = cls(engine, model, request, max_calls=max_calls)
+        answer = cls(engine, model, request, call, talk)
         answer.take(
             StreamChunk(
                 output.request_id,
@@ -119,6 +123,8 @@ class Answer:
         else:
             self._delta += chunk.text
             self._text += chunk.text
+        if chunk.is_last:
+            self._talk.answered(to_engine_messages([self._message()])[0])
         return bool(chunk.text or chunk.deltas or chunk.is_last)
 
     def _take_delta(self, delta: ReplyDelta) -> None:
@@ -154,13 +160,8 @@ class Answer:
 
     def chat(self) -> ChatResponse:
         """The answer so far, and what is new since the last response."""
-        blocks: list[ContentBlock] = [ThinkingBlock(content=self._thinking)] if self._thinking else []
-        if self._text or not self._calls:
-            blocks.append(TextBlock(text=self._text))
-        blocks += [call.block() for call in self._calls.values()]
-        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=self._older_calls())
         response = ChatResponse(
-            message=message,
+            message=self._message(),
             delta=None if self._is_whole else self._delta,
             raw=self._raw(),
             logprobs=self._response_logprobs(),
@@ -181,6 +182,13 @@ class Answer:
         self._begin_next()
         return response
 
+    def _message(self) -> ChatMessage:
+        blocks: list[ContentBlock] = [ThinkingBlock(content=self._thinking)] if self._thinking else []
+        if self._text or not self._calls:
+            blocks.append(TextBlock(text=self._text))
+        blocks += [call.block() for call in self._calls.values()]
+        return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=self._older_calls())
+
     def _begin_next(self) -> None:
         self._delta = self._thinking_delta = ""
         self._segments, self._logprobs = [], None
@@ -200,10 +208,9 @@ class Answer:
 
     def _raw(self) -> dict[str, Any]:
         """Metadata; `segments` are the pieces of what is new, or of the whole answer, mark-up included."""
-        copyspec: dict[str, Any] = {
-            "session_id": self._request.session_id,
-            "segments": segment_metadata(self._segments),
-        }
+        copyspec: dict[str, Any] = {"session_id": self._talk.named}
+        if self._call.options.include_segments:
+            copyspec["segments"] = segment_metadata(self._segments)
         output = self._output
         if output is None:
             return {"model": self._model, "copyspec": copyspec}
@@ -218,7 +225,11 @@ class Answer:
                 "completion_tokens": output.usage.completion_tokens,
                 "total_tokens": output.usage.total_tokens,
             },
-            "copyspec": {**copyspec, **answer_metadata(output), **tool_metadata(self._engine, self._request)},
+            "copyspec": {
+                **copyspec,
+                **answer_metadata(output, self._call.options),
+                **tool_metadata(self._engine, self._request),
+            },
         }
 
     def _invalid_calls(self, reply: Reply) -> list[dict[str, Any]]:

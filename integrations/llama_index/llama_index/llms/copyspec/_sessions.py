@@ -1,7 +1,8 @@
-"""Which conversation a call belongs to, where the call itself does not say: agents pass no session.
+"""What names the conversation of a call that does not say it itself: agents pass no session.
 
 The order: the call's keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; inside a
-step of an agent or workflow, the run's `Context`; the LLM's field `session_id`; the LLM instance.
+step of an agent or workflow, the run's `Context`; the LLM's field `session_id`. Where none of them names one, the
+engine package's `Conversations` find it by what the call shows.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Every method makes one engine request; the async ones use the engine's async fro
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Literal, TypeVar
@@ -38,9 +37,18 @@ from copyspec_engine import (
     Engine,
     EngineConfig,
     Explanation,
+    GenerationRequest,
     shared_engine,
 )
-from copyspec_engine.adapters import ENGINE_OPTIONS, ChatFormat, adopt_engine, explain_metadata, model_facts
+from copyspec_engine.adapters import (
+    ENGINE_OPTIONS,
+    ChatFormat,
+    Conversations,
+    Talk,
+    adopt_engine,
+    explain_metadata,
+    model_facts,
+)
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
 from llama_index.llms.copyspec._responses import Answer
@@ -59,9 +67,11 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
     shared by all LLMs of the process with the same options of the engine (`model` to `tool_prompt`).
 
-    A conversation keeps its texts and its KV cache over calls. Which one a call belongs to is decided by, in this
-    order: its keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; in a step of an
-    agent or workflow, the run's context (async methods only); the field `session_id`; the instance.
+    A conversation that is named keeps its texts and its KV cache over calls. It is named by, in this order: the call's
+    keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; in a step of an agent or
+    workflow, the run's context (async methods only); the field `session_id`. A call that names none goes on, with the
+    KV, from the one that its messages begin with, the last answer included; else it stands alone, so that one LLM
+    serves many users and none meets what another has said.
 
     A function given as `messages_to_prompt` writes the prompts of chats in place of the model's chat template, and one
     given as `completion_to_prompt` those of completions: the model goes on with what they give, and takes no tools.
@@ -102,7 +112,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
     configuration only."""
 
-    _instance_session_id: str = PrivateAttr(default_factory=lambda: f"instance-{uuid.uuid4().hex}")
+    _conversations: Conversations = PrivateAttr(default_factory=Conversations)
 
     @model_validator(mode="before")
     @classmethod
@@ -193,13 +203,13 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         else:
             call = self._chat_call(messages, {"tools": tools, **options})
         engine = self._get_engine()
-        return len(engine.tokenize(call.request(engine)))
+        return len(engine.tokenize(self._begin(engine, call)[0]))
 
     # What was copied, and what is remembered
 
     @staticmethod
     def explain(response: ChatResponse | CompletionResponse) -> Explanation:
-        """Where an answer was copied from, span by span; `rich.print` shows it in colour.
+        """Where an answer's text was copied from, span by span; `rich.print` shows it in colour.
 
         Takes a whole response, or the last one of a stream. The `source` of a span is one of:
 
@@ -209,11 +219,13 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         - "prediction": the one of this call, at `offset`;
         - "earlier_prompt", "earlier_answer", "earlier_prediction": a text of the conversation's memory that is not in
           this prompt;
-        - "pool": what another conversation put into the `memory_pool`;
+        - "pool": what another caller put into the `memory_pool`, which is never shown;
         - "grammar": nothing else was allowed;
         - "frequent": a token that is just frequent, copied from no text.
 
-        What is in no text of this call has no `offset`; `before` and `after` have up to 60 characters around it.
+        What is in no text of this call has no `offset`. Of a call with `include_explanation=True` it tells more: of
+        reasoning and tool calls too, and with up to 60 characters `before` and `after` a place in the conversation's
+        memory.
 
         Raises:
             ConfigError: this is no response, no whole one of ours, or its text was changed.
@@ -228,11 +240,17 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         return explain_metadata(raw.get("copyspec"), text or "")
 
     def memory(self, session_id: str | None = None) -> ConversationMemory:
-        """What a conversation remembers, to look at, export or clear: the one that a call would belong to.
+        """What a conversation remembers, to look at, export or clear: the one that a call would name.
 
         Loads the model if no one has.
+
+        Raises:
+            ConfigError: nothing names one.
         """
-        return self._get_engine().memory(session_id or named_session() or self.session_id or self._instance_session_id)
+        found = session_id or named_session() or self.session_id
+        if found is None:
+            raise ConfigError("Got no conversation but expected its id: only one that is named keeps its texts")
+        return self._get_engine().memory(found)
 
     # Calls
 
@@ -372,29 +390,29 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
             **{name: value for name, value in options.items() if value is not None},
         }
         chosen = self.for_call(options)
-        return Call(
-            session_id=chosen.session_id or self._instance_session_id,
-            options=chosen.request_options(),
-            response_format=chosen.response_format,
-            **asked,
-        )
+        return Call(options=chosen, response_format=chosen.response_format, **asked)
+
+    def _begin(self, engine: Engine, call: Call) -> tuple[GenerationRequest, Talk]:
+        """The request, and its conversation."""
+        request = call.request(engine)
+        shown = {"tools": request.tools, "chat_template_kwargs": request.chat_template_kwargs}
+        talk = self._conversations.begin(call.options.session_id, request.messages, shown)
+        return request.model_copy(update=talk.request_options()), talk
 
     def _whole(self, call: Call, respond: Respond[Response]) -> Response:
         engine = self._get_engine()
-        request = call.request(engine)
-        output = engine.generate(request)
-        return respond(Answer.whole(engine, self.model, request, output, max_calls=call.max_calls))
+        request, talk = self._begin(engine, call)
+        return respond(Answer.whole(engine, self.model, request, call, talk, engine.generate(request)))
 
     async def _awhole(self, call: Call, respond: Respond[Response]) -> Response:
         engine = await self._aget_engine()
-        request = call.request(engine)
-        output = await engine.agenerate(request)
-        return respond(Answer.whole(engine, self.model, request, output, max_calls=call.max_calls))
+        request, talk = self._begin(engine, call)
+        return respond(Answer.whole(engine, self.model, request, call, talk, await engine.agenerate(request)))
 
     def _parts(self, call: Call, respond: Respond[Response]) -> Generator[Response, None, None]:
         engine = self._get_engine()
-        request = call.request(engine)
-        answer = Answer(engine, self.model, request, max_calls=call.max_calls)
+        request, talk = self._begin(engine, call)
+        answer = Answer(engine, self.model, request, call, talk)
         with engine.stream(request) as chunks:
             for chunk in chunks:
                 if answer.take(chunk):
@@ -402,8 +420,8 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
 
     async def _aparts(self, call: Call, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
         engine = await self._aget_engine()
-        request = call.request(engine)
-        answer = Answer(engine, self.model, request, max_calls=call.max_calls)
+        request, talk = self._begin(engine, call)
+        answer = Answer(engine, self.model, request, call, talk)
         async with aclosing(engine.astream(request)) as chunks:
             async for chunk in chunks:
                 if answer.take(chunk):
