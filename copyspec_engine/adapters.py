@@ -29,6 +29,7 @@ from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
 from copyspec_engine.explanation import CopiedSpan, Explanation
 from copyspec_engine.model_facts import ModelFacts, read_model_facts
+from copyspec_engine.nesting import check_nesting
 from copyspec_engine.outputs import GenerationOutput, Reply, Segment, TokenLogprob
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Talk",
     "adopt_engine",
     "answer_metadata",
+    "check_nesting",
     "clear_errors",
     "conversation",
     "current_conversation",

@@ -50,18 +50,21 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, eos_token_ids
         self._loading = threading.Lock()
         self._vocabulary: _Vocabulary | None = None
-        self._rules = lru_cache(maxsize=_MAX_COMPILED)(_Rules)
+        self._rules = lru_cache(maxsize=_MAX_COMPILED)(self._compile)
 
     def begin(self, grammar: Grammar) -> GrammarState:
         """A state for one answer.
 
         Raises:
-            ConfigError: llguidance refuses the grammar, or the model has no end-of-sequence token.
+            ConfigError: nothing fits the grammar, llguidance refuses it, or the model has no end-of-sequence token.
             CopySpecError: llguidance is not installed.
         """
+        return GrammarState(self._rules(grammar.model_dump_json()))
+
+    def _compile(self, grammar: str) -> _Rules:
+        """A grammar, given as JSON, made ready."""
         vocabulary = self._load()
-        text, marker, again = translate(grammar, vocabulary.literal)
-        return GrammarState(self._rules(vocabulary, text, marker, again))
+        return _Rules(vocabulary, *translate(Grammar.model_validate_json(grammar), vocabulary.literal))
 
     def _load(self) -> _Vocabulary:
         with self._loading:
@@ -269,7 +272,7 @@ class _Rules:
         again: free text follows the grammar's end, and the marker in it begins the grammar again.
 
     Raises:
-        ConfigError: llguidance refuses the grammar.
+        ConfigError: llguidance refuses the grammar, or it allows nothing.
     """
 
     def __init__(self, vocabulary: _Vocabulary, grammar: str, marker: bytes, again: bool) -> None:
@@ -280,6 +283,10 @@ class _Rules:
         self._matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0)
         if self._matcher.is_error():
             raise ConfigError(f"Got a grammar that llguidance refuses: {self._matcher.get_error().strip()}")
+        if not self._matcher.is_stopped():
+            self._matcher.compute_bitmask()
+        if self._matcher.is_error() or (self._matcher.is_stopped() and not self._matcher.is_accepting()):
+            raise ConfigError("Got a grammar that no text fits")
         self._unread = np.empty(self.num_words, dtype=np.int32)
         self._free_masks: dict[bytes, Mask] = {}
         # Tokens that can hold an end of the marker, and something behind it.

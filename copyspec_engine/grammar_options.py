@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
+from copyspec_engine.nesting import check_nesting
 from copyspec_engine.options import Options
 
 __all__ = ["CallLayout", "Grammar", "RequestedGrammar", "ToolCalls"]
@@ -59,17 +60,27 @@ class CallLayout(Options):
         return self
 
 
+def _check_levels(value: object) -> object:
+    """What is nested too deeply is refused before anything reads it by recursion."""
+    check_nesting(value, "a JSON schema")
+    return value
+
+
+Schema = Annotated[dict[str, JsonValue], BeforeValidator(_check_levels)]
+"""A JSON schema, or what holds one."""
+
+
 class ToolCalls(CallLayout):
     """Calls of functions in some layout."""
 
-    tools: tuple[dict[str, JsonValue], ...] = Field(min_length=1)
+    tools: tuple[Schema, ...] = Field(min_length=1)
     """OpenAI-style function schemas: {"type": "function", "function": {"name": ..., "parameters": JSON schema}}."""
     tool_choice: Annotated[str, BeforeValidator(_chosen_tool)] = "auto"
-    """"auto": free text in which each `begin` opens a call; "required": at least one call and no text; or the name of
-    the one function to be called, also in OpenAI's form."""
+    """"auto": free text in which each `begin` opens a call, an invalid one of an unknown tool too; "required": at least
+    one call and no text; or the name of the one function to be called, also in OpenAI's form."""
     parallel: bool = True
     """More than one call in an answer; off: the answer ends after the first."""
-    answer_schema: dict[str, JsonValue] | None = None
+    answer_schema: Schema | None = None
     """With "auto": an answer that calls nothing is JSON that fits this schema, and one that calls is calls alone."""
 
     @model_validator(mode="after")
@@ -103,9 +114,9 @@ class ToolCalls(CallLayout):
 class Grammar(Options):
     """What an answer must look like: exactly one of the first six. Drafting never changes what is written."""
 
-    json_schema: dict[str, JsonValue] | None = None
-    """A JSON object or other value that fits this schema. White space may follow each part, unless the schema's key
-    "x-guidance" says {"whitespace_flexible": False}."""
+    json_schema: Schema | None = None
+    """A JSON object or other value that fits this schema, its members in any order, its letters escaped or not. White
+    space may follow each part, unless the schema's key "x-guidance" says {"whitespace_flexible": False}."""
     json_object: bool = False
     """Any JSON object."""
     regex: str | None = Field(default=None, min_length=1)
@@ -117,7 +128,9 @@ class Grammar(Options):
     tools: ToolCalls | None = None
     """Calls of functions."""
     lenient: bool = False
-    """Leave out what llguidance cannot express of a JSON schema, where it would refuse the schema otherwise."""
+    """Leave out what grammars cannot express of a JSON schema, and log where; otherwise such a schema is refused."""
+    closed: bool = False
+    """Objects of a JSON schema take only the properties that it names, unless it says otherwise itself."""
     start_after: str | None = Field(default=None, min_length=1)
     """The grammar begins behind the first place where this text is written ("</think>", say). What comes before is
     free; an answer that ends before has no form."""

@@ -8,7 +8,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "copyspec_engine"
 LEVELS = {
-    0: {"errors", "option_names", "options", "grammar_options", "config", "metrics", "explanation", "outputs"},
+    0: {
+        "errors",
+        "nesting",
+        "option_names",
+        "options",
+        "grammar_options",
+        "config",
+        "metrics",
+        "explanation",
+        "outputs",
+    },
     1: {
         "admission",
         "bans",
@@ -32,8 +42,11 @@ LEVELS = {
         "drafter",
         "exact_tokens",
         "generation_defaults",
-        "grammar_dialect",
+        "grammar_letters",
+        "grammar_patterns",
+        "grammar_schema",
         "grammar_text",
+        "grammar_values",
         "growth",
         "places",
         "ranking",

@@ -96,8 +96,8 @@ def random_grammar(rng: random.Random) -> tuple[Grammar, list[str]]:
     documents = [random_document(rng, schema) for _ in range(rng.randrange(2, 5))]
     if rng.random() < 0.8:
         return Grammar(json_schema=schema, lenient=True), [json.dumps(document) for document in documents]
-    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    calls = [f'<tool_call>{{"name": "f", "arguments": {json.dumps(document)}}}</tool_call>' for document in documents]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": schema}}}}
+    calls = [f'<tool_call>{{"name": "f", "arguments": {{"x": {json.dumps(it)}}}}}</tool_call>' for it in documents]
     return Grammar(tools=ToolCalls(tools=(tool,), tool_choice="required"), lenient=True), calls
 
 

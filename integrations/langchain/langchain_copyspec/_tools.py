@@ -11,7 +11,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
-from copyspec_engine.adapters import clear_errors
+from copyspec_engine.adapters import check_nesting, clear_errors
 
 __all__ = ["Tool", "ToolOptions", "convert_tools", "json_schema_of"]
 
@@ -29,6 +29,7 @@ def convert_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
         raise ConfigError(f"Got tools={tools!r} but expected a list of functions, classes, tools or schemas")
     converted = []
     for tool in tools:
+        check_nesting(tool, "a tool")
         try:
             schema = convert_to_openai_tool(tool)
         except (TypeError, ValueError) as error:
@@ -47,6 +48,7 @@ def json_schema_of(schema: dict[str, Any] | type) -> dict[str, Any]:
     Raises:
         ConfigError: it is none of them.
     """
+    check_nesting(schema, "a JSON schema")
     if isinstance(schema, Mapping) and "title" not in schema and "name" not in schema:
         return dict(schema)
     try:
@@ -131,13 +133,11 @@ class ToolOptions(BaseModel):
         forced = self.tool_choice != "auto"
         if not forced and answer is None and not self._guides(engine):
             return None
-        calls = engine.chat_format.grammar(
-            tuple(closed(tool) for tool in tools), self.tool_choice, parallel=self.parallel_tool_calls
-        )
+        calls = engine.chat_format.grammar(tuple(tools), self.tool_choice, parallel=self.parallel_tool_calls)
         if answer is not None and not forced and calls.tools is not None:
             either = calls.tools.model_copy(update={"answer_schema": answer.json_schema or {"type": "object"}})
             calls = calls.model_copy(update={"tools": either})
-        return calls.model_copy(update={"lenient": not self.strict})
+        return calls.model_copy(update={"lenient": not self.strict, "closed": True})
 
     def _guides(self, engine: Engine) -> bool:
         """Whether calls that the model begins by itself are held to their schemas."""
@@ -153,16 +153,4 @@ class ToolOptions(BaseModel):
         if wanted is None or wanted.json_schema is None:
             return wanted
         strict = self.strict or self.response_format["json_schema"].get("strict")
-        return wanted.model_copy(update={"json_schema": closed(wanted.json_schema), "lenient": not strict})
-
-
-def closed(schema: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """A schema whose objects take only the properties that they name, unless they say otherwise themselves."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    inner = {key: closed(value) for key, value in schema.items()}
-    if schema.get("type") == "object" and isinstance(schema.get("properties"), dict):
-        inner.setdefault("additionalProperties", False)
-    return inner
+        return wanted.model_copy(update={"closed": True, "lenient": not strict})

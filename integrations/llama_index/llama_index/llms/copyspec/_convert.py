@@ -22,6 +22,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.tools.types import BaseTool
 
 from copyspec_engine import ConfigError
+from copyspec_engine.adapters import check_nesting
 
 __all__ = ["to_engine_messages", "to_function_schemas"]
 
@@ -66,6 +67,7 @@ def to_function_schemas(tools: Iterable[BaseTool | dict[str, Any]]) -> tuple[dic
 
 def _to_function_schema(position: int, tool: object) -> dict[str, Any]:
     if isinstance(tool, dict):
+        check_nesting(tool, f"tools[{position}]")
         return tool
     if not isinstance(tool, BaseTool):
         raise ConfigError(

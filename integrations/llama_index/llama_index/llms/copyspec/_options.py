@@ -13,33 +13,12 @@ from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
 from copyspec_engine.adapters import AdapterOptions
 from llama_index.llms.copyspec._convert import to_function_schemas
 
-__all__ = ["Call", "CallOptions", "ToolUse", "closed", "take_tools"]
+__all__ = ["Call", "CallOptions", "ToolUse", "take_tools"]
 
-_WRITTEN_AS_BY_TEMPLATES = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "lenient": True,
-    "coerce_one_of": True,
-}
-"""How calls are written, for llguidance: as chat templates write those of earlier turns, so that they can be copied."""
+_WRITTEN_AS_BY_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How calls are written: as chat templates write those of earlier turns, so that they can be copied."""
 
 _TOOL_OPTIONS = ("tools", "tool_choice", "parallel_tool_calls")
-
-
-def closed(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON schema
-    """`schema`, with no properties but those it names, unless it says so itself.
-
-    pydantic throws others away, and a small model that may go on writing them will.
-    """
-    if isinstance(schema, list | tuple):
-        return [closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    parts = {name: closed(part) for name, part in schema.items()}
-    if schema.get("type") == "object" and "properties" in schema:
-        parts.setdefault("additionalProperties", False)
-    return parts
 
 
 class CallOptions(AdapterOptions):
@@ -95,15 +74,17 @@ class ToolUse:
         chat_format = engine.chat_format
         if self.choice == "auto" and (chat_format.calls is None or importlib.util.find_spec("llguidance") is None):
             return None
-        return chat_format.grammar(tuple(map(_strict, self.tools)), self.choice, parallel=self.parallel)
+        tools = tuple(map(_spelled, self.tools))
+        calls = chat_format.grammar(tools, self.choice, parallel=self.parallel)
+        return calls.model_copy(update={"lenient": True, "closed": True})
 
 
-def _strict(tool: dict[str, Any]) -> dict[str, Any]:
-    """A function schema that leaves nothing open: see `closed` and `_WRITTEN_AS_BY_TEMPLATES`."""
+def _spelled(tool: dict[str, Any]) -> dict[str, Any]:
+    """A function schema that says how calls are written: see `_WRITTEN_AS_BY_TEMPLATES`."""
     function = tool.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("parameters") or {}, dict):
         return tool  # the engine's options will say what is wrong
-    parameters = closed(function.get("parameters") or {"type": "object", "properties": {}})
+    parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
     return {**tool, "function": {**function, "parameters": {"x-guidance": _WRITTEN_AS_BY_TEMPLATES, **parameters}}}
 
 

@@ -26,7 +26,6 @@ from pydantic_core import from_json
 from typing_extensions import override
 
 from copyspec_engine import ConfigError, Grammar
-from llama_index.llms.copyspec._options import closed
 
 __all__ = ["GrammarStructuredLLM"]
 
@@ -210,7 +209,7 @@ def _start(
 def _options(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     return {
         **(llm_kwargs or {}),
-        "response_format": Grammar(json_schema=closed(output_cls.model_json_schema()), lenient=True),
+        "response_format": Grammar(json_schema=output_cls.model_json_schema(), lenient=True, closed=True),
     }
 
 
