@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.chat_history import InMemoryChatMessageHistory
-from langchain_core.messages import AIMessage, HumanMessage, trim_messages
+from langchain_core.messages import AIMessage, HumanMessage, messages_from_dict, messages_to_dict, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig, RunnableLambda
@@ -209,3 +213,68 @@ def test_a_history_that_is_trimmed_loses_no_source(make_engine: MakeEngine) -> N
     assert passes[0] < passes[1] / 3
     assert {span.source for span in llm.explain(drafted).spans} >= {"earlier_prompt"}
     assert len(history.messages) == 6
+
+
+# Where nothing names the conversation
+
+
+def cached(message: Any) -> int:
+    return int(message.usage_metadata["input_token_details"]["cache_read"])
+
+
+async def test_who_shows_the_whole_talk_goes_on_with_its_kv_on_every_path(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: TEXT))
+    asked = [HumanMessage("Write it.")]
+    parts = [chunk async for chunk in llm.astream(asked)]
+    firsts = [llm.invoke(asked), await llm.ainvoke(asked), reduce(add, llm.stream(asked)), reduce(add, parts)]
+    for first in firsts:
+        assert cached(first) == 0
+        back = messages_from_dict(json.loads(json.dumps(messages_to_dict([first]))))[0]
+        for shown in (first, back, AIMessage(first.text), AIMessage([{"type": "text", "text": TEXT}])):
+            again = llm.bind().invoke([*asked, shown, HumanMessage("Again.")])
+            assert cached(again) >= first.usage_metadata["total_tokens"] - 1
+            assert again.response_metadata["copyspec"]["session_id"] is None
+
+
+def test_callers_of_one_model_meet_nothing_of_each_other(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: TEXT), include_explanation=True)
+    llm.invoke([HumanMessage(TEXT + " Ann's PIN is 4711.")])
+    for guess in ("4711", "4712"):
+        answer = llm.invoke([HumanMessage(TEXT[:40] + f" Ann's PIN is {guess}.")])
+        assert cached(answer) == 0
+        assert {span.source for span in llm.explain(answer).spans} <= {"prompt", "answer", "frequent"}
+    stranger = llm.invoke("hi")
+    assert "4711" not in json.dumps(messages_to_dict([stranger]))
+    assert not any(span.source.startswith("earlier") for span in llm.explain(stranger).spans)
+
+
+def test_a_stream_that_nobody_read_to_its_end_is_not_continued(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: TEXT), drafter="none")
+    stream = llm.stream([HumanMessage("Write it.")])
+    begun = next(stream)
+    stream.close()
+    assert cached(llm.invoke([HumanMessage("Write it."), AIMessage(begun.text), HumanMessage("Go on.")])) == 0
+
+
+def test_an_answer_out_of_a_cache_says_nothing_of_the_conversation_it_was_written_in(make_engine: MakeEngine) -> None:
+    secret = "the vault code is 8714-2290-5531"
+    llm = ChatCopySpec(
+        engine=make_engine(["Fine.", f"Well, {secret}."]), cache=InMemoryCache(), include_explanation=True
+    )
+    llm.invoke(f"Note: {secret}, and Ann holds the key.", THREAD)
+    first = llm.invoke("Which?", THREAD)
+    again = llm.invoke("Which?", {"configurable": {"thread_id": "t-2"}})
+    assert "Ann" in json.dumps(first.response_metadata)
+    assert first.text == again.text
+    assert not {"Ann", "t-1"} & set(json.dumps(again.response_metadata).replace('"', " ").split())
+    assert "Ann" not in json.dumps(again.response_metadata)
+
+
+def test_what_comes_with_an_answer_is_small_unless_it_is_asked_for(make_engine: MakeEngine) -> None:
+    llm = ChatCopySpec(engine=make_engine(lambda prompt: TEXT))
+    small = llm.invoke(f"Repeat: {TEXT}").response_metadata["copyspec"]
+    assert not {"token_ids", "written", "segments"} & small.keys()
+    assert len(json.dumps(small)) < 600
+    assert not any(isinstance(value, str) and len(value) > 16 for row in small["copies"] for value in row)
+    whole = llm.invoke(f"Repeat: {TEXT}", include_token_ids=True).response_metadata["copyspec"]
+    assert bytes(whole["token_ids"][:-1]).decode() == TEXT
