@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from copyspec_engine import paged_attention
+from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.errors import UnsupportedModelError
 from copyspec_engine.paged_attention import PagedRows
 
-__all__ = ["ATTENTION_NAME", "KVBatch", "KVRow", "KVStore"]
+__all__ = ["ATTENTION_NAME", "KVBatch", "KVRow", "KVStore", "Scoring"]
 
 ATTENTION_NAME = "copyspec"
 
@@ -72,6 +74,42 @@ class KVStore:
         return torch.zeros((like.shape[0], self.num_slots + 1, like.shape[2]), dtype=like.dtype, device=like.device)
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What becomes of the products of queries and keys.
+
+    Args:
+        scaling: what they are multiplied by; None: one over the root of the keys' size.
+        window: positions that a token sees, its own among them; None: all before it.
+        softcap: what scores are bent to stay below (Gemma 2).
+        sinks: a learnt score per head that takes part in the softmax and has no value (gpt-oss), shape (heads,).
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+class Row(Protocol):
+    """One row's part in a forward pass: `KVRow`, or `OrderedRow` where bits count."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+    @property
+    def new_positions(self) -> torch.Tensor: ...
+
+    def on(self, device: torch.device) -> Row: ...
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor: ...
+
+
 @dataclass(slots=True)
 class KVRow:
     """Where one row's tokens are, for one forward pass.
@@ -79,10 +117,9 @@ class KVRow:
     Args:
         start: the first of its new tokens among those of the pass.
         num_new: its new tokens.
-        read: slots of the whole row, the new tokens last; `context` of them, and then any others to fill up.
+        read: slots of the whole row, the new tokens last, `context` of them.
         positions: position of each token of the row, shape (context,).
         visible: which of the new tokens each new token sees, shape (new, new); None for a plain chain.
-        filled: new tokens, and columns of `read`, with those that only fill up; None: nothing is filled up.
     """
 
     start: int
@@ -90,20 +127,43 @@ class KVRow:
     read: Slots
     positions: torch.Tensor
     visible: torch.Tensor | None
-    filled: tuple[int, int] | None = None
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> KVRow:
         """The same on another device."""
         visible = None if self.visible is None else self.visible.to(device)
         return replace(
-            self, read=_on(self.read, device), positions=self.positions.to(device), visible=visible, _masks={}
+            self,
+            read=on_device(self.read, device),
+            positions=self.positions.to(device),
+            visible=visible,
+            _masks={},
         )
 
     @property
     def stop(self) -> int:
         """Behind its last token in the pass."""
-        return self.start + (self.num_new if self.filled is None else self.filled[0])
+        return self.start + self.num_new
+
+    @property
+    def new_positions(self) -> torch.Tensor:
+        """Of its new tokens, shape (new,)."""
+        return self.positions[-self.num_new :]
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        """What its new tokens read from the pool, shape (1, heads, new, value_dim).
+
+        Args:
+            query: shape (1, heads, new, key_dim).
+            keys: the layer's, shape (kv_heads, slots, key_dim).
+            values: the layer's, shape (kv_heads, slots, value_dim).
+            scoring: what becomes of the products of queries and keys.
+        """
+        keys, values = read(keys, self.read), read(values, self.read)
+        mask = self.mask(scoring.window, query.dtype)
+        if scoring.softcap is not None or scoring.sinks is not None:
+            return _eager_attention(query[0], keys, values, mask, scoring)
+        return _fused_attention(query, keys, values, mask, scoring.scaling)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the scores, shape (new, context): 0 or -inf; None if every new token sees the whole row."""
@@ -116,7 +176,7 @@ class KVRow:
 
     def _build_mask(self, window: int | None, dtype: torch.dtype, context: int) -> torch.Tensor | None:
         new, device = self.num_new, self.positions.device
-        if new == 1 and window is None and self.filled is None:
+        if new == 1 and window is None:
             return None
         hidden = torch.ones((new, context), dtype=torch.bool, device=device).triu_(context - new + 1)
         if self.visible is not None:
@@ -124,10 +184,6 @@ class KVRow:
         if window is not None:
             distance = self.positions[context - new :, None] - self.positions[None, :]  # (new, context)
             hidden |= distance >= window
-        if self.filled is not None:
-            rows, columns = self.filled
-            hidden = F.pad(hidden, (0, columns - context, 0, rows - new), value=True)
-            hidden[new:, 0] = False  # a softmax over nothing would be NaN
         return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
@@ -146,27 +202,35 @@ class KVBatch:
     store: KVStore
     write: Slots = field(default_factory=lambda: slice(0))
     written: int = 0
-    rows: Sequence[KVRow] = ()
+    rows: Sequence[Row] = ()
     paged: PagedRows | None = None
     _copies: dict[torch.device, KVBatch] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> KVBatch:
         """The same on a layer's own device, where a model's layers are on several."""
-        if self.paged is not None or device == self.rows[0].positions.device:
+        if self.paged is not None or device == self.rows[0].new_positions.device:
             return self
         if device not in self._copies:
             rows = [row.on(device) for row in self.rows]
-            self._copies[device] = replace(self, write=_on(self.write, device), rows=rows, _copies={})
+            self._copies[device] = replace(self, write=on_device(self.write, device), rows=rows, _copies={})
         return self._copies[device]
 
 
-def _read(stored: torch.Tensor, slots: Slots) -> torch.Tensor:
+def slots_of(slots: TokenArray) -> Slots:
+    """Slots in one ascending run are read in place, as a slice; others are gathered."""
+    first, last = int(slots[0]), int(slots[-1])
+    if last - first == len(slots) - 1 and (len(slots) < 3 or bool((np.diff(slots) == 1).all())):
+        return slice(first, last + 1)
+    return torch.from_numpy(slots)
+
+
+def read(stored: torch.Tensor, slots: Slots) -> torch.Tensor:
     """What stands in some slots of a layer's keys or values."""
     # Indexing with a tensor takes several times as long on a CPU as selecting does.
     return stored[:, slots] if isinstance(slots, slice) else stored.index_select(1, slots)
 
 
-def _on(slots: Slots, device: torch.device) -> Slots:
+def on_device(slots: Slots, device: torch.device) -> Slots:
     return slots if isinstance(slots, slice) else slots.to(device)
 
 
@@ -211,16 +275,11 @@ def _attend(
         return out[None], None
     written = kv_batch.written
     keys, values = kv_batch.store.write(layer, kv_batch.write, key[0, :, :written], value[0, :, :written])
-    parts = []
-    for row in kv_batch.rows:
-        asked = query[:, :, row.start : row.stop]
-        row_keys, row_values = _read(keys, row.read), _read(values, row.read)  # (kv_heads, context, head_dim)
-        mask = row.mask(window, query.dtype)
-        if softcap is not None or s_aux is not None:
-            parts.append(_eager_attention(asked[0], row_keys, row_values, mask, scaling, softcap, s_aux))
-        else:
-            parts.append(_fused_attention(asked, row_keys, row_values, mask, scaling))
+    scoring = Scoring(scaling, window, softcap, s_aux)
+    parts = [row.attend(query[:, :, row.start : row.stop], keys, values, scoring) for row in kv_batch.rows]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    if out.shape[2] < query.shape[2]:  # padding reads nothing
+        out = F.pad(out, (0, 0, 0, query.shape[2] - out.shape[2]))
     return out.transpose(1, 2).contiguous(), None  # (1, new, heads, head_dim)
 
 
@@ -250,21 +309,20 @@ def _eager_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attention with capped scores (Gemma 2) or a learnt sink per head (gpt-oss), which SDPA does not have."""
     heads, new, dim = query.shape
     kv_heads, context, _ = keys.shape
     packed = query.reshape(kv_heads, -1, dim)  # (kv_heads, heads / kv_heads * new, head_dim)
-    scores = packed @ keys.transpose(1, 2) * (dim**-0.5 if scaling is None else scaling)
+    scores = packed @ keys.transpose(1, 2) * (dim**-0.5 if scoring.scaling is None else scoring.scaling)
     scores = scores.view(heads, new, context)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     if mask is not None:
         scores = scores + mask
-    if sinks is not None:
+    if scoring.sinks is not None:
+        sinks = scoring.sinks
         scores = torch.cat((scores, sinks.view(heads, 1, 1).expand(heads, new, 1).to(scores.dtype)), dim=-1)
     weights = scores.float().softmax(dim=-1)[..., :context].to(query.dtype)
     return (weights.view(kv_heads, -1, context) @ values).view(1, heads, new, -1)

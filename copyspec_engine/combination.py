@@ -82,18 +82,15 @@ class Combination:
         policy: what the drafts so far come from, with the cost of a pass.
         cost: that cost, of the model that it drafts for.
         max_tokens: tokens that it is asked for before a pass, at most.
-        only_chains: a draft with branches cannot be verified: the draft model is asked where there is no copy.
     """
 
-    def __init__(
-        self, draft_model: DraftModel, policy: DraftingPolicy, cost: LiveCost, max_tokens: int, *, only_chains: bool
-    ) -> None:
+    def __init__(self, draft_model: DraftModel, policy: DraftingPolicy, cost: LiveCost, max_tokens: int) -> None:
         self.draft_model, self._policy = draft_model, policy
         model = draft_model.model
         self._cost, self._own_cost = cost, LiveCost(model.step_cost, is_fixed=not model.cost_is_measured)
         self.seconds = 0.0
         """Time that the draft model has taken so far."""
-        self._max_tokens, self._only_chains = max_tokens, only_chains
+        self._max_tokens = max_tokens
         self._survival = DraftSurvival()
         self._known: dict[Sequence, _Known] = {}
         self._failures = 0
@@ -135,7 +132,7 @@ class Combination:
         guessed = draft.probabilities
         if rule == "copy-first" and len(guessed) and masses(draft, draft.reach(guessed))[0] < _MATCH:
             draft = DraftTree()
-        can_share = rule == "tree" and not self._only_chains and len(draft.probabilities)
+        can_share = rule == "tree" and len(draft.probabilities)
         most = min(self._max_tokens, room - len(draft), self.draft_model.room(sequence))
         if most <= 0 or (len(draft) and not can_share):
             return None

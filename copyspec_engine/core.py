@@ -14,7 +14,7 @@ from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.copies import Run, find_around, trace
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.draft_model import DraftModel
-from copyspec_engine.drafter import DraftingPolicy, DraftTree, Ingredients, likely_nodes, wants_candidates
+from copyspec_engine.drafter import DraftingPolicy, DraftTree, likely_nodes, wants_candidates
 from copyspec_engine.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.exact_tokens import ExactTokens
 from copyspec_engine.grammar import GrammarState
@@ -71,8 +71,7 @@ class EngineCore:
         draft_model = DraftModel(
             draft, self.model.runner.vocab_size, _PER_SESSION * config.max_sessions, config.max_prefill_tokens
         )
-        only_chains, most = self.model.exact_width is not None, config.max_draft_model_tokens
-        return Combination(draft_model, self.policy, self._cost, most, only_chains=only_chains)
+        return Combination(draft_model, self.policy, self._cost, config.max_draft_model_tokens)
 
     def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
@@ -111,7 +110,6 @@ class EngineCore:
                     sequence.token_ids,
                     sequence.eos_token_ids,
                     sequence.prediction_ids,
-                    None if self.model.exact_width is None else Ingredients(tree=False),
                 )
         except Exception as error:
             return self._fail(sequence, error)
@@ -189,8 +187,6 @@ class EngineCore:
         draft = DraftTree() if sequence.drafter is None else sequence.drafter.propose(width, room)
         if isinstance(sequence.grammar, GrammarState):
             draft = sequence.grammar.prune(draft, room)
-        if exact_width is not None:  # the keys of a branch would stand between those of the path
-            draft = draft.first(next((i for i, parent in enumerate(draft.parents) if parent != i - 1), len(draft)))
         return draft
 
     def _with_draft_model(

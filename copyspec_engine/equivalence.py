@@ -17,6 +17,7 @@ from copyspec_engine.config import EngineConfig
 from copyspec_engine.cuda_runner import compile_layers, undo_compile, why_not_paged
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.errors import UnsupportedModelError
+from copyspec_engine.ordered_experts import order_experts
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packed_linear import pack_linears, unpack_linears, why_not_packed
 from copyspec_engine.packing import Piece
@@ -75,6 +76,8 @@ def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner:
         expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
     try:
         model.set_attn_implementation(ATTENTION_NAME)
+        if config.exact:
+            order_experts(model)
     except Exception as error:
         raise UnsupportedModelError(
             f"{config.model} ({type(model).__name__}) cannot run over our KV: {error}"
@@ -97,7 +100,7 @@ def _candidates(model: PreTrainedModel, config: EngineConfig) -> tuple[tuple[Exe
     if model.device.type != "cuda":
         return (), None
     if config.exact:
-        return (), "exact=True runs every request alone, over contexts of full blocks"
+        return (), "exact=True sums in an order of its own, which the kernels for a GPU do not know"
     why_not = why_not_paged(model)
     if why_not is not None:
         return (), why_not

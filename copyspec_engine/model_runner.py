@@ -12,10 +12,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,17 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from copyspec_engine import calibration
-from copyspec_engine.attention import ATTENTION_NAME, KVBatch, KVRow, KVStore, Slots, visibility
+from copyspec_engine.attention import (
+    ATTENTION_NAME,
+    KVBatch,
+    KVRow,
+    KVStore,
+    Row,
+    Slots,
+    on_device,
+    slots_of,
+    visibility,
+)
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.checkpoint import (
     eos_token_ids,
@@ -47,8 +58,10 @@ from copyspec_engine.cuda_runner import StaticPasses
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.equivalence import Checked, check_equivalence
 from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
+from copyspec_engine.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.float32_head import decide_in_float32
 from copyspec_engine.generation_defaults import GenerationDefaults, read_defaults
+from copyspec_engine.ordered_attention import OrderedRow
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packing import Piece
 from copyspec_engine.peft_adapter import base_of_adapter, merge_adapter, tokenizer_path
@@ -67,9 +80,6 @@ STEP_WIDTHS = (1, 2, 16, 4, 64, 8, 32, 256, 128)
 _LEAST_WIDTHS = 4
 """How many of them are measured on the slowest model."""
 _CALIBRATION_CONTEXT = 256
-
-_EXACT_WIDTH, _EXACT_BLOCK = 64, 512
-"""In exact mode: tokens of each pass, and what contexts are filled up to a multiple of."""
 Progress = Callable[[str], None]
 """Told what is going on: "reading the weights of NAME"."""
 
@@ -102,8 +112,8 @@ class ModelRunner:
     Args:
         model: in evaluation mode, on its device, with the attention implementation "copyspec".
         num_slots: token slots of the KV pool.
-        exact_width: run every row alone, in passes of this many tokens over contexts of full blocks, so that nothing
-            depends on what else is computed; None: everything at once.
+        exact_widths: fill passes up to one of these numbers of tokens, ascending, and sum in an order that a token's
+            own path decides, so that its bits depend on nothing else (exact_passes.py); None: as is fastest.
         execution: how passes run, see `EngineInfo.execution`; those for a GPU not in exact mode.
     """
 
@@ -111,13 +121,13 @@ class ModelRunner:
         self,
         model: PreTrainedModel,
         num_slots: int,
-        exact_width: int | None = None,
+        exact_widths: tuple[int, ...] | None = None,
         execution: Execution = "eager",
     ) -> None:
         self._model = model
         self._device = model.device
         self._store = KVStore(num_slots)
-        self._exact_width = exact_width
+        self._exact_widths = exact_widths
         self._passes: StaticPasses | None = None
         if execution in ("paged", "graphs", "compiled"):
             self._passes = StaticPasses(model, self._store, use_graphs=execution != "paged")
@@ -137,9 +147,9 @@ class ModelRunner:
 
     def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
         pieces = [_piece(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
-        if self._exact_width is not None:
-            return torch.cat([self.run([piece]) for piece in pieces])
-        return self.run(pieces)
+        if self._exact_widths is None:
+            return self.run(pieces)
+        return torch.cat([self.run(those) for those in _side_by_side(pieces, self._exact_widths[-1])])
 
     def release(self, sequence: Sequence) -> None:
         """Nothing to do: the pool's slots are all that a sequence has, and the scheduler gives them back."""
@@ -154,23 +164,19 @@ class ModelRunner:
             return self._passes.run(pieces)
         ids = [token for piece in pieces for token in piece.ids]
         written = len(ids)
-        ids += [0] * ((self._exact_width or 0) - written)
-        rows: list[KVRow] = []
+        ids += [0] * (self._filled(written) - written)
+        rows: list[Row] = []
         for piece in pieces:
             rows.append(self._row(piece, rows[-1].stop if rows else 0))
         wanted = [
-            row.start + row.num_new - 1 - i
-            for row, piece in zip(rows, pieces, strict=True)
-            for i in reversed(range(piece.num_logits))
+            row.stop - 1 - i for row, piece in zip(rows, pieces, strict=True) for i in reversed(range(piece.num_logits))
         ]
-        positions = torch.cat([row.positions[-row.num_new :] for row in rows])
+        positions = torch.cat([row.new_positions for row in rows])
         result = self._model(
             input_ids=torch.tensor([ids], device=self._device),
             position_ids=F.pad(positions, (0, len(ids) - written))[None],
             use_cache=False,
-            logits_to_keep=0
-            if self._exact_width is not None
-            else torch.tensor(wanted, dtype=torch.long, device=self._device),
+            logits_to_keep=self._to_keep(wanted, len(ids)),
             kv_batch=KVBatch(
                 store=self._store,
                 write=self._index(np.concatenate([piece.slots[piece.base : piece.context] for piece in pieces])),
@@ -178,27 +184,34 @@ class ModelRunner:
                 rows=rows,
             ),
         )
-        logits: torch.Tensor = result.logits[0]  # in exact mode, and from some models, those of every token
-        return logits if len(logits) == len(wanted) else logits[wanted]
+        logits: torch.Tensor = result.logits[0]  # from some models those of every token
+        return logits[wanted] if len(logits) == len(ids) else logits[: len(wanted)]
 
-    def _row(self, piece: Piece, start: int) -> KVRow:
-        new, draft, slots, filled = len(piece.ids), piece.draft, piece.slots[: piece.context], None
+    def _filled(self, count: int) -> int:
+        """Tokens of a pass that reads `count`."""
+        return count if self._exact_widths is None else next(width for width in self._exact_widths if width >= count)
+
+    def _to_keep(self, wanted: Seq[int], width: int) -> torch.Tensor | int:
+        """Which of a pass's tokens the head reads, filled up as a pass is; 0: all `width` of them."""
+        count = self._filled(len(wanted))
+        if count == width:
+            return 0
+        return torch.tensor([*wanted, *[0] * (count - len(wanted))], dtype=torch.long, device=self._device)
+
+    def _row(self, piece: Piece, start: int) -> Row:
+        if self._exact_widths is not None:
+            return OrderedRow.of(piece, start, self._exact_widths[0], self._device)
+        new, draft = len(piece.ids), piece.draft
         positions, visible = torch.arange(piece.context), None
         if not draft.is_chain:
             last = piece.context - len(draft) - 1
             positions[last + 1 :] = last + torch.tensor(draft.depths())
             visible = visibility(draft.parents, new - len(draft), self._device)
-        if self._exact_width is not None:
-            filled = self._exact_width, -(-piece.context // _EXACT_BLOCK) * _EXACT_BLOCK
-            slots = np.resize(slots, filled[1])
-        return KVRow(start, new, self._index(slots), positions.to(self._device), visible, filled)
+        slots = self._index(piece.slots[: piece.context])
+        return KVRow(start, new, slots, positions.to(self._device), visible)
 
     def _index(self, slots: TokenArray) -> Slots:
-        """Slots in one ascending run are read in place, as a slice; others are gathered."""
-        first, last = int(slots[0]), int(slots[-1])
-        if last - first == len(slots) - 1 and (len(slots) < 3 or bool((np.diff(slots) == 1).all())):
-            return slice(first, last + 1)
-        return torch.from_numpy(slots).to(self._device)
+        return on_device(slots_of(slots), self._device)
 
     def measure_step_cost(
         self, context: int, room: int, widths: Seq[int] = STEP_WIDTHS, budget_s: float = 1.0
@@ -213,7 +226,7 @@ class ModelRunner:
         self._time_pass(slots, context, 1)  # the first pass of all makes the KV tensors
         deadline = time.perf_counter() + budget_s
         least: dict[int, float] = {}
-        widest = self._exact_width or room
+        widest = room if self._exact_widths is None else self._exact_widths[-1]
         for width in (width for width in widths if width <= widest and context + width <= room):
             if len(least) >= min(_LEAST_WIDTHS, len(widths)) and time.perf_counter() > deadline:
                 break
@@ -225,7 +238,12 @@ class ModelRunner:
         while time.perf_counter() + sum(least.values()) < deadline:
             for width, seconds in least.items():
                 least[width] = min(seconds, self._time_pass(slots, context, width))
-        return undisturbed(sorted(least.items()))
+        return undisturbed(sorted((least | self._stairs(least)).items()))
+
+    def _stairs(self, seconds: Mapping[int, float]) -> dict[int, float]:
+        """Where passes are filled up: what the narrowest one takes that is filled up to each measured width."""
+        widths = (0, *(self._exact_widths or ()))
+        return {below + 1: seconds[width] for below, width in pairwise(widths) if below and width in seconds}
 
     def _time_pass(self, slots: TokenArray, context: int, width: int) -> float:
         clock = _clock(self._device)
@@ -238,6 +256,17 @@ def _piece(row: ScheduledRow, draft: DraftTree) -> Piece:
     sequence, base = row.sequence, row.sequence.num_computed
     ids = [*sequence.token_ids[base : base + row.num_tokens], *draft.tokens]
     return Piece(sequence.slots, base, ids, draft, (1 + len(draft)) * row.samples)
+
+
+def _side_by_side(pieces: Seq[Piece], most: int) -> Iterator[list[Piece]]:
+    """Pieces in passes of at most `most` tokens."""
+    those: list[Piece] = []
+    for piece in pieces:
+        if those and sum(len(other.ids) for other in those) + len(piece.ids) > most:
+            yield those
+            those = []
+        those.append(piece)
+    yield those
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -270,8 +299,8 @@ class LoadedModel:
     """It was measured, and so may be corrected, rather than given."""
     drafting_error: str | None = None
     """Why nothing is drafted and no KV is reused; None for most models."""
-    exact_width: int | None = None
-    """Most tokens of a pass, of one request alone, where results must not depend on anything else."""
+    exact_widths: tuple[int, ...] | None = None
+    """Tokens of its passes where bits must not depend on what else is read, see `EngineConfig.exact`; None: any."""
     execution: Execution = "eager"
     execution_error: str | None = None
     """See `EngineInfo`."""
@@ -279,6 +308,11 @@ class LoadedModel:
     """What the checkpoint says of calls that do not say otherwise."""
     draft: LoadedModel | None = None
     """A smaller model with the same vocabulary and as many slots, which drafts."""
+
+    @property
+    def exact_width(self) -> int | None:
+        """Most tokens that one request may have in a pass; None: any number."""
+        return None if self.exact_widths is None else self.exact_widths[-1]
 
 
 def load_model(config: EngineConfig, on_progress: Progress | None = None) -> LoadedModel:
@@ -374,6 +408,7 @@ class _Served:
     reason: str | None
     """Why nothing can be taken back from what it has read."""
     num_parameters: int
+    exact_widths: tuple[int, ...] | None = None
 
 
 def _check(
@@ -390,8 +425,10 @@ def _check(
         if decides:
             decide_in_float32(model, config.model)
         if reason is None:
-            checked = check_equivalence(model, config, partial(ModelRunner, model))
-            return _Served(checked, checked.bytes_per_token, None, None, num_parameters)
+            tried = EXACT_WIDTHS if config.exact else None
+            checked = check_equivalence(model, config, partial(ModelRunner, model, exact_widths=tried))
+            widths = agreeing_widths(config.model, vocab_size(model), partial(ModelRunner, model)) if tried else None
+            return _Served(checked, checked.bytes_per_token, None, None, num_parameters, widths)
         stateful, bytes_per_token = check_state(model, config.model)
         logger.warning("%s runs without drafting: %s", config.model, reason)
         return _Served(Checked(0), bytes_per_token, stateful, reason, num_parameters)
@@ -419,13 +456,12 @@ def _ready(
     max_model_len, checked = min(config.max_model_len or limit, limit), served.checked
     bytes_per_token = served.bytes_per_token
     num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
-    exact_width = _EXACT_WIDTH if config.exact else None
-    runner: Runner = served.stateful or ModelRunner(model, num_slots, exact_width, checked.execution)
+    runner: Runner = served.stateful or ModelRunner(model, num_slots, served.exact_widths, checked.execution)
     step_cost, is_measured = config.step_cost or (), False
     if not step_cost and isinstance(runner, ModelRunner):
         is_measured = True
         with _phase("measuring", config, on_progress):
-            step_cost = _measured_cost(runner, model, config, min(num_slots, max_model_len), checked.execution)
+            step_cost = _measured_cost(runner, model, config, min(num_slots, max_model_len), served)
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer,
@@ -441,7 +477,7 @@ def _ready(
         step_cost=step_cost,
         cost_is_measured=is_measured,
         drafting_error=served.reason,
-        exact_width=exact_width,
+        exact_widths=served.exact_widths,
         execution=checked.execution,
         execution_error=checked.error,
         defaults=GenerationDefaults()
@@ -461,13 +497,13 @@ def _phase(what: str, config: EngineConfig, on_progress: Progress | None) -> Ite
 
 
 def _measured_cost(
-    runner: ModelRunner, model: PreTrainedModel, config: EngineConfig, room: int, execution: Execution
+    runner: ModelRunner, model: PreTrainedModel, config: EngineConfig, room: int, served: _Served
 ) -> Points:
     """What passes cost here: from the cache, or measured and kept there (see `EngineConfig.calibrate`)."""
     context = min(_CALIBRATION_CONTEXT, room // 2)
     measure = partial(runner.measure_step_cost, context, room)
-    facts = _cost_facts(model, config.model, context, min(room - context, max(STEP_WIDTHS)), config.exact)
-    facts["execution"] = execution
+    facts = _cost_facts(model, config.model, context, min(room - context, max(STEP_WIDTHS)))
+    facts |= {"execution": served.checked.execution, "exact": str(served.exact_widths)}
     if config.calibrate == "always":
         points = measure(budget_s=5.0)
         calibration.keep(facts, points)
@@ -475,7 +511,7 @@ def _measured_cost(
     return calibration.kept_or_measured(facts, measure, check=partial(measure, budget_s=0.1))
 
 
-def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int, exact: bool) -> dict[str, str]:
+def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int) -> dict[str, str]:
     """Everything that the cost of a pass depends on; weights only by their shapes and type, not by their values."""
     device = model.device
     on_gpu = device.type == "cuda"
@@ -490,7 +526,6 @@ def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int,
         "attention": ATTENTION_NAME,
         "context": str(context),
         "max_width": str(max_width),
-        "exact": str(exact),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

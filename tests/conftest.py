@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.model_runner import prepare
@@ -31,7 +32,10 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
     def make(name: str = "llama", *, seed: int = 1, **options: Any) -> Engine:
         config = EngineConfig(**{"model": f"tiny-{name}", "step_cost": STEP_COST, **options})
-        loaded = prepare(build_model(name, seed), ByteTokenizer(), config)
+        model = build_model(name, seed)
+        if config.dtype != "auto":
+            model = model.to(getattr(torch, config.dtype))
+        loaded = prepare(model, ByteTokenizer(), config)
         engines.append(Engine(config, model=loaded))
         return engines[-1]
 
