@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from copyspec_engine import ConfigError, Engine, EngineConfig, SamplingParams, Segment, shared_engine
+from copyspec_engine import ConfigError, Engine, EngineConfig, EngineInfo, SamplingParams, Segment, shared_engine
 from copyspec_engine.cli import chat, demo, frameworks, info
 from copyspec_engine.cli.chain import EditStep, steps_for
 from copyspec_engine.cli.documents import Document, load_document, shipped_names
@@ -150,6 +151,23 @@ def test_the_demo_exits_with_1_and_says_which_turn_differs(
     result = run("demo", "--framework", "engine")
     assert result.exit_code == 1
     assert "Turns [3] differ from plain decoding" in result.output
+    assert "Promised in float32: the tokens of plain decoding" in result.output
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact", "code"), [("float32", False, 1), ("bfloat16", False, 0), ("bfloat16", True, 1)]
+)
+def test_the_demo_says_what_the_dtype_promises_where_a_turn_differs(
+    capsys: pytest.CaptureFixture[str], dtype: str, exact: bool, code: int
+) -> None:
+    """Where near ties may fall the other way, it is explained and is no failure."""
+    info = EngineInfo("m", "M", "cpu", dtype, 64, 0, 64, 0, (), exact=exact)
+    turns: Any = [SimpleNamespace(identical=identical, equals_generate=None) for identical in (True, False)]
+    assert demo._verdict(turns, info, Console(width=300)) == code
+    said = capsys.readouterr().out
+    assert "Turns [2] differ from plain decoding." in said
+    assert f"Promised in {dtype}: the tokens of plain decoding" in said
+    assert ("near ties" in said) == (code == 0)
 
 
 def test_the_demo_writes_a_picture_of_what_it_showed(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -420,5 +438,12 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(engine: Engine, monkeypat
 def test_info_names_the_model_its_memory_and_the_versions(run: Callable[..., Result]) -> None:
     result = run("info")
     assert result.exit_code == 0
-    for text in ("scripted", "cpu", "32,000 tokens", "transformers version", "CPU threads"):
+    for text in (
+        "scripted",
+        "cpu",
+        "32,000 tokens",
+        "transformers version",
+        "CPU threads",
+        "the tokens of plain decoding",
+    ):
         assert text in result.output

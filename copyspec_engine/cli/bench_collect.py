@@ -25,6 +25,7 @@ from copyspec_engine.cli.results.drafts import (
 from copyspec_engine.cli.results.engine import engine_plots, engine_tables, speed_tables
 from copyspec_engine.cli.results.files import Results, load_results
 from copyspec_engine.cli.results.free_text import free_text_tables
+from copyspec_engine.cli.results.lossless import lossless_tables
 from copyspec_engine.cli.results.runs import (
     eval_plots,
     eval_tables,
@@ -43,6 +44,7 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "ingredients": ingredients_tables,
     "propose": propose_tables,
     "free-text": free_text_tables,
+    "lossless": lossless_tables,
     "engine": engine_tables,
     "speed": speed_tables,
     "draft-models": draft_model_tables,

@@ -28,7 +28,7 @@ class Result:
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
-        found: Sequence[Mapping[str, Any]] = self.record["rows" if "rows" in self.record else "results"]
+        found: Sequence[Mapping[str, Any]] = self.record.get("rows", self.record.get("results", ()))
         return found
 
     @property
@@ -84,6 +84,12 @@ KINDS = {
         frozenset({"results", "cost_model", "rounds", "prompts", *_FACTS}),
         frozenset({"temperature", "way", "over_plain", *_SPEEDS}),
     ),
+    "lossless": Kind(
+        frozenset(
+            {"cases", "differences", "differences_per_1000_tokens", "tokens", "by_feature", "dtype", "exact", *_FACTS}
+        ),
+        frozenset(),
+    ),
     "engine": _ENGINE,
     "draft-models": _ENGINE,
     "eval": Kind(
@@ -130,7 +136,11 @@ def _kind_of(path: Path, record: Any) -> str:  # noqa: ANN401 - whatever JSON ho
     if name == "engine" and record.get("draft_shape"):
         name = "draft-models"
     rows = Result(path.name, record).rows
-    lacking = frozenset[str]().union(*(KINDS[name].row_keys - row.keys() for row in rows)) if rows else {"rows"}
+    lacking = (
+        frozenset[str]().union(*(KINDS[name].row_keys - row.keys() for row in rows))
+        if rows or not KINDS[name].row_keys
+        else {"rows"}
+    )
     if lacking:
         raise ConfigError(f"Got {path}, a result of {name} without {min(lacking)}: write it again")
     return name
