@@ -426,3 +426,43 @@ def test_completion_counts_each_call_once(make_engine: MakeEngine) -> None:
         llm=CopySpec(engine=make_engine(lambda prompt: "yes")), callback_manager=CallbackManager([counter])
     )
     assert llm.complete("hi").raw["usage"]["total_tokens"] == counter.total_llm_token_count
+
+
+# Where nothing names the conversation
+
+
+def usage(response: Response) -> dict[str, int]:
+    return dict(response.raw["usage"])
+
+
+async def test_who_shows_the_whole_talk_goes_on_with_its_kv(make_engine: MakeEngine) -> None:
+    llm, asked = CopySpec(engine=make_engine(lambda prompt: NUMBERS)), [ChatMessage("Write it.")]
+    firsts = (llm.chat(asked), await llm.achat(asked), [*llm.stream_chat(asked)][-1])
+    for first in firsts:
+        assert usage(first)["cached_tokens"] == 0
+        again = llm.chat([*asked, ChatMessage(NUMBERS, role="assistant"), ChatMessage("Again.")])
+        assert usage(again)["cached_tokens"] >= usage(first)["total_tokens"] - 1
+        assert again.raw["copyspec"]["session_id"] is None
+
+
+def test_callers_of_one_llm_meet_nothing_of_each_other(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: NUMBERS), include_explanation=True)
+    llm.chat([ChatMessage(f"{NUMBERS} Ann's PIN is 4711.")])
+    found = [llm.chat([ChatMessage(f"{NUMBERS} Ann's PIN is {guess}.")]) for guess in ("4711", "4712")]
+    assert [usage(response)["cached_tokens"] for response in found] == [0, 0]
+    stranger = llm.complete("hi")
+    assert "4711" not in str(stranger.raw)
+    assert not any(span.source.startswith("earlier") for span in llm.explain(stranger).spans)
+
+
+def test_a_raw_prompt_stands_alone(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: "ok"))
+    found = [llm.complete("Once upon a time", formatted=True) for _ in range(2)]
+    assert [usage(response)["cached_tokens"] for response in found] == [0, 0]
+
+
+def test_what_comes_with_a_response_is_small_unless_it_is_asked_for(make_engine: MakeEngine) -> None:
+    llm = CopySpec(engine=make_engine(lambda prompt: NUMBERS))
+    small = llm.complete(f"Repeat: {NUMBERS}").raw["copyspec"]
+    assert not {"token_ids", "written", "segments"} & small.keys()
+    assert "token_ids" in llm.complete("hi", include_token_ids=True).raw["copyspec"]
