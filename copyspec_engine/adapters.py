@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,6 +30,7 @@ from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
 from copyspec_engine.explanation import CopiedSpan, Explanation
 from copyspec_engine.model_facts import ModelFacts, read_model_facts
+from copyspec_engine.model_runner import read_tokenizer
 from copyspec_engine.nesting import check_nesting
 from copyspec_engine.outputs import GenerationOutput, Reply, Segment, TokenLogprob
 
@@ -48,6 +50,7 @@ __all__ = [
     "explain_metadata",
     "logprobs_metadata",
     "model_facts",
+    "prompt_length",
     "segment_metadata",
     "tool_metadata",
     "without_conversation",
@@ -204,6 +207,24 @@ def model_facts(engine: Engine | EngineConfig) -> ModelFacts | None:
     if not isinstance(engine, Engine):
         return read_model_facts(engine)
     return ModelFacts(engine.info.max_model_len, engine.chat_format)
+
+
+def prompt_length(engine: Engine | EngineConfig, request: GenerationRequest) -> int:
+    """Tokens of the prompt of a request outside of any conversation; by a config, no weights are loaded for it.
+
+    Raises:
+        ConfigError: the chat template refuses the messages.
+        ModelLoadError: the tokenizer cannot be read.
+    """
+    if isinstance(engine, Engine):
+        return len(engine.tokenize(request.model_copy(update={"session_id": None})))
+    tokenizer = _tokenizer(engine)
+    if request.messages is None:
+        return len(tokenizer.encode(request.prompt or ""))
+    return len(tokenizer.render(request.messages, request.tools, request.chat_template_kwargs))
+
+
+_tokenizer = lru_cache(maxsize=8)(read_tokenizer)
 
 
 def answer_metadata(output: GenerationOutput, options: AdapterOptions) -> dict[str, Any]:

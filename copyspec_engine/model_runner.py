@@ -71,7 +71,7 @@ from copyspec_engine.stateful_runner import StatefulRunner, check_state
 from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
 from copyspec_engine.vocabulary import refuse_other_vocabulary
 
-__all__ = ["LoadedModel", "ModelRunner", "Progress", "Runner", "load_model", "prepare"]
+__all__ = ["LoadedModel", "ModelRunner", "Progress", "Runner", "load_model", "prepare", "read_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -343,9 +343,21 @@ def _read(config: EngineConfig, on_progress: Progress | None) -> tuple[PreTraine
             model = read_model(base or path, device, config)
             if base is not None:
                 model = merge_adapter(model, path)
-        words = tokenizer_path(path, base)
+        return model, read_tokenizer(config)
+
+
+def read_tokenizer(config: EngineConfig) -> ChatTokenizer:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        ModelLoadError: there is none, or it cannot be read.
+        UnsupportedModelError: it is not a fast one.
+    """
+    path = _path(config)
+    with _load_failures(config):
+        words = tokenizer_path(path, base_of_adapter(path, config))
         tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=config.trust_remote_code)
-        return model, HFTokenizer(tokenizer, chat_template=config.chat_template, tool_prompt=config.tool_prompt)
+        return HFTokenizer(tokenizer, chat_template=config.chat_template, tool_prompt=config.tool_prompt)
 
 
 def _path(config: EngineConfig) -> str:

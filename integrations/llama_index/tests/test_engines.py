@@ -24,7 +24,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from pydantic import BaseModel
 
 from copyspec_engine import ConfigError, Engine, EngineStoppedError
-from llama_index.llms.copyspec import CopySpec
+from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
 
 MakeEngine = Callable[..., Engine]
 
@@ -133,6 +133,39 @@ async def test_no_synthesizer_swallows_an_error(
             "".join(getattr(synthesizer.synthesize("Which rules?", nodes), "response_gen", ()))
         with pytest.raises(error):
             [text async for text in (await synthesizer.asynthesize("Which rules?", nodes)).async_response_gen()]
+
+
+LINES = "".join(f"- 'item' {number * 7919 % 9973}:\n\n\t\"it's\" häßlich, \\\\n {number}\n" for number in range(120))
+
+
+@pytest.mark.parametrize("system_prompt", [None, "Be brief, and say it in one sentence. " * 4])
+@pytest.mark.parametrize("max_tokens", [5, 60])
+@pytest.mark.parametrize("view", [CopySpec, CopySpecCompletion])
+def test_what_the_metadata_promise_fits(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, view: type, max_tokens: int, system_prompt: str | None
+) -> None:
+    engine = make_engine(lambda prompt: "It's 5.", max_model_len=3000)
+    chat = CopySpec(engine=engine, max_tokens=max_tokens, system_prompt=system_prompt)
+    llm = chat if view is CopySpec else CopySpecCompletion(llm=chat, system_prompt=system_prompt)
+    monkeypatch.setattr(Settings, "_prompt_helper", None)
+    monkeypatch.setattr(Settings, "tokenizer", chat.tokenizer)
+    nodes = [NodeWithScore(node=TextNode(text=LINES))]
+    for mode in ("compact", "refine", "tree_summarize", "simple_summarize", "accumulate", "compact_accumulate"):
+        synthesizer = get_response_synthesizer(llm=llm, response_mode=ResponseMode(mode))
+        assert synthesizer.synthesize("Which items are ugly?", nodes) is not None
+
+
+def test_a_list_of_texts_is_shown_as_its_texts(make_engine: MakeEngine) -> None:
+    prompts: list[str] = []
+
+    def reply(prompt: str) -> str:
+        prompts.append(prompt)
+        return "x"
+
+    nodes = [NodeWithScore(node=TextNode(text="one's\ntwo"))]
+    llm = CopySpec(engine=make_engine(reply))
+    get_response_synthesizer(llm=llm, response_mode=ResponseMode.SIMPLE_SUMMARIZE).synthesize("Which?", nodes)
+    assert "\none's\ntwo\n" in prompts[0]
 
 
 def test_a_retry_repeats_the_bad_answer_and_copies_it(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:

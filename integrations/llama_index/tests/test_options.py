@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from llama_index.core.llms import ChatMessage
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 
 from copyspec_engine import AdaptiveDrafter, ConfigError, CopySpecDrafter, Engine, EngineConfig, NoDrafter
@@ -91,8 +92,10 @@ def test_an_engine_config_gives_every_engine_option() -> None:
 
 
 def test_metadata_is_the_engines(make_engine: MakeEngine) -> None:
-    metadata = CopySpec(engine=make_engine([], max_model_len=512), max_tokens=7).metadata
-    assert (metadata.context_window, metadata.num_output, metadata.model_name) == (512, 7, "scripted")
+    llm = CopySpec(engine=make_engine([], max_model_len=512), max_tokens=7)
+    metadata = llm.metadata
+    assert (metadata.context_window, metadata.model_name) == (512, "scripted")
+    assert metadata.num_output >= 7 + llm.count_tokens([ChatMessage(role="system", content=""), ChatMessage("")])
     assert (metadata.is_chat_model, metadata.is_function_calling_model) == (True, True)
 
 

@@ -116,6 +116,15 @@ class Call:
         """Most tool calls that the answer may have; None: any number."""
         return None if self.tool_use is None else self.tool_use.max_calls
 
+    def without_answer(self) -> GenerationRequest:
+        """What its prompt is made of where there is a chat template, without tools."""
+        question = None if self.question is None else ({"role": "user", "content": self.question},)
+        return GenerationRequest(
+            messages=self.messages or question,
+            prompt=self.prompt,
+            chat_template_kwargs=self.options.chat_template_kwargs or {},
+        )
+
     def request(self, engine: Engine) -> GenerationRequest:
         """What to ask of `engine`, in no conversation yet.
 

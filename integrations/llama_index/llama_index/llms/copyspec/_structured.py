@@ -15,7 +15,6 @@ from llama_index.core.instrumentation.events.llm import (
     LLMStructuredPredictInProgressEvent,
     LLMStructuredPredictStartEvent,
 )
-from llama_index.core.llms.llm import LLM
 from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.program.utils import FlexibleModel, create_flexible_model
 from llama_index.core.prompts import PromptTemplate
@@ -26,13 +25,14 @@ from pydantic_core import from_json
 from typing_extensions import override
 
 from copyspec_engine import ConfigError, Grammar
+from llama_index.llms.copyspec._room import PlainArguments
 
 __all__ = ["GrammarStructuredLLM"]
 
 dispatcher = get_dispatcher(__name__)
 
 
-class GrammarStructuredLLM(LLM):
+class GrammarStructuredLLM(PlainArguments):
     """An LLM whose calls take `response_format`, and whose structured predictions use it."""
 
     @override

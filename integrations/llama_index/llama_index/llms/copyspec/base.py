@@ -6,8 +6,9 @@ Every method makes one engine request; the async ones use the engine's async fro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt
@@ -52,6 +53,7 @@ from copyspec_engine.adapters import (
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
 from llama_index.llms.copyspec._responses import Answer
+from llama_index.llms.copyspec._room import SHORT_CHATS, tokens_around
 from llama_index.llms.copyspec._sessions import named_session, step_session
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM
 
@@ -112,6 +114,8 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
     configuration only."""
 
+    _around: dict[Any, int] = PrivateAttr(default_factory=dict)
+    """Tokens around the texts of a prompt, by what decides them."""
     _conversations: Conversations = PrivateAttr(default_factory=Conversations)
 
     @model_validator(mode="before")
@@ -147,19 +151,39 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     def metadata(self) -> LLMMetadata:
         """What the model can do, by its own configuration and chat template.
 
-        Agents ask for it on the event loop, so it is read from the model's small files; only a model that is not on
-        this machine yet is loaded for it.
+        Agents ask for it on the event loop, so it is read from the model's small files, with `max_tokens` from those of
+        its tokenizer too; only a model that is not on this machine yet is loaded for it.
+
+        A prompt whose texts have `context_window - num_output` tokens fits, and leaves room for `max_tokens` more. So
+        `num_output` is `max_tokens` and what stands around the texts of a prompt.
         """
         context, chat_format = self._facts()
+        calls = [partial(self._chat_call, chat, {}) for chat in SHORT_CHATS]
+        calls += [partial(self._prompt_call, "-", formatted, {}) for formatted in (False, True)]
         return LLMMetadata(
             context_window=context,
-            # LlamaIndex keeps this much of the context free of prompt; its own default may be more than there is.
-            num_output=self.max_tokens or min(DEFAULT_NUM_OUTPUTS, context // 4),
+            num_output=self._num_output(context, (self.messages_to_prompt, self.completion_to_prompt), calls),
             # A base model goes on with a text: LlamaIndex then asks by `complete`, and so puts messages into one.
             is_chat_model=chat_format.is_chat or self._own_format() is not None,
             is_function_calling_model=chat_format.takes_tools and self._own_format() is None,
             model_name=self.model,
         )
+
+    def _num_output(self, context: int, formats: tuple[Any, ...], calls: Iterable[Callable[[], Call]]) -> int:
+        """How much of the context LlamaIndex keeps free of text; its own default may be more than there is.
+
+        Args:
+            context: of the model, in tokens.
+            formats: functions that shape prompts.
+            calls: make calls with as good as no text.
+        """
+        if self.max_tokens is None:
+            return min(DEFAULT_NUM_OUTPUTS, context // 4)
+        decides = (self._engine_config(), repr(self.chat_template_kwargs), *formats)
+        if decides not in self._around:
+            engine = self.engine if isinstance(self.engine, Engine) else self._engine_config()
+            self._around[decides] = tokens_around(engine, calls)
+        return self.max_tokens + self._around[decides]
 
     def _facts(self) -> tuple[int, ChatFormat]:
         """The model's context in tokens, and what its chat template can do."""

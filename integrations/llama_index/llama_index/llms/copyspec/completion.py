@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import (
@@ -26,6 +27,7 @@ from typing_extensions import override
 from copyspec_engine.adapters import clear_errors
 from llama_index.llms.copyspec._options import Call
 from llama_index.llms.copyspec._responses import Answer
+from llama_index.llms.copyspec._room import SHORT_CHATS
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM
 from llama_index.llms.copyspec.base import CopySpec
 
@@ -64,8 +66,17 @@ class CopySpecCompletion(GrammarStructuredLLM, CustomLLM):
     @property
     @override
     def metadata(self) -> LLMMetadata:
-        """What the model can do; loads no weights."""
-        return self.llm.metadata.model_copy(update={"is_chat_model": False, "is_function_calling_model": False})
+        """What the model can do; loads no weights. See `CopySpec.metadata`."""
+        known, formats = self.llm.metadata, (self.messages_to_prompt, self.completion_to_prompt)
+        calls = [partial(self._chat_call, chat) for chat in SHORT_CHATS]
+        calls.append(partial(self._call, "-", False, {}))
+        return known.model_copy(
+            update={
+                "num_output": self.llm._num_output(known.context_window, (self.class_name(), *formats), calls),
+                "is_chat_model": False,
+                "is_function_calling_model": False,
+            }
+        )
 
     @override
     def to_payload(self) -> dict[str, Any]:
@@ -106,6 +117,9 @@ class CopySpecCompletion(GrammarStructuredLLM, CustomLLM):
     async def astream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseAsyncGen:
         responses = await self.astream_complete(self._prompt(messages), formatted=True, **options)
         return astream_completion_response_to_chat_response(responses)
+
+    def _chat_call(self, messages: Sequence[ChatMessage]) -> Call:
+        return self._call(self._prompt(messages), True, {})
 
     def _prompt(self, messages: Sequence[ChatMessage]) -> str:
         assert self.messages_to_prompt is not None, "set by a validator of the base class"
