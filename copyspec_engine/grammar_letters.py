@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
-__all__ = ["ANY_CHARACTER", "EVERYTHING", "complement", "literal", "one_of"]
+__all__ = ["ANY_CHARACTER", "EVERYTHING", "complement", "integers", "literal", "one_of"]
 
 Ranges = Sequence[tuple[int, int]]
 """Code points, both ends included."""
@@ -15,6 +16,8 @@ _NEVER_PLAIN = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
 _SURROGATES = (0xD800, 0xDFFF)
 _PLAIN = r"[^\x00-\x1f\x22\x5c]"
 _HEX = "[0-9a-fA-F]"
+_DECIMAL = "0123456789"
+_HEXADECIMAL = (*_DECIMAL, "aA", "bB", "cC", "dD", "eE", "fF")
 
 ANY_CHARACTER = rf"(?:{_PLAIN}|\\[\x22\x5c\x2fbfnrt]|\\u{_HEX}{{4}})"
 """What may stand in a JSON text, halves of surrogate pairs included: a pair counts as two."""
@@ -77,23 +80,60 @@ def _class(ranges: Ranges) -> str:
     return "[" + "".join(rf"\x{{{low:x}}}-\x{{{high:x}}}" for low, high in ranges) + "]"
 
 
+def integers(low: float, high: float) -> str:
+    """A regular expression for the integers from `low` to `high` in decimal digits; infinite: without an end."""
+    ways: list[str] = []
+    if low < 0:
+        ways += [f"-{way}" for way in _naturals(max(1, -high), -low)]
+        ways += ["-0"] if high >= 0 else []
+    if high >= 0:
+        ways += _naturals(max(0, low), high)
+    return f"(?:{'|'.join(ways)})"
+
+
+def _naturals(low: float, high: float) -> list[str]:
+    """The numbers from `low`, which is at least 0, to `high`."""
+    least = len(str(int(low)))
+    if math.isinf(high):
+        return [*_ways(int(low), 10**least - 1, least, _DECIMAL), f"[1-9][0-9]{{{least},}}"]
+    most = len(str(int(high)))
+    if least == most:
+        return _ways(int(low), int(high), least, _DECIMAL)
+    between = [f"[1-9][0-9]{{{least},{most - 2}}}"] if most - least > 1 else []
+    firsts = _ways(int(low), 10**least - 1, least, _DECIMAL)
+    return [*firsts, *between, *_ways(10 ** (most - 1), int(high), most, _DECIMAL)]
+
+
 def _hexadecimal(low: int, high: int, width: int) -> list[str]:
     """The numbers from `low` to `high` in hexadecimal digits, both cases, as few expressions."""
-    size = 16 ** (width - 1)
+    return _ways(low, high, width, _HEXADECIMAL)
+
+
+def _ways(low: int, high: int, width: int, digits: Sequence[str]) -> list[str]:
+    """The numbers from `low` to `high` in as many digits, as few expressions.
+
+    Args:
+        low: the first.
+        high: the last.
+        width: digits of each.
+        digits: how each is written, one letter for every case.
+    """
+    size = len(digits) ** (width - 1)
     first, last = low // size, high // size
-    rest = f"{_HEX}{{{width - 1}}}" if width > 1 else ""
+    rest = f"{_letters(digits)}{{{width - 1}}}" if width > 1 else ""
     if low % size == 0 and high % size == size - 1:
-        return [_digits(first, last) + rest]
+        return [_letters(digits[first : last + 1]) + rest]
+    head, tail = _letters(digits[first : first + 1]), _letters(digits[last : last + 1])
     if first == last:
-        return [_digits(first, first) + tail for tail in _hexadecimal(low % size, high % size, width - 1)]
-    ways = [_digits(first, first) + tail for tail in _hexadecimal(low % size, size - 1, width - 1)]
+        return [head + way for way in _ways(low % size, high % size, width - 1, digits)]
+    ways = [head + way for way in _ways(low % size, size - 1, width - 1, digits)]
     if last - first > 1:
-        ways.append(_digits(first + 1, last - 1) + rest)
-    return ways + [_digits(last, last) + tail for tail in _hexadecimal(0, high % size, width - 1)]
+        ways.append(_letters(digits[first + 1 : last]) + rest)
+    return ways + [tail + way for way in _ways(0, high % size, width - 1, digits)]
 
 
-def _digits(first: int, last: int) -> str:
-    letters = "".join(dict.fromkeys(f"{digit:x}{digit:X}"[case] for digit in range(first, last + 1) for case in (0, 1)))
+def _letters(digits: Sequence[str]) -> str:
+    letters = "".join(digits)
     return letters if len(letters) == 1 else f"[{letters}]"
 
 

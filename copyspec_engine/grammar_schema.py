@@ -7,12 +7,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
 
 from copyspec_engine.errors import ConfigError
+from copyspec_engine.grammar_patterns import FORMATS
 
-__all__ = ["TYPES", "Json", "Plain", "SchemaReader", "fits_limits", "merged", "property_schema"]
+__all__ = ["TYPES", "Json", "Plain", "SchemaReader", "fits_limits", "joined", "merged", "property_schema"]
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 Json = Any
@@ -22,7 +24,6 @@ _UNSUPPORTED = (
     "if",
     "uniqueItems",
     "contains",
-    "propertyNames",
     "dependentRequired",
     "dependentSchemas",
     "dependencies",
@@ -76,8 +77,14 @@ class SchemaReader:
     ) -> None:
         self._root, self._leave_out, self._refuse = root, leave_out, refuse
 
-    def plain(self, schema: Json, where: str, depth: int = 0) -> Plain:
+    def plain(self, schema: Json, where: str, depth: int = 0, *, told: bool = True) -> Plain:
         """A part of the schema in its plain form.
+
+        Args:
+            schema: the part.
+            where: its place, for messages.
+            depth: references and parts of `allOf` that led here.
+            told: `leave_out` is told what cannot be expressed.
 
         Raises:
             ConfigError: it is no schema, refers to nothing or to itself, or `leave_out` raises.
@@ -88,22 +95,44 @@ class SchemaReader:
             raise self._refuse(f"{_short(schema)} but expected a JSON schema", where)
         if depth > _MOST_LEVELS:
             raise self._refuse(f"{_short(schema)}, which refers to itself without end", where)
+        if schema.get("not") in ({}, True):
+            return Plain(frozenset())
+        if told:
+            self._tell(schema, where, depth)
+        found = self._own(schema, where)
+        if "$ref" in schema and (there := self._looked_up(self._text(schema, "$ref", where), where)) is not None:
+            found = merged(self.plain(there, where, depth + 1, told=told), found)
+        for part in self._list(schema, "allOf", where):
+            found = merged(found, self.plain(part, where, depth + 1, told=told))
+        if "propertyNames" in schema:
+            found = merged(found, self._named_so(schema["propertyNames"], where, depth, told=told))
+        return found
+
+    def _tell(self, schema: dict[str, Json], where: str, depth: int) -> None:
+        """Say what a schema itself asks for that cannot be expressed."""
         for key in _UNSUPPORTED:
             if schema.get(key) not in (None, False):
                 self._leave_out(f"{key}={_short(schema[key])}", where)
-        found = self._own(schema, where)
-        reference = schema.get("$ref")
-        if isinstance(reference, str) and (there := self._looked_up(reference, where)) is not None:
-            found = merged(self.plain(there, where, depth + 1), found)
-        for part in self._list(schema, "allOf", where):
-            found = merged(found, self.plain(part, where, depth + 1))
-        if "oneOf" in schema and not self._exclude(schema["oneOf"], where, depth):
+        if "oneOf" in schema and not self._exclude(self._list(schema, "oneOf", where), where, depth):
             self._leave_out(f"oneOf={_short(schema['oneOf'])} is taken as anyOf: that no other one fits", where)
-        return found
+
+    def _named_so(self, names: Json, where: str, depth: int, *, told: bool) -> Plain:
+        """Objects whose properties have such names."""
+        found = self.plain(names, where, depth + 1, told=told)
+        if "string" not in found.types:
+            return Plain(additional=False)
+        if found.constants is not None:
+            texts = [value for value in found.constants if isinstance(value, str) and fits_limits(value, found)]
+            return Plain(properties=dict.fromkeys(texts, True), additional=False)
+        if found == Plain(found.types, patterns=found.patterns[:1]):
+            return Plain(pattern_properties={found.patterns[0]: True}, additional=False) if found.patterns else Plain()
+        if told:
+            self._leave_out(f"propertyNames={_short(names)}", where)
+        return Plain()
 
     def _exclude(self, options: list[Json], where: str, depth: int) -> bool:
         """Whether no value fits two of these schemas, as far as their types and constants show."""
-        plains = [self.plain(option, where, depth + 1) for option in options]
+        plains = [self.plain(option, where, depth + 1, told=False) for option in options]
         return all(self._differ(one, two, where, depth) for at, one in enumerate(plains) for two in plains[:at])
 
     def _differ(self, one: Plain, two: Plain, where: str, depth: int) -> bool:
@@ -111,7 +140,7 @@ class SchemaReader:
         if not both.types or both.constants == ():
             return True
         return both.types == {"object"} and any(
-            self.plain(both.properties[name], where, depth + 1).constants == ()
+            self.plain(both.properties[name], where, depth + 1, told=False).constants == ()
             for name in both.required
             if name in one.properties and name in two.properties
         )
@@ -135,7 +164,7 @@ class SchemaReader:
             items=items,
             patterns=(self._text(schema, "pattern", where),) if "pattern" in schema else (),
             formats=(self._text(schema, "format", where),) if "format" in schema else (),
-            multiples=(self._number(schema, "multipleOf", where),) if "multipleOf" in schema else (),
+            multiples=(self._number(schema, "multipleOf", where, above=0),) if "multipleOf" in schema else (),
             limits=self._limits(schema, where),
             choices=tuple(tuple(self._list(schema, key, where)) for key in ("anyOf", "oneOf") if key in schema),
         )
@@ -144,10 +173,12 @@ class SchemaReader:
         given = schema.get("type")
         if given is None:
             return Plain.types
-        types = given if isinstance(given, list) else [given]
+        types = list(given) if isinstance(given, list) else [given]
         for name in types:
             if name not in TYPES:
                 raise self._refuse(f"type={given!r} but expected one of {', '.join(TYPES)}", where)
+        if schema.get("nullable") is True:  # OpenAPI 3.0
+            types.append("null")
         return frozenset(types) - ({"integer"} if "number" in types else set())
 
     def _required(self, schema: dict[str, Json], where: str) -> tuple[str, ...]:
@@ -165,7 +196,7 @@ class SchemaReader:
             if isinstance(value, bool) and key.startswith("exclusive"):  # until draft 4
                 value = schema.get(key.replace("exclusiveM", "m")) if value else None
             if value is not None:
-                limits[key] = self._number({key: value}, key, where)
+                limits[key] = self._number({key: value}, key, where, above=-math.inf if "imum" in key else -1)
         return limits
 
     def _looked_up(self, reference: str, where: str) -> Json:
@@ -173,8 +204,11 @@ class SchemaReader:
         if not reference.startswith("#"):
             self._leave_out(f"$ref={reference!r}, which leads out of the schema", where)
             return None
-        found: Json = self._root
-        for step in unquote(reference).removeprefix("#").split("/")[1:]:
+        name, *steps = unquote(reference).removeprefix("#").split("/")
+        found: Json = _anchored(self._root, name) if name else self._root
+        if found is None:
+            raise self._refuse(f"$ref={reference!r} but the schema has no such anchor", where)
+        for step in steps:
             key = step.replace("~1", "/").replace("~0", "~")
             is_index = isinstance(found, list) and key.isdecimal() and int(key) < len(found)
             found = found[int(key)] if is_index else found.get(key) if isinstance(found, dict) else None
@@ -202,11 +236,25 @@ class SchemaReader:
             raise self._refuse(f"{key}={_short(value)} but expected a text", where)
         return value
 
-    def _number(self, schema: dict[str, Json], key: str, where: str) -> float:
+    def _number(self, schema: dict[str, Json], key: str, where: str, *, above: float = -math.inf) -> float:
         value = schema[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._refuse(f"{key}={_short(value)} but expected a number", where)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+            least = f" above {above:g}" if above > -math.inf else ""
+            raise self._refuse(f"{key}={_short(value)} but expected a number{least}", where)
         return value
+
+
+def _anchored(root: Json, name: str) -> Json:
+    """The part of a schema that has this anchor, or None."""
+    waiting = [root]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict) and (
+            name in (part.get("$anchor"), part.get("$dynamicAnchor")) or part.get("$id") == f"#{name}"
+        ):
+            return part
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return None
 
 
 def merged(one: Plain, two: Plain) -> Plain:
@@ -225,12 +273,12 @@ def merged(one: Plain, two: Plain) -> Plain:
     return Plain(
         types=types - ({"integer"} if "number" in types else set()),
         constants=constants,
-        properties={name: _both(property_schema(one, name), property_schema(two, name)) for name in names},
-        pattern_properties={it: _both(_matching_schema(one, it), _matching_schema(two, it)) for it in patterns},
-        additional=_both(one.additional, two.additional),
+        properties={name: joined(property_schema(one, name), property_schema(two, name)) for name in names},
+        pattern_properties={it: joined(_matching_schema(one, it), _matching_schema(two, it)) for it in patterns},
+        additional=joined(one.additional, two.additional),
         required=tuple(dict.fromkeys(one.required + two.required)),
-        prefix=tuple(map(_both, firsts, seconds)),
-        items=_both(one.items, two.items),
+        prefix=tuple(map(joined, firsts, seconds)),
+        items=joined(one.items, two.items),
         patterns=one.patterns + two.patterns,
         formats=one.formats + two.formats,
         multiples=one.multiples + two.multiples,
@@ -246,15 +294,15 @@ def property_schema(plain: Plain, name: str) -> Json:
     if name not in plain.properties and not matching:
         return plain.additional
     for schema in matching:
-        found = _both(found, schema)
+        found = joined(found, schema)
     return found
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _matches(pattern: str, text: str, *, unreadable: bool = False) -> bool:
     try:
-        return re.search(pattern, name) is not None
+        return re.search(pattern, text) is not None
     except re.error:  # of another syntax: what is written will not be held to it
-        return False
+        return unreadable
 
 
 def is_among(value: Json, values: Sequence[Json]) -> bool:
@@ -263,7 +311,7 @@ def is_among(value: Json, values: Sequence[Json]) -> bool:
 
 
 def fits_limits(value: Json, plain: Plain) -> bool:
-    """Whether a constant is of a type and size that is asked for."""
+    """Whether a constant is of a type and size that is asked for, a text of the form, an object complete."""
     kind = _kind(value)
     if kind not in plain.types and not (kind == "integer" and "number" in plain.types):
         return False
@@ -271,8 +319,16 @@ def fits_limits(value: Json, plain: Plain) -> bool:
     for name, sized in measures.items():
         if not plain.limits.get(f"min{name}", 0) <= len(sized) <= plain.limits.get(f"max{name}", math.inf):
             return False
+    if isinstance(value, str):
+        wanted = [*plain.patterns, *(FORMATS[it] for it in plain.formats if it in FORMATS)]
+        return all(_matches(it, value, unreadable=True) for it in wanted)
+    if isinstance(value, dict):
+        count = plain.limits.get("minProperties", 0) <= len(value) <= plain.limits.get("maxProperties", math.inf)
+        return count and value.keys() >= set(plain.required)
     if kind not in ("integer", "number"):
         return True
+    if any(Fraction(str(value)) % Fraction(str(it)) for it in plain.multiples):
+        return False
     low, high = plain.limits.get("minimum", -math.inf), plain.limits.get("maximum", math.inf)
     above, below = plain.limits.get("exclusiveMinimum", -math.inf), plain.limits.get("exclusiveMaximum", math.inf)
     return bool(low <= value <= high and above < value < below)
@@ -296,8 +352,10 @@ def _matching_schema(plain: Plain, pattern: str) -> Json:
     return plain.pattern_properties.get(pattern, plain.additional)
 
 
-def _both(one: Json, two: Json) -> Json:
+def joined(one: Json, two: Json) -> Json:
     """A schema for what fits two, of which None says nothing."""
+    if one is False or two is False:
+        return False
     if one is None or one is True or one == two:
         return two
     if two is None or two is True:

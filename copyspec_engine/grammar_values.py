@@ -13,12 +13,13 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from copyspec_engine.errors import ConfigError
-from copyspec_engine.grammar_letters import ANY_CHARACTER, EVERYTHING, literal, one_of
+from copyspec_engine.grammar_letters import ANY_CHARACTER, EVERYTHING, integers, literal, one_of
 from copyspec_engine.grammar_patterns import FORMATS, UnreadablePatternError, pattern_terms
-from copyspec_engine.grammar_schema import Json, Plain, SchemaReader, fits_limits, merged, property_schema
+from copyspec_engine.grammar_schema import Json, Plain, SchemaReader, fits_limits, joined, merged, property_schema
 
 __all__ = ["ANY_TEXT", "Spelling", "key_regex", "plain_regex", "value_rules"]
 
@@ -112,10 +113,12 @@ class _Writer:
         while self._waiting:
             name, part, where = self._waiting.pop(0)
             self._rules[name] = list(self._ways(self._reader.plain(part, where), where, name))
+            if self._rules[name]:
+                self._unfit[name] = f"it is endless, in {self._place(where)}"
         self._drop_empty()
         if not self._rules[top]:
             reasons = [reason for rule, reason in self._unfit.items() if not self._rules[rule]]
-            raise ConfigError(f"Got {self._owner} that no value fits: {reasons[0] if reasons else 'it is endless'}")
+            raise ConfigError(f"Got {self._owner} that no value fits: {min(reversed(reasons), key=_is_endless)}")
         self._check_depth(top)
         written = [f"{self._prefix}: {top}"]
         for name, ways in self._rules.items():
@@ -200,7 +203,7 @@ class _Writer:
             values = [value for value in plain.constants if fits_limits(value, plain)]
             if not values:
                 self._unfit[name] = f"no constant is left, in {self._place(where)}"
-            yield from (self._constant(value, where) for value in values)
+            yield from (self._constant(value, plain, where) for value in values)
             return
         if not plain.types:
             self._unfit[name] = f"no type of value is left, in {self._place(where)}"
@@ -238,14 +241,15 @@ class _Writer:
             base = replace(one, choices=one.choices[1:])
             waiting += [merged(base, self._reader.plain(option, where)) for option in one.choices[0]]
 
-    def _constant(self, value: Json, where: str) -> _Way:
+    def _constant(self, value: Json, plain: Plain, where: str) -> _Way:
         if isinstance(value, str):
             return _Way(self._text(literal(value, escapes=self._escapes)) if value else self._text(""))
         if isinstance(value, list):
-            parts = [{"const": item} for item in value]
+            asked = [*plain.prefix, *[plain.items] * (len(value) - len(plain.prefix))]
+            parts = [joined(part, {"const": item}) for part, item in zip(asked, value, strict=False)]
             schema = {"type": "array", "prefixItems": parts, "items": False, "minItems": len(parts)}
         elif isinstance(value, dict):
-            members = {key: {"const": item} for key, item in value.items()}
+            members = {key: joined(property_schema(plain, key), {"const": item}) for key, item in value.items()}
             schema = {"type": "object", "properties": members, "required": [*members], "additionalProperties": False}
         else:
             return _Way(json.dumps(json.dumps(value)))
@@ -268,16 +272,20 @@ class _Writer:
         if is_empty:
             self._unfit[name] = f"no number is left between {low} and {high}, in {self._place(where)}"
             return
-        multiples = plain.multiples[:1]
-        if len(plain.multiples) > 1:
-            if all(isinstance(it, int) for it in plain.multiples):
-                multiples = (math.lcm(*map(int, plain.multiples)),)
-            else:
-                self._leave_out(f"multipleOf={list(plain.multiples)}", where)
-        if not limits and not multiples:
-            yield _Way(f"/{_INTEGER if is_whole else _NUMBER}/")
+        multiples = self._multiples(plain, where)
+        if is_whole and not multiples:
+            yield _Way(f"/{integers(low, high)}/")
             return
         kind = {"type": "integer" if is_whole else "number"} | ({"multipleOf": multiples[0]} if multiples else {})
+        trouble = _json_trouble(kind | limits)
+        if "Unsatisfiable" in trouble:
+            self._unfit[name] = f"no number between {low} and {high} is a multiple, in {self._place(where)}"
+            return
+        if trouble:
+            self._leave_out(", ".join(f"{key}={value}" for key, value in (kind | limits).items()), where)
+        if trouble or not (limits or multiples):
+            yield _Way(f"/{_INTEGER if is_whole else _NUMBER}/")
+            return
         yield _Way(f"%json {json.dumps(kind | limits)}")
         if not is_whole and not multiples:  # with an exponent, as far as that says enough of its size
             small, large = r"[1-9](?:\.[0-9]+)?[eE]-0*[1-9][0-9]*", r"[1-9](?:\.[0-9]+)?[eE]\+?[0-9]+"
@@ -286,6 +294,14 @@ class _Writer:
             ways += [f"-{text}" for text, start, end in ends if low <= -end and high >= -start]
             if ways:
                 yield _Way(f"/{'|'.join(ways)}/")
+
+    def _multiples(self, plain: Plain, where: str) -> tuple[float, ...]:
+        """What a number must be a multiple of; at most one."""
+        if len(plain.multiples) > 1:
+            if all(isinstance(it, int) for it in plain.multiples):
+                return (math.lcm(*map(int, plain.multiples)),)
+            self._leave_out(f"multipleOf={list(plain.multiples)}", where)
+        return plain.multiples[:1]
 
     # ---- texts ---------------------------------------------------------------------------------------------------
 
@@ -303,9 +319,7 @@ class _Writer:
         if least > most:
             self._unfit[name] = f"minLength={least} is more than maxLength={most:g}, in {self._place(where)}"
             return
-        if (least or most < math.inf or len(plain.patterns + plain.formats) > 1) and _excludes_all(plain):
-            self._unfit[name] = f"no text has this pattern and length, in {self._place(where)}"
-            return
+        self._unfit[name] = f"no text has this pattern and length, in {self._place(where)}"
         for way in self._string_terms(plain, where):
             terms = list(way)
             if least or most < _MOST_TIMES:
@@ -316,7 +330,9 @@ class _Writer:
                 continue
             (first, _), *others = sorted(terms, key=lambda term: not term[1])
             mark = "" if self._spelling.quote else r"\x22"
-            yield _Way(self._text(first, *(f"{'' if ok else '~'}/{mark}{text}{mark}/" for text, ok in others)))
+            conditions = [f"{'' if ok else '~'}/{mark}{text}{mark}/" for text, ok in others]
+            if not conditions or _has_texts(" & ".join([f"/{mark}{first}{mark}/", *conditions])):
+                yield _Way(self._text(first, *conditions))
 
     def _string_terms(self, plain: Plain, where: str) -> list[list[tuple[str, bool]]]:
         """What contents must match, or not: all of one of the lists."""
@@ -377,6 +393,7 @@ class _Writer:
         members = [self._member(plain, it, where) for it in names]
         others = self._others(plain, names, where)
         empty = _Way(rf"/\{{{self._spelling.space}\}}/")
+        self._unfit[name] = f"no object has these properties, and so many, in {self._place(where)}"
         if not names:
             other = self._named(_Way(it, (it,)) for it in others)
             if not least:
@@ -389,11 +406,12 @@ class _Writer:
             self._leave_out(f"that each of {len(names)} properties comes once and none is missing", where)
         counted, free = members[:_MOST_BITS], others + members[_MOST_BITS:]
         needed = min(len(plain.required), _MOST_BITS)
+        if max(least, len(plain.required)) > most:
+            return
         if free and (least > needed or most < math.inf):
             self._leave_out("minProperties or maxProperties beside other properties", where)
             least, most = 0, math.inf
         if not free and max(least, needed) > min(most, len(counted)):
-            self._unfit[name] = f"too few properties are left, in {self._place(where)}"
             return
         rest = self._more_members(counted, free, needed, (least, most))
         if not needed and not least:
@@ -470,16 +488,27 @@ class _Writer:
         return " & ".join((r"/[\w.\-]+/" if self._spelling.quote else ANY_TEXT, *unlike))
 
 
-def _excludes_all(plain: Plain) -> bool:
-    """Whether llguidance finds that no text matches all patterns and formats and is of a length that is asked for."""
+def _is_endless(reason: str) -> bool:
+    """Whether a value only waits for others: they may have reasons of their own."""
+    return reason.startswith("it is endless")
+
+
+def _json_trouble(schema: Json) -> str:
+    """What llguidance has against a schema of a number."""
     from llguidance import LLMatcher
 
-    limits: dict[str, Json] = {key: it for key, it in plain.limits.items() if key in ("minLength", "maxLength")}
-    parts = [{"pattern": it} for it in plain.patterns] + [{"format": it} for it in plain.formats if it in FORMATS]
-    if not parts:
-        return False
-    schema: dict[str, Json] = {"type": "string", **limits, "allOf": parts}
-    return "Unsatisfiable" in LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    return LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+
+
+@lru_cache(maxsize=256)
+def _has_texts(terminal: str) -> bool:
+    """Whether any text is as a terminal asks for, in Lark."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    matcher = LLMatcher(LLTokenizer("byte"), LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {terminal}"), log_level=0)
+    if not matcher.is_stopped():
+        matcher.compute_bitmask()
+    return "NoExtensionBias" not in matcher.get_error()
 
 
 def _condition(terms: list[str]) -> str:

@@ -549,7 +549,7 @@ def test_openai_formats_are_understood(bundled: Engine) -> None:
         (Grammar(lark="start: nothing"), "llguidance refuses.*unknown name"),
         (Grammar(lark="start: A\nA: /a/ & /b/"), "no text fits"),
         (Grammar(json_schema={"type": "objekt"}), "Got type='objekt' but expected one of null, boolean"),
-        (Grammar(json_schema={"not": {}}), "Got not={} in the JSON schema but grammars cannot express it"),
+        (Grammar(json_schema={"not": {"const": 1}}), "Got not=.* in the JSON schema but grammars cannot express it"),
     ],
 )
 def test_a_grammar_that_cannot_be_read_fails_at_submit(make_engine: MakeEngine, grammar: Grammar, message: str) -> None:

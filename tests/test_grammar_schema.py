@@ -114,6 +114,22 @@ LINKED = {
         }
     },
 }
+EXPRESSION = {
+    "$ref": "#/$defs/E",
+    "$defs": {
+        "E": {
+            "oneOf": [
+                {
+                    "type": "object",
+                    "properties": {"l": {"$ref": "#/$defs/E"}, "r": {"$ref": "#/$defs/E"}, "op": {"const": op}},
+                    "required": ["l", "r", "op"],
+                }
+                for op in "+-"
+            ]
+            + [N]
+        }
+    },
+}
 FITTING: list[tuple[dict[str, Any], list[str], list[str]]] = [
     (
         {"allOf": [{"type": "object", "properties": Q}, {"type": "object", "properties": K}]},
@@ -162,7 +178,41 @@ FITTING: list[tuple[dict[str, Any], list[str], list[str]]] = [
         ['{"c":1,"a":1}'],
         ['{"a":1}', '{"a":1,"b":1,"c":1}'],
     ),
+    (EXPRESSION, ['{"l":1,"r":{"l":2,"r":3,"op":"-"},"op":"+"}', "7"], ['{"l":1,"r":2,"op":"*"}']),
+    ({"$ref": "#n", "$defs": {"N": {"$anchor": "n", "type": "integer"}}}, ["1"], ['"a"']),
+    ({"type": "string", "nullable": True}, ['"a"', "null"], ["1"]),
+    ({"enum": ["ab", "ba", 3], "pattern": "^a", "type": "string"}, ['"ab"'], ['"ba"', "3"]),
+    ({"enum": [2, 3, 0.5], "multipleOf": 0.5, "maximum": 2}, ["2", "0.5"], ["3"]),
+    ({"enum": [{"k": 1}, {"q": "a"}, {"k": "a"}], "properties": K, "required": ["k"]}, ['{"k":1}'], ['{"q":"a"}']),
+    ({"enum": [[1], ["a"]], "items": N}, ["[1]"], ['["a"]']),
+    ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": N}, ['{"z":1}'], ['{"z":""}']),
+    (
+        {"type": "object", "propertyNames": {"pattern": "^k"}, "properties": {**K, "a": {}}, "additionalProperties": N},
+        ['{"k2":1,"k":2}'],
+        ['{"a":1}', '{"z":1}', '{"k":""}'],
+    ),
+    (
+        {"type": "object", "propertyNames": {"enum": ["k", "l"]}, "properties": K, "additionalProperties": {}},
+        ['{"l":"","k":2}'],
+        ['{"a":1}', '{"k":""}'],
+    ),
+    (
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1},
+        [str(-(2**63)), "0", str(2**64 - 1)],
+        [str(2**64)],
+    ),
+    ({"type": "integer", "minimum": 0, "maximum": 1e300}, ["1" + "0" * 299], ["-1"]),
 ]
+
+
+def test_ranges_of_integers_hold_these_alone(compiler: GrammarCompiler) -> None:
+    rng = random.Random(3)
+    for _ in range(40):
+        low, high = sorted(rng.randint(-(10**digits), 10**digits) for digits in (rng.randrange(5), rng.randrange(5)))
+        near = [end + step for end in (low, high) for step in (-1, 0, 1)]
+        tried = {*near, *(rng.randint(low - 200, high + 200) for _ in range(20)), *(10**at for at in range(5)), 0}
+        grammar = Grammar(json_schema={"type": "integer", "minimum": low, "maximum": high})
+        assert {it for it in tried if fits(compiler, grammar, str(it))} == {it for it in tried if low <= it <= high}
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), FITTING)
@@ -232,11 +282,24 @@ def test_a_call_of_an_unknown_tool_stays_one(compiler: GrammarCompiler, style: s
         ({"$ref": "#"}, "refers to itself without end"),
         ({"$ref": "#/nothing"}, "the schema has no such part"),
         ({"type": "object", "properties": {"a": {"maxLength": "x"}}}, "maxLength=.* in property 'a'"),
+        ({"not": {}}, "no type of value is left"),
+        ({"type": "string", "pattern": "^(?!a)a$"}, "no text has this pattern and length"),
+        ({"type": "integer", "minimum": 1, "maximum": 4, "multipleOf": 5}, "no number between 1 and 4 is a multiple"),
+        ({"multipleOf": 0}, "multipleOf=0 but expected a number above 0"),
+        ({"type": "array", "maxItems": -1}, "maxItems=-1 but expected a number above -1"),
+        ({"type": "object", "required": ["a"], "maxProperties": 0}, "no object has these properties, and so many"),
+        ({"type": "object", "minProperties": 2, "maxProperties": 1}, "no object has these properties, and so many"),
+        ({"$ref": "#nothing"}, "the schema has no such anchor"),
+        ({"$ref": 5}, "ref=5 but expected a text"),
+        ({"const": "b", "pattern": "^a"}, "no constant is left"),
     ],
 )
 def test_schemas_that_nothing_fits_are_refused(compiler: GrammarCompiler, schema: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compiler.begin(Grammar(json_schema=schema))
+    tools = ({"function": {"name": "find", "parameters": {"properties": {"it": schema}, "required": ["it"]}}},)
+    with pytest.raises(ConfigError, match=r"property 'it.*of tool 'find'|#"):
+        compiler.begin(Grammar(tools=ToolCalls(tools=tools, tool_choice="find"), lenient=True))
 
 
 @pytest.mark.parametrize("key", ["items", "anyOf", "allOf", "properties"])
