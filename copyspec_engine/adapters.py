@@ -32,6 +32,7 @@ from copyspec_engine.explanation import CopiedSpan, Explanation
 from copyspec_engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.model_runner import read_tokenizer
 from copyspec_engine.nesting import check_nesting
+from copyspec_engine.options import Documented
 from copyspec_engine.outputs import GenerationOutput, Reply, Segment, TokenLogprob
 
 __all__ = [
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 
-class AdapterOptions(BaseModel):
+class AdapterOptions(Documented):
     """What may be set for a model and again for one call; None keeps the engine's default."""
 
     model_config = ConfigDict(extra="forbid")
@@ -152,8 +153,8 @@ class AdapterOptions(BaseModel):
         return None if drafter is None else EngineConfig(drafter=drafter).drafter
 
     @model_validator(mode="after")
-    def _check_sampling(self) -> AdapterOptions:
-        self.sampling()
+    def _check_options(self) -> AdapterOptions:
+        GenerationRequest(messages=[{}], **self.request_options())
         return self
 
     def sampling(self) -> SamplingParams:

@@ -194,7 +194,11 @@ def load_failure(name: str, path: str, error: Exception) -> str:
         return f"Got model={name!r} but the folder has no config.json: give the folder that holds the model's files"
     if not os.path.isdir(path) and "gguf" in name.lower():
         reason += f". If it holds GGUF files: {_GGUF_ADVICE}"
-    where = "the folder" if os.path.isdir(path) else "the hub (is the name right, and is there a network?)"
+    where = (
+        "the folder"
+        if os.path.isdir(path)
+        else "the hub (no folder is called so; is the name right, and is there a network?)"
+    )
     return f"Could not load model={name!r} from {where}: {type(error).__name__}: {reason}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,14 +12,33 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from copyspec_engine.errors import ConfigError
 from copyspec_engine.option_names import advice, is_secret
 
-__all__ = ["Options", "explain_errors"]
+__all__ = ["Documented", "Options", "explain_errors"]
 
 _MODULES = ("copyspec_engine.config", "copyspec_engine.grammar_options")
+_OPTIONS = "\n\nOptions:\n"
 _MAX_SHOWN = 300
 """Characters of a value in an error: a whole prompt would hide what is wrong."""
 
 
-class Options(BaseModel):
+class Documented(BaseModel):
+    """Options of which `help` shows what is said below each."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:  # noqa: ANN401 - as pydantic has it
+        own = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+        told = {
+            name: " ".join(field.description.split()) for name, field in cls.model_fields.items() if field.description
+        }
+        lines = [
+            textwrap.fill(f"{name}: {text}", 116, initial_indent="    ", subsequent_indent=" " * 8)
+            for name, text in told.items()
+        ]
+        cls.__doc__ = own + _OPTIONS + "\n".join(lines) if lines else own
+
+
+class Options(Documented):
     """Frozen options whose validation errors are `ConfigError`s that name the value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
@@ -41,12 +62,13 @@ def explain_errors(
         beside: names of options that are taken along with the owner's.
     """
     lines, called = [], called or owner.__name__
+    homes = (*owner.__subclasses__(), *_homes())
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("Drafter", "Validator()]")))
         expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         given = name if is_secret(name) else f"{name}={_shown(problem['input'])}"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"Got unknown option {given} for {called}: {advice(name, owner, _homes(), beside)}")
+            lines.append(f"Got unknown option {given} for {called}: {advice(name, owner, homes, beside)}")
         elif problem["type"] == "missing":
             lines.append(f"Got no {name} for {called} but it is required")
         elif not name or expected.startswith("Got "):  # the message of nested options or of a whole object

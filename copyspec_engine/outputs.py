@@ -241,7 +241,7 @@ class EngineInfo:
     """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller; empty if nothing
     is drafted."""
     exact: bool = False
-    """Whether passes have one fixed width (`EngineConfig.exact`)."""
+    """Whether a token has the same bits in passes of any width (`EngineConfig.exact`)."""
     drafting_error: str | None = None
     """Why this model runs without drafting, whatever drafter is asked for; None if it drafts."""
     execution: Execution = "eager"

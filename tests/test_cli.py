@@ -297,6 +297,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(os.listdir()) == before
 
 
+def test_help_shows_brackets() -> None:
+    for command in (("calibrate",), ("bench", "drafts")):
+        shown = CliRunner().invoke(app, [*command, "--help"]).output
+        assert "[[tokens, seconds], ...]" in " ".join(re.sub("[│\\n]", " ", shown).split())
+
+
 def test_an_unknown_option_is_exit_code_2() -> None:
     result = CliRunner().invoke(app, ["demo", "--bogus"])
     assert result.exit_code == 2
@@ -383,7 +389,9 @@ def test_chat_answers_shows_its_figures_and_saves_the_conversation(run: Callable
         "/stats",
         "/why",
     ]
-    result = run("chat", input="\n".join([*lines, f"/save {path}", "/help", "/load nowhere", "/quit"]))
+    result = run(
+        "chat", input="\n".join([*lines, f"/save {path}", "/help", "/load nowhere", "/load", "/undo", "/quit"])
+    )
     assert result.exit_code == 0, result.output
     assert result.output.count("No answer yet.") == 2
     for text in (
@@ -392,6 +400,8 @@ def test_chat_answers_shows_its_figures_and_saves_the_conversation(run: Callable
         "message 2, from character",
         "/save PATH",
         "Cannot read /load nowhere",
+        "/load needs a PATH:",
+        "There is no /undo:",
     ):
         assert text in result.output
     said = path.read_text()
@@ -444,6 +454,7 @@ def test_info_names_the_model_its_memory_and_the_versions(run: Callable[..., Res
         "32,000 tokens",
         "transformers version",
         "CPU threads",
+        "tool calling",
         "the tokens of plain decoding",
     ):
         assert text in result.output

@@ -125,6 +125,13 @@ def test_a_logit_bias_may_have_openais_form_and_stays_hashable() -> None:
     assert SamplingParams(**params.model_dump()) == params
 
 
+def test_help_shows_what_each_option_does() -> None:
+    for kind in (EngineConfig, SamplingParams):
+        told = kind.__doc__ or ""
+        assert all(f"\n    {name}: " in told for name in kind.model_fields)
+    assert "Longest prompt plus answer, in tokens; default and upper limit" in (EngineConfig.__doc__ or "")
+
+
 def test_the_defaults_are_greedy_and_adaptive() -> None:
     assert EngineConfig().drafter == AdaptiveDrafter()
     assert SamplingParams().temperature == 0.0

@@ -12,6 +12,17 @@ from copyspec_engine.option_names import _NAMES, _NEEDLESS, _OURS
 from copyspec_engine.options import Options, _homes
 
 
+class OfCalls(AdapterOptions):
+    """What may be set for a model and for a call."""
+
+
+class OfModels(OfCalls):
+    """What may be set for a model only, besides."""
+
+    model: str = "bundled"
+    system_prompt: str = ""
+
+
 def said(make: Any, **options: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         make(**options)
@@ -40,6 +51,8 @@ def said(make: Any, **options: Any) -> str:
         (AdapterOptions, "request_timeout", "use timeout"),
         (AdapterOptions, "timeout_s", "use timeout"),
         (AdapterOptions, "context_window", "use max_model_len of EngineConfig"),
+        (OfCalls, "system_promt", "use system_prompt of OfModels"),
+        (OfCalls, "model_name", "use model of OfModels"),
         (AdapterOptions, "repeat_penalty", "use repetition_penalty"),
         (AdapterOptions, "base_url", "leave it out, the model runs in this process"),
         (AdaptiveDrafter, "recycled", "use recycle"),

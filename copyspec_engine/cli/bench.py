@@ -143,7 +143,9 @@ def free_text(
         str, typer.Argument(help='Hub name or local folder; "bundled" is the small model that comes along.')
     ] = BUNDLED,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[DtypeName, typer.Option(help="auto is float32 on a CPU.")] = "auto",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
+    ] = "auto",
     cost_model: Annotated[
         str,
         typer.Option(
@@ -190,9 +192,11 @@ def lossless(
         int | None, typer.Option(metavar="K", help="Only this case, with prompt and answers; those beside it run too.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all that is random about the cases.")] = 0,
-    exact: Annotated[bool, typer.Option("--exact", help="Passes of one fixed width, in both ways.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="With EngineConfig.exact, in both ways.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[DtypeName, typer.Option(help="auto is float32 on a CPU.")] = "auto",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
+    ] = "auto",
     json: JsonPath = None,
 ) -> None:
     """Compare answers of random conversations with plain decoding of each prompt by itself, token by token.

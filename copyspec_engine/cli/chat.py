@@ -138,6 +138,9 @@ def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, r
         elif command in commands and argument.strip():
             commands[command](argument.strip())
         elif command.startswith("/"):
+            if command != "/help":
+                wrong = f"{command} needs a PATH:" if command in commands else f"There is no {command}:"
+                console.print(wrong, markup=False)
             console.print(HELP, markup=False)
         elif line:
             chat.say(line)

@@ -112,7 +112,8 @@ def calibrate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Annotated[
-        Path | None, typer.Option(help="Write [[tokens, seconds], ...] to this file, as a cost model for bench drafts.")
+        Path | None,
+        typer.Option(help="Write \\[\\[tokens, seconds], ...] to this file, as a cost model for bench drafts."),
     ] = None,
 ) -> None:
     """Measure what a pass costs by its tokens, and keep it for later loads on this machine.
