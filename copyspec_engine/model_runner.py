@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -439,11 +440,22 @@ def _check(
         if reason is None:
             tried = EXACT_WIDTHS if config.exact else None
             checked = check_equivalence(model, config, partial(ModelRunner, model, exact_widths=tried))
-            widths = agreeing_widths(config.model, vocab_size(model), partial(ModelRunner, model)) if tried else None
+            widths = _exact_widths(model, config, checked) if tried else None
             return _Served(checked, checked.bytes_per_token, None, None, num_parameters, widths)
         stateful, bytes_per_token = check_state(model, config.model)
         logger.warning("%s runs without drafting: %s", config.model, reason)
         return _Served(Checked(0), bytes_per_token, stateful, reason, num_parameters)
+
+
+def _exact_widths(model: PreTrainedModel, config: EngineConfig, checked: Checked) -> tuple[int, ...]:
+    """The widths that agree: those that a cost curve of the same model and machine was measured for, else tried."""
+    if config.step_cost is None and config.calibrate == "cached":
+        facts = _facts(model, config.model) | {"execution": checked.execution}
+        for curve in calibration.kept_curves():
+            widths = tuple(map(int, re.findall(r"\d+", curve.facts.get("exact", ""))))
+            if widths and facts.items() <= curve.facts.items() and set(widths) <= set(EXACT_WIDTHS):
+                return widths
+    return agreeing_widths(config.model, vocab_size(model), partial(ModelRunner, model))
 
 
 def _ready(
@@ -514,7 +526,8 @@ def _measured_cost(
     """What passes cost here: from the cache, or measured and kept there (see `EngineConfig.calibrate`)."""
     context = min(_CALIBRATION_CONTEXT, room // 2)
     measure = partial(runner.measure_step_cost, context, room)
-    facts = _cost_facts(model, config.model, context, min(room - context, max(STEP_WIDTHS)))
+    facts = _facts(model, config.model)
+    facts |= {"context": str(context), "max_width": str(min(room - context, max(STEP_WIDTHS)))}
     facts |= {"execution": served.checked.execution, "exact": str(served.exact_widths)}
     if config.calibrate == "always":
         points = measure(budget_s=5.0)
@@ -523,8 +536,8 @@ def _measured_cost(
     return calibration.kept_or_measured(facts, measure, check=partial(measure, budget_s=0.1))
 
 
-def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int) -> dict[str, str]:
-    """Everything that the cost of a pass depends on; weights only by their shapes and type, not by their values."""
+def _facts(model: PreTrainedModel, name: str) -> dict[str, str]:
+    """All of model and machine that a pass's cost and its order of sums depend on; weights by their shapes and type."""
     device = model.device
     on_gpu = device.type == "cuda"
     return {
@@ -536,8 +549,6 @@ def _cost_facts(model: PreTrainedModel, name: str, context: int, max_width: int)
         "threads": "" if on_gpu else f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}",
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": ATTENTION_NAME,
-        "context": str(context),
-        "max_width": str(max_width),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError
+from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError, model_runner
 from copyspec_engine.cost import CostCurve
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.exact_passes import EXACT_WIDTHS, agreeing_widths
@@ -199,6 +200,29 @@ def test_where_no_width_agrees_exact_is_refused_and_else_the_most_widths_are_tak
     assert widths({width: float(width) for width in EXACT_WIDTHS}) == (64,)
     with pytest.raises(UnsupportedModelError, match="Got exact=True but m gives a token other logits here"):
         widths({})
+
+
+def test_widths_that_were_found_to_agree_are_kept_beside_the_cost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COPYSPEC_CACHE_DIR", str(tmp_path))
+    tried: list[str] = []
+
+    def try_widths(name: str, *_args: object) -> tuple[int, ...]:
+        tried.append(name)
+        return (8, 64)
+
+    monkeypatch.setattr(model_runner, "agreeing_widths", try_widths)
+
+    def load(name: str, **options: Any) -> tuple[int, ...] | None:
+        return prepare(build_model(name), ByteTokenizer(), EngineConfig(model=name, **options)).exact_widths
+
+    assert load("llama") is None
+    assert [load("llama", exact=True) for _ in range(2)] == [(8, 64)] * 2
+    assert tried == ["llama"]
+    load("llama", exact=True, step_cost=STEP_COST)
+    load("qwen3", exact=True)
+    assert tried == ["llama", "llama", "qwen3"], "only where costs are measured, and for each model"
 
 
 def test_a_model_whose_layers_look_at_their_neighbours_is_refused() -> None:
