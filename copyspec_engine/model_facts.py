@@ -39,8 +39,8 @@ def read_model_facts(config: EngineConfig) -> ModelFacts | None:
     """The facts of a config's model; None for a model that is not on this machine. Nothing is loaded or downloaded."""
     if config.model == BUNDLED_MODEL:
         folder: Path | None = bundled_model_path()
-    elif Path(config.model).is_dir():
-        folder = Path(config.model)
+    elif (local := Path(config.model).expanduser()).is_dir():
+        folder = local
     else:
         folder = _cached_folder(config.model)
     if folder is None or not (folder / "config.json").is_file():
@@ -71,8 +71,8 @@ def _read(folder: Path, given: str | None, tool_prompt: bool) -> ModelFacts:
         chat_format = describe_template(
             template, _special_tokens(tokenizer), response_template=own, tool_prompt=tool_prompt
         )
-    except ConfigError:  # loading the model will say so
-        logger.warning("the chat template of %s cannot be read", folder, exc_info=True)
+    except ConfigError as error:  # loading the model will say so
+        logger.warning("the chat template for %s cannot be read: %s", folder, error)
         chat_format = find_chat_format(template, own)
     return ModelFacts(
         max_model_len=_longest_context(_json(folder / "config.json")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -65,7 +66,7 @@ def explain_errors(
     homes = (*owner.__subclasses__(), *_homes())
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("Drafter", "Validator()]")))
-        expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        expected = re.sub(r"^(Value error, |Input should be |\w+ should have )", "", problem["msg"])
         given = name if is_secret(name) else f"{name}={_shown(problem['input'])}"
         if problem["type"] == "extra_forbidden":
             lines.append(f"Got unknown option {given} for {called}: {advice(name, owner, homes, beside)}")

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from copyspec_engine import ConfigError, CopySpecError, Engine, EngineConfig, ModelLoadError, UnsupportedModelError
 from copyspec_engine.attention import KVBatch, KVRow, KVStore
+from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.checkpoint import load_failure, read_model
 from copyspec_engine.config_checks import refuse_impossible
+from copyspec_engine.model_facts import read_model_facts
 from copyspec_engine.model_runner import load_model
 from copyspec_engine.tokenizer import HFTokenizer
 from tests.architectures import build_model
@@ -284,3 +286,14 @@ def test_an_adapter_is_served_as_peft_computes_it(folder: str, tmp_path: Path) -
         assert run(engine, PROMPT, "none").token_ids == run(engine, PROMPT, "adaptive").token_ids
         own = adapted.generate(ids, max_new_tokens=30, do_sample=False)[0, len(PROMPT) :].tolist()
         assert list(run(engine, PROMPT, "none").token_ids)[:30] == own
+
+
+def test_a_model_in_the_home_folder_is_known_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(bundled_model_path())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    facts, known = (read_model_facts(EngineConfig(model=name)) for name in ("~/model", "bundled"))
+    assert facts is not None
+    assert known is not None
+    assert facts.max_model_len == known.max_model_len

@@ -57,7 +57,7 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (EngineConfig, {"drafter": "fast"}, "drafter='fast' but expected one of adaptive, copyspec, none"),
         (EngineConfig, {"dtype": "int4"}, "dtype='int4'"),
         (EngineConfig, {"device": "tpu"}, "device='tpu'"),
-        (EngineConfig, {"model": ""}, "model=''"),
+        (EngineConfig, {"model": ""}, "Got model='' but expected at least 1 character"),
         (EngineConfig, {"max_running": 0}, "max_running=0"),
         (EngineConfig, {"step_cost": ((2, 1.0), (3, 1.0))}, "starting at 1 token"),
         (EngineConfig, {"step_cost": ((1, 1.0), (3, 0.0))}, "positive seconds"),

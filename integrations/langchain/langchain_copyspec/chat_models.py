@@ -295,8 +295,8 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         Raises:
             ConfigError: nothing names one.
         """
-        found = session_id or session_of(config) or self.session_id
-        if found is None:
+        found = (session_of(config) or self.session_id) if session_id is None else session_id
+        if not found:
             raise ConfigError("Got no conversation but expected its id: only one that is named keeps its texts")
         return self._get_engine().memory(found)
 
@@ -373,7 +373,9 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         model = options.pop("model", None)
         if model is not None and (not isinstance(model, str) or not model):
             raise ConfigError(f"Got model={model!r} but expected the name of a model or a folder")
-        session_id = options.pop("session_id", None) or session_of(None) or self.session_id
+        session_id = options.pop("session_id", None)
+        if session_id is None:
+            session_id = session_of(None) or self.session_id
         chosen, tools = self.for_call(stop, {**options, "session_id": session_id})
         return _Asked(model or self.model, to_engine_messages(messages), chosen, tools)
 

@@ -134,6 +134,8 @@ def test_options_of_a_call_replace_the_fields(make_engine: MakeEngine) -> None:
         ({"timeout": -1}, "timeout=-1"),
         ({"drafter": "fast"}, "drafter='fast'"),
         ({"include_segments": "some"}, "include_segments='some'"),
+        ({"session_id": ""}, "session_id='' but expected at least 1 character"),
+        ({"chat_template": "{{ x }}"}, "use chat_template of ChatCopySpec"),
     ],
 )
 async def test_a_bad_option_of_a_call_raises_by_name_and_value(echo: Engine, options: Any, named: str) -> None:

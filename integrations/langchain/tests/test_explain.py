@@ -114,6 +114,8 @@ def test_a_conversation_can_be_looked_at_and_cleared() -> None:
     assert len(memory) == 0
     with pytest.raises(ConfigError, match="Got no conversation but expected its id"):
         llm.memory()
+    with pytest.raises(ConfigError, match="Got no conversation"):  # not that of the model instead
+        ChatCopySpec(engine=llm.engine, session_id="1").memory("")
 
 
 def test_an_explanation_is_shown_in_colour() -> None:

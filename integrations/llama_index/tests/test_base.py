@@ -172,6 +172,8 @@ def test_options_of_a_call_replace_the_fields(make_engine: MakeEngine) -> None:
         ({"tool_choise": "auto"}, "use tool_choice"),
         ({"drafter": "fast"}, "drafter='fast'"),
         ({"session_id": 3}, "session_id=3"),
+        ({"session_id": ""}, "session_id='' but expected at least 1 character"),
+        ({"system_prompt": "Be brief"}, "use system_prompt of CopySpec"),
     ],
 )
 async def test_a_bad_option_of_a_call_raises_by_name_and_value(echo: Engine, options: Any, named: str) -> None:

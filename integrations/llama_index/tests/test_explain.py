@@ -66,3 +66,5 @@ def test_a_conversation_can_be_looked_at_and_cleared(make_engine: MakeEngine) ->
     assert len(memory) == 0
     with pytest.raises(ConfigError, match="Got no conversation but expected its id"):
         llm.memory()
+    with pytest.raises(ConfigError, match="Got no conversation"):  # not that of the LLM instead
+        llm.model_copy(update={"session_id": "1"}).memory("")

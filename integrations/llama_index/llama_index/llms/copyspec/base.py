@@ -271,8 +271,8 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         Raises:
             ConfigError: nothing names one.
         """
-        found = session_id or named_session() or self.session_id
-        if found is None:
+        found = (named_session() or self.session_id) if session_id is None else session_id
+        if not found:
             raise ConfigError("Got no conversation but expected its id: only one that is named keeps its texts")
         return self._get_engine().memory(found)
 
