@@ -5,6 +5,7 @@ Public, so that an integration of one's own can stand on it as well.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
@@ -33,7 +34,7 @@ from copyspec_engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.model_runner import read_tokenizer
 from copyspec_engine.nesting import check_nesting
 from copyspec_engine.options import Documented
-from copyspec_engine.outputs import GenerationOutput, Reply, Segment, TokenLogprob
+from copyspec_engine.outputs import GenerationOutput, InvalidToolCall, Reply, Segment, TokenLogprob
 
 __all__ = [
     "ENGINE_OPTIONS",
@@ -44,11 +45,14 @@ __all__ = [
     "Talk",
     "adopt_engine",
     "answer_metadata",
+    "call_error",
     "check_nesting",
     "clear_errors",
     "conversation",
     "current_conversation",
+    "cut_off",
     "explain_metadata",
+    "is_whole_json",
     "logprobs_metadata",
     "model_facts",
     "prompt_length",
@@ -303,6 +307,44 @@ def explain_metadata(metadata: Any, text: str) -> Explanation:  # noqa: ANN401 -
             "changed since it was written"
         )
     return explanation
+
+
+_REMEDIES = {
+    "length": "raise max_tokens, or shorten the prompt where the context is full",
+    "timeout": "raise timeout",
+    "cancelled": "ask again",
+}
+
+
+def cut_off(finish_reason: str | None, num_tokens: int, expected: str) -> str | None:
+    """What is wrong with an answer that did not come to its end, and what to do; None: it did.
+
+    Args:
+        finish_reason: of the answer.
+        num_tokens: that it has.
+        expected: what it should have been.
+    """
+    if finish_reason not in _REMEDIES:
+        return None
+    return (
+        f"Got an answer that was cut off after {num_tokens} tokens (finish_reason={finish_reason!r}) but expected "
+        f"{expected}: {_REMEDIES[finish_reason]}"
+    )
+
+
+def call_error(call: InvalidToolCall, output: GenerationOutput) -> str:
+    """Why a call of an answer cannot be carried out: what is malformed was perhaps just cut off."""
+    reason = cut_off(output.finish_reason, output.usage.completion_tokens, "a whole call") if call.is_open else None
+    return f"{reason} ({call.error})" if reason else call.error
+
+
+def is_whole_json(text: str) -> bool:
+    """Whether a text that may have been cut off is a whole JSON value: of a number nobody can tell."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, bool) or not isinstance(value, int | float)
 
 
 def segment_metadata(segments: Iterable[Segment]) -> list[dict[str, Any]]:

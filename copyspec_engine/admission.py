@@ -63,7 +63,10 @@ class Admission:
         """As `wait`, for a task; one that is cancelled gives its place to the next."""
         place = self._queue(number)
         try:
-            await asyncio.wait_for(asyncio.wrap_future(place), _seconds_until(deadline_s))
+            if place.done():  # a loop takes a turn to see it, and the time may be over by then
+                place.result()
+            else:
+                await asyncio.wait_for(asyncio.wrap_future(place), _seconds_until(deadline_s))
         except asyncio.TimeoutError:
             raise self._given_up(number) from None
         except BaseException:

@@ -48,6 +48,7 @@ _NAMES = {
     "tools": "functions",
     "tool_choice": "function_call",
     'chat_template_kwargs={"enable_thinking": ...}': "enable_thinking think thinking reasoning",
+    "chat_template": "template prompt_template",
     "chat_template_kwargs": "template_kwargs",
     "prompt": "input inputs text question",
     "prompt_token_ids": "input_ids prompt_ids token_ids",

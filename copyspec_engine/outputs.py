@@ -94,6 +94,8 @@ class InvalidToolCall:
     arguments: str
     """What was written, as it was."""
     error: str
+    is_open: bool = False
+    """The answer ended before it did."""
 
 
 @dataclass(frozen=True, slots=True)

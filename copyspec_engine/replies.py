@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from copyspec_engine.call_reader import Call, CallsReader
@@ -102,6 +103,8 @@ class ReplyParser:
         """Text in no part, where a template has a part for each."""
         self._calls: list[Call] = []
         self._reader: CallsReader | None = None
+        self._in_calls = False
+        """The mark that ends calls has not come."""
         self._raw: list[str] = []
         """A call that comes as a whole, as far as it is written."""
         self._spaced = chat_format.space_before_text
@@ -145,6 +148,7 @@ class ReplyParser:
         """The whole answer, and what its end added."""
         undecided, self._undecided = self._undecided, None
         deltas = self.feed(undecided) if undecided else []
+        is_open = self._in_calls
         if self._parser is not None:
             try:
                 deltas += [delta for event in self._parser.finalize()[1] for delta in self._take(event)]
@@ -157,6 +161,8 @@ class ReplyParser:
         if self._in_text and (rest := self._text.end()):
             deltas.append(ReplyDelta("text", rest))
         results = [call.result() for call in self._calls]
+        if is_open and results and isinstance(last := results[-1], InvalidToolCall):
+            results[-1] = replace(last, is_open=True)
         return Reply(
             self._text.text,
             self._reasoning.text,
@@ -207,6 +213,7 @@ class ReplyParser:
     def _take_call(self, event: dict[str, Any]) -> list[ReplyDelta]:
         if not self._may_call:
             return self._no_call(event) if event["type"] == "region_close" else []
+        self._in_calls = event["type"] != "region_close"
         return self._take_whole_calls(event) if self._layout is None else self._read_calls(event, self._layout)
 
     def _no_call(self, event: dict[str, Any]) -> list[ReplyDelta]:

@@ -37,6 +37,8 @@ def said(make: Any, **options: Any) -> str:
         (EngineConfig, "torch_dtype", "use dtype"),
         (EngineConfig, "load_in_8bit", 'use quantization="int8"'),
         (EngineConfig, "max_new_tokens", "use max_tokens of SamplingParams"),
+        (EngineConfig, "template", "use chat_template"),
+        (EngineConfig, "prompt_template", "use chat_template"),
         (EngineConfig, "max_draft_tokens", "use drafter=AdaptiveDrafter(max_draft_tokens=...)"),
         (SamplingParams, "max_new_tokens", "use max_tokens"),
         (SamplingParams, "maxTokens", "use max_tokens"),

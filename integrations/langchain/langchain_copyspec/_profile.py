@@ -43,4 +43,7 @@ def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
         profile["tool_calling"] = cast("Any", "by prompt")
     if facts.max_model_len is not None:
         profile |= {"max_input_tokens": facts.max_model_len, "max_output_tokens": facts.max_model_len}
-    return profile
+    # What this version of LangChain does not know it warns of.
+    return cast(
+        "ModelProfile", {name: value for name, value in profile.items() if name in ModelProfile.__annotations__}
+    )

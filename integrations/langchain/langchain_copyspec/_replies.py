@@ -24,7 +24,7 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import answer_metadata, logprobs_metadata, segment_metadata, tool_metadata
+from copyspec_engine.adapters import answer_metadata, call_error, logprobs_metadata, segment_metadata, tool_metadata
 from langchain_copyspec._calls import Call
 from langchain_copyspec._convert import PROVIDER
 
@@ -65,7 +65,7 @@ class ReplyWriter:
         metadata = {"model_provider": PROVIDER, **self._metadata(output, segments), **self._logprobs(output.logprobs)}
         calls = [{"name": call.name, "args": call.arguments, "id": call.id} for call in reply.tool_calls]
         invalid = [
-            {"name": call.name, "args": call.arguments, "id": call.id, "error": call.error}
+            {"name": call.name, "args": call.arguments, "id": call.id, "error": call_error(call, output)}
             for call in reply.invalid_tool_calls
         ]
         return AIMessage(

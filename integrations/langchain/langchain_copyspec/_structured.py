@@ -14,6 +14,8 @@ from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.pydantic import TBaseModel, is_basemodel_subclass
 
+from copyspec_engine.adapters import cut_off, is_whole_json
+
 __all__ = ["Method", "answer_parser", "call_parser", "with_raw"]
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
@@ -22,12 +24,12 @@ Method = Literal["json_schema", "function_calling", "json_mode"]
 def _refuse_cut_off(result: list[Generation]) -> None:
     """LangChain's JSON reader completes what is cut off: half a text would pass for the whole one."""
     message = result[0].message if isinstance(result[0], ChatGeneration) else None
-    reason = message.response_metadata.get("finish_reason") if message is not None else None
-    if reason == "length":
-        raise OutputParserException(
-            "Got an answer that was cut off at its maximum length but expected a whole object: raise max_tokens",
-            llm_output=str(result[0].text),
-        )
+    if not isinstance(message, AIMessage) or message.usage_metadata is None:
+        return
+    reason, tokens = message.response_metadata.get("finish_reason"), message.usage_metadata["output_tokens"]
+    error = cut_off(reason, tokens, "a whole object")
+    if error is not None and not (message.tool_calls or is_whole_json(str(message.text))):
+        raise OutputParserException(error, llm_output=str(message.text))
 
 
 class _Whole(BaseOutputParser[Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from copyspec_engine import ConfigError, Engine
-from langchain_copyspec import ChatCopySpec
+from langchain_copyspec import ChatCopySpec, RequestTimeoutError
 
 MakeEngine = Callable[..., Engine]
 
@@ -116,15 +117,39 @@ async def test_the_message_streams_beside_the_object(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_an_object_is_no_object(make_engine: MakeEngine, method: Any) -> None:
+async def test_half_an_object_is_no_object(make_engine: MakeEngine, method: Any) -> None:
     llm = ChatCopySpec(engine=make_engine(reply), max_tokens=60 if method == "function_calling" else 20)
-    with pytest.raises(OutputParserException, match="cut off"):
-        llm.with_structured_output(SCHEMAS[2], method=method).invoke("go")
-    with pytest.raises(OutputParserException, match="cut off"):
-        list(llm.with_structured_output(SCHEMAS[2], method=method).stream("go"))
-    result: Any = llm.with_structured_output(Joke, method=method, include_raw=True).invoke("go")
-    assert result["parsed"] is None
-    assert isinstance(result["parsing_error"], OutputParserException)
+    wanted = rf"cut off after {llm.max_tokens} tokens .*'length'.* expected a whole object: raise max_tokens"
+    for schema in SCHEMAS[:3]:
+        chain = llm.with_structured_output(schema, method=method)
+        with pytest.raises(OutputParserException, match=wanted):
+            chain.invoke("go")
+        with pytest.raises(OutputParserException, match=wanted):
+            await chain.ainvoke("go")
+        with pytest.raises(OutputParserException, match=wanted):
+            list(chain.stream("go"))
+        with pytest.raises(OutputParserException, match=wanted):
+            [part async for part in chain.astream("go")]
+        raw: Any = llm.with_structured_output(schema, method=method, include_raw=True)
+        *_, last = raw.stream("go")
+        for result in (raw.invoke("go"), await raw.ainvoke("go"), last):
+            assert result["parsed"] is None
+            assert isinstance(result["parsing_error"], OutputParserException)
+            assert re.search(wanted, str(result["parsing_error"]))
+
+
+def test_an_object_may_take_all_of_max_tokens(llm: ChatCopySpec) -> None:
+    size = len(llm.get_token_ids(json.dumps(JOKE)))
+    result: Any = llm.with_structured_output(Joke, include_raw=True).invoke("go", max_tokens=size)
+    assert result["parsed"] == Joke(**JOKE)
+
+
+def test_a_call_that_is_asked_for_and_cut_off_says_so(llm: ChatCopySpec) -> None:
+    answer = llm.bind_tools([Joke], tool_choice="Joke").invoke("go", max_tokens=60)
+    (call,) = answer.invalid_tool_calls
+    assert re.search(r"cut off after 60 tokens .* expected a whole call: raise max_tokens", str(call["error"]))
+    with pytest.raises(RequestTimeoutError, match="raise timeout"):
+        llm.with_structured_output(Joke).invoke("go", timeout=1e-6)
 
 
 def test_a_grammar_holds_the_answer_to_the_schema(make_engine: MakeEngine) -> None:

@@ -12,9 +12,10 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage
 from llama_index.core.program import FunctionCallingProgram
+from llama_index.core.program.function_program import get_function_tool
 from llama_index.core.prompts import ChatPromptTemplate
 from llama_index.core.types import PydanticProgramMode
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
 from copyspec_engine import ConfigError, Engine
 from llama_index.llms.copyspec import CopySpec, CopySpecCompletion
@@ -91,11 +92,95 @@ async def test_a_stream_gives_the_object_as_it_grows(make_engine: MakeEngine, fo
     assert set(counts) == {0, 1, 2}
 
 
+MODES = {
+    "default": PydanticProgramMode.DEFAULT,
+    "function": PydanticProgramMode.FUNCTION,
+    "llm": PydanticProgramMode.LLM,
+}
+
+
+def in_mode(make_engine: MakeEngine, write_call: Any, mode: str) -> CopySpec:
+    json_text = WANTED.model_dump_json()
+    answers = {
+        "default": json_text,
+        "function": write_call("Order", **WANTED.model_dump()),
+        "llm": f"Here it is: {json_text} That is all.",
+    }
+    return CopySpec(engine=make_engine(lambda prompt: answers[mode]), pydantic_program_mode=MODES[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("form", FORMS)
-async def test_an_answer_that_is_cut_off_says_so(make_engine: MakeEngine, form: str) -> None:
-    llm = CopySpec(engine=make_engine(lambda prompt: WANTED.model_dump_json()))
-    with pytest.raises(ConfigError, match=r"Order cut off after \d+ characters .*'length'.*raise max_tokens"):
-        await predict(llm, form, max_tokens=20)
+async def test_an_answer_that_is_cut_off_says_so(
+    make_engine: MakeEngine, write_call: Any, form: str, mode: str
+) -> None:
+    llm = in_mode(make_engine, write_call, mode)
+    wanted = r"cut off after 40 tokens \(finish_reason='length'\) but expected a whole Order: raise max_tokens"
+    with pytest.raises(ConfigError, match=wanted):
+        await predict(llm, form, max_tokens=40)
+    if mode != "function":
+        with pytest.raises(ConfigError, match=wanted):
+            await predict(CopySpecCompletion(llm=llm, pydantic_program_mode=MODES[mode]), form, max_tokens=40)
+    late = r"cut off after \d+ tokens \(finish_reason='timeout'\) but expected a whole Order: raise timeout"
+    with pytest.raises(ConfigError, match=late):
+        await predict(llm, form, timeout=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["default", "llm"])
+@pytest.mark.parametrize("form", FORMS[:2])
+async def test_an_object_that_is_whole_is_taken_from_an_answer_that_was_cut_off(
+    make_engine: MakeEngine, write_call: Any, form: str, mode: str
+) -> None:
+    llm = in_mode(make_engine, write_call, mode)
+    text = WANTED.model_dump_json() if mode == "default" else f"Here it is: {WANTED.model_dump_json()} That"
+    size = len(llm.tokenizer(text))
+    assert (await predict(llm, form, max_tokens=size))[-1] == WANTED
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:The `json` method is deprecated")  # LlamaIndex's StructuredLLM calls it
+async def test_a_structured_llm_says_so_too(make_engine: MakeEngine, write_call: Any, mode: str) -> None:
+    llm = in_mode(make_engine, write_call, mode).as_structured_llm(Order)
+    asked = [ChatMessage("hi")]
+    with pytest.raises(ConfigError, match="raise max_tokens"):
+        llm.chat(asked, max_tokens=20)
+    with pytest.raises(ConfigError, match="raise max_tokens"):
+        llm.complete("hi", max_tokens=20)
+    with pytest.raises(ConfigError, match="raise max_tokens"):
+        list(llm.stream_chat(asked, max_tokens=20))
+    with pytest.raises(ConfigError, match="raise max_tokens"):
+        await llm.achat(asked, max_tokens=20)
+    with pytest.raises(ConfigError, match="raise max_tokens"):
+        [part async for part in await llm.astream_chat(asked, max_tokens=20)]
+
+
+async def test_a_call_that_is_asked_for_and_cut_off_says_so(make_engine: MakeEngine, write_call: Any) -> None:
+    llm = in_mode(make_engine, write_call, "function")
+    tool = get_function_tool(Order)
+    wanted = r"cut off after 30 tokens .* but expected a whole call: raise max_tokens"
+    with pytest.raises(ConfigError, match=wanted):
+        llm.predict_and_call([tool], "go", max_tokens=30)
+    with pytest.raises(ConfigError, match=wanted):
+        await llm.apredict_and_call([tool], "go", max_tokens=30)
+    raw: Any = llm.chat_with_tools([tool], "go", max_tokens=30).raw
+    (invalid,) = raw["copyspec"]["invalid_tool_calls"]
+    assert re.search(wanted, invalid["error"])
+    with pytest.raises(ConfigError, match=r"a whole Order: raise max_tokens"):
+        FunctionCallingProgram.from_defaults(output_cls=Order, llm=llm, prompt=PROMPT)(
+            what="x", llm_kwargs={"max_tokens": 30, "object_class": Order}
+        )
+
+
+async def test_a_number_that_may_go_on_is_not_whole(make_engine: MakeEngine) -> None:
+    class Count(RootModel[int]):
+        pass
+
+    llm = CopySpec(engine=make_engine(lambda prompt: "1234567"), drafter="none")
+    whole = llm.structured_predict(Count, PROMPT, what="x")
+    size = len(llm.tokenizer("1234567"))
+    assert whole.root == 1234567
+    with pytest.raises(ConfigError, match="raise max_tokens"):
+        llm.structured_predict(Count, PROMPT, {"max_tokens": size - 1}, what="x")
 
 
 def test_what_a_validator_refuses_is_refused(make_engine: MakeEngine) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import field_validator
+from pydantic import BaseModel, field_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
 from copyspec_engine.adapters import AdapterOptions
@@ -101,6 +101,8 @@ class Call:
     tool_use: ToolUse | None = None
     """The tools that the prompt tells of."""
     response_format: Grammar | dict[str, Any] | None = None
+    object_class: type[BaseModel] | None = None
+    """What the answer is read as, or its tool call: one that is cut off is an error."""
 
     def __post_init__(self) -> None:
         if self.tool_use is not None and self.prompt is not None:

@@ -21,8 +21,11 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.output_parsers import PydanticOutputParser
+from pydantic import BaseModel
 
 from copyspec_engine import (
+    ConfigError,
     Engine,
     GenerationOutput,
     GenerationRequest,
@@ -32,11 +35,20 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import Talk, answer_metadata, logprobs_metadata, segment_metadata, tool_metadata
+from copyspec_engine.adapters import (
+    Talk,
+    answer_metadata,
+    call_error,
+    cut_off,
+    is_whole_json,
+    logprobs_metadata,
+    segment_metadata,
+    tool_metadata,
+)
 from llama_index.llms.copyspec._convert import to_engine_messages
 from llama_index.llms.copyspec._options import Call
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "refuse_cut_off"]
 
 
 @dataclass
@@ -110,7 +122,11 @@ class Answer:
         return answer
 
     def take(self, chunk: StreamChunk) -> bool:
-        """Add a chunk; True if there is something to tell."""
+        """Add a chunk; True if there is something to tell.
+
+        Raises:
+            ConfigError: an object is expected, and it was cut off.
+        """
         self._segments += chunk.segments
         if chunk.logprobs is not None:
             self._logprobs = [*(self._logprobs or ()), *chunk.logprobs]
@@ -125,6 +141,8 @@ class Answer:
             self._text += chunk.text
         if chunk.is_last:
             self._talk.answered(to_engine_messages([self._message()])[0])
+            if self._call.object_class is not None and not self._has_object(self._call.object_class):
+                refuse_cut_off(self._raw(), f"a whole {self._call.object_class.__name__}")
         return bool(chunk.text or chunk.deltas or chunk.is_last)
 
     def _take_delta(self, delta: ReplyDelta) -> None:
@@ -151,6 +169,16 @@ class Answer:
         """Only whole calls stay."""
         calls = reply.tool_calls[: self._max_calls]
         self._calls = {at: _WrittenCall(call.id, call.name, call.arguments) for at, call in enumerate(calls)}
+
+    def _has_object(self, object_class: type[BaseModel]) -> bool:
+        """Whether there is a whole object in an answer that may have been cut off, in a call or among other text."""
+        if self._calls or is_whole_json(self._text):
+            return True
+        try:
+            PydanticOutputParser(output_cls=object_class).parse(self._text)
+        except ValueError:
+            return False
+        return True
 
     def _add_text(self, text: str) -> None:
         self._text += text
@@ -214,7 +242,7 @@ class Answer:
         output = self._output
         if output is None:
             return {"model": self._model, "copyspec": copyspec}
-        if output.reply is not None and (invalid := self._invalid_calls(output.reply)):
+        if output.reply is not None and (invalid := self._invalid_calls(output, output.reply)):
             copyspec["invalid_tool_calls"] = invalid
         return {
             "model": self._model,
@@ -232,9 +260,9 @@ class Answer:
             },
         }
 
-    def _invalid_calls(self, reply: Reply) -> list[dict[str, Any]]:
+    def _invalid_calls(self, output: GenerationOutput, reply: Reply) -> list[dict[str, Any]]:
         """Calls that nobody makes, and why: they cannot be read, or are more than were asked for."""
-        invalid = [(call.id, call.name, call.arguments, call.error) for call in reply.invalid_tool_calls]
+        invalid = [(call.id, call.name, call.arguments, call_error(call, output)) for call in reply.invalid_tool_calls]
         if self._max_calls is not None:
             invalid += [
                 (call.id, call.name, json.dumps(call.arguments, ensure_ascii=False), "one call too many was written")
@@ -252,6 +280,14 @@ class Answer:
             for found, entry in zip(self._logprobs, entries, strict=True)
             for alternatives in (zip(entry["top_logprobs"], found.top, strict=True),)
         ]
+
+
+def refuse_cut_off(raw: Any, expected: str) -> None:  # noqa: ANN401 - what a response has there
+    """Raise `ConfigError` if the answer whose metadata `raw` is was cut off."""
+    if isinstance(raw, dict) and "finish_reason" in raw:
+        error = cut_off(raw["finish_reason"], raw["usage"]["completion_tokens"], expected)
+        if error is not None:
+            raise ConfigError(error)
 
 
 def _logprob(entry: dict[str, Any]) -> LogProb:

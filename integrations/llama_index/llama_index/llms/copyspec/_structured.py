@@ -50,11 +50,10 @@ class GrammarStructuredLLM(PlainArguments):
                 cut off.
             ValidationError: a validator of the class refuses the answer.
         """
-        _check_class(output_cls)
+        options = self._options(output_cls, llm_kwargs)
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return cast("Model", super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args))
+            return cast("Model", super().structured_predict(output_cls, prompt, options, **prompt_args))
         dispatcher.event(_start(output_cls, prompt, prompt_args))
-        options = _options(output_cls, llm_kwargs)
         if self.metadata.is_chat_model:
             result = _parse(output_cls, self.chat(self._asking_for(output_cls, prompt, prompt_args), **options))
         else:
@@ -72,12 +71,11 @@ class GrammarStructuredLLM(PlainArguments):
         **prompt_args: Any,
     ) -> Model:
         """`structured_predict` for an event loop."""
-        _check_class(output_cls)
+        options = self._options(output_cls, llm_kwargs)
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            result = await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            result = await super().astructured_predict(output_cls, prompt, options, **prompt_args)
             return cast("Model", result)
         dispatcher.event(_start(output_cls, prompt, prompt_args))
-        options = _options(output_cls, llm_kwargs)
         if self.metadata.is_chat_model:
             response = await self.achat(self._asking_for(output_cls, prompt, prompt_args), **options)
             result = _parse(output_cls, response)
@@ -99,12 +97,12 @@ class GrammarStructuredLLM(PlainArguments):
 
         What is not valid yet comes as a `FlexibleModel`, whose missing fields are None.
         """
-        _check_class(output_cls)
+        options = self._options(output_cls, llm_kwargs)
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            yield from super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            yield from super().stream_structured_predict(output_cls, prompt, options, **prompt_args)
             return
         dispatcher.event(_start(output_cls, prompt, prompt_args))
-        options, partial = _options(output_cls, llm_kwargs), _Partial(output_cls)
+        partial = _Partial(output_cls)
         responses: Generator[ChatResponse | CompletionResponse, None, None]
         if self.metadata.is_chat_model:
             responses = self.stream_chat(self._asking_for(output_cls, prompt, prompt_args), **options)
@@ -126,16 +124,16 @@ class GrammarStructuredLLM(PlainArguments):
         **prompt_args: Any,
     ) -> AsyncGenerator[Model | FlexibleModel, None]:
         """`stream_structured_predict` for an event loop."""
-        _check_class(output_cls)
+        options = self._options(output_cls, llm_kwargs)
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             return cast(
                 "AsyncGenerator[Model | FlexibleModel, None]",
-                await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args),
+                await super().astream_structured_predict(output_cls, prompt, options, **prompt_args),
             )
 
         async def objects() -> AsyncGenerator[Model | FlexibleModel, None]:
             dispatcher.event(_start(output_cls, prompt, prompt_args))
-            options, partial = _options(output_cls, llm_kwargs), _Partial(output_cls)
+            partial = _Partial(output_cls)
             responses: AsyncGenerator[ChatResponse | CompletionResponse, None]
             if self.metadata.is_chat_model:
                 responses = await self.astream_chat(self._asking_for(output_cls, prompt, prompt_args), **options)
@@ -149,6 +147,16 @@ class GrammarStructuredLLM(PlainArguments):
             dispatcher.event(LLMStructuredPredictEndEvent(output=partial.value))
 
         return objects()
+
+    def _options(self, output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        """The options of a call whose answer is an object."""
+        if not isinstance(output_cls, type) or not issubclass(output_cls, BaseModel):
+            raise ConfigError(f"Got output_cls={output_cls!r} but expected a subclass of pydantic.BaseModel")
+        options = {**(llm_kwargs or {}), "object_class": output_cls}
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return options
+        form = Grammar(json_schema=output_cls.model_json_schema(), lenient=True, closed=True)
+        return {**options, "response_format": form}
 
     def _asking_for(
         self, output_cls: type[BaseModel], prompt: PromptTemplate, prompt_args: dict[str, Any]
@@ -195,22 +203,10 @@ class _Partial:
         return True
 
 
-def _check_class(output_cls: object) -> None:
-    if not isinstance(output_cls, type) or not issubclass(output_cls, BaseModel):
-        raise ConfigError(f"Got output_cls={output_cls!r} but expected a subclass of pydantic.BaseModel")
-
-
 def _start(
     output_cls: type[BaseModel], prompt: PromptTemplate, prompt_args: dict[str, Any]
 ) -> LLMStructuredPredictStartEvent:
     return LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
-
-
-def _options(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    return {
-        **(llm_kwargs or {}),
-        "response_format": Grammar(json_schema=output_cls.model_json_schema(), lenient=True, closed=True),
-    }
 
 
 def _schema_text(output_cls: type[BaseModel]) -> str:
@@ -222,13 +218,4 @@ def _text(response: ChatResponse | CompletionResponse) -> str:
 
 
 def _parse(output_cls: type[Model], response: ChatResponse | CompletionResponse) -> Model:
-    reason, text = (response.raw or {})["finish_reason"], _text(response)
-    if reason != "stop":
-        try:
-            return output_cls.model_validate_json(text)
-        except ValidationError:
-            raise ConfigError(
-                f"Got {output_cls.__name__} cut off after {len(text)} characters (finish_reason={reason!r}) but "
-                "expected a whole object: raise max_tokens or timeout"
-            ) from None
-    return output_cls.model_validate_json(text)
+    return output_cls.model_validate_json(_text(response))

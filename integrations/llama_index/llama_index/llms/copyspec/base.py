@@ -52,7 +52,7 @@ from copyspec_engine.adapters import (
 )
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
-from llama_index.llms.copyspec._responses import Answer
+from llama_index.llms.copyspec._responses import Answer, refuse_cut_off
 from llama_index.llms.copyspec._room import SHORT_CHATS, tokens_around
 from llama_index.llms.copyspec._sessions import named_session, step_session
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM
@@ -365,6 +365,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         """The complete calls of a response, streamed or whole; one that is still being written is not there yet.
 
         Raises:
+            ConfigError: there is none because the answer was cut off, and `error_on_no_tool_call`.
             ValueError: there is none, and `error_on_no_tool_call`.
         """
         calls = [
@@ -373,6 +374,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
             if isinstance(block, ToolCallBlock) and isinstance(block.tool_kwargs, dict)
         ]
         if not calls and error_on_no_tool_call:
+            refuse_cut_off(response.raw, "a whole call")
             raise ValueError(f"Got no tool call but expected at least one; the answer was {response.message.content!r}")
         return calls
 
@@ -413,8 +415,9 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
             "session_id": named_session(),
             **{name: value for name, value in options.items() if value is not None},
         }
+        object_class = options.pop("object_class", None)
         chosen = self.for_call(options)
-        return Call(options=chosen, response_format=chosen.response_format, **asked)
+        return Call(options=chosen, response_format=chosen.response_format, object_class=object_class, **asked)
 
     def _begin(self, engine: Engine, call: Call) -> tuple[GenerationRequest, Talk]:
         """The request, and its conversation."""
