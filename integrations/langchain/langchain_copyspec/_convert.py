@@ -148,11 +148,11 @@ def _read(position: int, message: BaseMessage) -> _Parts:
     return parts
 
 
-def _read_block(position: int, block: str | dict[str, Any], parts: _Parts) -> None:
+def _read_block(position: int, block: object, parts: _Parts) -> None:
     if isinstance(block, str):
         parts.text += block
         return
-    kind = block.get("type", "text" if "text" in block else "untyped")
+    block, kind = _typed(position, block)
     if kind in _TEXTS and isinstance(block.get("text"), str):
         parts.text += block["text"]
     elif kind in ("reasoning", "thinking", "reasoning_content"):
@@ -164,7 +164,7 @@ def _read_block(position: int, block: str | dict[str, Any], parts: _Parts) -> No
     elif kind == "tool_result":
         result = _Parts()
         content = block.get("content") or ""
-        for inner in [content] if isinstance(content, str) else content:
+        for inner in content if isinstance(content, list | tuple) else [content]:
             _read_block(position, inner, result)
         parts.results.append(
             {"role": "tool", "content": result.text, "tool_call_id": str(block.get("tool_use_id") or "")}
@@ -176,6 +176,17 @@ def _read_block(position: int, block: str | dict[str, Any], parts: _Parts) -> No
         )
     elif kind not in _WRITTEN_ELSEWHERE:
         raise ConfigError(_unreadable(position, kind))
+
+
+def _typed(position: int, block: object) -> tuple[dict[str, Any], str]:
+    """A content block and its type."""
+    if isinstance(block, dict):
+        kind = block.get("type", "text" if "text" in block else "untyped")
+        if isinstance(kind, str):
+            return block, kind
+    raise ConfigError(
+        f'Got {block!r} in the content of messages[{position}] but expected a text or {{"type": "text", "text": ...}}'
+    )
 
 
 def _unreadable(position: int, kind: str) -> str:

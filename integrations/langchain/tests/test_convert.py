@@ -115,6 +115,12 @@ def test_a_result_without_its_call_keeps_what_is_known() -> None:
     )
 
 
+def test_the_content_of_a_result_may_be_one_block() -> None:
+    block = {"type": "tool_result", "tool_use_id": "1", "content": {"type": "text", "text": "12"}}
+    (result,) = to_engine_messages([HumanMessage([block])])
+    assert result["content"] == "12"
+
+
 def test_text_beside_a_result_stays_a_message() -> None:
     blocks: list[str | dict[Any, Any]] = [
         {"type": "tool_result", "tool_use_id": "1", "content": "3"},
@@ -189,6 +195,9 @@ def test_reasoning_is_handed_to_the_template(message: AIMessage) -> None:
         (HumanMessage([{"type": "text", "text": None}]), "text=None in a content block of type 'text'.*a string"),
         (HumanMessage([{"type": "new_kind"}]), "'new_kind'"),
         (HumanMessage([{"cachePoint": {}}]), "'untyped'"),
+        (HumanMessage([{"type": ["text"], "text": "a"}]), r"\['text'\].*expected a text or"),
+        (HumanMessage([{"type": "tool_result", "tool_use_id": "1", "content": [5]}]), "Got 5 in .*expected a text or"),
+        (HumanMessage([{"type": "tool_result", "tool_use_id": "1", "content": 5}]), "Got 5 in .*expected a text or"),
         (AIMessage([{"type": "tool_use", "id": "1", "name": "add", "input": "{"}]), "'add'.*no JSON object"),
         (RemoveMessage(id="1"), "RemoveMessage"),
     ],
