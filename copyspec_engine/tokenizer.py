@@ -148,7 +148,8 @@ class HFTokenizer:
         self._backend: Any = tokenizer.backend_tokenizer
         # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
         self._encoding = threading.Lock()
-        sources = self._sources()
+        self._template_error: ConfigError | None = None
+        sources = self._usable_sources(is_given=chat_template is not None)
         self._chat_format = self._find_format(sources, tool_prompt)
         self._tool_prompt = tool_prompt
         self._begin = self._text_begin()
@@ -174,6 +175,20 @@ class HFTokenizer:
                 f"Got chat templates named {', '.join(sources)} but expected one named default: give one as "
                 "chat_template="
             )
+        return sources
+
+    def _usable_sources(self, *, is_given: bool) -> dict[str, str]:
+        """The chat templates if they can be read; else only prompts can, unless the caller gave the template."""
+        try:
+            sources = self._sources()
+            for source in sources.values():
+                ChatTemplate(source, {})
+        except ConfigError as error:
+            if is_given:
+                raise
+            logger.warning("Only raw prompts can be read, no messages: %s", error)
+            self._template_error = error
+            return {}
         return sources
 
     def _control_tokens(self, sources: Mapping[str, str]) -> dict[str, int]:
@@ -226,6 +241,8 @@ class HFTokenizer:
         template_kwargs: Mapping[str, Any],
     ) -> str:
         """A conversation's text, in which each control token's name that comes from the caller has marks around it."""
+        if self._template_error is not None:
+            raise ConfigError(str(self._template_error))
         if not self._templates:
             raise ConfigError(
                 "Got messages but this model has no chat template, as a base model: use prompt= (complete of an LLM), "

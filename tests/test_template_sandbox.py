@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import copyspec_engine.template_sandbox as sandbox
@@ -14,6 +15,7 @@ from copyspec_engine import ConfigError
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.chat_messages import for_template
 from copyspec_engine.chat_template import ChatTemplate, describe_template, given_template
+from copyspec_engine.tokenizer import HFTokenizer
 
 TEMPLATES = sorted((Path(__file__).parent / "data" / "chat_templates").glob("*.jinja"))
 TEMPLATES += [bundled_model_path() / "chat_template.jinja"]
@@ -156,6 +158,24 @@ def test_a_template_that_is_no_jinja_is_refused_with_its_line() -> None:
         ChatTemplate("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", {})
     with pytest.raises(ConfigError, match="cannot be used"):
         ChatTemplate("{% for a in b %}" * 40 + "{% endfor %}" * 40, {})
+
+
+@pytest.mark.parametrize("template", ["{% for %}", {"odd": "{{ messages }}"}])
+def test_a_checkpoint_whose_template_is_broken_reads_prompts_all_the_same(
+    template: str | dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    tokenizer.chat_template = template
+    prompts = HFTokenizer(tokenizer)
+    assert "Only raw prompts can be read" in caplog.text
+    assert prompts.encode("Hi")
+    assert not prompts.chat_format().is_chat
+    with pytest.raises(ConfigError, match=r"give (?:another|one) as chat_template="):
+        prompts.render([{"role": "user", "content": "Hi"}], None)
+    with pytest.raises(ConfigError, match="not Jinja"):
+        HFTokenizer(tokenizer, chat_template="{% for %}")
+    mended = HFTokenizer(tokenizer, chat_template="{{ messages[0].content }}")
+    assert mended.render([{"role": "user", "content": "Hi"}], None) == mended.encode("Hi", special_tokens=False)
 
 
 def test_a_template_is_given_as_text_or_as_a_file(tmp_path: Path) -> None:
