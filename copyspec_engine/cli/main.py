@@ -55,7 +55,7 @@ def demo(
 ) -> None:
     """Rewrite a document turn by turn, beside plain decoding.
 
-    Exit code 1 if any turn differs from plain decoding, or from transformers generate in float32.
+    Exit code 1 if a turn differs from plain decoding, or with --compare from transformers generate, in float32.
     """
 
     def run() -> int:
