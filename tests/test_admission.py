@@ -104,6 +104,16 @@ def test_a_caller_waits_up_to_its_timeout(full: Engine) -> None:
     asyncio.run(run())
 
 
+def test_a_free_place_is_had_however_short_the_timeout() -> None:
+    async def run() -> None:
+        places = Admission(1)
+        await places.wait_async(0, deadline_s=0.0)
+        with pytest.raises(EngineBusyError):
+            places.take(1)
+
+    asyncio.run(run())
+
+
 def test_a_very_long_timeout_is_none(full: Engine, gate: Gate) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(full.generate, ask("long", timeout_s=1e300))
