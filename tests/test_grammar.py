@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import llguidance
@@ -28,6 +29,7 @@ from copyspec_engine import (
     SamplingParams,
     ToolCalls,
 )
+from copyspec_engine.chat_format import find_chat_format
 from copyspec_engine.copies import FORCED
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.grammar import GrammarCompiler, GrammarState
@@ -145,6 +147,31 @@ def test_draft_trees_with_wrong_branches_give_the_plain_tokens(
             assert_allowed(grammar, written, draft)
         assert any(not draft.is_chain for _, draft in verified) or grammar is not RECORD
         verified.clear()
+    assert_all_slots_free(engine)
+
+
+_LAYOUTS = {
+    layout.model_dump_json(): path.stem
+    for path in sorted((Path(__file__).parent / "data" / "chat_templates").glob("*.jinja"))
+    if (layout := find_chat_format(path.read_text(encoding="utf-8"), None).calls) is not None
+}
+DIALECTS = {name: json.loads(layout) for layout, name in _LAYOUTS.items()}
+"""Layouts of calls by a model that writes them."""
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_calls_are_the_same_whatever_is_drafted_in_every_dialect(make_engine: MakeEngine, name: str) -> None:
+    engine = make_engine("llama")
+    tools = ToolCalls(tools=TOOLS, tool_choice="required", **DIALECTS[name])
+    grammar = Grammar(tools=tools)
+    policy = engine._core.policy
+    for options in ({}, {"temperature": 1.0, "seed": 5}):
+        plain = ask(engine, grammar, "none", **options)
+        for _ in range(2):
+            assert same_answer(plain, ask(engine, grammar, "adaptive", **options))
+        engine._core.policy = OracleTrees(plain.token_ids, 1)  # type: ignore[assignment]
+        assert same_answer(plain, ask(engine, grammar, "adaptive", **options))
+        engine._core.policy = policy
     assert_all_slots_free(engine)
 
 
