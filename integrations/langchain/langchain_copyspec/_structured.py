@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal, cast
 
@@ -9,7 +10,11 @@ from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
-from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.output_parsers.openai_tools import (
+    JsonOutputKeyToolsParser,
+    JsonOutputToolsParser,
+    PydanticToolsParser,
+)
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.pydantic import TBaseModel, is_basemodel_subclass
@@ -21,7 +26,7 @@ __all__ = ["Method", "answer_parser", "call_parser", "with_raw"]
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
 
-def _refuse_cut_off(result: list[Generation]) -> None:
+def _refuse_cut_off(result: list[Generation], *, is_call: bool) -> None:
     """LangChain's JSON reader completes what is cut off: half a text would pass for the whole one."""
     message = result[0].message if isinstance(result[0], ChatGeneration) else None
     if not isinstance(message, AIMessage) or message.usage_metadata is None:
@@ -30,13 +35,28 @@ def _refuse_cut_off(result: list[Generation]) -> None:
     error = cut_off(reason, tokens, "a whole object")
     if error is not None and not (message.tool_calls or is_whole_json(str(message.text))):
         raise OutputParserException(error, llm_output=str(message.text))
+    is_half = bool(message.invalid_tool_calls) if is_call else not _is_json(str(message.text))
+    if reason == "stop" and is_half and not message.tool_calls:  # grammars end with the object, so nothing else did
+        raise OutputParserException(
+            f"Got an answer that stop or stop_token_ids ended after {tokens} tokens but expected a whole object: leave "
+            "them out",
+            llm_output=str(message.text),
+        )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class _Whole(BaseOutputParser[Any]):
     """A parser that takes no object which is cut off."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:  # noqa: ANN401 - any object
-        _refuse_cut_off(result)
+        _refuse_cut_off(result, is_call=isinstance(self, JsonOutputToolsParser))
         return super().parse_result(result, partial=partial)
 
 

@@ -138,6 +138,19 @@ async def test_half_an_object_is_no_object(make_engine: MakeEngine, method: Any)
             assert re.search(wanted, str(result["parsing_error"]))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_object_that_a_stop_text_ended_is_no_object(make_engine: MakeEngine, method: Any) -> None:
+    llm = ChatCopySpec(engine=make_engine(reply), stop=["walks"])
+    for schema in (Joke, Joke.model_json_schema()):
+        chain = llm.with_structured_output(schema, method=method)
+        with pytest.raises(
+            OutputParserException, match=r"stop or stop_token_ids ended after \d+ tokens.*leave them out"
+        ):
+            chain.invoke("go")
+        with pytest.raises(OutputParserException, match="leave them out"):
+            list(chain.stream("go"))
+
+
 def test_an_object_may_take_all_of_max_tokens(llm: ChatCopySpec) -> None:
     size = len(llm.get_token_ids(json.dumps(JOKE)))
     result: Any = llm.with_structured_output(Joke, include_raw=True).invoke("go", max_tokens=size)
