@@ -79,12 +79,13 @@ def answers(
     cases: Seq[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]],
     cancelled: Seq[int] | set[int] = (),
 ) -> list[GenerationOutput]:
-    """Everything at once; some are cancelled at their first chunk."""
+    """Everything at once; some are cancelled, by turns at their first chunk and while they wait."""
     handles = [
         engine.submit(GenerationRequest(**options, **extra, sampling=SamplingParams(**sampling)))
         for options, sampling, extra in cases
     ]
-    for i in cancelled:
-        next(handles[i])
+    for turn, i in enumerate(sorted(cancelled)):
+        if turn % 2 == 0:
+            next(handles[i])
         engine.cancel(handles[i].request_id)
     return [handle.result() for handle in handles]

@@ -69,7 +69,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_runs_on_the_bundled_model(tmp_path: Path, name: str) -> None:
-    output = passed(name, "--data", "sample", "--max-new-token", "48", "--output", tmp_path)
+    output = passed(name, "--data", "sample", "--max-new-token", "24", "--output", tmp_path)
     tasks, turns = load_tasks(BENCHMARKS[name], SAMPLE), BENCHMARKS[name].num_turns
     assert f"identical outputs: {len(tasks)}/{len(tasks)}" in output
     records = written(tmp_path)
@@ -292,11 +292,11 @@ def test_a_value_for_a_flag_is_refused() -> None:
 def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     rows = [
         {"question_id": i, "category": "x", "turns": [f"Repeat this text:\nline {i} of many", "Repeat the document."]}
-        for i in range(14)
+        for i in range(8)
     ]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    words = ["mt-bench", "--data", str(data), "--max-new-token", "24", "--output"]
+    words = ["mt-bench", "--data", str(data), "--max-new-token", "16", "--output"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "copyspec_engine", "eval", *words, str(killed)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -307,7 +307,7 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
     before = turns.read_bytes()
     complete = before[: len(b"".join(before.splitlines(keepends=True)[: before.count(b"\n") // 4 * 4]))]
-    assert 4 <= complete.count(b"\n") < 4 * 14
+    assert 4 <= complete.count(b"\n") < 4 * 8
     passed(*words, killed)
     assert turns.read_bytes().startswith(complete), "what was complete is not written again"
     passed(*words, whole)
@@ -318,7 +318,7 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_limit_can_be_raised_later(tmp_path: Path) -> None:
-    words = ("mt-bench", "--data", "sample", "--max-new-token", "16", "--output", tmp_path)
+    words = ("mt-bench", "--data", "sample", "--max-new-token", "8", "--output", tmp_path)
     passed(*words, "--limit", "1")
     first = (tmp_path / "turns.jsonl").read_bytes()
     passed(*words)
