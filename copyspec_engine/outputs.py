@@ -289,7 +289,7 @@ class EngineInfo:
         if exact:
             return "the tokens of plain decoding, to the last bit of arithmetic"
         if dtype == "float32":
-            return "the tokens of plain decoding (only an exact tie between two tokens could fall the other way)"
+            return "the tokens of plain decoding, but where rounding decides between two; exact=True rules that out"
         return (
             f"the tokens of plain decoding but for near ties between two tokens, which {dtype} may round the other way "
             "in a pass of another width; exact=True rules that out"
