@@ -56,6 +56,7 @@ from copyspec_engine.outputs import (
     ToolCall,
     Usage,
 )
+from copyspec_engine.progress import LoadProgress, OnProgress
 
 if TYPE_CHECKING:
     from copyspec_engine.engine import Engine, shared_engine
@@ -86,9 +87,11 @@ __all__ = [
     "GenerationRequest",
     "Grammar",
     "InvalidToolCall",
+    "LoadProgress",
     "MemoryFileError",
     "ModelLoadError",
     "NoDrafter",
+    "OnProgress",
     "Reply",
     "ReplyDelta",
     "RequestFailedError",

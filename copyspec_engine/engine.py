@@ -42,8 +42,9 @@ from copyspec_engine.handle import RequestHandle
 from copyspec_engine.loop import EngineLoop
 from copyspec_engine.memory_view import ConversationMemory
 from copyspec_engine.metrics import EngineMetrics
-from copyspec_engine.model_runner import LoadedModel, Progress, load_model
+from copyspec_engine.model_runner import LoadedModel, load_model
 from copyspec_engine.outputs import EngineInfo, GenerationOutput, StreamChunk
+from copyspec_engine.progress import OnProgress
 from copyspec_engine.provenance import explain
 from copyspec_engine.replies import Form, ReplyParser
 from copyspec_engine.sequence import Sequence
@@ -66,7 +67,7 @@ class Engine:
     Args:
         config: what to load; default: the bundled model.
         model: a model that is loaded already (tests); then `config.model` only names it.
-        on_progress: told in a few words of each phase of loading as it begins, in the engine's thread.
+        on_progress: told of each phase of loading as it begins, in the engine's thread.
 
     Raises:
         ModelLoadError, UnsupportedModelError: see `load_model`.
@@ -77,7 +78,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         model: LoadedModel | None = None,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         self._config = config or EngineConfig()
         load = partial(load_model, self._config, on_progress) if model is None else lambda: model
@@ -440,7 +441,7 @@ _shared_locks: dict[EngineConfig, threading.Lock] = {}
 _registry_lock = threading.Lock()
 
 
-def shared_engine(config: EngineConfig | None = None, on_progress: Progress | None = None) -> Engine:
+def shared_engine(config: EngineConfig | None = None, on_progress: OnProgress | None = None) -> Engine:
     """This process's engine for a config, loaded on first use; equal configs share one. Thread-safe, may block.
 
     Args:

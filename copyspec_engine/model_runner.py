@@ -66,13 +66,14 @@ from copyspec_engine.ordered_attention import OrderedRow
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packing import Piece
 from copyspec_engine.peft_adapter import base_of_adapter, merge_adapter, tokenizer_path
+from copyspec_engine.progress import LoadPhase, LoadProgress, OnProgress
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.sequence import Sequence
 from copyspec_engine.stateful_runner import StatefulRunner, check_state
 from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
 from copyspec_engine.vocabulary import refuse_other_vocabulary
 
-__all__ = ["LoadedModel", "ModelRunner", "Progress", "Runner", "load_model", "prepare", "read_tokenizer"]
+__all__ = ["LoadedModel", "ModelRunner", "Runner", "load_model", "prepare", "read_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,6 @@ STEP_WIDTHS = (1, 2, 16, 4, 64, 8, 32, 256, 128)
 _LEAST_WIDTHS = 4
 """How many of them are measured on the slowest model."""
 _CALIBRATION_CONTEXT = 256
-Progress = Callable[[str], None]
-"""Told what is going on: "reading the weights of NAME"."""
 
 _loading = threading.Lock()
 """transformers builds models under process-wide settings: two at once spoil each other."""
@@ -316,7 +315,7 @@ class LoadedModel:
         return None if self.exact_widths is None else self.exact_widths[-1]
 
 
-def load_model(config: EngineConfig, on_progress: Progress | None = None) -> LoadedModel:
+def load_model(config: EngineConfig, on_progress: OnProgress | None = None) -> LoadedModel:
     """Load weights and tokenizer, check that the architecture can be served, and size the KV pool.
 
     Args:
@@ -334,13 +333,13 @@ def load_model(config: EngineConfig, on_progress: Progress | None = None) -> Loa
         return prepare(model, tokenizer, config, on_progress, draft)
 
 
-def _read(config: EngineConfig, on_progress: Progress | None) -> tuple[PreTrainedModel, ChatTokenizer]:
+def _read(config: EngineConfig, on_progress: OnProgress | None) -> tuple[PreTrainedModel, ChatTokenizer]:
     """A model on its device, and its tokenizer."""
     path, device = _path(config), resolve_device(config)
     refuse_files(config.model, path)
     with _load_failures(config):
         base = base_of_adapter(path, config)
-        with _loading, _phase("reading the weights", config, on_progress):
+        with _loading, _phase("read", "reading the weights of", config, on_progress):
             model = read_model(base or path, device, config)
             if base is not None:
                 model = merge_adapter(model, path)
@@ -385,7 +384,7 @@ def prepare(
     model: PreTrainedModel,
     tokenizer: ChatTokenizer,
     config: EngineConfig,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     draft: tuple[PreTrainedModel, ChatTokenizer] | None = None,
 ) -> LoadedModel:
     """Make a model that is in memory ready to serve, with its draft model if there is one (see `load_model`)."""
@@ -425,7 +424,7 @@ class _Served:
 
 
 def _check(
-    model: PreTrainedModel, config: EngineConfig, on_progress: Progress | None, *, decides: bool = True
+    model: PreTrainedModel, config: EngineConfig, on_progress: OnProgress | None, *, decides: bool = True
 ) -> _Served:
     """Check how a model can be served; one that only drafts does not decide about tokens."""
     refuse_unsupported(config.model, model.config)
@@ -434,7 +433,7 @@ def _check(
     if reason is not None and config.exact:
         raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")
     num_parameters = model.num_parameters()  # before tied weights are laid out apart
-    with _phase("checking", config, on_progress):
+    with _phase("check", "checking", config, on_progress):
         if decides:
             decide_in_float32(model, config.model)
         if reason is None:
@@ -463,7 +462,7 @@ def _ready(
     tokenizer: ChatTokenizer,
     config: EngineConfig,
     served: _Served,
-    on_progress: Progress | None,
+    on_progress: OnProgress | None,
     bytes_beside: int = 0,
 ) -> LoadedModel:
     """A checked model with its KV pool, and what its passes cost.
@@ -484,7 +483,7 @@ def _ready(
     step_cost, is_measured = config.step_cost or (), False
     if not step_cost and isinstance(runner, ModelRunner):
         is_measured = True
-        with _phase("measuring", config, on_progress):
+        with _phase("measure", "measuring", config, on_progress):
             step_cost = _measured_cost(runner, model, config, min(num_slots, max_model_len), served)
     return LoadedModel(
         runner=runner,
@@ -511,13 +510,13 @@ def _ready(
 
 
 @contextlib.contextmanager
-def _phase(what: str, config: EngineConfig, on_progress: Progress | None) -> Iterator[None]:
+def _phase(phase: LoadPhase, doing: str, config: EngineConfig, on_progress: OnProgress | None) -> Iterator[None]:
     """Tell of a phase of loading as it begins, and log how long it took."""
     if on_progress is not None:
-        on_progress(f"{what} of {config.model}" if " " in what else f"{what} {config.model}")
+        on_progress(LoadProgress(phase, f"{doing} {config.model}"))
     start = time.perf_counter()
     yield
-    logger.info("%s: %s took %.1f s", config.model, what, time.perf_counter() - start)
+    logger.info("%s %s took %.1f s", doing, config.model, time.perf_counter() - start)
 
 
 def _measured_cost(

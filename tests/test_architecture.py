@@ -18,6 +18,7 @@ LEVELS = {
         "metrics",
         "explanation",
         "outputs",
+        "progress",
     },
     1: {
         "admission",

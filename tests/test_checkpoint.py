@@ -12,7 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from copyspec_engine import ConfigError, CopySpecError, Engine, EngineConfig, ModelLoadError, UnsupportedModelError
+from copyspec_engine import (
+    ConfigError,
+    CopySpecError,
+    Engine,
+    EngineConfig,
+    LoadProgress,
+    ModelLoadError,
+    UnsupportedModelError,
+)
 from copyspec_engine.attention import KVBatch, KVRow, KVStore
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.checkpoint import load_failure, read_model
@@ -107,17 +115,19 @@ def test_each_layer_keeps_its_kv_and_looks_at_it_on_its_own_device() -> None:
 
 
 def test_loading_says_what_it_does(folder: str, caplog: pytest.LogCaptureFixture) -> None:
-    phases: list[str] = []
+    said: list[LoadProgress] = []
     caplog.set_level(logging.INFO, logger="copyspec_engine")
-    Engine(EngineConfig(model=folder, max_model_len=64), on_progress=phases.append).close()
-    assert phases == [f"reading the weights of {folder}", f"checking {folder}", f"measuring {folder}"]
-    for phase in ("reading the weights", "checking", "measuring"):
-        assert f"{folder}: {phase} took " in caplog.text
+    Engine(EngineConfig(model=folder, max_model_len=64), on_progress=said.append).close()
+    words = [f"reading the weights of {folder}", f"checking {folder}", f"measuring {folder}"]
+    assert [progress.phase for progress in said] == ["read", "check", "measure"]
+    assert [str(progress) for progress in said] == words
+    for text in words:
+        assert f"{text} took " in caplog.text
 
 
 def test_an_error_in_on_progress_reaches_the_caller(folder: str) -> None:
-    def explode(text: str) -> None:
-        raise RuntimeError(f"no room for {text[:7]}")
+    def explode(progress: LoadProgress) -> None:
+        raise RuntimeError(f"no room for {progress.text[:7]}")
 
     with pytest.raises(ModelLoadError, match="no room for reading"):
         Engine(EngineConfig(model=folder), on_progress=explode)

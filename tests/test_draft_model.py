@@ -22,6 +22,7 @@ from copyspec_engine import (
     EngineConfig,
     GenerationOutput,
     GenerationRequest,
+    LoadProgress,
     ModelLoadError,
     SamplingParams,
     UnsupportedModelError,
@@ -369,12 +370,12 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 def test_both_models_are_loaded_from_folders(tmp_path: Path) -> None:
     own = save(tmp_path / "own", build_model("llama"), BYTES)
     small = save(tmp_path / "small", build_model("llama", 3), BYTES)
-    said: list[str] = []
+    said: list[LoadProgress] = []
     config = EngineConfig(model=own, draft_model=small, step_cost=STEP_COST, draft_model_step_cost=CHEAP)
     with Engine(config, on_progress=said.append) as engine:
         assert engine.info.draft_model == small
         assert engine.info.draft_model_step_cost == CHEAP
-        assert f"reading the weights of {small}" in said
+        assert f"reading the weights of {small}" in map(str, said)
         draft = engine._model.draft
         assert draft is not None
         assert (draft.num_slots, draft.device) == (engine.info.num_kv_slots, "cpu")

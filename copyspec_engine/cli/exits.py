@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from copyspec_engine import CopySpecError
+from copyspec_engine import CopySpecError, LoadProgress
 
 __all__ = ["console", "exit_with", "shown_on"]
 
@@ -22,9 +22,14 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def shown_on(status: Status) -> Callable[[str], None]:
+def shown_on(status: Status) -> Callable[[LoadProgress], None]:
     """Shows each phase of loading beside a spinner."""
-    return lambda text: status.update(f"{escape(text[:1].upper() + text[1:])} ...")
+
+    def show(progress: LoadProgress) -> None:
+        text = str(progress)
+        status.update(f"{escape(text[:1].upper() + text[1:])} ...")
+
+    return show
 
 
 def exit_with(run: Callable[[], int]) -> None:
