@@ -42,10 +42,6 @@ _OWN_KERNELS = {
     "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
 """What transformers itself brings along, by the attribute that chooses it."""
-_GGUF_ADVICE = (
-    "models are read from a folder or hub name in transformers' own form: give the model that the GGUF was made from, "
-    "with quantization='int8' if memory is short"
-)
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
@@ -140,25 +136,12 @@ def refuse_files(name: str, path: str) -> None:
     """Turn away what is a file, where a folder or a name on the hub is wanted.
 
     Raises:
-        ModelLoadError: it is a file, or a folder of nothing but GGUF files.
+        ModelLoadError: it is a file.
     """
-    is_folder = os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json"))
-    if path.lower().endswith(".gguf") or _begins_with(path, b"GGUF"):
-        what = "a GGUF file" if os.path.exists(path) else "a GGUF file that is not there"
-    elif is_folder and any(file.lower().endswith(".gguf") for file in os.listdir(path)):
-        what = "a folder of GGUF files"
-    elif os.path.isfile(path):
-        raise ModelLoadError(f"Got model={name!r}, a file, but expected the folder that holds the model's files")
-    else:
-        return
-    raise ModelLoadError(f"Got model={name!r}, {what}, but {_GGUF_ADVICE}")
-
-
-def _begins_with(path: str, magic: bytes) -> bool:
-    if not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
+    if os.path.isfile(path):
+        raise ModelLoadError(
+            f"Got model={name!r}, a file, but expected a GGUF file or the folder that holds the model's files"
+        )
 
 
 def _int8_weights() -> TorchAoConfig:
@@ -193,7 +176,7 @@ def load_failure(name: str, path: str, error: Exception) -> str:
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         return f"Got model={name!r} but the folder has no config.json: give the folder that holds the model's files"
     if not os.path.isdir(path) and "gguf" in name.lower():
-        reason += f". If it holds GGUF files: {_GGUF_ADVICE}"
+        reason += ". If it holds GGUF files: download one and give its path"
     where = (
         "the folder"
         if os.path.isdir(path)
