@@ -111,6 +111,7 @@ class Engine:
             num_kv_slots=model.num_slots,
             kv_bytes_per_token=model.kv_bytes_per_token,
             step_cost=model.step_cost,
+            quantization=model.quantization,
             exact=self._config.exact,
             drafting_error=model.drafting_error,
             execution=model.execution,

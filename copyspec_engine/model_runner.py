@@ -62,6 +62,7 @@ from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedMod
 from copyspec_engine.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.float32_head import decide_in_float32
 from copyspec_engine.generation_defaults import GenerationDefaults, read_defaults
+from copyspec_engine.models.gguf import convert, is_gguf
 from copyspec_engine.ordered_attention import OrderedRow
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packing import Piece
@@ -306,6 +307,8 @@ class LoadedModel:
     """See `EngineInfo`."""
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What the checkpoint says of calls that do not say otherwise."""
+    quantization: str | None = None
+    """See `EngineInfo`."""
     draft: LoadedModel | None = None
     """A smaller model with the same vocabulary and as many slots, which drafts."""
 
@@ -330,14 +333,17 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None = None) -> L
     model, tokenizer = _read(config, on_progress)
     draft = None if config.draft_model is None else _read(config.for_draft_model(), on_progress)
     with _load_failures(config):
-        return prepare(model, tokenizer, config, on_progress, draft)
+        loaded = prepare(model, tokenizer, config, on_progress, draft)
+        loaded.quantization = _quantization(config)
+        return loaded
 
 
 def _read(config: EngineConfig, on_progress: OnProgress | None) -> tuple[PreTrainedModel, ChatTokenizer]:
     """A model on its device, and its tokenizer."""
-    path, device = _path(config), resolve_device(config)
-    refuse_files(config.model, path)
+    device = resolve_device(config)
     with _load_failures(config):
+        path = _folder(config, on_progress)
+        refuse_files(config.model, path)
         base = base_of_adapter(path, config)
         with _loading, _phase("read", "reading the weights of", config, on_progress):
             model = read_model(base or path, device, config)
@@ -353,8 +359,8 @@ def read_tokenizer(config: EngineConfig) -> ChatTokenizer:
         ModelLoadError: there is none, or it cannot be read.
         UnsupportedModelError: it is not a fast one.
     """
-    path = _path(config)
     with _load_failures(config):
+        path = _folder(config)
         words = tokenizer_path(path, base_of_adapter(path, config))
         tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=config.trust_remote_code)
         return HFTokenizer(tokenizer, chat_template=config.chat_template, tool_prompt=config.tool_prompt)
@@ -362,6 +368,21 @@ def read_tokenizer(config: EngineConfig) -> ChatTokenizer:
 
 def _path(config: EngineConfig) -> str:
     return str(bundled_model_path()) if config.model == BUNDLED_MODEL else os.path.expanduser(config.model)
+
+
+def _folder(config: EngineConfig, on_progress: OnProgress | None = None) -> str:
+    """Where transformers finds the model: a folder or a name on the hub."""
+    path = _path(config)
+    if not is_gguf(path):
+        return path
+    with _loading:
+        return str(convert(path, on_progress).folder)
+
+
+def _quantization(config: EngineConfig) -> str | None:
+    """How the weights were kept before they were read; None: as they are used."""
+    path = _path(config)
+    return f"GGUF {convert(path).quantization}" if is_gguf(path) else config.quantization
 
 
 @contextlib.contextmanager

@@ -242,6 +242,9 @@ class EngineInfo:
     step_cost: tuple[tuple[int, float], ...]
     """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller; empty if nothing
     is drafted."""
+    quantization: str | None = None
+    """How the weights are or were rounded: "int8", or the kind of a GGUF file ("GGUF Q4_K_M"), whose weights are used
+    in `dtype`; None: not by what is known here."""
     exact: bool = False
     """Whether a token has the same bits in passes of any width (`EngineConfig.exact`)."""
     drafting_error: str | None = None

@@ -26,7 +26,7 @@ def run_info(config: EngineConfig, console: Console) -> int:
         "architecture": info.architecture,
         "parameters": f"{info.num_parameters:,}",
         "device": _device_name(info.device),
-        "dtype": info.dtype,
+        "dtype": info.dtype if info.quantization is None else f"{info.dtype} ({info.quantization})",
         "longest context": f"{info.max_model_len:,} tokens",
         "KV cache": f"{slots:,} tokens of {info.kv_bytes_per_token:,} bytes, {_size(slots * info.kv_bytes_per_token)}",
         "tool calling": info.tool_calling or "no",

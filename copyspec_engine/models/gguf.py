@@ -112,13 +112,14 @@ def _free(root: Path) -> int:
 
 def _digest(paths: tuple[Path, ...], root: Path, on_progress: OnProgress | None) -> str:
     """The hash of the files' content, remembered while their sizes and times of change are the same."""
-    state = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    stats = [path.stat() for path in paths]
+    state = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)]
     memo = root / "seen" / f"{hashlib.sha256(str(paths[0]).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         seen = json.loads(memo.read_text(encoding="utf-8"))
         if seen["state"] == state:
             return str(seen["digest"])
-    total, done, digest = sum(size for _, size, _ in state), 0, hashlib.sha256()
+    total, done, digest = sum(stat.st_size for stat in stats), 0, hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
@@ -143,8 +144,6 @@ def _write_whole(path: Path, text: str) -> None:
 
 def _make(file: GgufFile, folder: Path, on_progress: OnProgress | None) -> None:
     """Write the folder under another name, then give it its own."""
-    from copyspec_engine.models.gguf_weights import num_bytes
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -186,7 +185,8 @@ def _write(file: GgufFile, folder: Path, root: Path, on_progress: OnProgress | N
     gguf_weights.write_weights(file, config, folder, tell)
     config.save_pretrained(folder)
     ends = end_tokens(file)
-    GenerationConfig(
+    build: Any = GenerationConfig
+    build(
         bos_token_id=config.bos_token_id, eos_token_id=ends or None, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

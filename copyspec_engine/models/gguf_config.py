@@ -59,12 +59,8 @@ class _Keys:
             )
 
     def _is_usual(self, key: str) -> bool:
-        value = self._values[key]
-        return {
-            "attention.causal": value is True,
-            "expert_count": value == 0,
-            "attention.value_length": value == self.head_dim,
-        }.get(key, True)
+        usual = {"attention.causal": True, "expert_count": 0, "attention.value_length": self.head_dim}
+        return key not in usual or bool(self._values[key] == usual[key])
 
     @property
     def head_dim(self) -> int:

@@ -172,7 +172,9 @@ class _Header:
         places = [self._tensor() for _ in range(num_tensors)]
         alignment = int(metadata.get("general.alignment", 32))
         start = -(-self._at // alignment) * alignment
-        return metadata, [GgufTensor(*place, self._path, start + offset) for *place, offset in places]
+        return metadata, [
+            GgufTensor(name, shape, kind, self._path, start + offset) for name, shape, kind, offset in places
+        ]
 
     def _begin(self) -> tuple[int, int]:
         if self._data[:4] != _MAGIC:

@@ -67,7 +67,8 @@ def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     _add_tokens(tokenizer, read)
     special = {f"{name}_token": read.special(key) for name, key in _SPECIAL.items()}
     _add_ends(tokenizer, read, special)
-    whole = PreTrainedTokenizerFast(
+    build: Any = PreTrainedTokenizerFast
+    whole: PreTrainedTokenizerFast = build(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         **{name: token for name, token in special.items() if token is not None},

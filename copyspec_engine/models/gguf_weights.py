@@ -62,14 +62,14 @@ def _type_of(tensor: GgufTensor) -> GGMLQuantizationType:
 
 def _stored_bytes(tensor: GgufTensor) -> int:
     block, size = GGML_QUANT_SIZES[_type_of(tensor)]
-    return prod(tensor.shape) // block * size
+    return int(prod(tensor.shape) // block * size)
 
 
 def quantization(file: GgufFile) -> str:
     """What the file calls its types as a whole ("Q4_K_M"), else the type of most weights ("Q4_K")."""
     number = file.metadata.get("general.file_type")
     if number in list(LlamaFileType) and number != LlamaFileType.GUESSED:
-        return LlamaFileType(number).name.split("_", 1)[1]
+        return str(LlamaFileType(number).name.split("_", 1)[1])
     weights: dict[str, int] = {}
     for tensor in file.tensors:
         name = _type_of(tensor).name
@@ -112,7 +112,8 @@ def write_weights(file: GgufFile, config: PreTrainedConfig, folder: Path, tell: 
     plan = _plan(file, config)
     parts = list(_parts(plan))
     names = [_part_name(i, len(parts)) for i in range(len(parts))]
-    done, places = 0, {}
+    done = 0
+    places: dict[str, str] = {}
     for name, part in zip(names, parts, strict=True):
         weights: dict[str, torch.Tensor] = {}
         for target, tensor in part:
@@ -193,9 +194,7 @@ def _read(tensor: GgufTensor) -> torch.Tensor:
         ) from error
 
 
-def _as_transformers_has_it(
-    weight: torch.Tensor, name: str, file: GgufFile, config: PreTrainedConfig
-) -> torch.Tensor:
+def _as_transformers_has_it(weight: torch.Tensor, name: str, file: GgufFile, config: PreTrainedConfig) -> torch.Tensor:
     """Undo what the way into GGUF did to a tensor's values."""
     if file.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
