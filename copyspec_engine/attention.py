@@ -197,6 +197,7 @@ class KVBatch:
         written: see above.
         rows: one for each sequence, in the order of their tokens.
         paged: the same for kernels, instead of the three above.
+        device: where `write` and `rows` are; None with `paged`, whose layers are all on one device.
     """
 
     store: KVStore
@@ -204,15 +205,18 @@ class KVBatch:
     written: int = 0
     rows: Sequence[Row] = ()
     paged: PagedRows | None = None
+    device: torch.device | None = None
     _copies: dict[torch.device, KVBatch] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> KVBatch:
         """The same on a layer's own device, where a model's layers are on several."""
-        if self.paged is not None or device == self.rows[0].new_positions.device:
+        if self.paged is not None or device == self.device:
             return self
         if device not in self._copies:
             rows = [row.on(device) for row in self.rows]
-            self._copies[device] = replace(self, write=on_device(self.write, device), rows=rows, _copies={})
+            self._copies[device] = replace(
+                self, write=on_device(self.write, device), rows=rows, device=device, _copies={}
+            )
         return self._copies[device]
 
 

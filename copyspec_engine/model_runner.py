@@ -127,6 +127,7 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._device = model.device
+        self._vocab_size = vocab_size(model)
         self._store = KVStore(num_slots)
         self._exact_widths = exact_widths
         self._passes: StaticPasses | None = None
@@ -135,7 +136,7 @@ class ModelRunner:
 
     @property
     def vocab_size(self) -> int:
-        return vocab_size(self._model)
+        return self._vocab_size
 
     @property
     def store(self) -> KVStore:
@@ -173,9 +174,11 @@ class ModelRunner:
             row.stop - 1 - i for row, piece in zip(rows, pieces, strict=True) for i in reversed(range(piece.num_logits))
         ]
         positions = torch.cat([row.new_positions for row in rows])
+        if written < len(ids):
+            positions = F.pad(positions, (0, len(ids) - written))
         result = self._model(
             input_ids=torch.tensor([ids], device=self._device),
-            position_ids=F.pad(positions, (0, len(ids) - written))[None],
+            position_ids=positions[None],
             use_cache=False,
             logits_to_keep=self._to_keep(wanted, len(ids)),
             kv_batch=KVBatch(
@@ -183,6 +186,7 @@ class ModelRunner:
                 write=self._index(np.concatenate([piece.slots[piece.base : piece.context] for piece in pieces])),
                 written=written,
                 rows=rows,
+                device=self._device,
             ),
         )
         logits: torch.Tensor = result.logits[0]  # from some models those of every token

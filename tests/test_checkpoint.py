@@ -98,7 +98,7 @@ def test_a_device_map_and_a_device_exclude_each_other() -> None:
 def test_each_layer_keeps_its_kv_and_looks_at_it_on_its_own_device() -> None:
     visible = torch.tensor([[True, False], [False, True]])
     row = KVRow(0, 2, torch.tensor([0, 2, 5]), torch.tensor([0, 1, 1]), visible)
-    batch = KVBatch(KVStore(8), torch.tensor([2, 5]), 2, [row])
+    batch = KVBatch(KVStore(8), torch.tensor([2, 5]), 2, [row], device=CPU)
     other = batch.on(torch.device("meta"))
     assert batch.on(CPU) is batch
     assert batch.on(torch.device("meta")) is other, "made once a pass"
