@@ -21,7 +21,6 @@ __all__ = [
     "load_failure",
     "longest_context",
     "read_model",
-    "refuse_files",
     "refuse_unreadable_tokens",
     "refuse_unsupported",
     "relative_difference",
@@ -132,18 +131,6 @@ def _without_foreign_kernels(name: str, hf_config: PreTrainedConfig) -> None:
                 setattr(part, key, None)
 
 
-def refuse_files(name: str, path: str) -> None:
-    """Turn away what is a file, where a folder or a name on the hub is wanted.
-
-    Raises:
-        ModelLoadError: it is a file.
-    """
-    if os.path.isfile(path):
-        raise ModelLoadError(
-            f"Got model={name!r}, a file, but expected a GGUF file or the folder that holds the model's files"
-        )
-
-
 def _int8_weights() -> TorchAoConfig:
     """Linear layers' weights rounded to 8 bits while they are read; activations stay as they are.
 
@@ -167,22 +154,9 @@ def _resolve_dtype(dtype: str, device: torch.device, quantized: bool) -> torch.d
 def load_failure(name: str, path: str, error: Exception) -> str:
     """What to do about a model that could not be loaded, and all that the error said."""
     reason = str(error).strip() or type(error).__name__
-    looks_local = path.startswith((".", os.path.sep)) or path.count("/") > 1
-    if looks_local and not os.path.isdir(path):
-        return (
-            f"Got model={name!r} but there is no such folder: check the path, or give a hub name such as "
-            "Qwen/Qwen2.5-7B-Instruct"
-        )
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+    if path and not os.path.exists(os.path.join(path, "config.json")):
         return f"Got model={name!r} but the folder has no config.json: give the folder that holds the model's files"
-    if not os.path.isdir(path) and "gguf" in name.lower():
-        reason += ". If it holds GGUF files: download one and give its path"
-    where = (
-        "the folder"
-        if os.path.isdir(path)
-        else "the hub (no folder is called so; is the name right, and is there a network?)"
-    )
-    return f"Could not load model={name!r} from {where}: {type(error).__name__}: {reason}"
+    return f"Could not load model={name!r}: {type(error).__name__}: {reason}"
 
 
 def refuse_unsupported(name: str, hf_config: Any) -> None:  # noqa: ANN401 - each architecture has its own config class

@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.chat_format import ChatFormat, find_chat_format
 from copyspec_engine.chat_template import describe_template, given_template
-from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
-from copyspec_engine.errors import ConfigError
+from copyspec_engine.config import EngineConfig
+from copyspec_engine.errors import ConfigError, ModelLoadError
+from copyspec_engine.models import find_model
 
 __all__ = ["ModelFacts", "read_model_facts"]
 
@@ -37,29 +37,16 @@ class ModelFacts:
 
 def read_model_facts(config: EngineConfig) -> ModelFacts | None:
     """The facts of a config's model; None for a model that is not on this machine. Nothing is loaded or downloaded."""
-    if config.model == BUNDLED_MODEL:
-        folder: Path | None = bundled_model_path()
-    elif (local := Path(config.model).expanduser()).is_dir():
-        folder = local
-    else:
-        folder = _cached_folder(config.model)
+    try:
+        found = find_model(config.model)
+    except ModelLoadError:  # loading it says what is wrong
+        return None
+    folder = None if found is None else found.path
     if folder is None or not (folder / "config.json").is_file():
         return None
     facts = _read(folder, config.chat_template, config.tool_prompt)
     limits = [limit for limit in (facts.max_model_len, config.max_model_len) if limit is not None]
     return ModelFacts(min(limits, default=None), facts.chat_format)
-
-
-def _cached_folder(name: str) -> Path | None:
-    """Where the hub's client keeps a model; None if it has not been downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # a folder that is not there, say
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=64)

@@ -39,20 +39,18 @@ from copyspec_engine.attention import (
     slots_of,
     visibility,
 )
-from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.checkpoint import (
     eos_token_ids,
     load_failure,
     longest_context,
     read_model,
-    refuse_files,
     refuse_unreadable_tokens,
     refuse_unsupported,
     resolve_device,
     vocab_size,
     why_no_rollback,
 )
-from copyspec_engine.config import BUNDLED_MODEL, EngineConfig
+from copyspec_engine.config import EngineConfig
 from copyspec_engine.copy_index import TokenArray
 from copyspec_engine.cost import Points, undisturbed
 from copyspec_engine.cuda_runner import StaticPasses
@@ -62,7 +60,7 @@ from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedMod
 from copyspec_engine.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.float32_head import decide_in_float32
 from copyspec_engine.generation_defaults import GenerationDefaults, read_defaults
-from copyspec_engine.models.gguf import convert, is_gguf
+from copyspec_engine.models import ModelFolder, locate_model
 from copyspec_engine.ordered_attention import OrderedRow
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packing import Piece
@@ -298,6 +296,8 @@ class LoadedModel:
     num_parameters: int
     num_slots: int
     kv_bytes_per_token: int
+    source: str = ""
+    """Where its files come from; empty for one that was in memory already."""
     step_cost: tuple[tuple[int, float], ...] = ()
     """Empty if it was not measured because nothing is drafted."""
     cost_is_measured: bool = False
@@ -334,26 +334,42 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None = None) -> L
         UnsupportedModelError: not a decoder, or one whose passes over our KV differ from its own.
         CopySpecError: a package that the options need is not installed.
     """
-    model, tokenizer = _read(config, on_progress)
+    model = _read(config, on_progress)
     draft = None if config.draft_model is None else _read(config.for_draft_model(), on_progress)
     with _load_failures(config):
-        loaded = prepare(model, tokenizer, config, on_progress, draft)
-        loaded.quantization = _quantization(config)
-        return loaded
+        beside = None if draft is None else (draft.model, draft.tokenizer)
+        loaded = prepare(model.model, model.tokenizer, config, on_progress, beside)
+    _note_origin(loaded, model, config)
+    if draft is not None and loaded.draft is not None:
+        _note_origin(loaded.draft, draft, config)
+    return loaded
 
 
-def _read(config: EngineConfig, on_progress: OnProgress | None) -> tuple[PreTrainedModel, ChatTokenizer]:
-    """A model on its device, and its tokenizer."""
-    device = resolve_device(config)
-    with _load_failures(config):
-        path = _folder(config, on_progress)
-        refuse_files(config.model, path)
-        base = base_of_adapter(path, config)
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What was read of a model."""
+
+    model: PreTrainedModel
+    """On its device."""
+    tokenizer: ChatTokenizer
+    origin: ModelFolder
+
+
+def _note_origin(loaded: LoadedModel, read: _Read, config: EngineConfig) -> None:
+    loaded.source = read.origin.source
+    loaded.quantization = read.origin.quantization or config.quantization
+
+
+def _read(config: EngineConfig, on_progress: OnProgress | None) -> _Read:
+    device, origin = resolve_device(config), _folder(config.model, on_progress)
+    path = str(origin.path)
+    with _load_failures(config, path):
+        base = _base_folder(path, config, on_progress)
         with _loading, _phase("read", "reading the weights of", config, on_progress):
             model = read_model(base or path, device, config)
             if base is not None:
                 model = merge_adapter(model, path)
-        return model, read_tokenizer(config)
+        return _Read(model, _read_tokenizer(path, base, config), origin)
 
 
 def read_tokenizer(config: EngineConfig) -> ChatTokenizer:
@@ -363,34 +379,32 @@ def read_tokenizer(config: EngineConfig) -> ChatTokenizer:
         ModelLoadError: there is none, or it cannot be read.
         UnsupportedModelError: it is not a fast one.
     """
-    with _load_failures(config):
-        path = _folder(config)
-        words = tokenizer_path(path, base_of_adapter(path, config))
-        tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=config.trust_remote_code)
-        return HFTokenizer(tokenizer, chat_template=config.chat_template, tool_prompt=config.tool_prompt)
+    path = str(_folder(config.model).path)
+    with _load_failures(config, path):
+        return _read_tokenizer(path, _base_folder(path, config), config)
 
 
-def _path(config: EngineConfig) -> str:
-    return str(bundled_model_path()) if config.model == BUNDLED_MODEL else os.path.expanduser(config.model)
+def _read_tokenizer(path: str, base: str | None, config: EngineConfig) -> ChatTokenizer:
+    words = tokenizer_path(path, base)
+    tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=config.trust_remote_code)
+    return HFTokenizer(tokenizer, chat_template=config.chat_template, tool_prompt=config.tool_prompt)
 
 
-def _folder(config: EngineConfig, on_progress: OnProgress | None = None) -> str:
-    """Where transformers finds the model: a folder or a name on the hub."""
-    path = _path(config)
-    if not is_gguf(path):
-        return path
+def _folder(name: str, on_progress: OnProgress | None = None) -> ModelFolder:
+    """Where a model is read from; fetched and converted before, if need be."""
+    found = locate_model(name, on_progress)
     with _loading:
-        return str(convert(path, on_progress).folder)
+        return found.as_folder(on_progress)
 
 
-def _quantization(config: EngineConfig) -> str | None:
-    """How the weights were kept before they were read; None: as they are used."""
-    path = _path(config)
-    return f"GGUF {convert(path).quantization}" if is_gguf(path) else config.quantization
+def _base_folder(path: str, config: EngineConfig, on_progress: OnProgress | None = None) -> str | None:
+    """The folder of the model that an adapter changes; None if `path` is no adapter."""
+    base = base_of_adapter(path, config)
+    return None if base is None else str(_folder(base, on_progress).path)
 
 
 @contextlib.contextmanager
-def _load_failures(config: EngineConfig) -> Iterator[None]:
+def _load_failures(config: EngineConfig, path: str = "") -> Iterator[None]:
     """Say of whatever goes wrong what to do about it."""
     try:
         yield
@@ -402,7 +416,7 @@ def _load_failures(config: EngineConfig) -> Iterator[None]:
                 f"{config.model} does not fit in the memory of {resolve_device(config)}: use a smaller model, "
                 "dtype='bfloat16' or another device"
             ) from error
-        raise ModelLoadError(load_failure(config.model, _path(config), error)) from error
+        raise ModelLoadError(load_failure(config.model, path, error)) from error
 
 
 def prepare(

@@ -245,6 +245,8 @@ class EngineInfo:
     quantization: str | None = None
     """How the weights are or were rounded: "int8", or the kind of a GGUF file ("GGUF Q4_K_M"), whose weights are used
     in `dtype`; None: not by what is known here."""
+    model_source: str = ""
+    """Where the model's files come from and which weights they hold, in words; empty for one that was in memory."""
     exact: bool = False
     """Whether a token has the same bits in passes of any width (`EngineConfig.exact`)."""
     drafting_error: str | None = None
@@ -258,6 +260,8 @@ class EngineInfo:
     """Why passes do not run faster; None if nothing stood in the way."""
     draft_model: str | None = None
     """The model that drafts where copying cannot; None if there is none."""
+    draft_model_source: str = ""
+    """As `model_source`, of the draft model."""
     draft_model_step_cost: tuple[tuple[int, float], ...] = ()
     """As `step_cost`, of the draft model."""
     draft_model_error: str | None = None

@@ -36,7 +36,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ModelLoadError, match=r"model='\./no/such/model' but there is no such folder"):
+    with pytest.raises(ModelLoadError, match=r"model='\./no/such/model' but there is no such file or folder"):
         load_model(EngineConfig(model="./no/such/model"))
 
 

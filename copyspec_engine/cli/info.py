@@ -23,6 +23,7 @@ def run_info(config: EngineConfig, console: Console) -> int:
     slots, kept = info.num_kv_slots, kept_curve_of(info)
     rows = {
         "model": info.model,
+        "read from": info.model_source,
         "architecture": info.architecture,
         "parameters": f"{info.num_parameters:,}",
         "device": _device_name(info.device),

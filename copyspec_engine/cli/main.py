@@ -18,6 +18,7 @@ from copyspec_engine.cli.eval import evaluations
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.frameworks import FRAMEWORKS
 from copyspec_engine.cli.loading import BUNDLED, DtypeName, engine_config
+from copyspec_engine.cli.models import models, run_pull
 
 __all__ = ["app", "main"]
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(evaluations, name="eval")
+app.add_typer(models, name="models")
 
 Model = Annotated[str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -102,6 +104,16 @@ def info(model: Model = BUNDLED, device: Device = "auto", dtype: Dtype = "auto")
         return run_info(config, console())
 
     exit_with(run)
+
+
+@app.command()
+def pull(
+    name: Annotated[
+        str, typer.Argument(help="smollm2, a name on the hub, or OWNER/NAME/FILE.gguf for one file there.")
+    ],
+) -> None:
+    """Fetch a model, or the newest state of one on the hub; weights in pickles are not fetched."""
+    exit_with(lambda: run_pull(name, console()))
 
 
 @app.command()

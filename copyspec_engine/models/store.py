@@ -1,0 +1,84 @@
+"""Models that copyspec has fetched itself: each a folder of the cache, there as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from copyspec_engine.calibration import cache_dir
+from copyspec_engine.errors import ModelLoadError
+from copyspec_engine.models.known import KnownModel
+from copyspec_engine.progress import LoadProgress, OnProgress
+
+__all__ = ["converted_folders", "kept_file", "models_folder", "place", "putting"]
+
+_UNFINISHED = ".part"
+
+
+def models_folder() -> Path:
+    """Where they are kept: `models` in copyspec's cache, which COPYSPEC_CACHE_DIR moves."""
+    return cache_dir() / "models"
+
+
+def kept_file(known: KnownModel) -> Path | None:
+    """The GGUF file of a model that was fetched; None where it is not there, or has another size than it should."""
+    file = models_folder() / known.name / known.package.file_name
+    return file if file.is_file() and file.stat().st_size == known.package.file_bytes else None
+
+
+@contextlib.contextmanager
+def putting(name: str, on_progress: OnProgress | None = None) -> Iterator[Path]:
+    """An empty folder to fill, which takes its place as `name` when the block ends without an error.
+
+    One process at a time fills it; others wait here. A folder that was left by a process that died is removed.
+
+    Raises:
+        ModelLoadError: the cache cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    root = models_folder()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f".{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if on_progress is not None:
+                on_progress(LoadProgress("download", f"waiting for another process that fetches {name}"))
+            lock.acquire()
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    try:
+        for left in root.glob(f".{name}.*{_UNFINISHED}"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=_UNFINISHED, dir=root) as filled:
+            yield Path(filled)
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    finally:
+        lock.release()
+
+
+def place(filled: Path, name: str) -> None:
+    """Give a folder that is complete its name, in place of one that was damaged."""
+    target = models_folder() / name
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(filled, target)
+
+
+def converted_folders(sha256: str = "") -> list[Path]:
+    """Folders made from GGUF files (see `gguf`), by name; with a hash those of that file only."""
+    return sorted(folder for folder in (models_folder() / "gguf").glob(f"*-{sha256[:16] or '*'}-*") if folder.is_dir())
+
+
+def _unwritable(root: Path, error: OSError) -> ModelLoadError:
+    return ModelLoadError(
+        f"Models are kept in {root}, where this went wrong: {error}. Free some space there, or set COPYSPEC_CACHE_DIR "
+        "to a folder that can be written"
+    )
