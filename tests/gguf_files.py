@@ -14,7 +14,7 @@ from gguf.quants import dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-__all__ = ["BYTES", "END", "TOKENS", "build", "metadata_of", "write", "write_model"]
+__all__ = ["BYTES", "END", "TOKENS", "build", "metadata_of", "split", "write", "write_model"]
 
 BYTES = list(bytes_to_unicode().values())
 TOKENS = [*BYTES, "<|start|>", "<|im_end|>"]
@@ -179,3 +179,15 @@ def _rounded(
     else:
         stored = quantize(values, kind)
     return (stored, kind), dequantize(stored, kind).astype(np.float32)
+
+
+def split(path: Path, count: int) -> list[Path]:
+    """The same model in several files, all of its keys in the first."""
+    reader = gguf.GGUFReader(path)
+    values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    parts = [path.with_name(f"{path.stem}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    for i, part in enumerate(parts):
+        keys = values if i == 0 else {"general.architecture": values["general.architecture"]}
+        tensors = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors[i::count]}
+        write(part, {**keys, "split.no": i, "split.count": count}, tensors)
+    return parts

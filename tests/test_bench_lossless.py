@@ -86,6 +86,11 @@ def test_a_wrong_token_is_found_told_and_found_again_alone(monkeypatch: pytest.M
     first = found["described"][0]
     assert first["case"] == found["differing_cases"][0]
     assert f"case {first['case']} from token {first['position']}" in result.output
+    # Rounding cannot have decided: the wrong token was nowhere near a tie.
+    ties = [row["tie"] for row in found["described"] if row["tie"]]
+    assert all(tie["nudge"] is None or tie["nudge"] > 10 * tie["rounding"] for tie in ties)
+    assert 0 < max(tie["rounding"] for tie in ties) < 1e-4
+    assert "the other token's logit lacks" in result.output
     assert sum(row["differences"] for row in found["by_feature"].values()) > found["differences"]
     again = lossless("--model", "tiny", "--case", first["case"], "--json", out)
     assert again.exit_code == 1, again.output

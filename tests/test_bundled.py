@@ -228,3 +228,21 @@ def test_no_two_tokens_come_out_equal(chat: Chat) -> None:
         found = chat.model(**prompt).logits[0, -1].sort(descending=True).values[:10]
     assert float(found[0] - found[1]) > 20
     assert float((found[:-1] - found[1:]).min()) > 1e-3
+
+
+def test_rounding_stays_small_where_it_writes_what_it_was_not_made_for(chat: Chat) -> None:
+    """Past regression: the clock magnified rounding by thousands, and heads that found two sources equally near made
+    whole logits of it: up to 9 between one pass over a text and one token at a time."""
+    random = torch.Generator().manual_seed(1)
+    for instruction in ("Repeat the document.", 'Replace "timeout" with "mat".', "Delete the first line."):
+        messages = [USER_DOCUMENT, {"role": "user", "content": instruction}]
+        prompt = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        answer = torch.randint(20, len(chat.tokenizer), (40,), generator=random).tolist()
+        text = torch.tensor([[*prompt, *answer]])
+        with torch.inference_mode():
+            at_once = chat.model(text).logits[0, len(prompt) :]
+            past = chat.model(text[:, : len(prompt)]).past_key_values
+            steps = [
+                chat.model(text[:, [at]], past_key_values=past).logits[0] for at in range(len(prompt), text.shape[1])
+            ]
+        assert float((at_once - torch.cat(steps)).abs().max()) < 0.05

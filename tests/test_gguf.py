@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
+from copyspec_engine.errors import UnsupportedModelError
 from copyspec_engine.models.gguf import convert
 from tests.conftest import STEP_COST
 from tests.gguf_files import END, TOKENS, build, write_model
@@ -94,3 +97,130 @@ def test_an_engine_answers_as_the_dequantised_model(
     counts = [(progress.done, progress.total) for progress in told if progress.unit == "it"]
     assert counts[-1][0] == counts[-1][1] == 21
     assert any(cache.rglob("model.safetensors"))
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def llama3_factors(model: PreTrainedModel) -> np.ndarray[Any, Any]:
+    plain = 500_000.0 ** (-np.arange(0, 64, 2) / 64)
+    return np.asarray(plain / model.model.rotary_emb.inv_freq.numpy())
+
+
+def test_the_scaling_of_llama_3_is_found_in_its_factors(tmp_path: Path) -> None:
+    model = build("llama", max_position_embeddings=131_072, rope_parameters=LLAMA3)
+    factors = llama3_factors(model)
+    assert len(set(factors.round(3))) > 3
+    expected = write_model(tmp_path / "m.gguf", model, factors={"rope_freqs.weight": factors})
+    assert_same(read(tmp_path / "m.gguf"), expected)
+
+
+def test_factors_that_are_not_those_of_llama_3_are_refused(tmp_path: Path) -> None:
+    model = build("llama")
+    write_model(tmp_path / "m.gguf", model, factors={"rope_freqs.weight": np.linspace(1.0, 3.0, 32)})
+    with pytest.raises(UnsupportedModelError, match=r"a rope_freqs\.weight that is not that of Llama 3"):
+        convert(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("rope", "keys"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+        ({"rope_type": "linear", "factor": 2.0}, {"factor": 2.0}),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+            {"type": "yarn", "factor": 4.0, "original_context_length": 128},
+        ),
+        ({"rope_type": "default"}, {"type": "none", "factor": 4.0}),
+    ],
+)
+def test_scaled_positions_are_read(rope: dict[str, Any], keys: dict[str, Any], tmp_path: Path) -> None:
+    model = build("qwen2", rope_parameters={"rope_theta": 10_000.0, **rope})
+    metadata = {f"qwen2.rope.scaling.{key}": value for key, value in keys.items()}
+    expected = write_model(tmp_path / "m.gguf", model, metadata=metadata)
+    assert_same(read(tmp_path / "m.gguf"), expected)
+
+
+def test_gemma_3_scales_its_full_layers_alone(tmp_path: Path) -> None:
+    rope = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    model = build("gemma3_text", **SIZES["gemma3_text"], rope_parameters=rope, vocab_size=len(TOKENS) + 6)
+    metadata = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    expected = write_model(tmp_path / "m.gguf", model, metadata=metadata)
+    assert_same(read(tmp_path / "m.gguf"), expected)
+
+
+def test_phi_3_has_factors_for_short_and_long_texts_and_turns_a_part_of_each_head(tmp_path: Path) -> None:
+    long, short = np.linspace(1.0, 4.0, 24), np.linspace(1.0, 1.5, 24)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "long_factor": long.astype(np.float32).astype(float).tolist(),
+        "short_factor": short.astype(np.float32).astype(float).tolist(),
+        "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 0.75,
+        "attention_factor": 1.25,
+    }
+    model = build("phi3", rope_parameters=rope, original_max_position_embeddings=64, partial_rotary_factor=0.75)
+    metadata = {
+        "phi3.rope.dimension_count": 48,
+        "phi3.rope.scaling.original_context_length": 64,
+        "phi3.rope.scaling.attn_factor": 1.25,
+    }
+    factors = {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+    expected = write_model(tmp_path / "m.gguf", model, metadata=metadata, factors=factors)
+    got = read(tmp_path / "m.gguf")
+    for length in (40, 140):
+        ids = torch.tensor([(PROMPT * 4)[:length]])
+        with torch.inference_mode():
+            assert torch.equal(got(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen3", {"attention_bias": True}),
+        ("llama", {"head_dim": 32}),
+    ],
+)
+def test_biases_and_narrow_heads_are_read(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    expected = write_model(tmp_path / "m.gguf", build(name, **options), Kind.Q8_0)
+    assert_same(read(tmp_path / "m.gguf"), expected)
+
+
+# ---- a real file -----------------------------------------------------------------------------------------------------
+
+REAL = os.environ.get("COPYSPEC_GGUF_SMOLLM2", "")
+"""Path of SmolLM2-135M-Instruct in Q4_1."""
+
+
+@pytest.mark.skipif(not REAL, reason="COPYSPEC_GGUF_SMOLLM2 does not name a GGUF file of SmolLM2-135M-Instruct")
+def test_a_real_file_is_read_and_its_text_cut_as_the_model_was_taught() -> None:
+    converted = convert(REAL)
+    assert converted.quantization == "Q4_1"
+    tokenizer = AutoTokenizer.from_pretrained(converted.folder)
+    for text, ids in {
+        "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
+        "Café déjà vu.": [51, 1939, 2756, 32564, 90, 16739, 386, 101, 30],
+        "  multiple   spaces": [216, 2701, 256, 5600],
+        "<|im_start|>user\n": [1, 4093, 198],
+    }.items():
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with Engine(EngineConfig(model=REAL, step_cost=STEP_COST)) as engine:
+        greedy = SamplingParams(temperature=0.0, max_tokens=16)
+        assert "Paris" in engine.generate(GenerationRequest(messages=question, sampling=greedy)).text
+        assert engine.info.quantization == "GGUF Q4_1"

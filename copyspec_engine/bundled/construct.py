@@ -89,7 +89,8 @@ def _layer_0_attention(b: Builder) -> None:
             real = quiet * 4 + cosine * places[0].real + sine * places[1].real
             layer.key_pair(group, k, real, cosine * places[0].imag + sine * places[1].imag)
         layer.key_pair(group, CIRCLES, quiet * 4)
-    register = layer.keys(0, torch.stack([b.flag("is_register"), b.flag("is_null")]))
+    # Registers are told by what all others lose: their own scores stay near 0, where float32 is finest.
+    register = layer.keys(0, torch.stack([one - b.flag("is_register"), b.flag("is_null")]))
     turn = layer.keys(0, (b.flag("is_turn") * 40 + b.flag("turn_number") * 120)[None])
     carried = b.get("clock") - b.flag("is_sink")
     seen = [b.get(name) for name in ("turn_mark", "code", "is_quote", "is_word", "is_comma")]
@@ -97,7 +98,7 @@ def _layer_0_attention(b: Builder) -> None:
     clock, number, code, last = rows[0][:12], rows[0][12:20], rows[0][20:34], rows[0][34:]
     for k in range(CIRCLES):
         layer.query_pair(0, k, CLOCK_STEP, one)
-    layer.query(0, register, torch.stack([60 * one, 300 * (b.flag("is_register") + b.flag("is_null"))]))
+    layer.query(0, register, torch.stack([-60 * one, 300 * (b.flag("is_register") + b.flag("is_null"))]))
     layer.output(0, clock, b.wire("clock"), torch.eye(2 * CIRCLES) * len(REGISTERS) / CLOCK_STEP)
     layer.query(1, turn, one[None])
     layer.output(1, number, b.wire("turn"))

@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from copyspec_engine import ConfigError, Engine, EngineConfig
 from copyspec_engine.cli.bench_drafts import machine
 from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.lossless_rounds import ROUND, Outcome, ability_of, crowded, rounds, run_round
+from copyspec_engine.cli.lossless_ties import Tie, tie_of
 from copyspec_engine.cli.report import check_writable, write_record
 from copyspec_engine.forced.tiny import write_tiny_model
 
@@ -56,6 +57,8 @@ class Tally:
     different: Counter[str] = field(default_factory=Counter)
     """Differences of each feature."""
     differing: list[Outcome] = field(default_factory=list)
+    ties: list[Tie | None] = field(default_factory=list)
+    """How near each of the first differences was to a tie, those that are described."""
 
     def add(self, outcome: Outcome) -> None:
         self.cases += 1
@@ -74,6 +77,14 @@ class Tally:
         return 1000 * len(self.differing) / max(self.tokens, 1)
 
     @property
+    def described(self) -> list[dict[str, Any]]:
+        """What one needs to know of the first differences."""
+        return [
+            outcome.described() | {"tie": tie and asdict(tie)}
+            for outcome, tie in zip(self.differing, self.ties, strict=False)
+        ]
+
+    @property
     def record(self) -> dict[str, Any]:
         """The figures as they go into the file."""
         return {
@@ -87,7 +98,7 @@ class Tally:
                 name: {"cases": count, "differences": self.different[name]} for name, count in sorted(self.seen.items())
             },
             "differing_cases": [outcome.turn.number for outcome in self.differing],
-            "described": [outcome.described() for outcome in self.differing[:_SHOWN]],
+            "described": self.described,
         }
 
 
@@ -115,6 +126,7 @@ def run_lossless(options: LosslessOptions, command: str, console: Console) -> in
             tally.add(outcome)
             _print_case(outcome, engine, console)
         preemptions = engine.metrics().num_preemptions - before.num_preemptions
+        tally.ties = [tie_of(engine, outcome) for outcome in tally.differing[:_SHOWN]]
     _print(tally, console)
     console.print(escape(f"{_name(options.config)} in {info.dtype}: {info.lossless}"), soft_wrap=True)
     if options.json:
@@ -179,12 +191,11 @@ def _print(tally: Tally, console: Console) -> None:
         "prompts reused.",
         soft_wrap=True,
     )
-    for outcome in tally.differing[:_SHOWN]:
-        found = outcome.described()
+    for found, tie in zip(tally.described, tally.ties, strict=True):
         console.print(
             escape(
                 f"case {found['case']} from token {found['position']}: {found['expected']} became {found['got']} "
-                f"({', '.join(found['features'])})"
+                f"({', '.join(found['features'])}); {tie or 'their tokens do not part'}"
             ),
             soft_wrap=True,
         )

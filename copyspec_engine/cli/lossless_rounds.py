@@ -70,11 +70,17 @@ class Outcome:
         }
         return [*self.turn.features, *(name for name, holds in found.items() if holds)]
 
+    @property
+    def position(self) -> int:
+        """Tokens that both answers begin with."""
+        expected, got = self.expected.token_ids, self.got.token_ids if self.got else ()
+        pairs = enumerate(zip(expected, got, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(expected), len(got)))
+
     def described(self) -> dict[str, Any]:
         """What one needs to know of a difference, for the JSON file."""
         expected, got = self.expected.token_ids, self.got.token_ids if self.got else ()
-        pairs = enumerate(zip(expected, got, strict=False))
-        position = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(got)))
+        position = self.position
         return {
             "case": self.turn.number,
             "features": self.features,

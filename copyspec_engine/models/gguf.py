@@ -11,6 +11,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,9 +20,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from transformers import GenerationConfig
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from copyspec_engine.calibration import cache_dir
 from copyspec_engine.errors import ModelLoadError, missing_extra
@@ -31,6 +33,8 @@ from copyspec_engine.models.gguf_tokenizer import build_tokenizer, end_tokens
 from copyspec_engine.progress import LoadProgress, OnProgress
 
 __all__ = ["Converted", "convert", "is_gguf"]
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Goes up when the same file would be converted otherwise: what was kept before is then not used any more."""
@@ -60,41 +64,65 @@ def convert(path: str, on_progress: OnProgress | None = None) -> Converted:
         UnsupportedModelError: an architecture or tokenizer that is not known here.
         CopySpecError: the gguf package is not installed, and the model is not kept.
     """
+    tell = _Teller(on_progress, Path(path).name)
     paths = find_files(Path(path).expanduser().absolute())
     root = cache_dir() / "models" / "gguf"
+    state = _state(paths)
+    digest = _remembered(state, root)
+    kept = None if digest is None else _kept(_folder(paths, digest, root))
+    if kept is not None:
+        return kept
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_extra("gguf", "gguf")
+    tell("reading the header of")
+    model = _Model.of(read_file(paths[0]))  # what can be refused is refused before gigabytes are read
     with _disk_errors(root):
-        folder = root / _folder_name(paths, _digest(paths, root, on_progress))
-        note = _kept(folder)
-        if note is None:
-            if importlib.util.find_spec("gguf") is None:
-                raise missing_extra("gguf", "gguf")
-            _make(read_file(paths[0]), folder, on_progress)
-            note = _kept(folder)
-        if note is None:
-            raise ModelLoadError(f"{folder} was made from {paths[0]} and is gone: try again")
-        return Converted(folder, note["quantization"])
+        root.mkdir(parents=True, exist_ok=True)
+        if digest is None:
+            digest = _digest(paths, tell)
+        folder = _folder(paths, digest, root)
+        if _kept(folder) is None:
+            _make(model, folder, tell)
+        _remember(state, digest, root)
+        kept = _kept(folder)
+    if kept is None:
+        raise ModelLoadError(f"{folder} was made from {paths[0]} and is gone: try again")
+    return kept
 
 
-def _folder_name(paths: tuple[Path, ...], digest: str) -> str:
+@dataclass(frozen=True, slots=True)
+class _Teller:
+    """Tells of the steps of one file."""
+
+    on_progress: OnProgress | None
+    name: str
+
+    def __call__(
+        self, doing: str, done: int | None = None, total: int | None = None, unit: Literal["B", "it"] | None = None
+    ) -> None:
+        if self.on_progress is not None:
+            self.on_progress(LoadProgress("convert", f"{doing} {self.name}", done, total, unit))
+
+
+def _folder(paths: tuple[Path, ...], digest: str, root: Path) -> Path:
     stem = re.sub(r"[^A-Za-z0-9.-]+", "_", paths[0].stem).strip("._")[-60:]
-    return f"{stem}-{digest[:16]}-{_FORMAT}"
+    return root / f"{stem}-{digest[:16]}-{_FORMAT}"
 
 
-def _kept(folder: Path) -> dict[str, Any] | None:
+def _kept(folder: Path) -> Converted | None:
     try:
-        note: dict[str, Any] = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
+        return Converted(folder, str(json.loads((folder / _NOTE).read_text(encoding="utf-8"))["quantization"]))
     except FileNotFoundError:
         return None
-    return note
 
 
 @contextlib.contextmanager
 def _disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ModelLoadError(f"{_no_room(root)}") from error
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+            raise ModelLoadError(_no_room(root)) from error
         raise ModelLoadError(f"The model cannot be converted to a folder in {root}: {error}") from error
 
 
@@ -110,45 +138,77 @@ def _free(root: Path) -> int:
 # ---- which content a path has ----------------------------------------------------------------------------------------
 
 
-def _digest(paths: tuple[Path, ...], root: Path, on_progress: OnProgress | None) -> str:
-    """The hash of the files' content, remembered while their sizes and times of change are the same."""
-    stats = [path.stat() for path in paths]
-    state = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)]
-    memo = root / "seen" / f"{hashlib.sha256(str(paths[0]).encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-        seen = json.loads(memo.read_text(encoding="utf-8"))
-        if seen["state"] == state:
-            return str(seen["digest"])
-    total, done, digest = sum(stat.st_size for stat in stats), 0, hashlib.sha256()
+_State = list[list[Any]]
+"""Of each file: its path, size in bytes and time of change."""
+
+
+def _state(paths: tuple[Path, ...]) -> _State:
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _memo(state: _State, root: Path) -> Path:
+    return root / "seen" / f"{hashlib.sha256(str(state[0][0]).encode()).hexdigest()[:32]}.json"
+
+
+def _remembered(state: _State, root: Path) -> str | None:
+    """The hash of the content of files that have not changed since it was taken."""
+    try:
+        seen = json.loads(_memo(state, root).read_text(encoding="utf-8"))
+        return str(seen["digest"]) if seen["state"] == state else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("Ignored %s: %s: %s", _memo(state, root), type(error).__name__, error)
+        return None
+
+
+def _remember(state: _State, digest: str, root: Path) -> None:
+    memo = _memo(state, root)
+    memo.parent.mkdir(exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=memo.parent, suffix=".tmp")
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(json.dumps({"state": state, "digest": digest}))
+    os.replace(temporary, memo)
+
+
+def _digest(paths: tuple[Path, ...], tell: _Teller) -> str:
+    """The hash of the files' content."""
+    total, done, digest = sum(path.stat().st_size for path in paths), 0, hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 done += len(chunk)
-                if on_progress is not None:
-                    on_progress(LoadProgress("convert", f"reading {path.name}", done, total, "B"))
-    _write_whole(memo, json.dumps({"state": state, "digest": digest.hexdigest()}))
+                tell("reading", done, total, "B")
     return digest.hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
 
 
 # ---- making the folder -----------------------------------------------------------------------------------------------
 
 
-def _make(file: GgufFile, folder: Path, on_progress: OnProgress | None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A file's model but for its weights."""
+
+    file: GgufFile
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+
+    @classmethod
+    def of(cls, file: GgufFile) -> _Model:
+        from copyspec_engine.models import gguf_weights
+
+        gguf_weights.check_tensors(file)
+        config = gguf_weights.resolve_config(config_of(file, gguf_weights.read_factors(file)), file)
+        return cls(file, config, build_tokenizer(file))
+
+
+def _make(model: _Model, folder: Path, tell: _Teller) -> None:
     """Write the folder under another name, then give it its own."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        _write(file, temporary, folder.parent, on_progress)
+        _write(model, temporary, tell)
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -167,35 +227,26 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def _write(file: GgufFile, folder: Path, root: Path, on_progress: OnProgress | None) -> None:
-    """The whole model into an empty folder; what can be refused is refused before weights are written."""
+def _write(model: _Model, folder: Path, tell: _Teller) -> None:
+    """The whole model into an empty folder, until it is on the disk."""
     from copyspec_engine.models import gguf_weights
 
-    gguf_weights.check_tensors(file)
-    config = gguf_weights.resolve_config(config_of(file, gguf_weights.read_factors(file)), file)
-    tokenizer = build_tokenizer(file)
+    file, config = model.file, model.config
     needed = gguf_weights.num_bytes(file)
-    if needed > _free(root):
-        raise ModelLoadError(_no_room(root, needed))
-
-    def tell(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(LoadProgress("convert", f"dequantising {file.paths[0].name}", done, total, "it"))
-
-    gguf_weights.write_weights(file, config, folder, tell)
+    if needed > _free(folder):
+        raise ModelLoadError(_no_room(folder.parent, needed))
+    gguf_weights.write_weights(
+        file, config, folder, lambda done, total: tell("dequantising the weights of", done, total, "it")
+    )
     config.save_pretrained(folder)
-    ends = end_tokens(file)
     build: Any = GenerationConfig
     build(
-        bos_token_id=config.bos_token_id, eos_token_id=ends or None, pad_token_id=config.pad_token_id
+        bos_token_id=config.bos_token_id, eos_token_id=end_tokens(file) or None, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    note = {
-        "made_from": [str(path) for path in file.paths],
-        "quantization": gguf_weights.quantization(file),
-        "format": _FORMAT,
-    }
+    model.tokenizer.save_pretrained(folder)
+    note = {"made_from": [str(path) for path in file.paths], "quantization": gguf_weights.quantization(file)}
     (folder / _NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir()):
+        tell("writing the weights of")
         with open(path, "rb+") as written:
             os.fsync(written.fileno())

@@ -24,7 +24,9 @@ FACTORS = {
 """Tensors that belong to the config, not to the weights."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The only values that Llama 3's scaling was published with; a GGUF file holds what follows from them."""
-_HARMLESS = ("tensor_data_layout", "vocab_size", "attention.causal", "attention.value_length", "expert_count")
+_HARMLESS = {"tensor_data_layout", "vocab_size", "rope.scaling.finetuned"}
+_USUAL = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}
+"""Keys that say nothing with these values."""
 _GEMMA_PERIOD = 6
 
 
@@ -42,34 +44,33 @@ class _Keys:
         self._left.discard(key)
         return self._values.get(key, default)
 
-    def need(self, key: str) -> Any:  # noqa: ANN401
-        value = self.get(key)
-        if value is None:
-            raise ModelLoadError(
-                f"{self.file.paths[0]} is broken: it does not say {self.file.architecture}.{key}. Fetch it again"
-            )
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number that is the same in all layers."""
+        return int(self.value(key, default))
+
+    def value(self, key: str, default: float | None = None) -> float:
+        """A number that is the same in all layers."""
+        value, name = self.get(key, default), f"{self.file.architecture}.{key}"
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, list):
+            raise UnsupportedModelError(f"{self.file.paths[0]} has layers of several kinds ({name}={value})")
+        if not isinstance(value, int | float):
+            raise ModelLoadError(f"{self.file.paths[0]} is broken: it has {name}={value!r}. Fetch it again")
         return value
 
     def refuse_others(self) -> None:
-        others = sorted(key for key in self._left if not (key in _HARMLESS and self._is_usual(key)))
+        usual = _USUAL | {"attention.value_length": self.head_dim}
+        others = sorted(key for key in self._left - _HARMLESS if key not in usual or self._values[key] != usual[key])
         if others:
             raise UnsupportedModelError(
                 f"{self.file.paths[0]} sets {self.file.architecture}.{others[0]}={self._values[others[0]]!r}, which is "
                 "not understood here and may change what the model says: use the checkpoint that it was made from"
             )
 
-    def _is_usual(self, key: str) -> bool:
-        usual = {"attention.causal": True, "expert_count": 0, "attention.value_length": self.head_dim}
-        return key not in usual or bool(self._values[key] == usual[key])
-
     @property
     def head_dim(self) -> int:
-        default = int(self.need("embedding_length")) // int(self.need("attention.head_count"))
-        return int(self.get("attention.key_length", default))
-
-    @property
-    def context(self) -> int:
-        return int(self.need("context_length"))
+        return self.count("attention.key_length", self.count("embedding_length") // self.count("attention.head_count"))
 
 
 def config_of(file: GgufFile, factors: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
@@ -96,23 +97,20 @@ def config_of(file: GgufFile, factors: dict[str, np.ndarray[Any, Any]]) -> dict[
 
 
 def _common(keys: _Keys) -> dict[str, Any]:
-    heads, head_dim = int(keys.need("attention.head_count")), keys.head_dim
-    key_heads = keys.get("attention.head_count_kv", heads)
-    if isinstance(key_heads, list):
-        raise UnsupportedModelError(f"{keys.file.paths[0]} has another number of key heads in each layer")
+    heads = keys.count("attention.head_count")
     embedding = keys.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelLoadError(f"{keys.file.paths[0]} has no token_embd.weight: fetch it again")
     named = {"bos": "bos", "eos": "eos", "pad": "padding"}
     return {
-        "max_position_embeddings": keys.context,
-        "hidden_size": int(keys.need("embedding_length")),
-        "intermediate_size": int(keys.need("feed_forward_length")),
-        "num_hidden_layers": int(keys.need("block_count")),
+        "max_position_embeddings": keys.count("context_length"),
+        "hidden_size": keys.count("embedding_length"),
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_hidden_layers": keys.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(key_heads),
-        "head_dim": head_dim,
-        "rms_norm_eps": float(keys.need("attention.layer_norm_rms_epsilon")),
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+        "head_dim": keys.head_dim,
+        "rms_norm_eps": keys.value("attention.layer_norm_rms_epsilon"),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in keys.tensors,
         **{f"{key}_token_id": keys.file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in named.items()},
@@ -121,22 +119,20 @@ def _common(keys: _Keys) -> dict[str, Any]:
 
 def _rope(keys: _Keys) -> dict[str, Any]:
     """How positions are turned into angles, without what only one architecture has."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base", 10_000.0))}
-    turned = int(keys.get("rope.dimension_count", keys.head_dim))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.value("rope.freq_base", 10_000.0)}
+    turned = keys.count("rope.dimension_count", keys.head_dim)
     if turned != keys.head_dim:
         rope["partial_rotary_factor"] = turned / keys.head_dim
-    kind = keys.get("rope.scaling.type", "none")
-    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear"))
-    if kind == "linear" or (kind == "none" and factor not in (None, 0.0, 1.0)):
-        rope |= {"rope_type": "linear", "factor": float(factor)}
+    kind = keys.get("rope.scaling.type", "linear")  # what is not said is linear, by no factor
+    factor = keys.value("rope.scaling.factor", keys.value("rope.scale_linear", 1.0)) or 1.0
+    if kind == "linear" and factor != 1.0:
+        rope |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
-        original = int(keys.need("rope.scaling.original_context_length"))
-        rope |= {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
-        for key, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-            value = keys.get(f"rope.scaling.{key}")
-            if value is not None:
-                rope[name] = float(value)
-    elif kind not in ("none", "longrope"):
+        original = keys.count("rope.scaling.original_context_length")
+        rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        rope |= {"beta_fast": keys.value("rope.scaling.yarn_beta_fast", 32.0)}
+        rope |= {"beta_slow": keys.value("rope.scaling.yarn_beta_slow", 1.0)}
+    elif kind not in ("linear", "none", "longrope"):
         raise UnsupportedModelError(f"{keys.file.paths[0]} scales positions by {kind!r}, which is not known here")
     if "rope_freqs.weight" in keys.factors:
         rope |= _llama3(keys, rope)
@@ -191,21 +187,21 @@ def _qwen3(keys: _Keys) -> dict[str, Any]:
 
 
 def _gemma3(keys: _Keys) -> dict[str, Any]:
-    layers, heads = int(keys.need("block_count")), int(keys.need("attention.head_count"))
-    period = int(keys.get("attention.sliding_window_pattern", _GEMMA_PERIOD))
+    layers, width = keys.count("block_count"), keys.count("embedding_length") // keys.count("attention.head_count")
+    period = keys.count("attention.sliding_window_pattern", _GEMMA_PERIOD)
     largest = layers == 62  # of the published sizes only this one scales by the width, and the file does not say so
     return {
         "model_type": "gemma3_text",
         "architectures": ["Gemma3ForCausalLM"],
-        "sliding_window": int(keys.need("attention.sliding_window")),
+        "sliding_window": keys.count("attention.sliding_window"),
         "layer_types": ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)],
-        "query_pre_attn_scalar": int(keys.need("embedding_length")) // heads if largest else keys.head_dim,
+        "query_pre_attn_scalar": width if largest else keys.head_dim,
         "final_logit_softcapping": keys.get("final_logit_softcapping"),
         "rope_parameters": {
             "full_attention": _whole_rope(keys),
             "sliding_attention": {
                 "rope_type": "default",
-                "rope_theta": float(keys.get("rope.freq_base_swa", 10_000.0)),
+                "rope_theta": keys.value("rope.freq_base_swa", 10_000.0),
             },
         },
     }
@@ -213,17 +209,16 @@ def _gemma3(keys: _Keys) -> dict[str, Any]:
 
 def _phi3(keys: _Keys) -> dict[str, Any]:
     rope, factors = _rope(keys), keys.factors
-    original = int(keys.get("rope.scaling.original_context_length", keys.context))
-    attention = keys.get("rope.scaling.attn_factor")
+    original = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
+    attention = keys.value("rope.scaling.attn_factor", 1.0) or 1.0
     if "rope_factors_long.weight" in factors:
         rope |= {
             "rope_type": "longrope",
             "original_max_position_embeddings": original,
+            "attention_factor": attention,
             **{FACTORS[name]: factors[name].astype(float).tolist() for name in factors},
         }
-        if attention is not None:
-            rope["attention_factor"] = float(attention)
-    elif attention not in (None, 0.0, 1.0):
+    elif attention != 1.0:
         raise UnsupportedModelError(f"{keys.file.paths[0]} scales attention by {attention}: that is not known here")
     return {
         "model_type": "phi3",

@@ -147,14 +147,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Header(path, data).read()
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        if isinstance(error, ValueError) and path.stat().st_size:
-            raise
-        raise ModelLoadError(f"{path} cannot be read: {error}") from error
-    except (struct.error, UnicodeDecodeError, OverflowError) as error:
+    except (struct.error, UnicodeDecodeError, OverflowError, RecursionError) as error:
         raise ModelLoadError(
             f"{path} is broken or incomplete: its header ends in the middle or says what cannot be. Fetch it again"
         ) from error
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise ModelLoadError(f"{path} cannot be read: {error}") from error
 
 
 class _Header:
@@ -170,7 +168,9 @@ class _Header:
             key = self._string()
             metadata[key] = self._value(self._number("I"))
         places = [self._tensor() for _ in range(num_tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise struct.error("an alignment that is no number of bytes")
         start = -(-self._at // alignment) * alignment
         return metadata, [
             GgufTensor(name, shape, kind, self._path, start + offset) for name, shape, kind, offset in places

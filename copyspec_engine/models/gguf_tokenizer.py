@@ -44,6 +44,8 @@ _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken
 _BEGINS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}
 """Where text begins with the bos token unless the file says otherwise."""
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eom_id|>", "</s>")
+_NOT_STRIPPING = {"<unk>", "<s>", "<|endoftext|>"}
+"""The only control tokens of Phi-3 that spaces are kept behind; files do not say so."""
 
 
 def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
@@ -96,6 +98,7 @@ class _Vocabulary:
             )
         self.kinds: list[int] = self.of("token_type", [1] * len(self.tokens))
         self.is_gemma = file.architecture.startswith("gemma")
+        self.strips = file.architecture == "phi3" and self.of("model") == "llama"
 
     def of(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - texts, numbers and lists
         return self._metadata.get(f"tokenizer.ggml.{key}", default)
@@ -120,8 +123,9 @@ def _byte_level(read: _Vocabulary) -> Tokenizer:
             f"{read.path} cuts text in the way {name!r} (tokenizer.ggml.pre), but known here are "
             f"{', '.join(sorted(_CUTS))}: use the checkpoint that it was made from"
         )
-    merges = [_halves(merge, read) for merge in read.of("merges", [])]
-    tokenizer = Tokenizer(models.BPE(read.ids(read.tokens), merges, ignore_merges=name in _WHOLE_WORDS))
+    numbers = read.ids(read.tokens)
+    merges = [_halves(merge, numbers, read) for merge in read.of("merges", [])]
+    tokenizer = Tokenizer(models.BPE(numbers, merges, ignore_merges=name in _WHOLE_WORDS))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in cuts),
@@ -134,10 +138,10 @@ def _byte_level(read: _Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _halves(merge: str, read: _Vocabulary) -> tuple[str, str]:
+def _halves(merge: str, numbers: dict[str, int], read: _Vocabulary) -> tuple[str, str]:
     left, _, right = merge.partition(" ")
-    if not left or not right:
-        raise ModelLoadError(f"{read.path} is broken: {merge!r} is no merge of two tokens")
+    if not {left, right, left + right} <= numbers.keys():
+        raise ModelLoadError(f"{read.path} is broken: {merge!r} is no merge of two tokens to a third. Fetch it again")
     return left, right
 
 
@@ -179,7 +183,11 @@ def _add_tokens(tokenizer: Tokenizer, read: _Vocabulary) -> None:
     """Tokens that are found whole in a text: control tokens, and those that a user of the vocabulary added."""
     pairs = list(zip(read.tokens, read.kinds, strict=True))
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, kind in pairs if kind in (_CONTROL, _UNKNOWN)]
+        [
+            AddedToken(token, normalized=False, special=True, rstrip=read.strips and token not in _NOT_STRIPPING)
+            for token, kind in pairs
+            if kind in (_CONTROL, _UNKNOWN)
+        ]
     )
     tokenizer.add_tokens(
         [

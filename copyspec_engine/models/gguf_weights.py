@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from copyspec_engine.models.gguf_file import GgufFile, GgufTensor
 
 __all__ = ["check_tensors", "num_bytes", "quantization", "read_factors", "resolve_config", "write_weights"]
 
-_MOST_BYTES = 4 * 2**30
+_MOST_BYTES = 2 * 2**30
 """Of one file of weights: as much is in memory at a time."""
+_AT_ONCE = 2**23
+"""Weights that are dequantised at a time, so that progress is told between them."""
 _KEPT = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
 _Plan = list[tuple[str, GgufTensor]]
 
@@ -103,7 +106,7 @@ def write_weights(file: GgufFile, config: PreTrainedConfig, folder: Path, tell: 
         file: the model.
         config: its config.
         folder: where to.
-        tell: told of (tensors done, tensors in all) after each.
+        tell: told of (tensors done, tensors in all), several times for a large one.
 
     Raises:
         UnsupportedModelError: the file has a tensor that the model has no place for.
@@ -117,10 +120,12 @@ def write_weights(file: GgufFile, config: PreTrainedConfig, folder: Path, tell: 
     for name, part in zip(names, parts, strict=True):
         weights: dict[str, torch.Tensor] = {}
         for target, tensor in part:
-            weights[target] = _as_transformers_has_it(_read(tensor), tensor.name, file, config)
+            read = _read(tensor, partial(tell, done, len(plan)))
+            weights[target] = _as_transformers_has_it(read, tensor.name, file, config)
             done += 1
             tell(done, len(plan))
         save_file(weights, str(folder / name), metadata={"format": "pt"})
+        tell(done, len(plan))
         places |= dict.fromkeys(weights, name)
     if len(parts) > 1:
         index = {"metadata": {"total_size": num_bytes(file)}, "weight_map": places}
@@ -175,8 +180,8 @@ def _part_name(i: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
 
 
-def _read(tensor: GgufTensor) -> torch.Tensor:
-    """A tensor's values, exactly."""
+def _read(tensor: GgufTensor, tell: Callable[[], None] = lambda: None) -> torch.Tensor:
+    """A tensor's values, exactly; tells after each part of them."""
     kind = _type_of(tensor)
     block, size = GGML_QUANT_SIZES[kind]
     rows = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
@@ -185,8 +190,13 @@ def _read(tensor: GgufTensor) -> torch.Tensor:
         return torch.from_numpy(stored).view(_KEPT[kind]).reshape(tensor.shape)
     if kind == GGMLQuantizationType.F32:
         return torch.from_numpy(stored.view(np.float32)).reshape(tensor.shape)
+    values = np.empty((prod(tensor.shape[:-1]), tensor.shape[-1]), np.float32)
+    stored, step = stored.reshape(len(values), -1), max(_AT_ONCE // tensor.shape[-1], 1)
     try:
-        return torch.from_numpy(dequantize(stored.reshape(rows), kind)).reshape(tensor.shape)
+        for i in range(0, len(values), step):
+            values[i : i + step] = dequantize(stored[i : i + step], kind)
+            tell()
+        return torch.from_numpy(values).reshape(tensor.shape)
     except NotImplementedError as error:
         raise UnsupportedModelError(
             f"{tensor.path} stores {tensor.name} as {kind.name}, which the installed gguf package cannot dequantise: "
