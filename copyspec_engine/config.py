@@ -113,7 +113,8 @@ class EngineConfig(_Options):
     """What to load and how much memory to use. Hashable, so that equal configs can share one engine."""
 
     model: str = Field(default=BUNDLED_MODEL, min_length=1)
-    """Hub name or local folder of a decoder; "bundled" is the small model that ships with this package."""
+    """Hub name, local folder or GGUF file of a decoder (`copyspec[gguf]`; its weights are dequantised once and kept in
+    the cache folder); "bundled" is the small model that ships with this package."""
     device: str = "auto"
     """"auto" takes the first GPU if there is one, else the CPU; or "cpu", "cuda", "cuda:1"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -148,8 +149,8 @@ class EngineConfig(_Options):
     drafter: DrafterConfig = AdaptiveDrafter()
     """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec" or "none"."""
     draft_model: str | None = Field(default=None, min_length=1)
-    """Hub name or local folder of a smaller decoder with the same vocabulary, which drafts where copying cannot; it is
-    loaded with the `dtype` and on the `device` of the model, and has as many KV slots. Default: none."""
+    """Hub name, local folder or GGUF file of a smaller decoder with the same vocabulary, which drafts where copying
+    cannot; it is loaded with the `dtype` and on the `device` of the model, and has as many KV slots. Default: none."""
     draft_model_device: str | None = None
     """Where the draft model goes, as `device`; default: where the model goes."""
     max_draft_model_tokens: int = Field(default=5, ge=1, le=64)

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from copyspec_engine import calibration
 from copyspec_engine.attention import (
@@ -61,6 +61,7 @@ from copyspec_engine.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.float32_head import decide_in_float32
 from copyspec_engine.generation_defaults import GenerationDefaults, read_defaults
 from copyspec_engine.models import ModelFolder, locate_model
+from copyspec_engine.models.gguf import is_converted
 from copyspec_engine.ordered_attention import OrderedRow
 from copyspec_engine.outputs import Execution
 from copyspec_engine.packing import Piece
@@ -386,7 +387,9 @@ def read_tokenizer(config: EngineConfig) -> ChatTokenizer:
 
 def _read_tokenizer(path: str, base: str | None, config: EngineConfig) -> ChatTokenizer:
     words = tokenizer_path(path, base)
-    tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=config.trust_remote_code)
+    auto: Any = AutoTokenizer  # for some architectures it takes another tokenizer than the folder's
+    reader = PreTrainedTokenizerFast if is_converted(words) else auto
+    tokenizer = reader.from_pretrained(words, trust_remote_code=config.trust_remote_code)
     return HFTokenizer(tokenizer, chat_template=config.chat_template, tool_prompt=config.tool_prompt)
 
 

@@ -14,11 +14,14 @@ import torch
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
 from copyspec_engine.errors import UnsupportedModelError
+from copyspec_engine.model_runner import read_tokenizer
 from copyspec_engine.models.gguf import convert
+from copyspec_engine.models.gguf_file import read_file
+from copyspec_engine.models.gguf_tokenizer import build_tokenizer
 from tests.conftest import STEP_COST
 from tests.gguf_files import END, TOKENS, build, write_model
 
@@ -97,6 +100,30 @@ def test_an_engine_answers_as_the_dequantised_model(
     counts = [(progress.done, progress.total) for progress in told if progress.unit == "it"]
     assert counts[-1][0] == counts[-1][1] == 21
     assert any(cache.rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_engine_has_the_tokenizer_of_the_file(
+    name: str, models: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(path, models(name))
+    expected = build_tokenizer(read_file(path))
+    got: Any = read_tokenizer(EngineConfig(model=str(path)))
+    assert got._backend.to_str() == expected.backend_tokenizer.to_str()
+
+
+def test_a_draft_model_may_be_a_gguf_file_too(models: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+    write_model(tmp_path / "large.gguf", models("llama"), Kind.Q8_0)
+    write_model(tmp_path / "small.gguf", build("qwen2", num_hidden_layers=1, num_key_value_heads=1), Kind.Q4_0)
+    request = GenerationRequest(prompt_token_ids=PROMPT, sampling=SamplingParams(temperature=0.0, max_tokens=24))
+    large, small = str(tmp_path / "large.gguf"), str(tmp_path / "small.gguf")
+    with Engine(EngineConfig(model=large, step_cost=STEP_COST)) as engine:
+        alone = engine.generate(request).token_ids
+    costs = {"step_cost": STEP_COST, "draft_model_step_cost": ((1, 0.1), (8, 0.11))}
+    with Engine(EngineConfig(model=large, draft_model=small, **costs)) as engine:
+        assert engine.info.draft_model == small
+        assert engine.generate(request).token_ids == alone
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
@@ -210,7 +237,7 @@ REAL = os.environ.get("COPYSPEC_GGUF_SMOLLM2", "")
 def test_a_real_file_is_read_and_its_text_cut_as_the_model_was_taught() -> None:
     converted = convert(REAL)
     assert converted.quantization == "Q4_1"
-    tokenizer = AutoTokenizer.from_pretrained(converted.folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(converted.folder)
     for text, ids in {
         "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
         "Café déjà vu.": [51, 1939, 2756, 32564, 90, 16739, 386, 101, 30],

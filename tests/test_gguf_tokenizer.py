@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from copyspec_engine.errors import ModelLoadError, UnsupportedModelError
@@ -110,7 +110,7 @@ def test_qwen_2_is_cut_as_by_transformers_own_tokenizer() -> None:
 def test_what_is_encoded_is_decoded_again(file: GgufFile, tmp_path: Path) -> None:
     tokenizer = build_tokenizer(file)
     tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for text in ODD:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids) == text
@@ -122,7 +122,7 @@ def test_what_is_encoded_is_decoded_again(file: GgufFile, tmp_path: Path) -> Non
 def test_what_sentencepiece_encodes_is_decoded_again(prefix: bool, tmp_path: Path) -> None:
     tokenizer = build_tokenizer(sentencepiece(add_space_prefix=prefix))
     tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for text in (text for text in ODD if "<|" not in text):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids) == text

@@ -28,11 +28,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from copyspec_engine.calibration import cache_dir
 from copyspec_engine.errors import ModelLoadError, missing_extra
 from copyspec_engine.models.gguf_config import config_of
-from copyspec_engine.models.gguf_file import GgufFile, find_files, is_gguf, read_file
+from copyspec_engine.models.gguf_file import GgufFile, find_files, read_file
 from copyspec_engine.models.gguf_tokenizer import build_tokenizer, end_tokens
 from copyspec_engine.progress import LoadProgress, OnProgress
 
-__all__ = ["Converted", "convert", "is_gguf"]
+__all__ = ["Converted", "convert", "is_converted"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,11 @@ def convert(path: str, on_progress: OnProgress | None = None) -> Converted:
     if kept is None:
         raise ModelLoadError(f"{folder} was made from {paths[0]} and is gone: try again")
     return kept
+
+
+def is_converted(folder: str) -> bool:
+    """Whether a folder was made from a GGUF file."""
+    return Path(folder, _NOTE).is_file()
 
 
 @dataclass(frozen=True, slots=True)

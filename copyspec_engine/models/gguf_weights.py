@@ -26,7 +26,7 @@ from copyspec_engine.models.gguf_file import GgufFile, GgufTensor
 
 __all__ = ["check_tensors", "num_bytes", "quantization", "read_factors", "resolve_config", "write_weights"]
 
-_MOST_BYTES = 2 * 2**30
+_MOST_BYTES = 2**30
 """Of one file of weights: as much is in memory at a time."""
 _AT_ONCE = 2**23
 """Weights that are dequantised at a time, so that progress is told between them."""
