@@ -20,7 +20,7 @@ from rich.console import Console
 
 from copyspec_engine import EngineConfig, shared_engine
 from copyspec_engine.calibration import cpu_name
-from copyspec_engine.cli.chain import steps_for
+from copyspec_engine.cli.chain import chain_for
 from copyspec_engine.cli.demo import Chain
 from copyspec_engine.cli.documents import load_document, shipped_names
 from copyspec_engine.cli.frameworks import ask_through
@@ -36,8 +36,8 @@ COLUMNS = {
     "plain decoding": "plain decoding",
     "generate": "generate",
     "prompt lookup": "prompt lookup",
-    "speed-up over plain": "over plain",
-    "speed-up over lookup": "over lookup",
+    "over plain": "over plain",
+    "over lookup": "over lookup",
     "identical to plain": "identical",
 }
 
@@ -47,8 +47,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measures the demo on every shipped document.")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     parser.add_argument("--framework", default="langchain")
+    parser.add_argument("--model", default="bundled")
     options = parser.parse_args()
-    table, same = _measure(options.framework)
+    table, same = _measure(options.framework, options.model)
     print(table)
     if options.readme:
         before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
@@ -56,14 +57,15 @@ def main() -> int:
     return 0 if same else 1
 
 
-def _measure(framework: str) -> tuple[str, bool]:
-    engine = shared_engine(EngineConfig(device="cpu"))
+def _measure(framework: str, model: str) -> tuple[str, bool]:
+    engine = shared_engine(EngineConfig(model=model, device="cpu", generation_config="ignore"))
     rows, same = [], True
     for name in shipped_names():
         document, console = load_document(name), Console(quiet=True)
-        chain = Chain(engine, ask_through(framework, engine), compare=True)
-        chain.warm_up(document)
-        turns = chain.run(document, steps_for(document), console)
+        task = chain_for(document, model)
+        with Chain(engine, ask_through(framework, engine), task, document, compare=True) as chain:
+            chain.warm_up()
+            turns = chain.run(console)
         cells = figures(turns)
         same = same and all(turn.identical and turn.equals_generate for turn in turns)
         values = [cells[key] for key in COLUMNS]

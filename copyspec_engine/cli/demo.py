@@ -11,7 +11,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,10 +20,12 @@ from rich.markup import escape
 from rich.text import Text
 
 from copyspec_engine import Engine, EngineConfig, EngineInfo, GenerationRequest, NoDrafter, Segment, shared_engine
-from copyspec_engine.cli.chain import EditStep, steps_for
-from copyspec_engine.cli.documents import Document, load_document
+from copyspec_engine.cli.chain import ChainTask, chain_for
+from copyspec_engine.cli.documents import CHAT_DOCUMENT, Document, load_document
+from copyspec_engine.cli.edits import EditStep, Outcome
 from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.frameworks import Ask, Message, Show, ask_engine, ask_through, check_framework
+from copyspec_engine.cli.loading import BUNDLED
 from copyspec_engine.cli.report import Turn, as_json, check_writable, figures, table, write_text
 
 __all__ = ["COPIED", "DemoOptions", "run_demo", "show_on"]
@@ -34,6 +36,7 @@ A = TypeVar("A")
 PICTURE_TURNS, PICTURE_WIDTH = 2, 88
 ROOM_TOKENS = 64
 """Tokens that an answer may be longer than the text that it rewrites, besides a quarter of it."""
+WARM_UP_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +60,24 @@ def run_demo(options: DemoOptions, console: Console) -> int:
         ConfigError: an input or output path cannot work; found before the model is loaded.
     """
     check_framework(options.framework)
-    document = load_document(options.file)
-    steps = steps_for(document)
+    model = options.config.model
+    document = load_document(options.file or (None if model == BUNDLED else CHAT_DOCUMENT))
+    task = chain_for(document, model)
     for path, option in ((options.json_path, "--json"), (options.svg_path, "--svg")):
         if path is not None:
             check_writable(path, option)
-    with console.status(f"Loading the model {escape(options.config.model)} ...") as status:
+    with console.status(f"Loading the model {escape(model)} ...") as status:
         engine = shared_engine(options.config, shown_on(status))
-        chain = Chain(engine, ask_through(options.framework, engine), compare=options.compare)
-        chain.warm_up(document)
-    _introduce(console, document, engine, options.framework)
-    turns = chain.run(document, steps, console)
+        chain = Chain(engine, ask_through(options.framework, engine), task, document, compare=options.compare)
+    with chain:
+        with console.status("Warming up ..."):
+            chain.warm_up()
+        _introduce(console, document, engine, options.framework)
+        turns = chain.run(console)
     console.print()
     console.print(table(turns))
+    for note in chain.notes:
+        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     if options.json_path is not None:
         data = as_json(turns, options.framework, engine.info)
         write_text(options.json_path, json.dumps(data, indent=2) + "\n", "--json")
@@ -125,10 +133,13 @@ def _verdict(turns: Sequence[Turn], info: EngineInfo, console: Console) -> int:
 
 
 class Chain:
-    """Rewrites a document step by step: each answer is the text that the next instruction is about."""
+    """Rewrites a document step by step: each answer is the text that the next instruction is about.
 
-    def __init__(self, engine: Engine, ask: Ask, *, compare: bool) -> None:
-        self._engine = engine
+    Leaving its `with` block ends the peers that were started.
+    """
+
+    def __init__(self, engine: Engine, ask: Ask, task: ChainTask, document: Document, *, compare: bool) -> None:
+        self._engine, self._task, self._document = engine, task, document
         self._session = f"demo-{uuid.uuid4().hex}"
         self._ask = ask
         self._plain = ask_engine(engine, NoDrafter())
@@ -136,38 +147,47 @@ class Chain:
         if compare:
             from copyspec_engine.cli.compare import Peers
 
-            self._peers = Peers(engine.info, trust_remote_code=engine.config.trust_remote_code)
+            self._peers = Peers(engine)
 
-    def warm_up(self, document: Document) -> None:
-        """Runs every lane once, untimed, in sessions that are then forgotten."""
-        messages = [_user(document.text), _user("Repeat the document.")]
+    @property
+    def notes(self) -> list[str]:
+        """A line for each peer that did not take part to the end."""
+        return self._peers.notes if self._peers is not None else []
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._peers is not None:
+            self._peers.close()
+
+    def warm_up(self) -> None:
+        """Starts the peers and runs every lane once, untimed, in sessions that are then forgotten."""
+        messages = self._task.messages(self._document.text, ())
         for ask, session_id in ((self._ask, "warm-up"), (self._plain, "warm-up, plain")):
-            ask(messages, session_id, 32, _show_nothing)
+            ask(messages, session_id, WARM_UP_TOKENS, _show_nothing)
             self._engine.forget(session_id)
         if self._peers is not None:
-            prompt_ids = self._engine.tokenize(_request(messages))
-            self._peers.greedy(prompt_ids, 4)
-            self._peers.prompt_lookup(prompt_ids, 4)
+            self._peers.start_servers(self._document.text)
+            self._peers.warm_up(self._engine.tokenize(_request(messages)))
 
-    def run(self, document: Document, steps: Sequence[EditStep], console: Console) -> list[Turn]:
-        messages: list[Message] = [_user(document.text)]
-        text, turns = document.text, []
-        for number, step in enumerate(steps, 1):
-            messages.append(_user(step.instruction))
+    def run(self, console: Console) -> list[Turn]:
+        """The turns, each shown while it is written."""
+        answers: list[str] = []
+        turns = []
+        for number, step in enumerate(self._task.steps, 1):
+            before = answers[-1] if answers else self._document.text
             _head(console, number, step)
-            turn = self._turn(number, step, messages, self._room(text), show_on(console))
+            turn = self._turn(number, before, answers, show_on(console))
             console.print()
             console.print(_summary(turn), style="dim")
             turns.append(turn)
-            text = turn.answer.text
-            messages.append({"role": "assistant", "content": text})
+            answers.append(turn.answer.text)
         return turns
 
-    def _room(self, text: str) -> int:
-        return len(self._engine.encode(text)) * 5 // 4 + ROOM_TOKENS
-
-    def _turn(self, number: int, step: EditStep, messages: Sequence[Message], room: int, show: Show) -> Turn:
-        swap = number % 2 == 0
+    def _turn(self, number: int, before: str, answers: Sequence[str], show: Show) -> Turn:
+        swap, step = number % 2 == 0, self._task.steps[number - 1]
+        messages, room = self._task.messages(self._document.text, answers), self._room(before)
         pieces: list[Segment] = []
 
         def show_and_keep(segments: Sequence[Segment]) -> None:
@@ -179,24 +199,30 @@ class Chain:
             lambda: self._plain(messages, f"{self._session}, plain", room, _show_nothing),
             swap=swap,
         )
+        turn = Turn(step, tuple(pieces), answer, plain, step.judge(before, answer.text))
         if self._peers is None:
-            return Turn(step, tuple(pieces), answer, plain)
-        peers = self._peers
-        prompt_ids = self._engine.tokenize(_request(messages))
-        greedy, lookup = _both(
-            lambda: peers.greedy(prompt_ids, room), lambda: peers.prompt_lookup(prompt_ids, room), swap=swap
-        )
-        exact = self._engine.info.dtype == "float32"
-        same = greedy.token_ids == plain.token_ids if exact else None
-        return Turn(step, tuple(pieces), answer, plain, greedy.seconds, lookup.seconds, same)
+            return turn
+        peers = self._peers.answer(self._engine.tokenize(_request(messages)), room, backwards=swap)
+        return replace(turn, peers=peers, exact=self._engine.info.dtype == "float32")
+
+    def _room(self, text: str) -> int:
+        return len(self._engine.encode(text)) * 5 // 4 + ROOM_TOKENS
 
 
 def _summary(turn: Turn) -> str:
     cells = figures([turn])
     return (
-        f"{cells['tokens']} tokens in {cells['forward passes']} forward passes, {cells['time']}; plain decoding: "
-        f"{cells['speed-up over plain']} as long, {'same tokens' if turn.identical else 'OTHER TOKENS'}"
+        f"{_edit_in_words(turn.outcome)}. {cells['tokens']} tokens in {cells['forward passes']} forward passes, "
+        f"{cells['time']}; plain decoding: {cells['over plain']} as long, "
+        f"{'same tokens' if turn.identical else 'OTHER TOKENS'}."
     )
+
+
+def _edit_in_words(outcome: Outcome) -> str:
+    if outcome.made and not outcome.words_off:
+        return "Edit made, nothing else changed"
+    words = "1 word differs" if outcome.words_off == 1 else f"{outcome.words_off} words differ"
+    return f"Edit {'made' if outcome.made else 'not made'}, {words} from the right text"
 
 
 def _both(first: Callable[[], A], second: Callable[[], A], *, swap: bool) -> tuple[A, A]:
@@ -209,10 +235,6 @@ def _both(first: Callable[[], A], second: Callable[[], A], *, swap: bool) -> tup
 
 def _request(messages: Sequence[Message]) -> GenerationRequest:
     return GenerationRequest(messages=tuple(dict(message) for message in messages))
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
 
 
 def _show_nothing(_: Sequence[Segment]) -> None:

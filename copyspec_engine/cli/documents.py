@@ -8,9 +8,11 @@ from pathlib import Path
 
 from copyspec_engine import ConfigError
 
-__all__ = ["DEFAULT_DOCUMENT", "Document", "load_document", "shipped_folder", "shipped_names"]
+__all__ = ["CHAT_DOCUMENT", "DEFAULT_DOCUMENT", "Document", "load_document", "shipped_folder", "shipped_names"]
 
 DEFAULT_DOCUMENT = "meeting_notes.md"
+CHAT_DOCUMENT = "letter.txt"
+"""The default for a chat model: small ones follow edits of prose best."""
 MAX_FILE_BYTES = 1_000_000
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationRequest, SamplingParams, shared_engine
-from copyspec_engine.cli.chain import EditStep, steps_for
+from copyspec_engine.cli.chain import steps_for
 from copyspec_engine.cli.documents import Document, load_document
+from copyspec_engine.cli.edits import EditStep
 from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.report import check_writable, write_text
 from copyspec_engine.evaluation.page import Decode, render_page, transcripts

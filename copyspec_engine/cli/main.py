@@ -17,7 +17,7 @@ from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.eval import evaluations
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.frameworks import FRAMEWORKS
-from copyspec_engine.cli.loading import BUNDLED, DtypeName, engine_config
+from copyspec_engine.cli.loading import BUNDLED, DEMO_MODEL, DtypeName, engine_config
 from copyspec_engine.cli.models import models, run_pull
 
 __all__ = ["app", "main"]
@@ -47,11 +47,18 @@ def demo(
     ] = None,
     framework: Annotated[str, typer.Option(help=f"Ask through {', '.join(FRAMEWORKS)}.")] = "langchain",
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also run transformers generate and prompt lookup.")
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also run transformers generate and prompt lookup, and llama.cpp if llama-server is on the PATH.",
+        ),
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write a picture of the first turns and the table.")] = None,
-    model: Model = BUNDLED,
+    model: Annotated[
+        str,
+        typer.Option(help='A chat model, fetched if it is not there; "bundled" comes along and only copies.'),
+    ] = DEMO_MODEL,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
