@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 
-from copyspec_engine import ConfigError
+from copyspec_engine import ConfigError, EngineConfig, shared_engine
 from copyspec_engine.cli import chain
 from copyspec_engine.cli.chain import ChainTask, chain_for
-from copyspec_engine.cli.documents import Document, load_document, shipped_folder, shipped_names
+from copyspec_engine.cli.demo import Chain
+from copyspec_engine.cli.documents import CHAT_DOCUMENT, Document, load_document, shipped_folder, shipped_names
 from copyspec_engine.cli.edits import EditStep, Outcome
+from copyspec_engine.cli.frameworks import ask_through
+from copyspec_engine.models import find_model
 
 TEXT = "a = 1\nb = 2\nc = 3"
 REPLACE = EditStep("replace", {"old": "2", "new": "5"})
@@ -101,3 +105,16 @@ def test_every_worked_example_changes_its_text(example: dict[str, str]) -> None:
 def test_a_broken_step_is_told(row: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="is unknown or missing"):
         chain._step(row)
+
+
+@pytest.mark.skipif(find_model("smollm2") is None, reason="SmolLM2 is not on this machine: copyspec pull smollm2")
+@pytest.mark.slow
+def test_a_real_chat_model_makes_most_edits_of_the_letter_through_langchain() -> None:
+    engine = shared_engine(EngineConfig(model="smollm2", device="cpu", generation_config="ignore"))
+    document = load_document(CHAT_DOCUMENT)
+    task = chain_for(document, "smollm2")
+    with Chain(engine, ask_through("langchain", engine), task, document, compare=False) as rewriting:
+        turns = rewriting.run(Console(quiet=True))
+    assert all(turn.identical for turn in turns)
+    assert sum(turn.outcome.made for turn in turns) > len(turns) / 2
+    assert sum(turn.answer.tokens for turn in turns) > 5 * sum(turn.answer.forward_passes for turn in turns)

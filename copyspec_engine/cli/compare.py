@@ -13,7 +13,7 @@ from copyspec_engine import Engine, ModelLoadError
 from copyspec_engine.cli.llama_server import LlamaServer, LlamaServerError, find_llama_server
 from copyspec_engine.cli.report import GENERATE, LLAMA, LLAMA_NGRAM, LOOKUP, PeerAnswer
 from copyspec_engine.forced.generate import LOOKUP_TOKENS, generate_greedy
-from copyspec_engine.models.find import find_model, resolve_model
+from copyspec_engine.models import find_model, locate_model
 
 __all__ = ["Peers"]
 
@@ -88,7 +88,7 @@ def _transformers_lanes(engine: Engine) -> dict[str, Lane]:
     The whole prompt goes into every call, since `generate` keeps nothing from one call to the next.
     """
     info = engine.info
-    path = str(resolve_model(info.model).path)
+    path = str(locate_model(info.model).as_folder().path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, info.dtype), trust_remote_code=engine.config.trust_remote_code
