@@ -110,6 +110,61 @@ def test_the_flags_of_the_paper(tmp_path: Path) -> None:
     assert max(length for record in written(tmp_path) for length in record.draft_lengths) == 7
 
 
+def test_several_drafters_write_beside_the_same_plain_decoding(tmp_path: Path) -> None:
+    words = ("mt-redundant", "--data", "sample", "--limit", "2", "--max-new-token", "40", "--number-copy", "7")
+    output = passed(*words, "--drafter", "adaptive", "copyspec", "--output", tmp_path)
+    assert output.count("identical outputs: 2/2") == 2
+    records = written(tmp_path)
+    assert sorted(record.writer for record in records) == sorted(["adaptive", "copyspec", "none"] * 4)
+    for drafter, options in (("adaptive", {}), ("copyspec", {"min_match_tokens": 3, "block": 7})):
+        found = json.loads((tmp_path / f"summary_{drafter}.json").read_text())
+        assert (found["drafter"], found["facts"]["writers"]) == (drafter, [drafter, "none"])
+        assert options.items() <= found["facts"]["drafter_options"].items()
+        assert found["identical"] == {"same": 2, "of": 2}
+        passes = sum(record.forward_passes for record in records if record.writer == drafter)
+        assert found["rows"][-1]["forward_passes"] == passes
+        assert (tmp_path / f"summary_{drafter}.md").exists()
+        assert list((tmp_path / "plots" / drafter).glob("*.svg"))
+    again = (tmp_path / "turns.jsonl").read_bytes()
+    assert run(*words, "--drafter", "adaptive", "--output", tmp_path).exit_code == 2, "another run"
+    assert (tmp_path / "turns.jsonl").read_bytes() == again
+
+
+def test_transformers_answers_the_same_prompts(tmp_path: Path) -> None:
+    words = ("mt-redundant", "--data", "sample", "--limit", "1", "--max-new-token", "48", "--no-plain")
+    passed(*words, "--peer", "generate", "--peer", "prompt-lookup", "--output", tmp_path)
+    records = {(record.writer, record.turn): record for record in written(tmp_path)}
+    assert len(records) == 6
+    for (writer, turn), record in records.items():
+        ours = records["adaptive", turn]
+        assert (record.token_ids, record.prompt_tokens) == (ours.token_ids, ours.prompt_tokens), writer
+        assert record.text == ours.text
+        assert record.prefill_s is not None
+        assert record.prefill_s > 0
+    assert records["generate", 2].forward_passes == records["generate", 2].num_tokens
+    assert records["prompt-lookup", 2].forward_passes < records["generate", 2].forward_passes
+    found = json.loads((tmp_path / "summary.json").read_text())["rows"][-1]["peers"]
+    assert found["generate"]["identical"] == found["prompt-lookup"]["identical"] == {"same": 2, "of": 2}
+
+
+def test_answers_that_differ_are_named_with_the_gap_of_their_logits(tmp_path: Path) -> None:
+    words = ("mt-bench", "--data", "sample", "--limit", "1", "--max-new-token", "12", "--output", tmp_path)
+    passed(*words)
+    records = written(tmp_path)
+    changed = next(record for record in records if record.writer == "adaptive" and record.turn == 1)
+    other = (*changed.token_ids[:3], changed.token_ids[0], *changed.token_ids[4:])
+    lines = [
+        record.model_copy(update={"token_ids": other} if record is changed else {}).model_dump_json()
+        for record in records
+    ]
+    (tmp_path / "turns.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    result = run(*words)
+    assert result.exit_code == 1
+    (found,) = json.loads((tmp_path / "summary.json").read_text())["differences"]
+    assert (found["turn"], found["position"]) == (1, 3)
+    assert found["gap"] is None or found["gap"] > 0
+
+
 def test_plain_decoding_alone(tmp_path: Path) -> None:
     output = passed("mt-bench", "--data", "sample", "--limit", "1", "--no-use-copy", "--output", tmp_path)
     assert "identical" not in output
@@ -119,7 +174,7 @@ def test_plain_decoding_alone(tmp_path: Path) -> None:
 
 def test_tasks_of_each_category(recorded: Path, tmp_path: Path) -> None:
     passed("mt-redundant", "--replay", recorded, "--per-category", "1", "--output", tmp_path)
-    assert [(r.task, r.category) for r in written(tmp_path) if r.turn == 1] == [("0", "stem"), ("1", "math")]
+    assert [(r.task, r.category) for r in written(tmp_path) if r.turn == 1] == [("0", "stem"), ("3", "math")]
 
 
 def test_recorded_answers_without_a_model(recorded: Path, tmp_path: Path) -> None:
@@ -253,6 +308,10 @@ BAD = [
     (("mt-bench", "--no-use-copy", "--gamma", "3"), "--no-use-copy with a drafter"),
     (("mt-bench", "--gamma", "0"), "min_match_tokens=0"),
     (("gsm8k", "--use-redundant"), "option of mt-bench"),
+    (("gsm8k", "--drafter", "adaptive", "adaptive"), "--drafter adaptive adaptive"),
+    (("gsm8k", "--drafter", "adaptive", "none"), "plain decoding stands beside them"),
+    (("gsm8k", "--drafter", "adaptive", "copyspec", "--draft-path", "m"), "--draft-path with several drafters"),
+    (("gsm8k", "--replay", "x", "--peer", "generate"), "--peer with --replay"),
     (("gsm8k", "--delta", "3"), "--delta 3 without a draft model"),
     (("gsm8k", "--combine", "tree"), "--combine tree without a draft model"),
     (("gsm8k", "--draft-path", "m", "--drafter", "none"), "--draft-path with --drafter none"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from copyspec_engine import ConfigError, CopySpecError
 from copyspec_engine.evaluation.benchmarks import BENCHMARKS, Task
-from copyspec_engine.evaluation.data import SAMPLE, load_recorded, load_tasks
+from copyspec_engine.evaluation.data import SAMPLE, load_recorded, load_tasks, sampled
 
 ROWS: dict[str, dict[str, Any]] = {
     "cnndm": {"id": "a1", "article": "It rained. The river rose.", "highlights": "Rain raised the river ."},
@@ -35,8 +36,8 @@ def jsonl(path: Path, *rows: object) -> Path:
     return path
 
 
-def load(name: str, path: Path | str, limit: int | None = None) -> list[Task]:
-    return load_tasks(BENCHMARKS[name], str(path), limit)
+def load(name: str, path: Path | str) -> list[Task]:
+    return load_tasks(BENCHMARKS[name], str(path))
 
 
 GOLDEN = {
@@ -120,12 +121,11 @@ def test_folders_of_the_datasets_package(
     assert task.prompts == GOLDEN[name]
 
 
-def test_gzip_limits_and_blank_lines(tmp_path: Path) -> None:
+def test_gzip_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl.gz"
     with gzip.open(path, "wt") as file:
         file.write("\n".join(json.dumps({**ROWS["mt-bench"], "question_id": i}) for i in range(5)) + "\n\n")
     assert [task.id for task in load("mt-bench", path)] == ["0", "1", "2", "3", "4"]
-    assert [task.id for task in load("mt-bench", path, 2)] == ["0", "1"]
 
 
 def without(name: str, key: str) -> dict[str, Any]:
@@ -200,7 +200,6 @@ def test_recorded_conversations(tmp_path: Path) -> None:
     assert [task.id for task in tasks] == ["a", "c"]
     assert tasks[0].prompts == ("Write.", "Again.")
     assert tasks[0].recorded == ("Once.", "Once upon.")
-    assert [task.id for task in load_recorded(BENCHMARKS["mt-bench"], path, "X", 1)] == ["a"]
     with pytest.raises(ConfigError, match="with answers of X, Y: name one of them with --replay-model"):
         load_recorded(BENCHMARKS["mt-bench"], path, None)
     with pytest.raises(ConfigError, match="without a conversation of --replay-model Z but with X, Y"):
@@ -217,3 +216,19 @@ def test_conversations_of_another_form_are_refused(tmp_path: Path, messages: lis
     path = jsonl(tmp_path / "talk.jsonl", {"messages": messages})
     with pytest.raises(ConfigError, match="line 1, whose messages"):
         load_recorded(BENCHMARKS["mt-bench"], path, None)
+
+
+def test_every_beginning_of_a_run_is_a_fair_sample() -> None:
+    tasks = [Task(f"{category} {i}", category, ("Hello.",)) for category in ("a", "b", "c") for i in range(30)]
+    order = sampled(tasks)
+    assert sorted(task.id for task in order) == sorted(task.id for task in tasks)
+    for count in range(1, 91):
+        seen = Counter(task.category for task in order[:count])
+        assert max(seen.values()) - min(seen[name] for name in "abc") <= 1
+    places = [int(task.id.split()[1]) for task in order[:30]]
+    assert 10 < sum(places) / len(places) < 20, "not the first ones of the file"
+    assert sampled(tasks[::-1]) != order
+    assert {task.id for task in sampled(tasks[::-1], 30)} == {task.id for task in order[:30]}
+    assert sampled(tasks, 12) == order[:12], "a higher limit adds to a lower one"
+    assert Counter(task.category for task in sampled(tasks, None, 4)) == {"a": 4, "b": 4, "c": 4}
+    assert len(sampled(tasks, 5, 4)) == 5

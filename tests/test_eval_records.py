@@ -7,9 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from copyspec_engine import ConfigError
+from copyspec_engine.evaluation.differences import differences
+from copyspec_engine.evaluation.intervals import interval
+from copyspec_engine.evaluation.loops import loop_tokens
 from copyspec_engine.evaluation.records import RunFacts, RunFolder, TurnRecord, read_turns
 from copyspec_engine.evaluation.summary import identical, rows, summary
 
@@ -148,22 +152,129 @@ def test_figures_counted_by_hand() -> None:
         "tokens": 4,
         "forward_passes": 2,
         "tokens_per_forward": 2.0,
+        "tokens_per_forward_interval": None,
         "tokens_per_s": 2.0,
         "copied_share": 0.5,
         "plain_tokens_per_s": 1.0,
         "speedup": 2.0,
+        "speedup_interval": None,
         "modelled_speedup": None,
     }
     # 12 tokens in 3 s beside 12 tokens in 8 s
     assert (found[1, "all"]["tokens_per_s"], found[1, "all"]["speedup"]) == (4.0, round(4 / 1.5, 4))
     assert found[1, "all"]["copied_share"] == round(8 / 12, 4)
+    # task a alone is 2 times as fast, task b alone 4 times: of draws of two tasks these are the ends
+    assert found[1, "all"]["speedup_interval"] == [2.0, 4.0]
+    assert found[1, "all"]["tokens_per_forward_interval"] == [2.0, 4.0]
     assert identical(facts(), records) == {"same": 1, "of": 2}
     assert identical(facts(drafter="none", writers=("none",)), records) == {"same": 0, "of": 0}
     whole = summary(facts(), records, {"rouge1": 0.5})
-    assert list(whole) == ["benchmark", "drafter", "model", "rows", "identical", "metrics", "facts"]
+    assert (whole["num_tasks"], whole["metrics"], whole["plain_metrics"]) == (2, {"rouge1": 0.5}, {})
 
 
 def test_runs_without_a_model_have_modelled_speed_only() -> None:
     records = [record("a", 1, prefill_s=None, decode_s=None, modelled_passes=2.5)]
     (row, _) = rows(facts(writers=("adaptive",)), records)
     assert (row["tokens_per_s"], row["speedup"], row["modelled_speedup"]) == (None, None, 1.6)
+
+
+def test_answers_that_loop_are_counted_and_left_out() -> None:
+    loop, straight = (7, 8) * 12, tuple(range(24))
+    records = [
+        record("a", 1, token_ids=loop, forward_passes=4),
+        record("a", 1, "none", token_ids=loop, forward_passes=24),
+        record("b", 1, token_ids=straight, forward_passes=12),
+        record("b", 1, "none", token_ids=straight, forward_passes=24),
+    ]
+    (row, _) = rows(facts(), records)
+    assert (row["answers"], row["looping_answers"]) == (2, 1)
+    # a run of 8 ends at 17 places, at two of which each of the two runs is new or has been there once only
+    assert row["loop_share"] == round(13 / 48, 4)
+    assert row["tokens_per_forward"] == 3.0
+    assert row["without_loops"]["tokens_per_forward"] == 2.0
+    assert row["without_loops"]["tokens"] == 24
+    (row, _) = rows(facts(), records[:2])
+    assert row["without_loops"] is None
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "found"),
+    [(tuple(range(8)) * 2, 0), (tuple(range(8)) * 3, 1), ((5,) * 10, 1), ((5,) * 9, 0), ((), 0)],
+)
+def test_a_loop_begins_where_eight_tokens_are_there_a_third_time(token_ids: tuple[int, ...], found: int) -> None:
+    assert loop_tokens(token_ids) == found
+
+
+def test_other_writers_of_the_run_are_figures_of_their_own() -> None:
+    records = [
+        record("a", 1),
+        record("a", 1, "generate", forward_passes=4, prefill_s=1.0, decode_s=5.0),
+        record("b", 1),
+        record("b", 1, "generate", token_ids=(1, 2), forward_passes=2, prefill_s=1.0, decode_s=0.0),
+    ]
+    (row, _) = rows(facts(writers=("adaptive", "generate")), records)
+    assert row["speedup"] is None
+    assert row["peers"]["generate"] == {
+        "tokens": 6,
+        "tokens_per_forward": 1.0,
+        "tokens_per_s": round(6 / 7, 4),
+        "speedup": round(2 / (6 / 7), 4),
+        "speedup_interval": [1.0, 3.0],
+        "identical": {"same": 1, "of": 2},
+    }
+
+
+def test_the_first_difference_of_each_task_has_its_gap() -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def gap(plain: TurnRecord, position: int, other: int) -> float:
+        told.append((plain.writer, position, other))
+        return 0.25
+
+    records = [
+        *complete("a"),
+        record("b", 1),
+        record("b", 1, "none", token_ids=(1, 2, 9, 4)),
+        record("b", 2),
+        record("b", 2, "none", token_ids=(7, 7)),
+        record("c", 1),
+        record("c", 1, "none", token_ids=(1, 2)),
+    ]
+    assert differences(facts(), records, gap) == [
+        {"task": "b", "turn": 1, "position": 2, "gap": 0.25},
+        {"task": "c", "turn": 1, "position": 2, "gap": None},
+    ]
+    assert told == [("none", 2, 3)]
+
+
+def test_a_run_of_several_drafters_is_one_of_each() -> None:
+    run = facts(
+        drafter_options={"a": 1},
+        others={"copyspec": {"block": 10}},
+        writers=("adaptive", "copyspec", "none", "generate"),
+    )
+    paper = run.of("copyspec")
+    assert (paper.drafter, paper.drafter_options, paper.others) == ("copyspec", {"block": 10}, {})
+    assert paper.writers == ("copyspec", "none", "generate")
+    assert run.of("adaptive").writers == ("adaptive", "none", "generate")
+    assert [run.file("summary.json", name) for name in run.drafters] == [
+        "summary_adaptive.json",
+        "summary_copyspec.json",
+    ]
+    assert paper.file("summary.json", "copyspec") == "summary.json"
+
+
+def test_intervals_cover_a_known_ratio() -> None:
+    random = np.random.default_rng(5)
+    covered = 0
+    for _ in range(40):
+        sizes = random.integers(50, 200, 40)
+        speeds = random.normal(2.0, 0.5, 40).clip(0.5)
+        lower, upper = interval([(float(n), float(n / speed)) for n, speed in zip(sizes, speeds, strict=True)]) or (
+            0,
+            0,
+        )
+        covered += lower < 1.855 < upper  # the ratio in a very large sample
+    assert covered >= 33
+    assert interval([(1.0, 2.0)]) is None
+    assert interval([(1.0, 0.0), (1.0, 0.0)]) is None

@@ -52,15 +52,16 @@ GOLDEN = """\
 |---|---|---:|---:|---:|---:|---:|
 | 1 | writing | 10 | 2.00 | 50.0% | 20.0 | 2.00x |
 | 1 | math | 10 | 1.00 | 0.0% | 10.0 | 1.00x |
-| 1 | all | 20 | 1.33 | 25.0% | 13.3 | 1.33x |
+| 1 | all | 20 | 1.33 (1.00 to 2.00) | 25.0% | 13.3 | 1.33x (1.00 to 2.00) |
 | 2 | writing | 20 | 5.00 | 80.0% | 40.0 | 4.00x |
 | 2 | math | 20 | 2.50 | 60.0% | 20.0 | 2.00x |
-| 2 | all | 40 | 3.33 | 70.0% | 26.7 | 2.67x |
+| 2 | all | 40 | 3.33 (2.50 to 5.00) | 70.0% | 26.7 | 2.67x (2.00 to 4.00) |
 | all | writing | 30 | 3.33 | 70.0% | 30.0 | 3.00x |
 | all | math | 30 | 1.67 | 40.0% | 15.0 | 1.50x |
-| all | all | 60 | 2.22 | 55.0% | 20.0 | 2.00x |
+| all | all | 60 | 2.22 (1.67 to 3.33) | 55.0% | 20.0 | 2.00x (1.50 to 3.00) |
 
-tokens/s count from the call to the last token; over plain is the ratio to plain decoding of this run.
+tokens/s count from the call to the last token; over plain is the ratio to plain decoding of this run. In \
+brackets 95 % intervals by the bootstrap over conversations.
 
 identical outputs: 2/2 (tasks, token for token, beside plain decoding)
 
@@ -70,6 +71,17 @@ identical outputs: 2/2 (tasks, token for token, beside plain decoding)
 |---|---:|
 | accuracy | 0.8125 |
 | by category | {"math": 1} |
+
+## Loops
+
+| turn | run | answers that loop | tokens in loops | tokens of the others | tokens per forward | over plain |
+|---|---|---:|---:|---:|---:|---:|
+| 1 | adaptive | 0 of 2 | 0.0% | 20 | 1.33 (1.00 to 2.00) | 1.33x (1.00 to 2.00) |
+| 2 | adaptive | 0 of 2 | 0.0% | 40 | 3.33 (2.50 to 5.00) | 2.67x (2.00 to 4.00) |
+| all | adaptive | 0 of 4 | 0.0% | 60 | 2.22 (1.67 to 3.33) | 2.00x (1.50 to 3.00) |
+
+A token is in a loop if it ends a run of 8 tokens that the answer held twice before. The last three columns \
+leave out every answer with such a token.
 
 ## Draft tokens accepted in a pass
 
@@ -168,7 +180,7 @@ def test_what_was_not_timed_says_that_it_is_modelled() -> None:
     facts = facts_of(model="", device="", dtype="", machine={}, writers=("adaptive",))
     records = records_of(facts, timed=False)
     text = summary_markdown(facts, records, figures_of(facts, records))
-    assert "| all | all | 60 | 2.22 | 55.0% | - | 2.22x modelled |" in text
+    assert "| all | all | 60 | 2.22 (1.67 to 3.33) | 55.0% | - | 2.22x modelled |" in text
     assert "Nothing was timed" in text
     assert "- model: no model, recorded answers replayed\n" in text
     assert "- device" not in text
@@ -262,8 +274,8 @@ def test_runs_are_compared_by_turn_and_category(two_runs: list[Path]) -> None:
         ("1", "writing", "B", "10", "2.00", "50.0%", "10.0", "1.00x"),
     )
     assert rows[-2:] == (
-        ("all", "all", "A", "60", "2.22", "55.0%", "20.0", "2.00x"),
-        ("all", "all", "B", "60", "2.22", "55.0%", "10.0", "1.00x"),
+        ("all", "all", "A", "60", "2.22 (1.67 to 3.33)", "55.0%", "20.0", "2.00x (1.50 to 3.00)"),
+        ("all", "all", "B", "60", "2.22 (1.67 to 3.33)", "55.0%", "10.0", "1.00x (0.75 to 1.50)"),
     )
     assert len(rows) == 18
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ class Peers:
         asked = {name: self._ask(name, prompt_ids, max_tokens) for name in (names[::-1] if backwards else names)}
         return {name: answer for name in names if (answer := asked[name]) is not None}
 
+    def ask(self, name: str, prompt_ids: Sequence[int], max_tokens: int) -> PeerAnswer:
+        """The answer of one that always takes part: `GENERATE` or `LOOKUP`."""
+        return self._lanes[name](prompt_ids, max_tokens)
+
     def close(self) -> None:
         """End the servers."""
         for server in self._servers.values():
@@ -94,6 +99,7 @@ def _transformers_lanes(engine: Engine) -> dict[str, Lane]:
             path, dtype=getattr(torch, info.dtype), trust_remote_code=engine.config.trust_remote_code
         )
         model = model.to(torch.device(info.device)).eval()
+        passes = _Passes(model)
     except (OSError, RuntimeError, MemoryError) as error:
         raise ModelLoadError(
             f"Cannot load {path} a second time for --compare: {error}. Leave --compare out, or take a smaller model"
@@ -101,12 +107,40 @@ def _transformers_lanes(engine: Engine) -> dict[str, Lane]:
 
     def lane(**options: int) -> Lane:
         def ask(prompt_ids: Sequence[int], max_tokens: int) -> PeerAnswer:
+            start = passes.reset()
             token_ids, seconds = generate_greedy(model, prompt_ids, max_tokens, **options)
-            return PeerAnswer(len(token_ids), seconds, token_ids=token_ids)
+            return PeerAnswer(
+                len(token_ids),
+                seconds,
+                token_ids=token_ids,
+                ttft_s=passes.first_s - start,
+                forward_passes=passes.count,
+            )
 
         return ask
 
     return {GENERATE: lane(), LOOKUP: lane(prompt_lookup_num_tokens=LOOKUP_TOKENS)}
+
+
+class _Passes:
+    """Counts a model's forward passes, and notes when the first one ended."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.count, self.first_s = 0, 0.0
+        model.register_forward_hook(self._after)
+
+    def reset(self) -> float:
+        """Count from 0 again, from the time that is returned on."""
+        self.count = 0
+        return time.perf_counter()
+
+    def _after(self, model: torch.nn.Module, *_: object) -> None:
+        self.count += 1
+        if self.count == 1:
+            device = next(model.parameters()).device
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self.first_s = time.perf_counter()
 
 
 def _server_lane(server: LlamaServer) -> Lane:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -20,27 +22,49 @@ evaluations = typer.Typer(
     help="The benchmarks of the CopySpec paper, with and without drafting on the same decoder, and reports on runs.",
 )
 
-DrafterName = Literal["adaptive", "copyspec", "none"]
+
+class DrafterName(str, Enum):
+    """What may be measured."""
+
+    adaptive = "adaptive"
+    copyspec = "copyspec"
+    none = "none"
 
 
-def _drafter(
-    name: DrafterName | None, use_copy: bool, min_match_tokens: int | None, block: int | None
-) -> DrafterConfig:
-    """The drafter that the options ask for; the paper's options ask for the paper's algorithm."""
+class PeerName(str, Enum):
+    """What of transformers may write too."""
+
+    generate = "generate"
+    prompt_lookup = "prompt-lookup"
+
+
+def _drafters(
+    names: Sequence[str], use_copy: bool, min_match_tokens: int | None, block: int | None
+) -> tuple[DrafterConfig, ...]:
+    """The drafters that the options ask for; the paper's options ask for the paper's algorithm."""
     of_paper = {"min_match_tokens": min_match_tokens, "block": block}
     given = {option: value for option, value in of_paper.items() if value is not None}
     if not use_copy:
-        if name not in (None, "none") or given:
+        if set(names) - {"none"} or given:
             raise ConfigError("Got --no-use-copy with a drafter or its options: leave one of them out")
-        return NoDrafter()
-    if name is None:
-        name = "copyspec" if given else "adaptive"
-    if given and name != "copyspec":
+        return (NoDrafter(),)
+    if not names:
+        names = ("copyspec" if given else "adaptive",)
+    if len(names) > len(set(names)) or (len(names) > 1 and "none" in names):
         raise ConfigError(
-            f"Got --gamma or --number-copy with --drafter {name} but they are options of the paper's algorithm: leave "
-            "--drafter out, or name copyspec"
+            f"Got --drafter {' '.join(names)} but expected different ones that draft: plain decoding stands beside them"
         )
-    return {"adaptive": AdaptiveDrafter, "none": NoDrafter}[name]() if name != "copyspec" else CopySpecDrafter(**given)
+    if given and "copyspec" not in names:
+        raise ConfigError(
+            f"Got --gamma or --number-copy with --drafter {' '.join(names)} but they are options of the paper's "
+            "algorithm: leave --drafter out, or name copyspec"
+        )
+    known: dict[str, DrafterConfig] = {
+        "adaptive": AdaptiveDrafter(),
+        "copyspec": CopySpecDrafter(**given),
+        "none": NoDrafter(),
+    }
+    return tuple(known[name] for name in names)
 
 
 def _draft_model(
@@ -81,9 +105,19 @@ def evaluate(
             "the benchmark's data set on the hub.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first tasks only.")] = None,
-    per_category: Annotated[int | None, typer.Option(help="Take the first tasks of each category only.")] = None,
-    drafter: Annotated[DrafterName | None, typer.Option(help="Default: adaptive.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Take so many tasks: a fair sample, of each category alike, to which a higher limit adds."),
+    ] = None,
+    per_category: Annotated[int | None, typer.Option(help="Take so many tasks of each category.")] = None,
+    drafter: Annotated[
+        list[DrafterName] | None,
+        typer.Option(help="Default: adaptive. May be repeated: all of them write beside the same plain decoding."),
+    ] = None,
+    peer: Annotated[
+        list[PeerName] | None,
+        typer.Option(help="Let transformers write too, on the same prompts and weights; may be repeated."),
+    ] = None,
     use_copy: Annotated[bool, typer.Option("--use-copy/--no-use-copy", help="Draft at all.")] = True,
     gamma: Annotated[
         int | None,
@@ -165,14 +199,18 @@ def evaluate(
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"Got {option} {value} but expected at least 1")
-        chosen = _drafter(drafter, use_copy or draft_path is not None, gamma, number_copy)
-        draft_model = _draft_model(draft_path, delta, combine, use_copy, chosen)
+        named = tuple(name.value for name in drafter or ())
+        chosen = _drafters(named, use_copy or draft_path is not None, gamma, number_copy)
+        if len(chosen) > 1 and draft_path is not None:
+            raise ConfigError("Got --draft-path with several drafters but it goes together with one: name that one")
+        draft_model = _draft_model(draft_path, delta, combine, use_copy, chosen[0])
         config = engine_config(model, device, dtype, **draft_model)
         from copyspec_engine.cli.evaluate import EvalOptions, run_eval
 
         options = EvalOptions(
             benchmark=BENCHMARKS["mt-redundant" if use_redundant else name],
-            drafter=chosen,
+            drafters=chosen,
+            peers=tuple(name.value for name in peer or ()),
             config=config,
             model_id=model_id,
             data=data,

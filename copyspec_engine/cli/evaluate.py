@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from copyspec_engine.cli.bench_drafts import machine, versions
 from copyspec_engine.cli.exits import shown_on
 from copyspec_engine.cli.loading import BUNDLED
 from copyspec_engine.evaluation.benchmarks import Benchmark, Task
-from copyspec_engine.evaluation.data import load_recorded, load_tasks
+from copyspec_engine.evaluation.data import load_recorded, load_tasks, sampled
+from copyspec_engine.evaluation.differences import differences
 from copyspec_engine.evaluation.plots import check_installed, write_plots
 from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
 from copyspec_engine.evaluation.report import summary_markdown
@@ -39,8 +39,10 @@ class EvalOptions:
     """The command's options."""
 
     benchmark: Benchmark
-    drafter: DrafterConfig
+    drafters: tuple[DrafterConfig, ...]
     config: EngineConfig
+    peers: tuple[str, ...] = ()
+    """Of `PEER_NAMES`."""
     model_id: str | None = None
     data: str | None = None
     limit: int | None = None
@@ -71,12 +73,15 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
     tasks = _tasks(options)
     with _folder(options) as folder, _subject(options, console) as (subject, about):
         runs_model = options.replay is None or options.shape is not None
-        writer = _writer(options)
-        writers = writers_of(writer, plain=runs_model if options.plain is None else options.plain)
+        measured = _measured(options)
+        (first, about_first), *others = [(writer.name, _about_drafter(options, writer)) for writer in measured]
+        writers = writers_of(measured, plain=runs_model if options.plain is None else options.plain)
+        writers += tuple(Writer(name, NoDrafter()) for name in options.peers)
         facts = RunFacts(
             benchmark=options.benchmark.name,
-            drafter=writer.name,
-            drafter_options={**options.drafter.model_dump(mode="json", exclude={"name"}), **_drafting(options)},
+            drafter=first,
+            drafter_options=about_first,
+            others=dict(others),
             writers=tuple(writer.name for writer in writers),
             data=_data_name(options),
             recorded=options.replay is not None,
@@ -90,24 +95,51 @@ def run_eval(options: EvalOptions, command: str, console: Console) -> int:
         )
         with _Bar(console, facts, tasks) as bar:
             records, left_out = run_tasks(subject, tasks, writers, folder, facts, bar.advance)
-        facts = folder.facts()
-        own = [record for record in records if record.writer == writer.name]
-        answered = [task for task in tasks if task.id not in left_out]
-        with console.status("Scoring the answers ..."):
-            metrics = (
-                {} if facts.recorded else score(facts.benchmark, answered, own, folder, execute_code=facts.execute_code)
-            )
-        found = {**summary(facts, records, metrics), "left_out": left_out}
         for task, reason in left_out.items():
             console.print(f"Left out task {escape(task)}: {escape(reason)}", soft_wrap=True)
-        _print(found, facts, console)
+        answered = [task for task in tasks if task.id not in left_out]
+        facts, same = folder.facts(), []
+        for drafter in facts.drafters:
+            with console.status("Scoring the answers ..."):
+                metrics = _metrics(facts, drafter, answered, records, folder)
+                plain = _metrics(facts, PLAIN, answered, records, folder) if _has_plain(facts) else {}
+            own = facts.of(drafter)
+            different = differences(own, records, subject.gap)
+            found = {**summary(own, records, metrics, plain, different), "left_out": left_out}
+            same.append(found["identical"]["same"] == found["identical"]["of"])
+            _print(found, own, console)
+            if options.output is not None:
+                _write(found, facts, drafter, records, folder)
         if options.output is not None:
-            folder.write_json("summary.json", found)
-            folder.write("summary.md", summary_markdown(facts, records, found))
-            write_plots(folder, facts, records, found)
             console.print(f"Wrote {escape(str(folder.path))}", soft_wrap=True)
-    differs = found["identical"]["same"] < found["identical"]["of"]
-    return 1 if differs and facts.dtype in ("float32", "") else 0
+    return 0 if all(same) or facts.dtype not in ("float32", "") else 1
+
+
+def _has_plain(facts: RunFacts) -> bool:
+    """Plain decoding stands beside the drafters."""
+    return PLAIN in facts.writers and facts.drafter != PLAIN
+
+
+def _metrics(
+    facts: RunFacts, writer: str, tasks: Sequence[Task], records: Sequence[TurnRecord], folder: RunFolder
+) -> dict[str, float]:
+    """What the answers of one writer are worth; nothing where they were recorded before."""
+    own = [record for record in records if record.writer == writer]
+    if facts.recorded:
+        return {}
+    name = "samples.jsonl"
+    samples = facts.file(name, writer) if writer in facts.drafters else f"samples_{writer}.jsonl"
+    return score(facts.benchmark, tasks, own, folder, execute_code=facts.execute_code, samples=samples)
+
+
+def _write(
+    found: dict[str, Any], run: RunFacts, drafter: str, records: Sequence[TurnRecord], folder: RunFolder
+) -> None:
+    """Leave what was found of one drafter in the run's folder."""
+    facts = run.of(drafter)
+    folder.write_json(run.file("summary.json", drafter), found)
+    folder.write(run.file("summary.md", drafter), summary_markdown(facts, records, found))
+    write_plots(folder, facts, records, found, f"plots/{drafter}" if run.others else "plots")
 
 
 def _check(options: EvalOptions) -> None:
@@ -115,7 +147,7 @@ def _check(options: EvalOptions) -> None:
         raise ConfigError(
             f"Got --execute-code with {options.benchmark.name} but only {' and '.join(RUNS_CODE)} ask for programs"
         )
-    if options.plain and isinstance(options.drafter, NoDrafter):
+    if options.plain and any(isinstance(drafter, NoDrafter) for drafter in options.drafters):
         raise ConfigError("Got --plain with plain decoding, which has nothing beside it: leave it out")
     if options.replay is None:
         _check_without_replay(options)
@@ -138,6 +170,8 @@ def _check_replay(options: EvalOptions) -> None:
         )
     if options.config.draft_model is not None:
         raise ConfigError("Got --draft-path with --replay: `copyspec bench engine --draft-shape` replays with one")
+    if options.peers:
+        raise ConfigError("Got --peer with --replay: `copyspec bench engine` lets transformers write recorded answers")
     if options.shape is None and (options.config.device, options.config.dtype) != ("auto", "auto"):
         raise ConfigError("Got --device or --dtype with --replay but no model runs: add a --shape")
     if options.shape is not None and options.cost_model is not None:
@@ -156,21 +190,21 @@ def _check_without_replay(options: EvalOptions) -> None:
             raise ConfigError(f"Got {option} {value} without --replay: name the recorded conversations")
 
 
-def _writer(options: EvalOptions) -> Writer:
-    """The one that is measured."""
+def _measured(options: EvalOptions) -> tuple[Writer, ...]:
+    """The writers that are measured; a draft model takes part in the only one."""
     if options.config.draft_model is None:
-        return Writer(options.drafter.name, options.drafter)
-    rule = options.config.combine
-    return Writer(options.drafter.name if rule == "copy-only" else rule, options.drafter, {"combine": rule})
+        return tuple(Writer(drafter.name, drafter) for drafter in options.drafters)
+    (drafter,), rule = options.drafters, options.config.combine
+    return (Writer(drafter.name if rule == "copy-only" else rule, drafter, {"combine": rule}),)
 
 
-def _drafting(options: EvalOptions) -> dict[str, Any]:
-    """How a draft model takes part, as it goes into the run's facts; nothing without one."""
-    config = options.config
+def _about_drafter(options: EvalOptions, writer: Writer) -> dict[str, Any]:
+    """A drafter's options as they go into the run's facts, and how a draft model takes part if there is one."""
+    config, about = options.config, writer.drafter.model_dump(mode="json", exclude={"name"})
     if config.draft_model is None:
-        return {}
-    named = {"drafter": options.drafter.name, "draft_model": config.draft_model}
-    return {**named, "delta": config.max_draft_model_tokens, "combine": config.combine}
+        return about
+    named = {"drafter": writer.drafter.name, "draft_model": config.draft_model}
+    return {**about, **named, "delta": config.max_draft_model_tokens, "combine": config.combine}
 
 
 def _data_name(options: EvalOptions) -> str:
@@ -181,17 +215,12 @@ def _data_name(options: EvalOptions) -> str:
 
 
 def _tasks(options: EvalOptions) -> list[Task]:
-    """The tasks, each category's first ones if so asked."""
-    limit = None if options.per_category else options.limit
+    """The tasks that are asked for, in the order in which they are written."""
     if options.replay is None:
-        tasks = load_tasks(options.benchmark, options.data, limit)
+        tasks = load_tasks(options.benchmark, options.data)
     else:
-        tasks = load_recorded(options.benchmark, options.replay, options.replay_model, limit)
-    if options.per_category:
-        by_category = {task.category: [t for t in tasks if t.category == task.category] for task in tasks}
-        kept = {task.id for own in by_category.values() for task in own[: options.per_category]}
-        tasks = list(islice((task for task in tasks if task.id in kept), options.limit))
-    return tasks
+        tasks = load_recorded(options.benchmark, options.replay, options.replay_model)
+    return sampled(tasks, options.limit, options.per_category)
 
 
 @contextmanager
@@ -237,7 +266,14 @@ def _subject(options: EvalOptions, console: Console) -> Iterator[tuple[Subject, 
         with console.status(f"Loading the model {escape(options.config.model)} ...") as status:
             engine = Engine(options.config, on_progress=shown_on(status))
         with engine:
-            yield EngineSubject(engine, most), _about(engine, options.model_id or options.config.model)
+            written = EngineSubject(engine, most)
+            about = _about(engine, options.model_id or options.config.model)
+            if options.peers:
+                from copyspec_engine.cli.eval_peers import WithPeers
+
+                yield WithPeers(written, _measured(options)[0].name), about
+            else:
+                yield written, about
 
 
 def _about(engine: Engine, name: str) -> dict[str, Any]:
@@ -305,7 +341,7 @@ def _print(found: dict[str, Any], facts: RunFacts, console: Console) -> None:
         )
     console.print(f"[italic]{facts.benchmark}, {facts.drafter}, {escape(facts.model or 'no model')}[/]")
     console.print(grid)
-    if PLAIN in facts.writers and facts.drafter != PLAIN:
+    if _has_plain(facts):
         same = found["identical"]
         console.print(f"identical outputs: {same['same']}/{same['of']}")
         if same["same"] < same["of"] and facts.dtype:

@@ -54,6 +54,9 @@ class PeerAnswer:
     text: str | None = None
     write_s: float | None = None
     """Of the seconds, those behind the prompt; None where the peer does not tell."""
+    ttft_s: float | None = None
+    """From the call to the end of the first forward pass; of transformers only, as the next one."""
+    forward_passes: int | None = None
 
     def same_as(self, answer: Answer) -> bool:
         """Whether it is the same answer."""

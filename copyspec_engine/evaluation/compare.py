@@ -8,8 +8,8 @@ Not covered: showing it (cli/eval_report.py, report_page.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +20,15 @@ from copyspec_engine.evaluation.charts import Bars, Chart, Lines
 from copyspec_engine.evaluation.conditions import hardware, model_name
 from copyspec_engine.evaluation.figures import complete_tasks, histogram, turn_name
 from copyspec_engine.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
-from copyspec_engine.evaluation.report import FIGURES, accepted_table, figure_cells, metric_text
+from copyspec_engine.evaluation.report import (
+    FIGURES,
+    accepted_table,
+    differences_table,
+    figure_cells,
+    loops_table,
+    metric_text,
+    peers_table,
+)
 from copyspec_engine.evaluation.summary import ALL, identical, rows
 from copyspec_engine.evaluation.tables import NONE, Table, times
 
@@ -29,13 +37,14 @@ __all__ = ["Run", "charts", "load_runs", "tables"]
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what was run, the records of its complete tasks, and its metrics where it is finished."""
+    """One drafter's run: what was run, the records of its complete tasks, and its summary where it is finished."""
 
     letter: str
     path: Path
     facts: RunFacts
     records: tuple[TurnRecord, ...]
-    metrics: dict[str, Any]
+    summary: dict[str, Any]
+    """What it said of itself when it ended: its metrics and where answers differ."""
 
     @property
     def own(self) -> list[TurnRecord]:
@@ -58,7 +67,7 @@ class Run:
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these folders.
+    """The runs in these folders; one with several drafters counts as a run of each.
 
     Raises:
         ConfigError: a folder is given twice, holds no run, or a broken one.
@@ -67,25 +76,27 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     for path, place in zip(paths, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"Got run {path} twice but expected each folder once")
-    return [_load(_letter(number), path) for number, path in enumerate(paths)]
+    found = [(path, drafter) for path in paths for drafter in RunFolder(path).facts().drafters]
+    return [_load(_letter(number), path, drafter) for number, (path, drafter) in enumerate(found)]
 
 
 def _letter(number: int) -> str:
     return chr(ord("A") + number) if number < 26 else f"R{number + 1}"
 
 
-def _load(letter: str, path: Path) -> Run:
+def _load(letter: str, path: Path, drafter: str) -> Run:
     folder = RunFolder(path)
-    facts = folder.facts()
-    return Run(letter, path, facts, tuple(complete_tasks(facts, folder.turns())), _metrics(path / "summary.json"))
+    run = folder.facts()
+    records = tuple(complete_tasks(run, folder.turns()))
+    return Run(letter, path, run.of(drafter), records, _summary(path / run.file("summary.json", drafter)))
 
 
-def _metrics(path: Path) -> dict[str, Any]:
+def _summary(path: Path) -> dict[str, Any]:
     if not path.exists():
-        return {}
+        return {"metrics": {}, "plain_metrics": {}, "differences": []}
     try:
-        metrics = json.loads(path.read_bytes())["metrics"]
-        return dict(metrics)
+        found = json.loads(path.read_bytes())
+        return {name: found[name] for name in ("metrics", "plain_metrics", "differences")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"Got {path}, which is no summary of a run: {error!r}. Run `copyspec eval` again") from None
 
@@ -98,10 +109,22 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         *(_figures_table(name, [run for run in runs if run.facts.benchmark == name]) for name in benchmarks),
         _agreement_table(runs),
         _metrics_table(runs),
+        differences_table([(run.letter, run.summary["differences"]) for run in runs]),
+        *(
+            replace(table([(run.letter, row) for run, row in _turns(runs, name)]), title=f"{name}: {title}")
+            for name in benchmarks
+            for title, table in (("loops", loops_table), ("other writers of the same run", peers_table))
+        ),
         accepted_table([(run.letter, run.own) for run in runs]),
         _cost_table(runs),
     ]
     return [table for table in found if table.rows]
+
+
+def _turns(runs: Sequence[Run], benchmark: str) -> list[tuple[Run, Mapping[str, Any]]]:
+    """The rows of a benchmark's runs, those of one turn under one another."""
+    found = [(run, row) for run in runs if run.facts.benchmark == benchmark for row in run.rows]
+    return sorted(found, key=lambda each: (each[1]["turn"] == ALL, str(each[1]["turn"])))
 
 
 def _facts_table(runs: Sequence[Run]) -> Table:
@@ -199,10 +222,17 @@ def _first_turn(one: Answers, other: Answers) -> str:
     return turn_name(min(turn for turn in one.keys() | other.keys() if one.get(turn) != other.get(turn)))
 
 
+def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the drafter's answers, and of plain decoding's."""
+    plain = {f"{name}, plain decoding": value for name, value in summary["plain_metrics"].items()}
+    return {**summary["metrics"], **plain}
+
+
 def _metrics_table(runs: Sequence[Run]) -> Table:
-    names = dict.fromkeys(name for run in runs for name in run.metrics)
+    columns = [_metrics(run.summary) for run in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
     body = tuple(
-        (name, *(metric_text(run.metrics[name]) if name in run.metrics else NONE for run in runs)) for name in names
+        (name, *(metric_text(column[name]) if name in column else NONE for column in columns)) for name in names
     )
     return Table("Metrics", ("metric", *(run.letter for run in runs)), body)
 

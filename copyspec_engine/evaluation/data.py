@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,48 @@ from copyspec_engine.evaluation.benchmarks import Benchmark, Hub, Task
 from copyspec_engine.evaluation.summary import ALL
 from copyspec_engine.replay import messages_of, read_json_lines
 
-__all__ = ["SAMPLE", "load_recorded", "load_tasks"]
+__all__ = ["SAMPLE", "load_recorded", "load_tasks", "sampled"]
 
 SAMPLE = "sample"
 """Names the few tasks that come with the package, instead of a file."""
 _WHAT = "--data"
 
 
-def load_tasks(benchmark: Benchmark, data: str | None, limit: int | None = None) -> list[Task]:
+def load_tasks(benchmark: Benchmark, data: str | None) -> list[Task]:
     """The tasks of a benchmark.
 
     Args:
         benchmark: one of `BENCHMARKS`.
         data: a JSON Lines file (gzipped if named .gz), a folder or hub name for the package `datasets`, `SAMPLE`, or
             None for the benchmark's own data set on the hub.
-        limit: take the first ones only.
 
     Raises:
         ConfigError: there is no such data, a row is not of the benchmark's form, or two rows have the same id.
         CopySpecError: `datasets` is needed, but not installed.
     """
     rows = _rows(benchmark, data)
-    tasks = [benchmark.task(row, where) for where, row in islice(rows, limit)]
+    tasks = [benchmark.task(row, where) for where, row in rows]
     return _checked(tasks, f"{_WHAT} {data or benchmark.name}")
+
+
+def sampled(tasks: Sequence[Task], limit: int | None = None, per_category: int | None = None) -> list[Task]:
+    """The tasks in an order of which every beginning is a fair sample: each category in turn, drawn by chance.
+
+    The draw hangs on a task's id alone: it is the same each time, so that a run with a higher limit goes on with it.
+
+    Args:
+        tasks: with different ids.
+        limit: keep the first ones only.
+        per_category: keep the first ones of each category only.
+    """
+    drawn = sorted(tasks, key=lambda task: hashlib.sha256(task.id.encode()).digest())
+    places = {category: [task for task in drawn if task.category == category] for category in _categories(tasks)}
+    turns = zip_longest(*(own[:per_category] for own in places.values()))
+    return list(islice((task for turn in turns for task in turn if task is not None), limit))
+
+
+def _categories(tasks: Iterable[Task]) -> list[str]:
+    return list(dict.fromkeys(task.category for task in tasks))
 
 
 def _checked(tasks: list[Task], source: str) -> list[Task]:
@@ -99,14 +119,13 @@ def _from_datasets(source: Hub, name: str) -> Iterator[tuple[str, Mapping[str, A
     return ((f"{name} row {number}", row) for number, row in enumerate(found, 1))
 
 
-def load_recorded(benchmark: Benchmark, path: Path, model: str | None, limit: int | None = None) -> list[Task]:
+def load_recorded(benchmark: Benchmark, path: Path, model: str | None) -> list[Task]:
     """Conversations of a benchmark that a model had before, with its answers.
 
     Args:
         benchmark: gives the number of turns.
         path: a transcript: {"id", "category", "model", "messages"} a line; user and assistant in turns.
         model: keep the conversations of this one only.
-        limit: take the first ones only.
 
     Raises:
         ConfigError: the file cannot be read, a line is no such conversation, or none is of `model`.
@@ -123,7 +142,7 @@ def load_recorded(benchmark: Benchmark, path: Path, model: str | None, limit: in
         raise ConfigError(f"Got --replay {path} without a conversation of --replay-model {model} but with {known}")
     if model is None and len(models) > 1:
         raise ConfigError(f"Got --replay {path} with answers of {known}: name one of them with --replay-model")
-    return _checked(tasks[:limit], f"--replay {path}")
+    return _checked(tasks, f"--replay {path}")
 
 
 def _recorded_task(benchmark: Benchmark, record: Mapping[str, Any], messages: list[dict[str, Any]], where: str) -> Task:

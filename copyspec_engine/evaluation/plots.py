@@ -45,15 +45,16 @@ DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 
 
 def write_plots(
-    folder: RunFolder, facts: RunFacts, records: Sequence[TurnRecord], summary: Mapping[str, Any]
+    folder: RunFolder, facts: RunFacts, records: Sequence[TurnRecord], summary: Mapping[str, Any], under: str = "plots"
 ) -> list[Path]:
-    """Draw the plots of a run into its folder `plots`, each as SVG and as PNG.
+    """Draw the plots of a run into a folder of it, each as SVG and as PNG.
 
     Args:
         folder: of the run.
         facts: of the run.
         records: of complete tasks.
         summary: the content of `summary.json`.
+        under: name of the folder in that of the run.
 
     Raises:
         CopySpecError: matplotlib is not installed.
@@ -61,7 +62,7 @@ def write_plots(
     """
     check_installed()
     plots = run_plots(facts, records, summary)
-    return [save(plot, folder.path / "plots" / f"{plot.name}.{ending}") for plot in plots for ending in ("svg", "png")]
+    return [save(plot, folder.path / under / f"{plot.name}.{ending}") for plot in plots for ending in ("svg", "png")]
 
 
 def check_installed() -> None:

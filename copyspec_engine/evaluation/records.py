@@ -42,7 +42,7 @@ class TurnRecord(_Record):
     turn: int = Field(ge=1)
     writer: str
     """Name of the drafter: "adaptive", "copyspec" or "none" (`PLAIN`); with a draft model that of the rule by which
-    both go together ("tree", "copy-first", "draft-only")."""
+    both go together ("tree", "copy-first", "draft-only"); of transformers "generate" or "prompt-lookup"."""
     messages: tuple[dict[str, Any], ...]
     """The whole prompt of this turn as chat messages, earlier answers of the same writer in it."""
     text: str
@@ -97,8 +97,10 @@ class RunFacts(_Record):
     drafter: str
     """Name of the writer that is measured; "none" for a run of plain decoding alone."""
     drafter_options: dict[str, Any] = Field(default_factory=dict)
+    others: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Drafters that were measured in the same run, beside the same plain decoding: name and options of each."""
     writers: tuple[str, ...]
-    """Who writes each task: the drafter, and plain decoding beside it."""
+    """Who writes each task: the drafters, and what stands beside them."""
     model: str
     """Name of the checkpoint; "shape NAME" for random weights that write recorded answers; "" where no model ran."""
     device: str = ""
@@ -118,11 +120,38 @@ class RunFacts(_Record):
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Names of all drafters that were measured."""
+        return (self.drafter, *self.others)
+
+    def of(self, drafter: str) -> RunFacts:
+        """The same run as one of this drafter alone: its summary, its plots and its column in a comparison.
+
+        Args:
+            drafter: one of `drafters`.
+        """
+        options = self.drafter_options if drafter == self.drafter else self.others[drafter]
+        writers = tuple(writer for writer in self.writers if writer == drafter or writer not in self.drafters)
+        changes = {"drafter": drafter, "drafter_options": options, "others": {}, "writers": writers}
+        return self.model_copy(update=changes)
+
+    def file(self, name: str, drafter: str) -> str:
+        """What a file of one drafter is called in the run's folder: the drafter is in its name if there are several.
+
+        Args:
+            name: as it is called where there is one drafter.
+            drafter: one of `drafters`.
+        """
+        stem, _, ending = name.rpartition(".")
+        return f"{stem}_{drafter}.{ending}" if self.others else name
+
     def differences(self, other: RunFacts) -> list[str]:
         """Fields that decide about answers or speed and are not the same in `other`."""
         names = (
             "benchmark",
             "drafter_options",
+            "others",
             "writers",
             "model",
             "device",

@@ -1,7 +1,7 @@
 """A run: every task written by its writers side by side, each answer on disk before the next one begins.
 
-Who writes is a drafter and plain decoding, on the same decoder, turn by turn, each time another one first, so that a
-machine that slows down slows both down alike. Each has a session of its own, and its own answers in its prompts.
+Who writes is drafters and plain decoding, on the same decoder, turn by turn, each time another one first, so that a
+machine that slows down slows all of them down alike. Each has a session of its own, and its own answers in its prompts.
 
 Not covered: what the answers are worth (metrics.py), figures (summary.py).
 """
@@ -45,9 +45,11 @@ from copyspec_engine.replay import (
 if TYPE_CHECKING:
     from copyspec_engine.forced.recorded import RecordedEngine
 
-__all__ = ["EngineSubject", "ReplaySubject", "Subject", "Writer", "run_tasks", "writers_of"]
+__all__ = ["EngineSubject", "Messages", "ReplaySubject", "Subject", "Writer", "run_tasks", "session_of", "writers_of"]
 
 _WARM_UP_TOKENS = 16
+_TOP = 20
+"""Tokens whose logits are looked at where answers differ."""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -74,10 +76,14 @@ class Subject(Protocol):
     def forget(self, task: Task, writers: Sequence[Writer]) -> None:
         """The task is over."""
 
+    def gap(self, plain: TurnRecord, position: int, other: int) -> float | None:
+        """See `Gap`."""
 
-def writers_of(writer: Writer, *, plain: bool) -> tuple[Writer, ...]:
-    """Who writes a task: the writer that is measured, and plain decoding beside it if it is wanted and not the same."""
-    return (writer, Writer(PLAIN, NoDrafter())) if plain and writer.name != PLAIN else (writer,)
+
+def writers_of(measured: Sequence[Writer], *, plain: bool) -> tuple[Writer, ...]:
+    """Who writes a task: the writers that are measured, and plain decoding beside them unless it is one of them."""
+    alone = plain and all(writer.name != PLAIN for writer in measured)
+    return (*measured, Writer(PLAIN, NoDrafter())) if alone else tuple(measured)
 
 
 def run_tasks(
@@ -184,7 +190,7 @@ class EngineSubject:
             messages=[dict(message) for message in messages],
             sampling=SamplingParams(max_tokens=max_tokens),
             drafter=writer.drafter,
-            session_id=_session(task, writer),
+            session_id=session_of(task, writer.name),
             explain=True,
             **writer.options,
         )
@@ -205,11 +211,27 @@ class EngineSubject:
 
     def forget(self, task: Task, writers: Sequence[Writer]) -> None:
         for writer in writers:
-            self.engine.forget(_session(task, writer))
+            self.engine.forget(session_of(task, writer.name))
+
+    def gap(self, plain: TurnRecord, position: int, other: int) -> float | None:
+        messages = tuple(dict(message) for message in plain.messages)
+        prompt_ids = self.engine.tokenize(GenerationRequest(messages=messages))
+        if self.recorded is not None or len(prompt_ids) != plain.prompt_tokens:  # earlier answers had other tokens
+            return None
+        request = GenerationRequest(
+            prompt_token_ids=(*prompt_ids, *plain.token_ids[:position]),
+            sampling=SamplingParams(max_tokens=1, logprobs=True, top_logprobs=_TOP),
+            drafter=NoDrafter(),
+        )
+        (found,) = self.engine.generate(request).logprobs or ()
+        logprobs = dict(found.top)
+        token = plain.token_ids[position]
+        return logprobs[token] - logprobs[other] if {token, other} <= logprobs.keys() else None
 
 
-def _session(task: Task, writer: Writer) -> str:
-    return f"{writer.name} {task.id}"
+def session_of(task: Task, writer: str) -> str:
+    """The session in which a writer of that name has a task's conversation."""
+    return f"{writer} {task.id}"
 
 
 class ReplaySubject:
@@ -272,3 +294,6 @@ class ReplaySubject:
 
     def forget(self, task: Task, writers: Sequence[Writer]) -> None:  # noqa: ARG002 - one conversation at a time
         self._calls.clear()
+
+    def gap(self, plain: TurnRecord, position: int, other: int) -> None:
+        """Nobody computes logits."""

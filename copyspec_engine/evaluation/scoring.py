@@ -47,6 +47,7 @@ def score(
     folder: RunFolder,
     *,
     execute_code: bool,
+    samples: str = "samples.jsonl",
     run: Run = run_code,
 ) -> Metrics:
     """The metrics of one writer's answers, by name; none for benchmarks that need a judge.
@@ -55,8 +56,9 @@ def score(
         benchmark: its name.
         tasks: of the run.
         records: of one writer, each turn of each task.
-        folder: gets `samples.jsonl` of a HumanEval run, which the package evalplus scores as well.
+        folder: gets the answers of a HumanEval run in a file, which the package evalplus scores as well.
         execute_code: run the programs in the answers; without, what needs that is left out.
+        samples: name of that file.
         run: runs a program.
 
     Raises:
@@ -67,8 +69,8 @@ def score(
     if benchmark == "cnndm":
         return rouge([answers[task.id, 1] for task in tasks], [task.data["reference"] for task in tasks])
     if benchmark == "humaneval":
-        samples = (json.dumps(evalplus_sample(task.data, answers[task.id, 1])) for task in tasks)
-        folder.write("samples.jsonl", "".join(f"{sample}\n" for sample in samples))
+        lines = (json.dumps(evalplus_sample(task.data, answers[task.id, 1])) for task in tasks)
+        folder.write(samples, "".join(f"{line}\n" for line in lines))
     if not execute_code:
         return {}
     if benchmark == "humaneval":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["NONE", "Table", "figure", "markdown", "percent", "times"]
+__all__ = ["NONE", "Table", "figure", "limits", "markdown", "percent", "times"]
 
 NONE = "-"
 """What is shown where a figure does not exist."""
@@ -42,6 +43,11 @@ def figure(value: float | None) -> str:
     if value is None:
         return NONE
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def limits(interval: Sequence[float] | None) -> str:
+    """The limits of an interval, as they stand behind its figure; nothing where there is no interval."""
+    return "" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def percent(value: float | None) -> str:
