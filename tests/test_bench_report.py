@@ -115,6 +115,29 @@ def run_summary() -> dict[str, Any]:
     return {**record, "rows": rows, "identical": {"same": 4, "of": 4}, "facts": facts.model_dump(mode="json")}
 
 
+def free_run(drafter: str, passes: float, speed: float) -> dict[str, Any]:
+    """A run of one turn and category in which the model wrote freely, transformers beside it."""
+    whole = run_summary()
+    interval = {"speedup_interval": [1.1, 2.9]}
+    peer = {"tokens_per_s": 20.0, "speedup": 2.5, **interval, "identical": {"same": 7, "of": 8}}
+    row = {
+        **whole["rows"][0],
+        "category": "code",
+        "tokens_per_forward": passes,
+        "speedup": speed,
+        **interval,
+        "answers": 8,
+        "looping_answers": 2,
+        "loop_share": 0.125,
+        "tokens_per_forward_before_loops": 2.75,
+        "without_loops": {"tokens": 80, "tokens_per_forward": 2.0, "speedup": 1.75, **interval},
+        "peers": {"generate": peer} if drafter == "adaptive" else {},
+    }
+    record = {"benchmark": "humaneval", "drafter": drafter, "model": "some/model", "metrics": {}, "num_tasks": 8}
+    facts = {**whole["facts"], "benchmark": "humaneval", "drafter": drafter}
+    return {**record, "rows": [row, {**row, "turn": "all"}], "identical": {"same": 8, "of": 8}, "facts": facts}
+
+
 def recorded(drafter: str, model: str, passes: float, speed: float | None) -> dict[str, Any]:
     """A run of recorded answers of one category, through a drafter or a shape."""
     whole = run_summary()
@@ -142,6 +165,29 @@ ALL: dict[str, dict[str, Any]] = {
         "indexed_tokens": 100_000,
         "tokenizer": "bundled",
         "command": "copyspec bench propose",
+        "machine": CPU,
+    },
+    "context": {
+        "results": [
+            {
+                "length": length,
+                "way": way,
+                "turns": 2,
+                "prompt_tokens": length + 10,
+                "tokens": 64,
+                "tokens_per_forward": passes,
+                "tokens_per_s": speed,
+                "loop_share": 0.125,
+            }
+            for length in (500, 1000)
+            for way, passes, speed in (("generate", 1.0, 5.0), ("ours", 4.0, 30.0), ("plain", 1.0, 10.0))
+        ],
+        "lengths": [500, 1000],
+        "documents": ["article.txt"],
+        "model": "some/model",
+        "device": "cpu",
+        "dtype": "float32",
+        "command": "copyspec bench context some/model",
         "machine": CPU,
     },
     "free_text": {
@@ -192,6 +238,8 @@ ALL: dict[str, dict[str, Any]] = {
         agreement=0.7,
     ),
     "eval_gsm8k": run_summary(),
+    "eval_humaneval_adaptive": free_run("adaptive", 3.0, 2.5),
+    "eval_humaneval_copyspec": free_run("copyspec", 1.5, 1.25),
 }
 ALL["engine_at_once"]["concurrency"] = [
     {"source": "chats", "peer": peer, "concurrency": at_once, "tokens_per_s": speed}
@@ -242,12 +290,17 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "history": "| chats | 1.40 | 2.80 |",
         "ingredients": "| chats | 3.00 / 1.50 | -20.0% / -20.0% |",
         "propose": "| 16,000 | 53 us | 389 us | 35 ms | 2 MB |",
+        "context": "| some/model | 1,010 | 2 | **30.0** | 10.0 | 5.00 | 3.00x | 6.00x | 4.00 | 12.5% |",
         "free-text": "| measured | 0 | copies and recycled | 1,000 | 1.60 | 80.0 | 1.25x |",
         "lossless": "| some/model | bfloat16 | no | 2,000 | 25,000 | 3 | 0.12 |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
         "draft-models": "| chats | 2 | 0.7 | 10.0 | 2.00x | 1.25x | - | 2.50x | - | 2.00x |",
         "speed": "| chats | 2 to 3 | **20.0** | 4.00x | 10.0x | - | 5.00 |",
         "eval": "| gsm8k | some/model | adaptive | all | 100 | 2.00 | 50.0% | 50.0 | 2.00x | 4/4 | accuracy 0.75 |",
+        "free-eval": (
+            "| humaneval | 1 | 8 | 1.50 | 3.00 | 1.25x (1.10 to 2.90) | 2.50x (1.10 to 2.90) | 12.5% | 2.75 | 6 of 8 "
+            "| 2.00 | 1.75x | 8/8 |"
+        ),
         "reproduction": "",
         "reproduction-categories": "",
     }
@@ -278,7 +331,7 @@ def test_each_table_says_where_its_figures_come_from(report: Callable[..., Resul
     assert f"2 CPU cores (AMD EPYC), date not recorded: `drafts_gpu.json` by {command}" in block_of("drafts")
     on = "Bundled, float32, 2 CPU cores (AMD EPYC), 2026-11-20: `engine.json` by `copyspec bench engine`."
     assert on in block_of("engine")
-    on = "Some/model, bfloat16, NVIDIA H200, 2026-11-21: `eval_gsm8k.json` by `copyspec eval gsm8k`."
+    on = "Some/model, bfloat16, NVIDIA H200, 2026-11-21: `eval_gsm8k.json` by `copyspec eval gsm8k`,"
     assert on in block_of("eval")
 
 
@@ -308,7 +361,13 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
     monkeypatch.setattr(bench_collect, "save", save)
     assert report().exit_code == 0
     plots = {plot.name: plot for make in PLOTS for plot in make(load_results(Path("benchmarks/results")))}
-    names = {"drafts_gpu", "context_bundled_cpu_float32", "workloads_bundled_cpu_float32", "evaluation"}
+    names = {
+        "drafts_gpu",
+        "context_bundled_cpu_float32",
+        "growth_model_cpu_float32",
+        "workloads_bundled_cpu_float32",
+        "evaluation",
+    }
     assert set(plots) == names == {path.stem for path in Path("docs/plots").iterdir()}
     for name, plot in plots.items():
         path = Path(f"docs/plots/{name}.svg")
@@ -322,7 +381,11 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
     assert isinstance(bars, Bars)
     assert bars.series == (("adaptive", (3.0,)), ("copyspec (paper)", (1.5,)), ("Arctic, tuned", (2.0,)))
     (runs,) = plots["evaluation"].charts
-    assert runs.series == (("some/model, adaptive", (1.5, 3.0)),)
+    assert runs.series == (("some/model, adaptive", (1.5, 3.0, 2.5)), ("some/model, copyspec", (None, None, 1.25)))
+    speeds, passes = plots["growth_model_cpu_float32"].charts
+    assert isinstance(speeds, Lines)
+    assert speeds.series[0] == ("copyspec", ((510.0, 30.0), (1010.0, 30.0)))
+    assert passes.series[2] == ("generate", ((510.0, 1.0), (1010.0, 1.0)))
     assert "AMD EPYC" in plots["drafts_gpu"].caption
 
 
@@ -361,7 +424,8 @@ def test_a_plot_without_results_goes_and_other_pictures_stay(report: Callable[..
     assert report().exit_code == 0
     mine = Path("docs/plots/mine.svg")
     mine.write_text("<svg/>", encoding="utf-8")
-    Path("benchmarks/results/eval_gsm8k.json").unlink()
+    for path in Path("benchmarks/results").glob("eval_*.json"):
+        path.unlink()
     assert report("--check").exit_code == 1
     assert "Deleted" in report().output
     assert not Path("docs/plots/evaluation.svg").exists()

@@ -13,7 +13,7 @@ import pytest
 from copyspec_engine import ConfigError
 from copyspec_engine.evaluation.differences import differences
 from copyspec_engine.evaluation.intervals import interval
-from copyspec_engine.evaluation.loops import loop_tokens
+from copyspec_engine.evaluation.loops import before_loop, loop_tokens
 from copyspec_engine.evaluation.records import RunFacts, RunFolder, TurnRecord, read_turns
 from copyspec_engine.evaluation.summary import identical, rows, summary
 
@@ -193,8 +193,17 @@ def test_answers_that_loop_are_counted_and_left_out() -> None:
     assert row["tokens_per_forward"] == 3.0
     assert row["without_loops"]["tokens_per_forward"] == 2.0
     assert row["without_loops"]["tokens"] == 24
+    assert row["tokens_per_forward_before_loops"] == 2.0  # 4 in 2 passes and 24 in 12
     (row, _) = rows(facts(), records[:2])
     assert row["without_loops"] is None
+
+
+def test_what_stands_before_a_loop_has_its_own_passes() -> None:
+    loop = (1, 2, 3, *(7,) * 30)  # the tenth 7 is the first token in a loop
+    one = record("a", 1, token_ids=loop, forward_passes=7, accepted_lengths=(2, 0, 4, 0, 1, 9, 11))
+    assert before_loop(one) == (12, 5)
+    assert before_loop(record("a", 1, "none", token_ids=loop, forward_passes=33, accepted_lengths=())) == (12, 12)
+    assert before_loop(record("a", 1)) == (4, 2)
 
 
 @pytest.mark.parametrize(

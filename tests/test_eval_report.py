@@ -74,14 +74,15 @@ identical outputs: 2/2 (tasks, token for token, beside plain decoding)
 
 ## Loops
 
-| turn | run | answers that loop | tokens in loops | tokens of the others | tokens per forward | over plain |
-|---|---|---:|---:|---:|---:|---:|
-| 1 | adaptive | 0 of 2 | 0.0% | 20 | 1.33 (1.00 to 2.00) | 1.33x (1.00 to 2.00) |
-| 2 | adaptive | 0 of 2 | 0.0% | 40 | 3.33 (2.50 to 5.00) | 2.67x (2.00 to 4.00) |
-| all | adaptive | 0 of 4 | 0.0% | 60 | 2.22 (1.67 to 3.33) | 2.00x (1.50 to 3.00) |
+| turn | run | answers that loop | tokens in loops | tokens per forward before | other answers | tokens per \
+forward | over plain |
+|---|---|---:|---:|---:|---:|---:|---:|
+| 1 | adaptive | 0 of 2 | 0.0% | 1.33 | 20 | 1.33 (1.00 to 2.00) | 1.33x (1.00 to 2.00) |
+| 2 | adaptive | 0 of 2 | 0.0% | 3.33 | 40 | 3.33 (2.50 to 5.00) | 2.67x (2.00 to 4.00) |
+| all | adaptive | 0 of 4 | 0.0% | 2.22 | 60 | 2.22 (1.67 to 3.33) | 2.00x (1.50 to 3.00) |
 
 A token is in a loop if it ends a run of 8 tokens that the answer held twice before. The last three columns \
-leave out every answer with such a token.
+leave out every answer with such a token, the one before them what follows it.
 
 ## Draft tokens accepted in a pass
 

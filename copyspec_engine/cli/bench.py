@@ -17,7 +17,7 @@ __all__ = ["bench"]
 bench = typer.Typer(
     no_args_is_help=True,
     help="Measure: drafts and propose replay recorded conversations without a model, engine builds one that writes "
-    "them, in free-text a model writes as it likes, and lossless counts answers that drafting changes.",
+    "them, in free-text and context a model writes as it likes, and lossless counts answers that drafting changes.",
 )
 
 
@@ -173,6 +173,54 @@ def free_text(
 
         options = FreeTextOptions(config, cost_model, tuple(temperature), max_tokens, rounds, json)
         return run_free_text(options, context.meta["command"], console())
+
+    exit_with(run)
+
+
+@bench.command(name="context", cls=RecordedCommand)
+def by_context(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help='Hub name or local folder; "bundled" is the small model that comes along.')
+    ] = BUNDLED,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="Documents that conversations begin with: your own, or shipped ones by their names; default: "
+            "article.txt.",
+        ),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N...", help="Tokens of context at which the next turn is measured; default: 500 to 4000."
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Let transformers write the turns too.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
+    ] = "auto",
+    json: JsonPath = None,
+) -> None:
+    """Let a conversation about a document grow, and measure its turns by the tokens of context before them.
+
+    The model writes as it likes. Exit code 1 if drafts change a token in float32.
+    """
+
+    def run() -> int:
+        _check_count("--max-tokens", max_tokens)
+        lengths = tuple(sorted(set(length or (500, 1000, 2000, 4000))))
+        for each in lengths:
+            _check_count("--length", each)
+        config = engine_config(model, device, dtype)
+        from copyspec_engine.cli.bench_context import ContextOptions, run_context
+
+        documents = tuple(dict.fromkeys(file or ("article.txt",)))
+        options = ContextOptions(config, documents, lengths, max_tokens, peers, json)
+        return run_context(options, context.meta["command"], console())
 
     exit_with(run)
 

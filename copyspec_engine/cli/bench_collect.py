@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from copyspec_engine import ConfigError
 from copyspec_engine.cli.report import write_text
+from copyspec_engine.cli.results.context import context_plots, context_tables
 from copyspec_engine.cli.results.draft_models import draft_model_tables
 from copyspec_engine.cli.results.drafts import (
     drafts_plots,
@@ -29,6 +30,7 @@ from copyspec_engine.cli.results.lossless import lossless_tables
 from copyspec_engine.cli.results.runs import (
     eval_plots,
     eval_tables,
+    free_eval_tables,
     reproduction_categories,
     reproduction_tables,
 )
@@ -44,16 +46,18 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "ingredients": ingredients_tables,
     "propose": propose_tables,
     "free-text": free_text_tables,
+    "context": context_tables,
     "lossless": lossless_tables,
     "engine": engine_tables,
     "speed": speed_tables,
     "draft-models": draft_model_tables,
     "eval": eval_tables,
+    "free-eval": free_eval_tables,
     "reproduction": reproduction_tables,
     "reproduction-categories": reproduction_categories,
 }
 """The tables that a README may hold."""
-PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (drafts_plots, engine_plots, eval_plots)
+PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (drafts_plots, engine_plots, context_plots, eval_plots)
 BLOCK = re.compile(r"(<!-- bench: begin (.*?) -->\n)(.*?)(<!-- bench: end -->)", flags=re.DOTALL)
 
 

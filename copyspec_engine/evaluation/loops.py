@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from copyspec_engine.evaluation.records import TurnRecord
 
-__all__ = ["LENGTH", "OFTEN", "RULE", "loop_tokens", "looping"]
+__all__ = ["LENGTH", "OFTEN", "RULE", "before_loop", "loop_tokens", "looping"]
 
 LENGTH, OFTEN = 8, 2
 RULE = "A token is in a loop if it ends a run of 8 tokens that the answer held twice before."
@@ -26,6 +26,24 @@ def loop_tokens(token_ids: Sequence[int]) -> int:
         found += seen[run] >= OFTEN
         seen[run] += 1
     return found
+
+
+def before_loop(record: TurnRecord) -> tuple[int, int]:
+    """(tokens, forward passes) of an answer up to the pass that wrote its first token in a loop, that one left out.
+
+    All of the answer where nothing loops. Passes that wrote no more than a token count as one token each.
+    """
+    first = next((end for end in range(1, record.num_tokens + 1) if loop_tokens(record.token_ids[:end])), None)
+    if first is None:
+        return record.num_tokens, record.forward_passes
+    lengths = record.accepted_lengths or (0,) * record.forward_passes
+    tokens = passes = 0
+    for accepted in lengths:
+        if tokens + accepted + 1 >= first:
+            break
+        tokens += accepted + 1
+        passes += 1
+    return tokens, passes
 
 
 def looping(records: Iterable[TurnRecord]) -> set[tuple[str, int]]:

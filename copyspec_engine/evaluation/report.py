@@ -134,13 +134,16 @@ def loops_table(named: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             name,
             f"{row['looping_answers']} of {row['answers']}",
             percent(row["loop_share"]),
+            figure(row["tokens_per_forward_before_loops"]),
             *(_without_loops(row["without_loops"]) if row["without_loops"] else (NONE, NONE, NONE)),
         )
         for name, row in named
         if "loop_share" in row
     )
-    headings = ("turn", "run", "answers that loop", "tokens in loops", "tokens of the others")
-    note = f"{RULE} The last three columns leave out every answer with such a token."
+    headings = ("turn", "run", "answers that loop", "tokens in loops", "tokens per forward before", "other answers")
+    note = (
+        f"{RULE} The last three columns leave out every answer with such a token, the one before them what follows it."
+    )
     return Table("Loops", (*headings, "tokens per forward", "over plain"), rows, 2, note)
 
 

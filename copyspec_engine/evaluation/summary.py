@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from copyspec_engine.evaluation.intervals import interval
-from copyspec_engine.evaluation.loops import loop_tokens, looping
+from copyspec_engine.evaluation.loops import before_loop, loop_tokens, looping
 from copyspec_engine.evaluation.records import PLAIN, RunFacts, TurnRecord
 
 __all__ = ["ALL", "identical", "rows", "summary"]
@@ -93,10 +93,13 @@ def _whole(facts: RunFacts, records: Sequence[TurnRecord], loops: set[tuple[str,
     left = [record for record in records if (record.task, record.turn) not in loops]
     names = ("tokens", "tokens_per_forward", "tokens_per_forward_interval", "speedup", "speedup_interval")
     without = _figures(facts.drafter, left) if _written(left, facts.drafter) else {}
+    begun = [before_loop(record) for record in own]
+    tokens, passes = sum(tokens for tokens, _ in begun), sum(passes for _, passes in begun)
     found: dict[str, Any] = {
         "answers": len(own),
         "looping_answers": sum((record.task, record.turn) in loops for record in own),
         "loop_share": round(sum(loop_tokens(r.token_ids) for r in own) / max(sum(map(_tokens, own)), 1), 4),
+        "tokens_per_forward_before_loops": round(tokens / passes, 4) if passes else None,
         "without_loops": {name: without[name] for name in names} if without else None,
     }
     peers = [name for name in facts.writers if name not in (facts.drafter, PLAIN)]

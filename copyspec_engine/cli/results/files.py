@@ -84,6 +84,10 @@ KINDS = {
         frozenset({"results", "cost_model", "rounds", "prompts", *_FACTS}),
         frozenset({"temperature", "way", "over_plain", *_SPEEDS}),
     ),
+    "context": Kind(
+        frozenset({"results", "lengths", "documents", "model", "device", "dtype", *_FACTS}),
+        frozenset({"length", "way", "turns", "prompt_tokens", "loop_share", *_SPEEDS}),
+    ),
     "lossless": Kind(
         frozenset(
             {"cases", "differences", "differences_per_1000_tokens", "tokens", "by_feature", "dtype", "exact", *_FACTS}

@@ -10,9 +10,9 @@ from copyspec_engine.evaluation.charts import Bars, Plot
 from copyspec_engine.evaluation.conditions import model_name
 from copyspec_engine.evaluation.report import FIGURES, figure_cells, metric_text
 from copyspec_engine.evaluation.summary import ALL
-from copyspec_engine.evaluation.tables import NONE, Table, figure, times
+from copyspec_engine.evaluation.tables import NONE, Table, figure, limits, percent, times
 
-__all__ = ["eval_plots", "eval_tables", "reproduction_categories", "reproduction_tables"]
+__all__ = ["eval_plots", "eval_tables", "free_eval_tables", "reproduction_categories", "reproduction_tables"]
 
 _PAPER, _OURS = "copyspec", "adaptive"
 _Key = tuple[str, str, str]
@@ -86,6 +86,78 @@ def _cells(result: Result, row: Mapping[str, Any]) -> tuple[str, ...]:
     metrics = ", ".join(f"{name} {metric_text(value)}" for name, value in record["metrics"].items()) if last else ""
     names = (record["benchmark"], model_name(record["model"]), record["drafter"], str(row["turn"]))
     return (*names, *figure_cells(row), identical or NONE, metrics or NONE)
+
+
+def free_eval_tables(results: Results) -> list[Table]:
+    """Runs of a model that wrote as it likes: the paper's drafts and ours over plain, ours over transformers."""
+    free = [
+        file for file in results["eval"] if not file.facts["recorded"] and file.record["drafter"] in (_PAPER, _OURS)
+    ]
+    return [table for table in (_over_plain(free), _over_peers(free)) if table.rows]
+
+
+def _over_plain(files: Sequence[Result]) -> Table:
+    found: dict[tuple[str, str], dict[str, tuple[Result, Mapping[str, Any]]]] = {}
+    for file in files:
+        for row in _rows(file):
+            if "loop_share" in row and row["speedup"] is not None:
+                found.setdefault((file.record["benchmark"], str(row["turn"])), {})[file.record["drafter"]] = (file, row)
+    shown = {key: drafters for key, drafters in found.items() if _OURS in drafters}
+    used = {file.name: file for drafters in shown.values() for file, _ in drafters.values()}
+    headings = ("benchmark", "turn", "conversations", "paper", "ours", "paper, over plain", "ours, over plain")
+    loops = ("tokens in loops", "ours before loops", "answers without", "ours in them", "over plain", "identical")
+    body = tuple(_free_cells(key, drafters) for key, drafters in shown.items())
+    return Table("Over plain decoding", (*headings, *loops), body, 3, notes(list(used.values())))
+
+
+def _over_peers(files: Sequence[Result]) -> Table:
+    with_peers = [file for file in files if any(row.get("peers") for row in file.rows)]
+    body = tuple(
+        (file.record["benchmark"], str(row["turn"]), str(file.record["num_tasks"]), name, *_peer_cells(row, peer))
+        for file in with_peers
+        for row in _rows(file)
+        for name, peer in row.get("peers", {}).items()
+    )
+    headings = (
+        "benchmark",
+        "turn",
+        "conversations",
+        "peer",
+        "its tokens/s",
+        "ours",
+        "ours over it",
+        "identical answers",
+    )
+    return Table("Over transformers", headings, body, 4, notes(with_peers))
+
+
+def _free_cells(key: tuple[str, str], drafters: Mapping[str, tuple[Result, Mapping[str, Any]]]) -> tuple[str, ...]:
+    file, ours = drafters[_OURS]
+    paper = drafters[_PAPER][1] if _PAPER in drafters else None
+    without, same = ours["without_loops"], file.record["identical"]
+    passes, speeds = [], []
+    for row in (paper, ours):
+        passes.append(NONE if row is None else figure(row["tokens_per_forward"]))
+        speeds.append(NONE if row is None else times(row["speedup"]) + limits(row["speedup_interval"]))
+    left = ours["answers"] - ours["looping_answers"]
+    others = (figure(without["tokens_per_forward"]), times(without["speedup"])) if without else (NONE, NONE)
+    return (
+        *key,
+        str(file.record["num_tasks"]),
+        *passes,
+        *speeds,
+        percent(ours["loop_share"]),
+        figure(ours["tokens_per_forward_before_loops"]),
+        f"{left} of {ours['answers']}",
+        *others,
+        f"{same['same']}/{same['of']}",
+    )
+
+
+def _peer_cells(row: Mapping[str, Any], peer: Mapping[str, Any]) -> tuple[str, ...]:
+    same = peer["identical"]
+    over = times(peer["speedup"]) + limits(peer["speedup_interval"])
+    return figure(peer["tokens_per_s"]), figure(row["tokens_per_s"]), over, f"{same['same']}/{same['of']}"
 
 
 def eval_plots(results: Results) -> list[Plot]:
