@@ -30,14 +30,16 @@ from copyspec_engine import (
 from copyspec_engine.cli.bench_drafts import machine
 from copyspec_engine.cli.documents import Document, load_document
 from copyspec_engine.cli.exits import shown_on
-from copyspec_engine.cli.report import check_writable, write_record
+from copyspec_engine.cli.report import GENERATE, LOOKUP, check_writable, write_record
 from copyspec_engine.evaluation.loops import loop_tokens
 
 __all__ = ["OURS", "PLAIN", "ContextOptions", "run_context"]
 
 Message = dict[str, str]
 
-OURS, PLAIN, GENERATE, LOOKUP = "ours", "plain", "generate", "prompt-lookup"
+OURS, PLAIN = "ours", "plain"
+_LANES = {"generate": GENERATE, "prompt-lookup": LOOKUP}
+"""The ways of transformers, and what they are called as peers."""
 REQUESTS = (
     "Write the whole text again, with all mistakes corrected.",
     "Evaluate your text: what could still be better about it?",
@@ -158,8 +160,8 @@ class _Stage:
         if options.peers:
             from copyspec_engine.cli.compare import Peers
 
-            self._peers = Peers(engine.info, trust_remote_code=engine.config.trust_remote_code)
-        self._ways = (*_DRAFTERS, *((GENERATE, LOOKUP) if options.peers else ()))
+            self._peers = Peers(engine)
+        self._ways = (*_DRAFTERS, *(_LANES if options.peers else ()))
         for way in self._ways:
             self._write(way, [_user(REQUESTS[0])], "warm-up", _WARM_UP_TOKENS)
         self._forget("warm-up")
@@ -197,10 +199,9 @@ class _Stage:
     def _write(self, way: str, messages: Sequence[Message], name: str, max_tokens: int) -> Written:
         if way not in _DRAFTERS:
             assert self._peers is not None
-            write = self._peers.greedy if way == GENERATE else self._peers.prompt_lookup
-            answer = write(self._tokenize(messages, name), max_tokens)
-            decode_s = answer.seconds - answer.ttft_s
-            return Written(answer.token_ids, answer.forward_passes, answer.seconds, decode_s)
+            answer = self._peers.ask(_LANES[way], self._tokenize(messages, name), max_tokens)
+            token_ids, decode_s = answer.token_ids or (), answer.seconds - (answer.ttft_s or 0.0)
+            return Written(token_ids, answer.forward_passes or len(token_ids), answer.seconds, decode_s)
         output = self._engine.generate(
             GenerationRequest(
                 messages=tuple(messages),
