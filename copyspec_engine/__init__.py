@@ -59,7 +59,7 @@ from copyspec_engine.outputs import (
 from copyspec_engine.progress import LoadProgress, OnProgress
 
 if TYPE_CHECKING:
-    from copyspec_engine.engine import Engine, shared_engine
+    from copyspec_engine.engine import Engine, inspect_model, shared_engine
     from copyspec_engine.memory_view import ConversationMemory, StoredText
 
 __all__ = [
@@ -106,12 +106,14 @@ __all__ = [
     "ToolCalls",
     "UnsupportedModelError",
     "Usage",
+    "inspect_model",
     "missing_extra",
     "shared_engine",
 ]
 
 _LATER = {
     "Engine": "engine",
+    "inspect_model": "engine",
     "shared_engine": "engine",
     "ConversationMemory": "memory_view",
     "StoredText": "memory_view",

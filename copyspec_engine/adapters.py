@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -31,10 +31,12 @@ from copyspec_engine.engine import Engine
 from copyspec_engine.errors import ConfigError
 from copyspec_engine.explanation import CopiedSpan, Explanation
 from copyspec_engine.model_facts import ModelFacts, read_model_facts
-from copyspec_engine.model_runner import read_tokenizer
 from copyspec_engine.nesting import check_nesting
 from copyspec_engine.options import Documented
 from copyspec_engine.outputs import GenerationOutput, InvalidToolCall, Reply, Segment, TokenLogprob
+
+if TYPE_CHECKING:
+    from copyspec_engine.tokenizer import ChatTokenizer
 
 __all__ = [
     "ENGINE_OPTIONS",
@@ -229,7 +231,11 @@ def prompt_length(engine: Engine | EngineConfig, request: GenerationRequest) -> 
     return len(tokenizer.render(request.messages, request.tools, request.chat_template_kwargs))
 
 
-_tokenizer = lru_cache(maxsize=8)(read_tokenizer)
+@lru_cache(maxsize=8)
+def _tokenizer(config: EngineConfig) -> ChatTokenizer:
+    from copyspec_engine.model_runner import read_tokenizer
+
+    return read_tokenizer(config)
 
 
 def answer_metadata(output: GenerationOutput, options: AdapterOptions) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TorchAoConfig
 
+from copyspec_engine.accelerator import best_device, device_count
 from copyspec_engine.config import EngineConfig
 from copyspec_engine.config_checks import refuse_impossible, refuse_unreadable
 from copyspec_engine.errors import ModelLoadError, UnsupportedModelError, missing_extra
@@ -49,16 +50,21 @@ def resolve_device(config: EngineConfig) -> torch.device:
     Raises:
         ModelLoadError: this machine has no such device.
     """
-    device, count = config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device_map and not count:
+    device = config.device
+    if config.device_map and not device_count("cuda"):
         raise ModelLoadError(
             f"Got device_map={config.device_map!r} but this machine shows no CUDA devices: leave it out to use the CPU"
         )
     if device == "auto":
-        return torch.device("cuda" if count else "cpu")
+        return best_device()
     chosen = torch.device(device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        raise ModelLoadError(f"Got device={device!r} but this machine shows {count} CUDA devices: use 'cpu' or 'auto'")
+    if chosen.type == "cpu":
+        return chosen
+    count = device_count(chosen.type)
+    if (chosen.index or 0) >= count:
+        raise ModelLoadError(
+            f"Got device={device!r} but this machine shows {count} {chosen.type.upper()} devices: use 'cpu' or 'auto'"
+        )
     return chosen
 
 
@@ -88,7 +94,7 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
         options["quantization_config"] = _int8_weights()
     if config.device_map is not None:
         options["device_map"] = config.device_map
-    elif quantized and device.type == "cuda":  # many kinds cannot be moved once they are read
+    elif quantized and device.type != "cpu":  # many kinds cannot be moved once they are read
         options["device_map"] = {"": device}
     if "device_map" in options and importlib.util.find_spec("accelerate") is None:
         raise missing_extra("accelerate", "quantization" if quantized else "multi-gpu")

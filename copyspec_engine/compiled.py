@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
+from numba.core.event import Event, Listener, install_listener
 
-__all__ = ["SOURCES", "compiled"]
+__all__ = ["SOURCES", "compiled", "counting_compilations"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,3 +61,24 @@ def _stamp() -> str:
     """Digest of all files with compiled functions."""
     folder = Path(__file__).parent
     return hashlib.blake2b(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()
+
+
+@contextmanager
+def counting_compilations(on_compile: Callable[[int], None]) -> Iterator[None]:
+    """Tell how many functions this thread has begun to compile, at each of them; kept code is not compiled."""
+    with install_listener("numba:compile", _Counting(on_compile)):
+        yield
+
+
+class _Counting(Listener):
+    def __init__(self, on_compile: Callable[[int], None]) -> None:
+        self._on_compile, self._count, self._thread = on_compile, 0, threading.get_ident()
+
+    def on_start(self, event: Event) -> None:  # noqa: ARG002 - as Numba calls it
+        """A function is compiled; Numba tells of those of all threads."""
+        if threading.get_ident() == self._thread:
+            self._count += 1
+            self._on_compile(self._count)
+
+    def on_end(self, event: Event) -> None:
+        """Numba asks for this too."""

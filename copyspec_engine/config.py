@@ -116,7 +116,9 @@ class EngineConfig(_Options):
     """Hub name, local folder or GGUF file of a decoder (`copyspec[gguf]`; its weights are dequantised once and kept in
     the cache folder); "bundled" is the small model that ships with this package."""
     device: str = "auto"
-    """"auto" takes the first GPU if there is one, else the CPU; or "cpu", "cuda", "cuda:1"."""
+    """"auto" takes the first GPU if there is one (CUDA or ROCm as "cuda", Apple's as "mps", Intel's as "xpu"), else the
+    CPU; or "cpu", "cuda", "cuda:1", "mps", "xpu". ROCm, MPS and XPU were not run yet; what a model computes there is
+    compared with its own logits as it loads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU. In half precision the last norm and the head
     still compute in float32, since they decide which token is written: the head's weights are held in float32 besides,
@@ -206,8 +208,8 @@ class EngineConfig(_Options):
     @field_validator("device", "draft_model_device")
     @classmethod
     def _check_device(cls, device: str | None) -> str | None:
-        if device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ValueError("auto, cpu, cuda or cuda:N")
+        if device is not None and not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+            raise ValueError("auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
         return device
 
     @field_validator("memory_path")

@@ -10,6 +10,7 @@ import numpy as np
 
 from copyspec_engine.candidates import with_candidates
 from copyspec_engine.combination import Combination
+from copyspec_engine.compiled import counting_compilations
 from copyspec_engine.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.copies import Run, find_around, trace
 from copyspec_engine.cost import CostCurve
@@ -29,6 +30,7 @@ from copyspec_engine.metrics import EngineMetrics
 from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import FinishReason, StreamChunk
 from copyspec_engine.prefix_cache import PrefixCache
+from copyspec_engine.progress import LoadProgress, OnProgress
 from copyspec_engine.recycled import NUM_CANDIDATES, Candidates
 from copyspec_engine.sampler import SampleRow, sample
 from copyspec_engine.scheduler import ScheduledBatch, ScheduledRow, Scheduler, session_key
@@ -288,13 +290,27 @@ class EngineCore:
         return failure
 
 
-def warm_up() -> None:
+def warm_up(on_progress: OnProgress = lambda _: None) -> None:
     """Load the compiled code of drafting and sampling, or compile it.
 
     Everything that a call does is done here first, so that no call ever waits for a compiler. Once after an
     installation that takes about 20 seconds.
+
+    Args:
+        on_progress: told of each function that is compiled, in this thread.
     """
-    logger.info("loading the compiled code of drafting and sampling; if it is new it is compiled, in about 20 s")
+    on_progress(LoadProgress("compile", "loading the compiled drafting code"))
+
+    def told(count: int) -> None:
+        text = "compiling the drafting code, once after an installation"
+        on_progress(LoadProgress("compile", text, done=count, unit="it"))
+
+    with counting_compilations(told):
+        _use_everything()
+
+
+def _use_everything() -> None:
+    """Draft, observe and sample once, on made-up tokens."""
     policy, memory = DraftingPolicy(CostCurve(((1, 1.0), (64, 1.1)))), SessionMemory(4096)
     prompt = [*range(200), *range(100)]
     for _ in range(2):

@@ -47,11 +47,16 @@ class MakeRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the check of a model found: bytes of KV for one token, how its passes run, and why not faster."""
+    """What the check of a model found.
+
+    Bytes of KV for one token, how its passes run, why not faster, and the relative difference of their logits from the
+    model's own.
+    """
 
     bytes_per_token: int
     execution: Execution = "eager"
     error: str | None = None
+    difference: float | None = None
 
 
 _TOKENS = 12
@@ -89,7 +94,8 @@ def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner:
             return found
         why_not = found
     runner = make_runner(num_slots=2 * _TOKENS)
-    return Checked(_compare(runner, model, config.model, ids, expected), error=why_not)
+    num_bytes, difference = _compare(runner, model, config.model, ids, expected)
+    return Checked(num_bytes, error=why_not, difference=difference)
 
 
 def _candidates(model: PreTrainedModel, config: EngineConfig) -> tuple[tuple[Execution, ...], str | None]:
@@ -137,15 +143,15 @@ def _check_fast(
             pack_linears(model)
         runner = make_runner(num_slots=2 * _TOKENS, execution=execution)
         _compare(runner, model, name, ids, expected)
-        bytes_per_token = _compare(runner, model, name, ids, expected)  # what was captured is replayed now
+        num_bytes, difference = _compare(runner, model, name, ids, expected)  # what was captured is replayed now
     except Exception as error:  # whatever it is, a slower way is left
         failure: str | None = str(error)
     else:
         failure = runner.capture_error
         if failure is None:
-            return Checked(bytes_per_token, execution, why_not)
+            return Checked(num_bytes, execution, why_not, difference)
         if execution == "graphs":
-            return Checked(bytes_per_token, "paged", failure)
+            return Checked(num_bytes, "paged", failure, difference)
         # Compiled and still launched kernel by kernel: without its compiler a pass is as fast, and loads faster.
     unpack_linears(model)
     undo_compile(model)
@@ -153,8 +159,10 @@ def _check_fast(
     return str(failure)
 
 
-def _compare(runner: PassRunner, model: PreTrainedModel, name: str, ids: list[int], expected: torch.Tensor) -> int:
-    """Bytes of KV for one token, if passes over two rows in pieces give the model's own logits.
+def _compare(
+    runner: PassRunner, model: PreTrainedModel, name: str, ids: list[int], expected: torch.Tensor
+) -> tuple[int, float]:
+    """Bytes of KV for one token, and the relative difference of the logits, if passes in pieces give the model's own.
 
     Raises:
         UnsupportedModelError: they do not.
@@ -178,4 +186,4 @@ def _compare(runner: PassRunner, model: PreTrainedModel, name: str, ids: list[in
             f"{difference:.2g}, {runner.store.num_layers} of {layers} layers): this "
             "architecture is not supported yet"
         )
-    return runner.store.bytes_per_token
+    return runner.store.bytes_per_token, difference

@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from copyspec_engine.admission import Admission
 from copyspec_engine.config import EngineConfig
-from copyspec_engine.core import EngineCore, warm_up
 from copyspec_engine.errors import ConfigError, EngineStoppedError, MemoryFileError
 from copyspec_engine.handle import FORKED, Sink
-from copyspec_engine.model_runner import LoadedModel
 from copyspec_engine.outputs import StreamChunk
-from copyspec_engine.sequence import Sequence
+from copyspec_engine.reports import Reports
+
+if TYPE_CHECKING:
+    from copyspec_engine.model_runner import LoadedModel
+    from copyspec_engine.sequence import Sequence
 
 __all__ = ["EngineLoop"]
 
@@ -38,14 +40,19 @@ class EngineLoop:
     Args:
         config: what to load, and how many requests may run and wait.
         load: gives the model; called in the loop's thread.
+        reports: of the load, which are delivered while it is waited for.
         on_stop: called there at the end.
 
     Raises:
-        Whatever `load` raises.
+        Whatever `load` raises, and whoever is told of it.
     """
 
     def __init__(
-        self, config: EngineConfig, load: Callable[[], LoadedModel], on_stop: Callable[[], None] = lambda: None
+        self,
+        config: EngineConfig,
+        load: Callable[[], LoadedModel],
+        reports: Reports,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         # Reentrant: a forgotten handle is closed by the garbage collector, at any moment in any thread.
         self.lock = threading.RLock()
@@ -66,8 +73,14 @@ class EngineLoop:
         loaded: Future[LoadedModel] = Future()
         self.thread = threading.Thread(target=self._run, args=(load, loaded), name="copyspec-engine", daemon=True)
         self.thread.start()
-        self.model = loaded.result()
-        self.core = EngineCore(self.model, config)
+        try:
+            self.model = reports.wait_for(loaded, self.thread)
+            from copyspec_engine.core import EngineCore
+
+            self.core = EngineCore(self.model, config)
+        except BaseException:
+            self._commands.put(lambda: None)  # a thread that has loaded a model nobody waits for ends
+            raise
         self._commands.put(self._loop)
 
     # ---- any thread --------------------------------------------------------------------------------------------
@@ -193,7 +206,6 @@ class EngineLoop:
     def _run(self, load: Callable[[], LoadedModel], loaded: Future[LoadedModel]) -> None:
         """The thread's whole life: load, wait until all is put together, loop."""
         try:
-            warm_up()
             loaded.set_result(load())
         except BaseException as error:
             loaded.set_exception(error)

@@ -18,7 +18,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +27,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from copyspec_engine import calibration
+from copyspec_engine.accelerator import device_name, has_float64, memory_of
 from copyspec_engine.attention import (
     ATTENTION_NAME,
     KVBatch,
@@ -72,6 +72,7 @@ from copyspec_engine.sequence import Sequence
 from copyspec_engine.stateful_runner import StatefulRunner, check_state
 from copyspec_engine.tokenizer import ChatTokenizer, HFTokenizer
 from copyspec_engine.vocabulary import refuse_other_vocabulary
+from copyspec_engine.weight_counts import counting_weights
 
 __all__ = ["LoadedModel", "ModelRunner", "Runner", "load_model", "prepare", "read_tokenizer"]
 
@@ -149,8 +150,10 @@ class ModelRunner:
     def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
         pieces = [_piece(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
         if self._exact_widths is None:
-            return self.run(pieces)
-        return torch.cat([self.run(those) for those in _side_by_side(pieces, self._exact_widths[-1])])
+            logits = self.run(pieces)
+        else:
+            logits = torch.cat([self.run(those) for those in _side_by_side(pieces, self._exact_widths[-1])])
+        return logits if has_float64(self._device) else logits.cpu()  # in which tokens are drawn
 
     def release(self, sequence: Sequence) -> None:
         """Nothing to do: the pool's slots are all that a sequence has, and the scheduler gives them back."""
@@ -235,7 +238,7 @@ class ModelRunner:
             if len(least) >= min(_LEAST_WIDTHS, len(widths)) and time.perf_counter() > deadline:
                 break
             seconds = self._time_pass(slots, context, width)
-            if self._device.type == "cuda" or seconds < budget_s / 10:  # a width's first pass pays for set-up
+            if self._device.type != "cpu" or seconds < budget_s / 10:  # a width's first pass pays for set-up
                 deadline += seconds if self._passes is not None else 0.0  # there it takes most of the budget
                 seconds = self._time_pass(slots, context, width)
             least[width] = seconds
@@ -305,6 +308,8 @@ class LoadedModel:
     """It was measured, and so may be corrected, rather than given."""
     drafting_error: str | None = None
     """Why nothing is drafted and no KV is reused; None for most models."""
+    check_difference: float | None = None
+    """See `EngineInfo`."""
     exact_widths: tuple[int, ...] | None = None
     """Tokens of its passes where bits must not depend on what else is read, see `EngineConfig.exact`; None: any."""
     execution: Execution = "eager"
@@ -366,7 +371,11 @@ def _read(config: EngineConfig, on_progress: OnProgress | None) -> _Read:
     path = str(origin.path)
     with _load_failures(config, path):
         base = _base_folder(path, config, on_progress)
-        with _loading, _phase("read", "reading the weights of", config, on_progress):
+        with (
+            _loading,
+            _phase("read", "reading the weights of", config, on_progress),
+            counting_weights(f"reading the weights of {config.model}", on_progress),
+        ):
             model = read_model(base or path, device, config)
             if base is not None:
                 model = merge_adapter(model, path)
@@ -545,6 +554,7 @@ def _ready(
         exact_widths=served.exact_widths,
         execution=checked.execution,
         execution_error=checked.error,
+        check_difference=checked.difference,
         defaults=GenerationDefaults()
         if config.generation_config == "ignore"
         else read_defaults(model.generation_config, config.model, vocab_size(model)),
@@ -580,14 +590,14 @@ def _measured_cost(
 def _facts(model: PreTrainedModel, name: str) -> dict[str, str]:
     """All of model and machine that a pass's cost and its order of sums depend on; weights by their shapes and type."""
     device = model.device
-    on_gpu = device.type == "cuda"
+    on_cpu = device.type == "cpu"
     return {
         "model": name,
         "architecture": type(model).__name__,
         "config": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
         "parameters": str(sum(parameter.numel() for parameter in model.parameters())),
-        "device": torch.cuda.get_device_name(device) if on_gpu else calibration.cpu_name(),
-        "threads": "" if on_gpu else f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": device_name(device),
+        "threads": f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}" if on_cpu else "",
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": ATTENTION_NAME,
         "torch": torch.__version__,
@@ -601,7 +611,7 @@ def _num_slots(wanted: int | None, max_model_len: int, bytes_per_token: int, dev
     Raises:
         ModelLoadError: what was asked for is more than the free memory.
     """
-    free = _free_bytes(device)
+    free, _ = memory_of(device)
     if wanted is None:
         return max(min(4 * max_model_len, free // 4 // max(bytes_per_token, 1)), 256)
     if wanted * bytes_per_token > free:
@@ -610,14 +620,3 @@ def _num_slots(wanted: int | None, max_model_len: int, bytes_per_token: int, dev
             f"{free / 2**30:,.1f} GiB that are free on {device}"
         )
     return wanted
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that a KV pool can use; on a CPU what the kernel calls available, else half of the machine's memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

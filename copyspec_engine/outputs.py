@@ -278,7 +278,22 @@ class EngineInfo:
     tool_calling: Literal["by template", "by prompt"] | None = None
     """How the model is told of tools: by its chat template, or in a message where the template leaves them out; None:
     it is not."""
+    check_difference: float | None = None
+    """Relative difference of its logits over our KV from its own, as it was loaded; None for a model without KV."""
+    load_seconds: dict[str, float] = field(default_factory=dict)
+    """What each phase of loading took, in seconds, by the names of `LoadProgress.phase`."""
+    device_name: str = ""
+    """What the device's maker calls it."""
+    device_memory: tuple[int, int] = (0, 0)
+    """(free, total) bytes of the device, as they are now."""
+    cpu_threads: int = 1
+    """Threads of a pass on a CPU."""
+    cpu_features: str = ""
+    """The widest vector instructions that torch uses, as "AVX512"."""
+    system: str = ""
+    """Operating system, its version, and the machine's architecture."""
     versions: dict[str, str] = field(default_factory=dict)
+    """By the names of packages, and "python"; "not installed" for one that is not."""
 
     @property
     def is_lossless(self) -> bool:

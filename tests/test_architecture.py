@@ -19,6 +19,7 @@ LEVELS = {
         "explanation",
         "outputs",
         "progress",
+        "progress_bar",
     },
     1: {
         "admission",
@@ -30,6 +31,7 @@ LEVELS = {
         "copy_index",
         "cost",
         "live_cost",
+        "reports",
         "draft_chain",
         "draft_survival",
         "memory",
@@ -69,6 +71,7 @@ LEVELS = {
         "paged_attention",
         "paged_kernels",
         "cuda_runner",
+        "accelerator",
         "checkpoint",
         "config_checks",
         "peft_adapter",
@@ -93,11 +96,12 @@ LEVELS = {
         "reply_template",
         "tokenizer",
         "vocabulary",
+        "weight_counts",
         "draft_model",
         "combination",
         "bundled",
     },
-    3: {"core", "loop", "engine"},
+    3: {"core", "loop", "preparation", "engine_info", "engine"},
     4: {"testing", "adapters", "conversations", "replay", "peers", "forced", "evaluation", "cli", "__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
@@ -117,6 +121,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "reply_template",
     "stateful_runner",
     "tokenizer",
+    "weight_counts",
 }
 
 

@@ -272,7 +272,7 @@ def test_shapes_have_the_parameters_of_the_checkpoints(shape: str) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "_free_bytes", lambda _device: 2**30)
+    monkeypatch.setattr(shapes, "memory_of", lambda _device: (2**30, 2**30))
     with pytest.raises(ModelLoadError, match=r"Got --shape llama-3.1-8b but its weights take 29.9 GiB in float32"):
         random_model("llama-3.1-8b", END, "cpu", "auto")
 

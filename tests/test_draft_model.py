@@ -419,7 +419,7 @@ def test_a_draft_model_has_a_device_of_its_own(tmp_path: Path) -> None:
 
 
 def test_both_pools_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner_module, "_free_bytes", lambda _device: 4_000_000)
+    monkeypatch.setattr(model_runner_module, "memory_of", lambda _device: (4_000_000, 4_000_000))
     config = EngineConfig(model="m", draft_model="d", step_cost=STEP_COST, draft_model_step_cost=CHEAP)
     alone = prepare(build_model("llama"), ByteTokenizer(), EngineConfig(model="m", step_cost=STEP_COST))
     pair = prepare(build_model("llama"), ByteTokenizer(), config, draft=(build_model("llama"), ByteTokenizer()))

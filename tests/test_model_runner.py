@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
 from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError, checkpoint, model_runner
+from copyspec_engine.accelerator import memory_of
 from copyspec_engine.attention import KVStore, visibility
 from copyspec_engine.drafter import DraftTree
 from copyspec_engine.model_runner import ModelRunner, load_model, prepare
@@ -116,7 +117,7 @@ def test_the_end_of_sequence_ids_are_those_of_generate() -> None:
 
 
 def test_the_pool_never_takes_more_than_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "_free_bytes", lambda _device: 4_096_000)
+    monkeypatch.setattr(model_runner, "memory_of", lambda _device: (4_096_000, 4_096_000))
     assert model_runner._num_slots(None, 8192, 1000, torch.device("cpu")) == 1024
     assert model_runner._num_slots(None, 100, 10, torch.device("cpu")) == 400
     assert model_runner._num_slots(5000, 8192, 500, torch.device("cpu")) == 5000
@@ -128,9 +129,9 @@ def test_a_pool_larger_than_the_memory_is_refused() -> None:
 
 
 def test_memory_is_known_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = model_runner._free_bytes(torch.device("cpu"))
+    known = memory_of(torch.device("cpu"))[0]
     monkeypatch.setattr(Path, "exists", lambda _self: False)
-    assert min(known, model_runner._free_bytes(torch.device("cpu"))) > 2**20
+    assert min(known, memory_of(torch.device("cpu"))[0]) > 2**20
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

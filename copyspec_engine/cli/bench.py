@@ -142,7 +142,7 @@ def free_text(
     model: Annotated[
         str, typer.Argument(help='Hub name or local folder; "bundled" is the small model that comes along.')
     ] = BUNDLED,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
     dtype: Annotated[
         DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
     ] = "auto",
@@ -241,7 +241,7 @@ def lossless(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all that is random about the cases.")] = 0,
     exact: Annotated[bool, typer.Option("--exact", help="With EngineConfig.exact, in both ways.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
     dtype: Annotated[
         DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
     ] = "auto",
@@ -294,7 +294,7 @@ def engine(
         typer.Option(help="Conversations of each file, which share --max-tokens evenly; default: as many as it fills."),
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Conversations at the same time.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="auto is float32 on a CPU and bfloat16 on a GPU."),

@@ -23,7 +23,7 @@ from copyspec_engine import (
     SamplingParams,
 )
 from copyspec_engine.cli.bench_drafts import machine
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.report import check_writable, write_record
 from copyspec_engine.replay import load_cost_curve
 
@@ -97,8 +97,8 @@ def run_free_text(options: FreeTextOptions, command: str, console: Console) -> i
         check_writable(options.json, "--json")
     for temperature in options.temperatures:
         SamplingParams(temperature=temperature)  # says what is wrong before anything is loaded
-    with console.status(f"Loading {options.config.model} ...") as status:
-        engine = Engine(_config(options), on_progress=shown_on(status))
+    with loading(options.config.model) as shown:
+        engine = Engine(_config(options), on_progress=shown)
     with engine, console.status("Writing ...") as status:
         rows: dict[tuple[float, str], _Row] = {}
         identical = True

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from copyspec_engine import ConfigError, Engine, EngineConfig
 from copyspec_engine.cli.bench_drafts import machine
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.lossless_rounds import ROUND, Outcome, ability_of, crowded, rounds, run_round
 from copyspec_engine.cli.lossless_ties import Tie, tie_of
 from copyspec_engine.cli.report import check_writable, write_record
@@ -113,7 +113,7 @@ def run_lossless(options: LosslessOptions, command: str, console: Console) -> in
     """
     if options.json:
         check_writable(options.json, "--json")
-    with _opened(options.config, console) as engine:
+    with _opened(options.config) as engine:
         info, before = engine.info, engine.metrics()
         if info.drafting_error is not None:
             raise ConfigError(f"There is nothing to compare: {info.model} runs without drafting")
@@ -152,15 +152,15 @@ def _name(config: EngineConfig) -> str:
 
 
 @contextmanager
-def _opened(config: EngineConfig, console: Console) -> Iterator[Engine]:
+def _opened(config: EngineConfig) -> Iterator[Engine]:
     with tempfile.TemporaryDirectory(prefix="copyspec-") as folder:
         if config.model == TINY:
             write_tiny_model(Path(folder))
             loaded = config.model_copy(update={"model": folder})
         else:
             loaded = config
-        with console.status(f"Loading {escape(config.model)} ...") as status:
-            engine = Engine(crowded(loaded), on_progress=shown_on(status))
+        with loading(config.model) as shown:
+            engine = Engine(crowded(loaded), on_progress=shown)
         with engine:
             yield engine
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from copyspec_engine import CopySpecError, Engine, EngineConfig, EngineInfo
 from copyspec_engine.calibration import KeptCurve, cache_dir, kept_curves
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.report import check_writable, write_text
 
 __all__ = ["CalibrateOptions", "kept_curve_of", "run_calibrate"]
@@ -37,8 +37,8 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> int:
     """
     if options.json:
         check_writable(options.json, "--json")
-    with console.status(f"Measuring passes of {escape(options.config.model)} ...") as status:
-        engine = Engine(options.config.model_copy(update={"calibrate": "always"}), on_progress=shown_on(status))
+    with loading(options.config.model) as shown:
+        engine = Engine(options.config.model_copy(update={"calibrate": "always"}), on_progress=shown)
     with engine:
         info = engine.info
     if info.drafting_error is not None:

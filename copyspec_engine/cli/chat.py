@@ -22,7 +22,7 @@ from copyspec_engine import (
 )
 from copyspec_engine.cli.demo import COPIED, show_on
 from copyspec_engine.cli.documents import load_document
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.report import check_writable, write_text
 
 __all__ = ["run_chat"]
@@ -115,8 +115,8 @@ class Chat:
 
 def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, read_line: ReadLine = input) -> int:
     """Talks until /quit or the end of the input; returns the exit code 0."""
-    with console.status(f"Loading the model {escape(config.model)} ...") as status:
-        engine = shared_engine(config, shown_on(status))
+    with loading(config.model) as shown:
+        engine = shared_engine(config, shown)
     console.print(f"[bold]{escape(engine.info.model)}[/] on {engine.info.device}. [{COPIED}]Copied text is green.[/]")
     if engine.info.drafting_error is not None:
         console.print(f"[yellow]Nothing is drafted:[/] {escape(engine.info.drafting_error)}")

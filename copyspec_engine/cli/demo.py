@@ -23,7 +23,7 @@ from copyspec_engine import Engine, EngineConfig, EngineInfo, GenerationRequest,
 from copyspec_engine.cli.chain import ChainTask, chain_for
 from copyspec_engine.cli.documents import CHAT_DOCUMENT, Document, load_document
 from copyspec_engine.cli.edits import EditStep, Outcome
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.frameworks import Ask, Message, Show, ask_engine, ask_through, check_framework
 from copyspec_engine.cli.loading import BUNDLED
 from copyspec_engine.cli.report import Turn, as_json, check_writable, figures, table, write_text
@@ -66,8 +66,8 @@ def run_demo(options: DemoOptions, console: Console) -> int:
     for path, option in ((options.json_path, "--json"), (options.svg_path, "--svg")):
         if path is not None:
             check_writable(path, option)
-    with console.status(f"Loading the model {escape(model)} ...") as status:
-        engine = shared_engine(options.config, shown_on(status))
+    with loading(model) as shown:
+        engine = shared_engine(options.config, shown)
         chain = Chain(engine, ask_through(options.framework, engine), task, document, compare=options.compare)
     with chain:
         with console.status("Warming up ..."):

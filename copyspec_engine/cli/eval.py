@@ -177,7 +177,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="gpu|cpu|FILE", help="Of --replay without --shape: what a pass costs; default: gpu."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
     dtype: Annotated[
         DtypeName,
         typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from copyspec_engine import ConfigError, DrafterConfig, Engine, EngineConfig, EngineInfo, NoDrafter
 from copyspec_engine.cli.bench_drafts import machine, versions
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.loading import BUNDLED
 from copyspec_engine.evaluation.benchmarks import Benchmark, Task
 from copyspec_engine.evaluation.data import load_recorded, load_tasks, sampled
@@ -263,8 +263,8 @@ def _subject(options: EvalOptions, console: Console) -> Iterator[tuple[Subject, 
         finally:
             opened.__exit__(None, None, None)
     else:
-        with console.status(f"Loading the model {escape(options.config.model)} ...") as status:
-            engine = Engine(options.config, on_progress=shown_on(status))
+        with loading(options.config.model) as shown:
+            engine = Engine(options.config, on_progress=shown)
         with engine:
             written = EngineSubject(engine, most)
             about = _about(engine, options.model_id or options.config.model)

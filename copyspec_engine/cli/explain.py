@@ -14,7 +14,7 @@ from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationRequest
 from copyspec_engine.cli.chain import steps_for
 from copyspec_engine.cli.documents import Document, load_document
 from copyspec_engine.cli.edits import EditStep
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.report import check_writable, write_text
 from copyspec_engine.evaluation.page import Decode, render_page, transcripts
 from copyspec_engine.evaluation.records import PLAIN, RUN_FILE, RunFolder, TurnRecord, read_turns
@@ -127,8 +127,9 @@ def _recorded(path: Path, options: ExplainOptions) -> _Run:
 def _demo(options: ExplainOptions, console: Console) -> _Run:
     if options.tokenizer is not None:
         raise ConfigError("Got --tokenizer with --demo but expected one of them: the demo's model has its own")
-    with console.status(f"Loading the model {escape(options.config.model)} ...") as status:
-        engine = shared_engine(options.config, shown_on(status))
+    with loading(options.config.model) as shown:
+        engine = shared_engine(options.config, shown)
+    with console.status("Writing the answers ...") as status:
         document = load_document(None)
         records = demo_records(engine, document, steps_for(document), status.update)
     info = engine.info

@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from copyspec_engine import EngineConfig, shared_engine
+from copyspec_engine import EngineConfig, EngineInfo, inspect_model
 from copyspec_engine.cli.calibrate import kept_curve_of
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 
-__all__ = ["run_info"]
+__all__ = ["for_a_report", "run_info"]
+
+_OF_THE_USER = ("memory_path", "memory_error")
 
 
-def run_info(config: EngineConfig, console: Console) -> int:
-    """Loads the model and prints what it is, where it runs and what it takes; returns the exit code 0."""
-    with console.status(f"Loading the model {escape(config.model)} ...") as status:
-        info = shared_engine(config, shown_on(status)).info
+def run_info(config: EngineConfig, console: Console, *, as_json: bool = False) -> int:
+    """Loads the model and prints what it is, where it runs and what it takes; returns the exit code 0.
+
+    Args:
+        config: what to load.
+        console: to print on.
+        as_json: print what belongs into a report of a bug instead.
+    """
+    with loading(config.model) as shown:
+        info = inspect_model(config, shown)
+    if as_json:
+        console.print_json(json.dumps(for_a_report(info)))
+    else:
+        console.print(_table(info))
+    return 0
+
+
+def for_a_report(info: EngineInfo) -> dict[str, Any]:
+    """All of `info` that others may read: of a model in a folder only the folder's name, and no other paths."""
+    facts = {name: value for name, value in dataclasses.asdict(info).items() if name not in _OF_THE_USER}
+    for name in ("model", "draft_model"):
+        facts[name] = facts[name] and _without_folders(facts[name])
+    for name in ("drafting_error", "execution_error", "draft_model_error"):
+        if facts[name]:
+            facts[name] = facts[name].replace(info.model, facts["model"]).replace(str(Path.home()), "~")
+    return {"answers": info.lossless, **facts}
+
+
+def _without_folders(model: str) -> str:
+    path = Path(os.path.expanduser(model))
+    return path.name if path.exists() or path.is_absolute() else model
+
+
+def _table(info: EngineInfo) -> Table:
     slots, kept = info.num_kv_slots, kept_curve_of(info)
     rows = {
         "model": info.model,
         "read from": info.model_source,
         "architecture": info.architecture,
         "parameters": f"{info.num_parameters:,}",
-        "device": _device_name(info.device),
+        "device": _device(info),
         "dtype": info.dtype if info.quantization is None else f"{info.dtype} ({info.quantization})",
         "longest context": f"{info.max_model_len:,} tokens",
         "KV cache": f"{slots:,} tokens of {info.kv_bytes_per_token:,} bytes, {_size(slots * info.kv_bytes_per_token)}",
@@ -37,25 +72,32 @@ def run_info(config: EngineConfig, console: Console) -> int:
         "cost measured": f"{kept.measured_at}, kept in {kept.path}" if kept else "when it was loaded, not kept",
         "sampling defaults": _options(info.sampling_defaults),
         "defaults not done": ", ".join(info.sampling_defaults_not_done) or "-",
-        "CPU threads": str(torch.get_num_threads()),
+        "loading took": ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in info.load_seconds.items()),
+        "check": _check(info),
+        "passes": info.execution + (f" ({info.execution_error})" if info.execution_error else ""),
+        "CPU threads": f"{info.cpu_threads}, {info.cpu_features}",
+        "system": info.system,
         **{f"{name} version": version for name, version in sorted(info.versions.items())},
     }
     grid = Table(show_header=False, box=None)
     for name, value in rows.items():
         grid.add_row(f"[bold]{name}[/]", escape(value))
-    console.print(grid)
-    return 0
+    return grid
 
 
 def _options(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items()) or "-"
 
 
-def _device_name(device: str) -> str:
-    if not device.startswith("cuda"):
-        return device
-    free, total = torch.cuda.mem_get_info(device)
-    return f"{device} ({torch.cuda.get_device_name(device)}, {_size(free)} of {_size(total)} free)"
+def _device(info: EngineInfo) -> str:
+    free, total = info.device_memory
+    return f"{info.device} ({info.device_name}, {_size(free)} of {_size(total)} free)"
+
+
+def _check(info: EngineInfo) -> str:
+    if info.check_difference is None:
+        return "-"
+    return f"logits differ from the model's own by {info.check_difference:.2g}"
 
 
 def _size(num_bytes: float) -> str:

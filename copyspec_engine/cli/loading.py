@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 from copyspec_engine import EngineConfig
@@ -16,11 +15,8 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def engine_config(model: str, device: str, dtype: DtypeName, **options: Any) -> EngineConfig:  # noqa: ANN401
-    """The config of a model that a command names; to be called before torch is imported.
+    """The config of a model that a command names.
 
     What is measured and shown is plain greedy decoding, whatever the checkpoint's generation_config.json asks for.
     """
-    if model == BUNDLED:
-        # It loads in a moment, so that a progress bar is only noise. tqdm reads this when it is imported.
-        os.environ.setdefault("TQDM_DISABLE", "1")
     return EngineConfig(**{"model": model, "device": device, "dtype": dtype, "generation_config": "ignore", **options})

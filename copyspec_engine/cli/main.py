@@ -33,7 +33,7 @@ app.add_typer(evaluations, name="eval")
 app.add_typer(models, name="models")
 
 Model = Annotated[str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]
 Dtype = Annotated[
     DtypeName,
     typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
@@ -101,14 +101,21 @@ def chat(
 
 
 @app.command()
-def info(model: Model = BUNDLED, device: Device = "auto", dtype: Dtype = "auto") -> None:
+def info(
+    model: Model = BUNDLED,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for a bug report: no names of users, no folders.")
+    ] = False,
+) -> None:
     """Show the device, the model, its memory and the versions."""
 
     def run() -> int:
         config = engine_config(model, device, dtype, generation_config="auto")
         from copyspec_engine.cli.info import run_info
 
-        return run_info(config, console())
+        return run_info(config, console(), as_json=json)
 
     exit_with(run)
 

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from copyspec_engine.accelerator import memory_of
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.checkpoint import resolve_device
 from copyspec_engine.config import EngineConfig
 from copyspec_engine.errors import ConfigError, ModelLoadError
-from copyspec_engine.model_runner import _free_bytes
 
 __all__ = ["SHAPES", "random_model", "shape_config"]
 
@@ -134,7 +134,7 @@ def random_model(shape: str, end_token: int, device: str, dtype: str) -> PreTrai
     config, on = shape_config(shape, end_token), resolve_device(EngineConfig(device=device))
     kind: torch.dtype = getattr(torch, dtype if dtype != "auto" else "float32" if on.type == "cpu" else "bfloat16")
     needed = sum(p.numel() * p.element_size() for p in _empty(config, kind, torch.device("meta")).parameters())
-    free = _free_bytes(on)
+    free, _ = memory_of(on)
     if needed > free:
         raise ModelLoadError(
             f"Got --shape {shape} but its weights take {needed / 2**30:,.1f} GiB in {str(kind).removeprefix('torch.')}"

@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput, ModelProfile
@@ -19,15 +19,15 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from copyspec_engine import (
     ConfigError,
-    ConversationMemory,
     Engine,
     EngineConfig,
     Explanation,
     GenerationRequest,
+    OnProgress,
     StreamChunk,
     shared_engine,
 )
@@ -42,6 +42,9 @@ from langchain_copyspec._replies import ReplyWriter
 from langchain_copyspec._sessions import ConversationalModel, session_of, with_session
 from langchain_copyspec._structured import Method, answer_parser, call_parser, with_raw
 from langchain_copyspec._tools import Tool, ToolOptions, convert_tools, json_schema_of
+
+if TYPE_CHECKING:
+    from copyspec_engine import ConversationMemory
 
 __all__ = ["ChatCopySpec"]
 
@@ -83,7 +86,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     model: str = "bundled"
     """Hub name or local folder of a decoder; "bundled" is the small model that ships with the engine."""
     device: str = "auto"
-    """"auto", "cpu", "cuda" or "cuda:N"."""
+    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
     chat_template: str | None = None
@@ -93,6 +96,9 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
     """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
     configuration only."""
+    on_progress: OnProgress | None = Field(default=None, exclude=True, repr=False)
+    """Told of the weights as they are loaded, in the thread that calls; what it raises ends the load. Default: a bar on
+    a terminal or in a notebook. It decides no answer: it is not serialised, pickled or part of a cache's key."""
     streaming: bool = False
     """True: `invoke` streams too, so that callbacks see each chunk. False, if given: nothing streams."""
 
@@ -111,11 +117,11 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
         engine = None if self.engine is None else self._engine_config()
-        return {**state, "__dict__": {**state["__dict__"], "engine": engine}}
+        return {**state, "__dict__": {**state["__dict__"], "engine": engine, "on_progress": None}}
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ChatCopySpec:
         memo = {} if memo is None else memo
-        memo[id(self.engine)] = self.engine
+        memo |= {id(kept): kept for kept in (self.engine, self.on_progress)}
         return super().__deepcopy__(memo)
 
     # What LangChain asks about a model
@@ -186,6 +192,25 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         asked = self._asked(messages, None, with_session(config, options))
         engine = self._get_engine(asked.model)
         return len(engine.tokenize(self._call(engine, asked).request))
+
+    # Loading
+
+    def load(self) -> Self:
+        """Load the weights now rather than at the first call, and give this model back.
+
+        Models with the same options of the engine share one that is loaded once, whatever thread asks first; then this
+        does nothing.
+
+        Raises:
+            ModelLoadError, UnsupportedModelError: as `Engine` does. What `on_progress` raises.
+        """
+        self._get_engine()
+        return self
+
+    async def aload(self) -> Self:
+        """As `load`, in a thread of its own, in which `on_progress` is told."""
+        await self._aget_engine(self.model)
+        return self
 
     # Tools and objects
 
@@ -405,7 +430,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         """The engine, or that of another model; loads the model if no one has."""
         if isinstance(self.engine, Engine) and model in (None, self.model):
             return self.engine
-        return shared_engine(self._engine_config(model))
+        return shared_engine(self._engine_config(model), self.on_progress)
 
     async def _aget_engine(self, model: str) -> Engine:
         """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""

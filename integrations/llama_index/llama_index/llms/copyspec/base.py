@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -30,15 +30,15 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import MessagesToPromptType, ToolSelection, default_completion_to_prompt
 from llama_index.core.tools.types import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from copyspec_engine import (
     ConfigError,
-    ConversationMemory,
     Engine,
     EngineConfig,
     Explanation,
     GenerationRequest,
+    OnProgress,
     shared_engine,
 )
 from copyspec_engine.adapters import (
@@ -56,6 +56,9 @@ from llama_index.llms.copyspec._responses import Answer, refuse_cut_off
 from llama_index.llms.copyspec._room import SHORT_CHATS, tokens_around
 from llama_index.llms.copyspec._sessions import named_session, step_session
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM
+
+if TYPE_CHECKING:
+    from copyspec_engine import ConversationMemory
 
 __all__ = ["CopySpec"]
 
@@ -103,7 +106,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     model: str = "bundled"
     """Hub name or local folder of a decoder; "bundled" is the small model that ships with the engine."""
     device: str = "auto"
-    """"auto", "cpu", "cuda" or "cuda:N"."""
+    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
     chat_template: str | None = None
@@ -113,6 +116,10 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
     """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
     configuration only."""
+
+    on_progress: OnProgress | None = Field(default=None, exclude=True, repr=False)
+    """Told of the weights as they are loaded, in the thread that calls; what it raises ends the load. Default: a bar on
+    a terminal or in a notebook. It decides no answer: it is not serialised, pickled or part of a cache's key."""
 
     _around: dict[Any, int] = PrivateAttr(default_factory=dict)
     """Tokens around the texts of a prompt, by what decides them."""
@@ -132,13 +139,14 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        if isinstance(self.engine, Engine):
-            return self.model_copy(update={"engine": self._engine_config()}).__getstate__()
+        if isinstance(self.engine, Engine) or self.on_progress is not None:
+            engine = None if self.engine is None else self._engine_config()
+            return self.model_copy(update={"engine": engine, "on_progress": None}).__getstate__()
         return super().__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CopySpec:
         memo = {} if memo is None else memo
-        memo[id(self.engine)] = self.engine
+        memo |= {id(kept): kept for kept in (self.engine, self.on_progress)}
         return super().__deepcopy__(memo)
 
     @classmethod
@@ -197,6 +205,25 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     def to_payload(self) -> dict[str, Any]:
         """What traces say of this LLM: its options."""
         return {"class_name": self.class_name(), **self.model_dump(exclude={"class_name", "system_prompt"})}
+
+    # Loading
+
+    def load(self) -> Self:
+        """Load the weights now rather than at the first call, and give this model back.
+
+        Models with the same options of the engine share one that is loaded once, whatever thread asks first; then this
+        does nothing.
+
+        Raises:
+            ModelLoadError, UnsupportedModelError: as `Engine` does. What `on_progress` raises.
+        """
+        self._get_engine()
+        return self
+
+    async def aload(self) -> Self:
+        """As `load`, in a thread of its own, in which `on_progress` is told."""
+        await self._aget_engine()
+        return self
 
     # Tokens
 
@@ -463,7 +490,9 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
 
     def _get_engine(self) -> Engine:
         """The engine; loads the model if no one has."""
-        return self.engine if isinstance(self.engine, Engine) else shared_engine(self._engine_config())
+        return (
+            self.engine if isinstance(self.engine, Engine) else shared_engine(self._engine_config(), self.on_progress)
+        )
 
     async def _aget_engine(self) -> Engine:
         """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
