@@ -14,7 +14,7 @@ import torch
 
 from copyspec_engine.calibration import cpu_name
 
-__all__ = ["best_device", "device_count", "device_name", "has_float64", "memory_of", "synchronize"]
+__all__ = ["best_device", "device_count", "device_name", "has_float64", "memory_of"]
 
 _CHOSEN = ("cuda", "mps", "xpu")
 """What device="auto" takes; a build of torch has one of them."""
@@ -55,12 +55,6 @@ def memory_of(device: torch.device) -> tuple[int, int]:
         return max(min(limit - int(torch.mps.driver_allocated_memory()), _machine_memory()[0]), 0), limit
     free, total = torch.accelerator.get_memory_info(device)
     return int(free), int(total)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until everything that was asked of a device is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _machine_memory() -> tuple[int, int]:

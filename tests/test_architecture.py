@@ -164,6 +164,14 @@ def test_the_lower_levels_know_neither_torch_nor_transformers() -> None:
             assert where in MAY_IMPORT_TRANSFORMERS, path.name
 
 
+def test_only_what_cuda_alone_has_asks_torch_cuda() -> None:
+    asking = {
+        path.relative_to(PACKAGE).as_posix() for _, path in parts() if "torch.cuda" in path.read_text(encoding="utf-8")
+    }
+    served = {name for name in asking if not name.startswith(("forced/", "bundled/", "cli/bench_"))}
+    assert served <= {"cuda_runner.py", "paged_attention.py", "paged_kernels.py"}, "ask accelerator.py"
+
+
 def test_outer_code_uses_public_names_only() -> None:
     import copyspec_engine
 

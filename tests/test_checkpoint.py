@@ -20,6 +20,7 @@ from copyspec_engine import (
     LoadProgress,
     ModelLoadError,
     UnsupportedModelError,
+    checkpoint,
 )
 from copyspec_engine.attention import KVBatch, KVRow, KVStore
 from copyspec_engine.bundled import bundled_model_path
@@ -78,14 +79,14 @@ def test_a_package_that_is_not_there_is_named(folder: str, monkeypatch: pytest.M
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(CopySpecError, match=r'torchao is not installed\. Run: pip install "copyspec\[quantization\]"'):
         load_model(EngineConfig(model=folder, quantization="int8"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(checkpoint, "device_count", lambda _kind: 2)
+    monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device("cuda"))
     with pytest.raises(CopySpecError, match=r'accelerate is not installed\. Run: pip install "copyspec\[multi-gpu\]"'):
         load_model(EngineConfig(model=folder, device_map="auto"))
 
 
 def test_a_device_map_without_gpus_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(checkpoint, "device_count", lambda _kind: 0)
     with pytest.raises(ModelLoadError, match="device_map='auto' but this machine shows no CUDA devices"):
         load_model(EngineConfig(model=folder, device_map="auto"))
 
@@ -133,7 +134,7 @@ def test_an_error_in_on_progress_reaches_the_caller(folder: str) -> None:
     def explode(progress: LoadProgress) -> None:
         raise RuntimeError(f"no room for {progress.text[:7]}")
 
-    with pytest.raises(RuntimeError, match="^no room for reading$"):
+    with pytest.raises(RuntimeError, match=r"^no room for reading$"):
         Engine(EngineConfig(model=folder), on_progress=explode)
 
 

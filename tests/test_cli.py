@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,8 +58,9 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture
 def run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """run("demo", "--compare") -> the command's result, on the scripted engine."""
-    for module in (demo, chat, info):
+    for module in (demo, chat):
         monkeypatch.setattr(module, "shared_engine", lambda *_: engine)
+    monkeypatch.setattr(info, "inspect_model", lambda *_: engine.info)
     return lambda *words, **options: CliRunner().invoke(app, words, **options)
 
 
@@ -169,8 +171,9 @@ def test_brackets_in_a_file_or_model_name_are_shown_as_they_are(
     path = tmp_path / "notes[bold].txt"
     path.write_text("one\ntwo\n")
     with scripted_engine(rewriter, EngineConfig(model="my[/model]")) as engine:
-        for module in (demo, chat, info):
+        for module in (demo, chat):
             monkeypatch.setattr(module, "shared_engine", lambda *_: engine)
+        monkeypatch.setattr(info, "inspect_model", lambda *_: engine.info)
         for words in (["demo", "--file", str(path)], ["info"], ["chat"]):
             result = CliRunner().invoke(app, [*words, "--model", "my[/model]"], input="/quit")
             assert result.exit_code == 0, result.output
@@ -471,3 +474,21 @@ def test_info_names_the_model_its_memory_and_the_versions(run: Callable[..., Res
         "the tokens of plain decoding",
     ):
         assert text in result.output
+
+
+def test_info_for_a_bug_report_has_no_folders(run: Callable[..., Result], engine: Engine) -> None:
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["model"] == "scripted"
+    assert {"python", "torch", "transformers", "numba", "llguidance", "langchain-core", "llama-index-core"} <= set(
+        facts["versions"]
+    )
+    for name in ("system", "cpu_features", "cpu_threads", "device_name", "device_memory", "execution", "load_seconds"):
+        assert facts[name], name
+    assert "check_difference" in facts
+    assert facts["answers"]
+    folder = str(Path.home() / "models" / "my-model")
+    broken = replace(engine.info, model=folder, execution_error=f"no kernel in {folder}", memory_path="/home/me/x")
+    report = json.dumps(info.for_a_report(broken))
+    assert "my-model" in report
+    assert str(Path.home()) not in report
+    assert "/home" not in report

@@ -560,4 +560,6 @@ def test_info_says_what_is_loaded(make_engine: Callable[..., Engine]) -> None:
     assert info.architecture == "Qwen3ForCausalLM"
     assert (info.device, info.dtype, info.max_model_len) == ("cpu", "float32", 512)
     assert info.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, keys and values, kv heads, head_dim, bytes
-    assert set(info.versions) == {"copyspec", "python", "torch", "transformers"}
+    assert {"copyspec", "python", "torch", "transformers", "numba"} <= set(info.versions)
+    assert "compile" in info.load_seconds
+    assert 0 < info.device_memory[0] <= info.device_memory[1]

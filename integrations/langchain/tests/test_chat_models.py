@@ -218,7 +218,7 @@ async def test_an_async_batch_answers_in_order(echo: Engine) -> None:
 
 
 async def test_the_event_loop_goes_on_while_the_model_loads(monkeypatch: pytest.MonkeyPatch, echo: Engine) -> None:
-    def load_slowly(config: EngineConfig) -> Engine:
+    def load_slowly(config: EngineConfig, _on_progress: object) -> Engine:
         time.sleep(0.5)
         return echo
 

@@ -28,7 +28,7 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture
 def _no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(config: EngineConfig) -> Engine:
+    def load(config: EngineConfig, _on_progress: object) -> Engine:
         raise AssertionError(f"loaded {config.model}")
 
     monkeypatch.setattr("langchain_copyspec.chat_models.shared_engine", load)
@@ -143,7 +143,7 @@ def test_another_model_of_a_call_is_loaded_as_by_its_own_constructor(
     engine, other = make_engine(lambda prompt: "own"), make_engine(lambda prompt: "other")
     asked: list[EngineConfig] = []
 
-    def load(config: EngineConfig) -> Engine:
+    def load(config: EngineConfig, _on_progress: object) -> Engine:
         asked.append(config)
         return other
 

@@ -222,7 +222,7 @@ async def test_the_event_loop_goes_on_while_the_model_loads(
 ) -> None:
     begun, may_go_on = threading.Event(), threading.Event()
 
-    def load_slowly(config: EngineConfig) -> Engine:
+    def load_slowly(config: EngineConfig, _on_progress: object) -> Engine:
         begun.set()
         assert may_go_on.wait(20), "the event loop stood still"
         return echo

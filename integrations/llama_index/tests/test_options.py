@@ -19,7 +19,7 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture
 def _no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(config: EngineConfig) -> Engine:
+    def load(config: EngineConfig, _on_progress: object) -> Engine:
         raise AssertionError(f"loaded {config.model}")
 
     monkeypatch.setattr("llama_index.llms.copyspec.base.shared_engine", load)

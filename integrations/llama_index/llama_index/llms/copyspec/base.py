@@ -490,9 +490,9 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
 
     def _get_engine(self) -> Engine:
         """The engine; loads the model if no one has."""
-        return (
-            self.engine if isinstance(self.engine, Engine) else shared_engine(self._engine_config(), self.on_progress)
-        )
+        if isinstance(self.engine, Engine):
+            return self.engine
+        return shared_engine(self._engine_config(), self.on_progress)
 
     async def _aget_engine(self) -> Engine:
         """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
