@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
 
 
 def test_a_model_that_is_not_there_is_one_line(run: Callable[..., Result]) -> None:
-    result = run("calibrate", "./no/such/model")
+    result = run("calibrate", "--model", "./no/such/model")
     assert result.exit_code == 2
     assert "no such file or folder" in " ".join(result.output.split())
 

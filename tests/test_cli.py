@@ -492,3 +492,9 @@ def test_info_for_a_bug_report_has_no_folders(run: Callable[..., Result], engine
     assert "my-model" in report
     assert str(Path.home()) not in report
     assert "/home" not in report
+
+
+def test_the_command_says_its_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert re.fullmatch(r"copyspec \d+\.\d+\.\d+\n", result.stdout)

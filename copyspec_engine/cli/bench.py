@@ -140,7 +140,7 @@ def propose(
 def free_text(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help='Hub name or local folder; "bundled" is the small model that comes along.')
+        str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')
     ] = BUNDLED,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
     dtype: Annotated[

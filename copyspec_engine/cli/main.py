@@ -5,6 +5,7 @@ The commands import their modules when they run, so that `--help` need not wait 
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,21 @@ Dtype = Annotated[
     DtypeName,
     typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"copyspec {importlib.metadata.version('copyspec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -132,9 +148,7 @@ def pull(
 
 @app.command()
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(help='Hub name or local folder; "bundled" is the small model that comes along.')
-    ] = BUNDLED,
+    model: Model = BUNDLED,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Annotated[
