@@ -60,7 +60,7 @@ class _Bar:
 
 
 def _new_bar(progress: LoadProgress) -> Any:  # noqa: ANN401 - tqdm has no types
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     is_bytes = progress.unit == "B"
     shape = {} if progress.done is not None else {"bar_format": "{desc} ..."}

@@ -488,6 +488,7 @@ def test_info_for_a_bug_report_has_no_folders(run: Callable[..., Result], engine
     assert facts["answers"]
     folder = str(Path.home() / "models" / "my-model")
     broken = replace(engine.info, model=folder, execution_error=f"no kernel in {folder}", memory_path="/home/me/x")
+    broken = replace(broken, model_source=folder)
     report = json.dumps(info.for_a_report(broken))
     assert "my-model" in report
     assert str(Path.home()) not in report

@@ -41,7 +41,7 @@ def run_info(config: EngineConfig, console: Console, *, as_json: bool = False) -
 def for_a_report(info: EngineInfo) -> dict[str, Any]:
     """All of `info` that others may read: of a model in a folder only the folder's name, and no other paths."""
     facts = {name: value for name, value in dataclasses.asdict(info).items() if name not in _OF_THE_USER}
-    for name in ("model", "draft_model"):
+    for name in ("model", "draft_model", "model_source", "draft_model_source"):
         facts[name] = facts[name] and _without_folders(facts[name])
     for name in ("drafting_error", "execution_error", "draft_model_error"):
         if facts[name]:
