@@ -97,7 +97,7 @@ def test_an_engine_answers_as_the_dequantised_model(
     generate: Any = expected.generate
     plain = generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, eos_token_id=END)[0, len(PROMPT) :]
     assert list(answer.token_ids) == [token for token in plain.tolist() if token != END]
-    counts = [(progress.done, progress.total) for progress in told if progress.unit == "it"]
+    counts = [(report.done, report.total) for report in told if (report.phase, report.unit) == ("convert", "it")]
     assert counts[-1][0] == counts[-1][1] == 21
     assert any(cache.rglob("model.safetensors"))
 
