@@ -29,7 +29,7 @@ from copyspec_engine import (
 )
 from copyspec_engine.cli.bench_drafts import machine
 from copyspec_engine.cli.documents import Document, load_document
-from copyspec_engine.cli.exits import shown_on
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.report import GENERATE, LOOKUP, check_writable, write_record
 from copyspec_engine.evaluation.loops import loop_tokens
 
@@ -104,8 +104,8 @@ def run_context(options: ContextOptions, command: str, console: Console) -> int:
     if options.json:
         check_writable(options.json, "--json")
     documents = [load_document(name) for name in options.documents]
-    with console.status(f"Loading {options.config.model} ...") as status:
-        engine = Engine(options.config, on_progress=shown_on(status))
+    with loading(options.config.model) as shown:
+        engine = Engine(options.config, on_progress=shown)
     with engine:
         _check(engine, options)
         stage = _Stage(engine, options)

@@ -139,7 +139,7 @@ class _Passes:
         if self.count == 1:
             device = next(model.parameters()).device
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
+                torch.accelerator.synchronize(device)
             self.first_s = time.perf_counter()
 
 
