@@ -14,6 +14,7 @@ from copyspec_engine.chat_template import describe_template, given_template
 from copyspec_engine.config import EngineConfig
 from copyspec_engine.errors import ConfigError, ModelLoadError
 from copyspec_engine.models import find_model
+from copyspec_engine.models.gguf_file import is_gguf, read_file
 
 __all__ = ["ModelFacts", "read_model_facts"]
 
@@ -39,32 +40,41 @@ def read_model_facts(config: EngineConfig) -> ModelFacts | None:
     """The facts of a config's model; None for a model that is not on this machine. Nothing is loaded or downloaded."""
     try:
         found = find_model(config.model)
+        if found is None:
+            return None
+        facts = _read(found.path, config.chat_template, config.tool_prompt)
     except ModelLoadError:  # loading it says what is wrong
         return None
-    folder = None if found is None else found.path
-    if folder is None or not (folder / "config.json").is_file():
+    if facts is None:
         return None
-    facts = _read(folder, config.chat_template, config.tool_prompt)
     limits = [limit for limit in (facts.max_model_len, config.max_model_len) if limit is not None]
     return ModelFacts(min(limits, default=None), facts.chat_format)
 
 
 @lru_cache(maxsize=64)
-def _read(folder: Path, given: str | None, tool_prompt: bool) -> ModelFacts:
-    tokenizer = _json(folder / "tokenizer_config.json")
-    template = _chat_template(folder, tokenizer) if given is None else given_template(given)
-    own = tokenizer.get("response_template")
+def _read(path: Path, given: str | None, tool_prompt: bool) -> ModelFacts | None:
+    """What is known of a folder or a GGUF file; None: the folder holds no model.
+
+    Raises:
+        ModelLoadError: the GGUF file cannot be read.
+    """
+    if is_gguf(str(path)):
+        file = read_file(path)
+        limit, template, special, own = file.max_model_len, file.chat_template, file.special_tokens, None
+    elif (path / "config.json").is_file():
+        tokenizer = _json(path / "tokenizer_config.json")
+        limit, template = _longest_context(_json(path / "config.json")), _chat_template(path, tokenizer)
+        special, own = _special_tokens(tokenizer), tokenizer.get("response_template")
+    else:
+        return None
+    if given is not None:
+        template = given_template(given)
     try:
-        chat_format = describe_template(
-            template, _special_tokens(tokenizer), response_template=own, tool_prompt=tool_prompt
-        )
+        chat_format = describe_template(template, special, response_template=own, tool_prompt=tool_prompt)
     except ConfigError as error:  # loading the model will say so
-        logger.warning("the chat template for %s cannot be read: %s", folder, error)
+        logger.warning("the chat template for %s cannot be read: %s", path, error)
         chat_format = find_chat_format(template, own)
-    return ModelFacts(
-        max_model_len=_longest_context(_json(folder / "config.json")),
-        chat_format=chat_format,
-    )
+    return ModelFacts(limit, chat_format)
 
 
 def _special_tokens(tokenizer: dict[str, Any]) -> dict[str, str]:

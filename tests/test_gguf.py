@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
 from copyspec_engine.errors import UnsupportedModelError
+from copyspec_engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.model_runner import read_tokenizer
 from copyspec_engine.models.gguf import convert
 from copyspec_engine.models.gguf_file import read_file
@@ -207,6 +207,7 @@ def test_phi_3_has_factors_for_short_and_long_texts_and_turns_a_part_of_each_hea
     }
     factors = {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
     expected = write_model(tmp_path / "m.gguf", model, metadata=metadata, factors=factors)
+    assert facts_of(tmp_path / "m.gguf").max_model_len == 64
     got = read(tmp_path / "m.gguf")
     for length in (40, 140):
         ids = torch.tensor([(PROMPT * 4)[:length]])
@@ -227,27 +228,51 @@ def test_biases_and_narrow_heads_are_read(name: str, options: dict[str, Any], tm
     assert_same(read(tmp_path / "m.gguf"), expected)
 
 
+# ---- what is known before it is converted ----------------------------------------------------------------------------
+
+
+def facts_of(path: Path) -> ModelFacts:
+    facts = read_model_facts(EngineConfig(model=str(path)))
+    assert facts is not None
+    return facts
+
+
+def test_a_file_says_what_its_converted_folder_says_of_context_and_chat(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "m.gguf"
+    template = "{{ eos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    write_model(path, build("llama"), Kind.F16, metadata={"tokenizer.chat_template": template})
+    facts = facts_of(path)
+    assert facts.max_model_len == 512
+    assert facts.chat_format.is_chat
+    assert facts.chat_format.tool_calling == "by prompt"
+    assert not cache.exists()
+    assert facts == facts_of(convert(str(path)).folder)
+
+
+def test_a_base_model_and_a_broken_file_are_told_from_a_chat_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "base.gguf", build("llama"), Kind.F16)
+    assert not facts_of(tmp_path / "base.gguf").chat_format.is_chat
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes((tmp_path / "base.gguf").read_bytes()[:100])
+    assert read_model_facts(EngineConfig(model=str(broken))) is None
+
+
 # ---- a real file -----------------------------------------------------------------------------------------------------
 
-REAL = os.environ.get("COPYSPEC_GGUF_SMOLLM2", "")
-"""Path of SmolLM2-135M-Instruct in Q4_1."""
 
-
-@pytest.mark.skipif(not REAL, reason="COPYSPEC_GGUF_SMOLLM2 does not name a GGUF file of SmolLM2-135M-Instruct")
-def test_a_real_file_is_read_and_its_text_cut_as_the_model_was_taught() -> None:
-    converted = convert(REAL)
-    assert converted.quantization == "Q4_1"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(converted.folder)
+@pytest.mark.real_model
+def test_a_real_model_cuts_text_as_it_was_taught_and_answers(smollm2: Engine) -> None:
     for text, ids in {
         "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
         "Café déjà vu.": [51, 1939, 2756, 32564, 90, 16739, 386, 101, 30],
         "  multiple   spaces": [216, 2701, 256, 5600],
         "<|im_start|>user\n": [1, 4093, 198],
     }.items():
-        assert tokenizer.encode(text) == ids
-        assert tokenizer.decode(ids) == text
+        assert smollm2.encode(text) == ids
+        assert smollm2.decode(ids, skip_special_tokens=False) == text
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    with Engine(EngineConfig(model=REAL, step_cost=STEP_COST)) as engine:
-        greedy = SamplingParams(temperature=0.0, max_tokens=16)
-        assert "Paris" in engine.generate(GenerationRequest(messages=question, sampling=greedy)).text
-        assert engine.info.quantization == "GGUF Q4_1"
+    greedy = SamplingParams(temperature=0.0, max_tokens=16)
+    assert "Paris" in smollm2.generate(GenerationRequest(messages=question, sampling=greedy)).text
+    facts = read_model_facts(smollm2.config)
+    assert facts is not None
+    assert (facts.max_model_len, facts.chat_format) == (smollm2.info.max_model_len, smollm2.chat_format)

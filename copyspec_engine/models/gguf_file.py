@@ -25,6 +25,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Formats of `struct`, by GGUF's number of the type."""
 _STRING, _ARRAY = 8, 9
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""GGUF's names of them, by those of transformers."""
 _OTHER_KINDS = {
     "mmproj": "a vision projector: give the file of its text model",
     "adapter": "a LoRA adapter: give a model, or merge the adapter into its base model",
@@ -60,6 +62,27 @@ class GgufFile:
     @property
     def architecture(self) -> str:
         return str(self.metadata["general.architecture"])
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja; None for a base model."""
+        return self.metadata.get("tokenizer.chat_template") or None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Those that the file tells of, by transformers' names of them ("eos_token")."""
+        tokens = self.metadata.get("tokenizer.ggml.tokens", [])
+        numbers = {name: self.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
+        return {name: tokens[number] for name, number in numbers.items() if number is not None and number < len(tokens)}
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens up to which it reads a text in pieces as it reads it whole; None: it does not say."""
+        context: int | None = self.metadata.get(f"{self.architecture}.context_length")
+        if context is None or all(tensor.name != "rope_factors_long.weight" for tensor in self.tensors):
+            return context
+        original: int = self.metadata.get(f"{self.architecture}.rope.scaling.original_context_length", context)
+        return min(context, original)
 
 
 def is_gguf(path: str) -> bool:

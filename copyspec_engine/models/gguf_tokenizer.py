@@ -67,28 +67,24 @@ def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
             "checkpoint that it was made from"
         )
     _add_tokens(tokenizer, read)
-    special = {f"{name}_token": read.special(key) for name, key in _SPECIAL.items()}
+    special = file.special_tokens
     _add_ends(tokenizer, read, special)
     build: Any = PreTrainedTokenizerFast
     whole: PreTrainedTokenizerFast = build(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        **{name: token for name, token in special.items() if token is not None},
+        **special,
     )
-    template = file.metadata.get("tokenizer.chat_template")
-    if template:
-        whole.chat_template = template
+    if file.chat_template is not None:
+        whole.chat_template = file.chat_template
     return whole
-
-
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 class _Vocabulary:
     """The keys of a file that describe its tokenizer."""
 
     def __init__(self, file: GgufFile) -> None:
-        self.path = file.paths[0]
+        self.path, self.unknown = file.paths[0], file.special_tokens.get("unk_token")
         self._metadata = file.metadata
         self.tokens: list[str] = self.of("tokens", [])
         if not self.tokens:
@@ -102,10 +98,6 @@ class _Vocabulary:
 
     def of(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - texts, numbers and lists
         return self._metadata.get(f"tokenizer.ggml.{key}", default)
-
-    def special(self, key: str) -> str | None:
-        number = self.of(f"{key}_token_id")
-        return self.tokens[number] if number is not None and number < len(self.tokens) else None
 
     def ids(self, tokens: list[str]) -> dict[str, int]:
         numbers: dict[str, int] = {}
@@ -153,7 +145,7 @@ def _sentencepiece(read: _Vocabulary) -> Tokenizer:
     if scores is None:
         raise ModelLoadError(f"{read.path} is broken: its tokenizer has no scores")
     numbers = read.ids(tokens)
-    unknown = read.special("unknown") or (tokens[0] if read.kinds[0] == _UNKNOWN else None)
+    unknown = read.unknown or (tokens[0] if read.kinds[0] == _UNKNOWN else None)
     tokenizer = Tokenizer(
         models.BPE(numbers, _merges(tokens, scores, numbers), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -198,12 +190,12 @@ def _add_tokens(tokenizer: Tokenizer, read: _Vocabulary) -> None:
     )
 
 
-def _add_ends(tokenizer: Tokenizer, read: _Vocabulary, special: dict[str, str | None]) -> None:
+def _add_ends(tokenizer: Tokenizer, read: _Vocabulary, special: dict[str, str]) -> None:
     """Begin, or end, each text with a token where the file says so."""
     begins = read.of("add_bos_token", read.of("model") == "llama" or read.of("pre") in _BEGINS)
     ends = read.of("add_eos_token", False)
-    before = special["bos_token"] if begins else None
-    after = special["eos_token"] if ends else None
+    before = special.get("bos_token") if begins else None
+    after = special.get("eos_token") if ends else None
     if before is None and after is None:
         return
     parts = [*([before] if before else []), "$A", *([after] if after else [])]
