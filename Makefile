@@ -15,6 +15,8 @@ demo: $(VENV)/.for-demo
 
 # Most tests are one thread's work: several processes with one thread each take half the time of one with all of them.
 test: lint
+	@echo "==> Fetching SmolLM2-135M-Instruct for the tests on a real model (93 MB, once)"
+	@$(BIN)/copyspec pull smollm2 || echo "It could not be fetched: the tests that need it are skipped"
 	@echo "==> Tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 

@@ -1,7 +1,11 @@
-"""Settings of every test run: no model hub, a cache of its own, and GPU tests skipped where there is no GPU."""
+"""Settings of every test run: no model hub, a cache of its own, and tests skipped where what they need is not there.
+
+Tests marked `real_model` share one engine over SmolLM2-135M-Instruct, and run first, so that only one process loads it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Set before anything imports transformers, which reads it once.
@@ -9,28 +13,119 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # workers that spin make tests crawl where cores are shared
 
+import shutil
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from copyspec_engine import Engine, GenerationOutput, StreamChunk
+    from copyspec_engine.handle import Sink
+    from copyspec_engine.sequence import Sequence
+
+SMOLLM2 = "smollm2"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_test_writes_to_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["COPYSPEC_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+def _no_test_writes_to_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from copyspec_engine.models import KNOWN
+    from copyspec_engine.models.store import converted_folders, models_folder
+
+    cache, users = tmp_path_factory.mktemp("cache"), models_folder()
+    lent = (users / SMOLLM2, *converted_folders(KNOWN[SMOLLM2].package.file_sha256))
+    for folder in lent:
+        if folder.is_dir():
+            place = cache / "models" / folder.relative_to(users)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(folder, target_is_directory=True)
+    os.environ["COPYSPEC_CACHE_DIR"] = str(cache)
+    yield
+    shutil.rmtree(cache / "models", ignore_errors=True)  # links, and the converted weights of 540 MB
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Engine:
+    """SmolLM2-135M-Instruct; for tests marked `real_model`."""
+    from copyspec_engine import EngineConfig, shared_engine
+
+    step_cost = ((1, 1.0), (8, 1.3), (64, 3.0))  # fixed: drafts must not depend on how busy the test machine is
+    return shared_engine(
+        EngineConfig(
+            model=SMOLLM2, device="cpu", generation_config="ignore", step_cost=step_cost, kv_cache_tokens=16_384
+        )
+    )
+
+
+Scenario = Callable[[str], Any]
+Compare = Callable[[Scenario], tuple[Any, "list[GenerationOutput]"]]
+
+
+@pytest.fixture
+def same_when_drafted(monkeypatch: pytest.MonkeyPatch) -> Compare:
+    """Runs a scenario with drafter="none", then with "adaptive": each call of a model must write the same tokens.
+
+    Gives what the scenario with drafts gives, and the outputs of its calls in the order in which they ended.
+    """
+    from copyspec_engine.loop import EngineLoop
+
+    outputs: list[GenerationOutput] = []
+    enqueue = EngineLoop.enqueue
+
+    def recorded(loop: EngineLoop, sequence: Sequence, sink: Sink) -> None:
+        def take(item: StreamChunk | Exception) -> None:
+            if not isinstance(item, Exception) and item.output is not None:
+                outputs.append(item.output)
+            sink(item)
+
+        enqueue(loop, sequence, take)
+
+    def compare(scenario: Scenario) -> tuple[Any, list[GenerationOutput]]:
+        monkeypatch.setattr(EngineLoop, "enqueue", recorded)
+        scenario("none")
+        plain = outputs.copy()
+        outputs.clear()
+        result = scenario("adaptive")
+        assert plain
+        assert [output.draft_stats.num_draft_tokens for output in plain] == [0] * len(plain)
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
+        return result, outputs
+
+    return compare
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run pytest --slow"))
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
+        _skip(items, "slow", lambda: "takes minutes; run pytest --slow")
+    _skip(items, "gpu", _why_no_gpu)
+    _skip(items, "real_model", _why_no_real_model)
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+
+
+def _skip(items: list[pytest.Item], marker: str, why: Callable[[], str | None]) -> None:
+    """Skip the tests with a marker where there is a reason; nobody asks for one where no test has the marker."""
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    reason = why() if marked else None
+    for item in marked if reason is not None else ():
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str | None:
     import torch
 
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False")
-        for item in marked:
-            item.add_marker(skip)
+    return None if torch.cuda.is_available() else "needs a CUDA GPU; torch.cuda.is_available() is False"
+
+
+def _why_no_real_model() -> str | None:
+    from copyspec_engine.models import find_model
+    from copyspec_engine.models.gguf_file import is_gguf
+
+    found = find_model(SMOLLM2)
+    if found is None:
+        return f"{SMOLLM2} is not on this machine: `copyspec pull {SMOLLM2}`"
+    if is_gguf(str(found.path)) and importlib.util.find_spec("gguf") is None:
+        return f"{SMOLLM2} is a GGUF file here, and the extra gguf is not installed"
+    return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

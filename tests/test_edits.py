@@ -7,14 +7,13 @@ import json
 import pytest
 from rich.console import Console
 
-from copyspec_engine import ConfigError, EngineConfig, shared_engine
+from copyspec_engine import ConfigError, Engine
 from copyspec_engine.cli import chain
 from copyspec_engine.cli.chain import ChainTask, chain_for
 from copyspec_engine.cli.demo import Chain
 from copyspec_engine.cli.documents import CHAT_DOCUMENT, Document, load_document, shipped_folder, shipped_names
 from copyspec_engine.cli.edits import EditStep, Outcome
 from copyspec_engine.cli.frameworks import ask_through
-from copyspec_engine.models import find_model
 
 TEXT = "a = 1\nb = 2\nc = 3"
 REPLACE = EditStep("replace", {"old": "2", "new": "5"})
@@ -107,13 +106,12 @@ def test_a_broken_step_is_told(row: dict[str, str]) -> None:
         chain._step(row)
 
 
-@pytest.mark.skipif(find_model("smollm2") is None, reason="SmolLM2 is not on this machine: copyspec pull smollm2")
+@pytest.mark.real_model
 @pytest.mark.slow
-def test_a_real_chat_model_makes_most_edits_of_the_letter_through_langchain() -> None:
-    engine = shared_engine(EngineConfig(model="smollm2", device="cpu", generation_config="ignore"))
+def test_a_real_chat_model_makes_most_edits_of_the_letter_through_langchain(smollm2: Engine) -> None:
     document = load_document(CHAT_DOCUMENT)
     task = chain_for(document, "smollm2")
-    with Chain(engine, ask_through("langchain", engine), task, document, compare=False) as rewriting:
+    with Chain(smollm2, ask_through("langchain", smollm2), task, document, compare=False) as rewriting:
         turns = rewriting.run(Console(quiet=True))
     assert all(turn.identical for turn in turns)
     assert sum(turn.outcome.made for turn in turns) > len(turns) / 2
