@@ -162,7 +162,8 @@ def load_failure(name: str, path: str, error: Exception) -> str:
     reason = str(error).strip() or type(error).__name__
     if path and not os.path.exists(os.path.join(path, "config.json")):
         return f"Got model={name!r} but the folder has no config.json: give the folder that holds the model's files"
-    return f"Could not load model={name!r}: {type(error).__name__}: {reason}"
+    where = f" from the folder {path}" if path else ""
+    return f"Could not load model={name!r}{where}: {type(error).__name__}: {reason}"
 
 
 def refuse_unsupported(name: str, hf_config: Any) -> None:  # noqa: ANN401 - each architecture has its own config class
