@@ -10,6 +10,9 @@ import os
 
 # Set before anything imports transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No test fetches the default model, or finds it in the caches of whoever runs the tests.
+os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+os.environ["HF_HUB_CACHE"] = os.path.join(os.path.dirname(__file__), ".no_such_folder")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # workers that spin make tests crawl where cores are shared
 

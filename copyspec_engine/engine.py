@@ -51,7 +51,7 @@ class Engine:
     """Serves one model. Thread-safe; use it as a context manager or call `close` when done.
 
     Args:
-        config: what to load; default: the bundled model.
+        config: what to load; default: `EngineConfig()`, the model "smollm2".
         model: a model that is loaded already (tests); then `config.model` only names it.
         on_progress: told of loading, in this thread and never less than every second; where it raises, loading ends
             and the error comes out as it is. Default: a bar, see `progress_bar`.
@@ -327,7 +327,7 @@ def shared_engine(config: EngineConfig | None = None, on_progress: OnProgress | 
     """This process's engine for a config, loaded on first use; equal configs share one. Thread-safe, may block.
 
     Args:
-        config: what to load; default: the bundled model.
+        config: what to load; default: `EngineConfig()`, the model "smollm2".
         on_progress: as for `Engine`; not called if the engine is there already or another thread loads it.
     """
     config = config or EngineConfig()

@@ -1,5 +1,8 @@
 """The engine by itself: stream an answer, see what was copied, and ask again in the same conversation.
 
+Uses the bundled copier, which needs no network and makes the edits that it is told word for word; give another model
+for texts of its own.
+
 Run: python examples/engine_quickstart.py
 """
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from copyspec_engine import Engine, GenerationOutput, GenerationRequest
+from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest
 
 DOCUMENT = Path(__file__).parent / "documents" / "service.ini"
 
@@ -23,7 +26,7 @@ def ask(engine: Engine, messages: list[dict[str, str]]) -> GenerationOutput:
 
 def main() -> None:
     messages = [{"role": "user", "content": DOCUMENT.read_text(encoding="utf-8")}]
-    with Engine() as engine:
+    with Engine(EngineConfig(model="bundled")) as engine:
         for instruction in ("Append this line:\nchecksum = yes", 'Set "port" to "9000".'):
             messages.append({"role": "user", "content": instruction})
             output = ask(engine, messages)

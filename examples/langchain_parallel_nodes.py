@@ -1,5 +1,8 @@
 """Nodes that run side by side share one engine: their requests are decoded in the same forward passes.
 
+Uses the bundled copier, which needs no network and makes the edits that it is told word for word; give another model
+for texts of its own.
+
 Run: python examples/langchain_parallel_nodes.py (needs langgraph)
 """
 

@@ -2,6 +2,9 @@
 
 The check is a rule here; with a larger model it is one more prompt.
 
+Uses the bundled copier, which needs no network and makes the edits that it is told word for word; give another model
+for texts of its own.
+
 Run: python examples/langchain_rag.py
 """
 

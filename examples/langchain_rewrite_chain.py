@@ -1,5 +1,8 @@
 """A document rewritten step by step with a LangChain chain; the thread keeps every version as a source to copy from.
 
+Uses the bundled copier, which needs no network and makes the edits that it is told word for word; give another model
+for texts of its own.
+
 Run: python examples/langchain_rewrite_chain.py
 """
 

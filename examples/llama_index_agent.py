@@ -15,7 +15,7 @@ from pathlib import Path
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.workflow import Context
 
-from copyspec_engine import Engine
+from copyspec_engine import Engine, EngineConfig
 from llama_index.llms.copyspec import CopySpec
 
 DOCUMENTS = Path(__file__).parent / "documents"
@@ -41,7 +41,7 @@ async def work(engine: Engine, drafter: str) -> tuple[list[str], float, float]:
 
 
 async def compare() -> None:
-    with Engine() as engine:
+    with Engine(EngineConfig(model="bundled")) as engine:
         plain, _, plain_s = await work(engine, "none")
         answers, rate, seconds = await work(engine, "adaptive")
     assert answers == plain, "drafting never changes an answer"

@@ -1,5 +1,8 @@
 """A streamed LlamaIndex chat about a table, with the drafting statistics of each answer.
 
+Uses the bundled copier, which needs no network and makes the edits that it is told word for word; give another model
+for texts of its own.
+
 Run: python examples/llama_index_chat.py
 """
 
@@ -16,7 +19,7 @@ STEPS = ("Append this line:\nladle,copper,21,C2,12.30,Ostrow", "Delete the first
 
 
 def main() -> None:
-    llm = CopySpec(session_id="stock")
+    llm = CopySpec(model="bundled", session_id="stock")
     history = [ChatMessage(role="user", content=DOCUMENT.read_text(encoding="utf-8"))]
     for instruction in STEPS:
         history.append(ChatMessage(role="user", content=instruction))

@@ -25,7 +25,7 @@ from llama_index.core.query_engine import RetryGuidelineQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import QueryBundle, TextNode
 
-from copyspec_engine import Engine
+from copyspec_engine import Engine, EngineConfig
 from llama_index.llms.copyspec import CopySpec
 
 README = Path(__file__).parents[1] / "README.md"
@@ -129,7 +129,7 @@ def ask(engine: Engine, drafter: str) -> tuple[str, float, float]:
 
 
 def main() -> None:
-    with Engine() as engine:
+    with Engine(EngineConfig(model="bundled")) as engine:
         plain, _, plain_s = ask(engine, "none")
         answer, rate, seconds = ask(engine, "adaptive")
     assert answer == plain, "drafting never changes an answer"

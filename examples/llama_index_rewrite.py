@@ -1,5 +1,8 @@
 """A document rewritten step by step: each version is the next one's source.
 
+Uses the bundled copier, which needs no network and makes the edits that it is told word for word; give another model
+for texts of its own.
+
 Run: python examples/llama_index_rewrite.py
 """
 
@@ -11,7 +14,7 @@ from pathlib import Path
 import rich
 from llama_index.core.llms import ChatMessage, ChatResponse
 
-from copyspec_engine import Engine
+from copyspec_engine import Engine, EngineConfig
 from llama_index.llms.copyspec import CopySpec, conversation
 
 DOCUMENT = Path(__file__).parent / "documents" / "meeting_notes.md"
@@ -32,7 +35,7 @@ def rewrite(engine: Engine, drafter: str) -> tuple[ChatResponse, float, float]:
 
 
 def main() -> None:
-    with Engine() as engine:
+    with Engine(EngineConfig(model="bundled")) as engine:
         plain, _, plain_s = rewrite(engine, "none")
         drafted, rate, seconds = rewrite(engine, "adaptive")
     assert drafted.message.content == plain.message.content, "drafting never changes an answer"

@@ -2,6 +2,9 @@
 
 The critic is a few rules here; with a larger model it is one more prompt.
 
+Uses the bundled copier, which needs no network and makes the edits that it is told word for word; give another model
+for texts of its own.
+
 Run: python examples/self_refine_loop.py
 """
 
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from copyspec_engine import Engine, GenerationOutput, GenerationRequest
+from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest
 
 DOCUMENT = Path(__file__).parent / "documents" / "article.txt"
 MAX_ROUNDS = 6
@@ -32,7 +35,7 @@ def write(engine: Engine, text: str, instruction: str) -> GenerationOutput:
 
 
 def main() -> None:
-    with Engine() as engine:
+    with Engine(EngineConfig(model="bundled")) as engine:
         draft = write(engine, DOCUMENT.read_text(encoding="utf-8"), "Repeat the document.").text
         for number in range(1, MAX_ROUNDS + 1):
             feedback = criticise(draft)

@@ -26,7 +26,7 @@ async def measure(tokens: int, rounds: int, drafter: str) -> dict[str, tuple[flo
     """Least seconds of a call, and of its caller's processor, by how it is made."""
     text = "\n".join(f"line {number}: all work and no play" for number in range(1 + tokens // 6))
     messages = [ChatMessage(text), ChatMessage("Repeat the document.")]
-    with Engine(EngineConfig(drafter=drafter)) as engine:
+    with Engine(EngineConfig(model="bundled", drafter=drafter)) as engine:
         llm = CopySpec(engine=engine, max_tokens=tokens)
 
         def request(session: str) -> GenerationRequest:

@@ -250,7 +250,7 @@ def _demo(device: str, out_dir: Path) -> Report:
     from copyspec_engine.cli.demo import DemoOptions, run_demo
 
     path = out_dir / "demo_float32.json"
-    config = EngineConfig(device=device, dtype="float32")
+    config = EngineConfig(model="bundled", device=device, dtype="float32")
     code = run_demo(DemoOptions(config, framework="engine", compare=True, json_path=path), Console(width=100))
     return {"ok": code == 0, "exit_code": code, "figures": json.loads(path.read_text(encoding="utf-8"))}
 

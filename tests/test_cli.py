@@ -252,7 +252,7 @@ CPU_COST = ((1, 1.0), (16, 1.4), (64, 2.7), (256, 9.0))
 @pytest.mark.parametrize("name", [*shipped_names(), "own.txt"])
 def test_the_bundled_model_does_every_step_of_the_shipped_chains_exactly(name: str) -> None:
     document = load_document(name) if name in shipped_names() else Document(name, load_document("article.txt").text)
-    ask = frameworks.ask_engine(shared_engine(EngineConfig(device="cpu", step_cost=CPU_COST)))
+    ask = frameworks.ask_engine(shared_engine(EngineConfig(model="bundled", device="cpu", step_cost=CPU_COST)))
     text, messages, answers = document.text, [{"role": "user", "content": document.text}], []
     for step in steps_for(document):
         messages.append({"role": "user", "content": step.instruction})

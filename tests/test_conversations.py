@@ -214,7 +214,7 @@ def test_branches_of_a_talk_give_the_tokens_of_plain_decoding() -> None:
         assert output.text == plain.text
         return output
 
-    with Engine(EngineConfig(kv_cache_tokens=2048)) as engine:
+    with Engine(EngineConfig(model="bundled", kv_cache_tokens=2048)) as engine:
         first = ask([user(text), user("Repeat the document.")])
         talk = [user(text), user("Repeat the document."), answer(first.text)]
         for question in ("Again!", "Append this line:\n- x", "Again!"):

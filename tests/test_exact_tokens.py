@@ -219,7 +219,7 @@ def test_it_may_be_used_from_many_threads() -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine(EngineConfig()) as engine:
+    with Engine(EngineConfig(model="bundled")) as engine:
         yield engine
 
 
@@ -266,7 +266,7 @@ def test_the_next_turn_reuses_the_whole_first_one(engine: Engine, monkeypatch: p
 
 
 def test_without_kept_ids_the_same_messages_are_the_same_tokens_in_every_session() -> None:
-    with Engine(EngineConfig(keep_token_ids=False)) as engine:
+    with Engine(EngineConfig(model="bundled", keep_token_ids=False)) as engine:
         first = first_turn(engine, "wrote it")
         request = GenerationRequest(messages=FOLLOW_UP, session_id="wrote it", sampling=SHORT)
         assert engine.tokenize(request) == engine.tokenize(GenerationRequest(messages=FOLLOW_UP))
@@ -299,7 +299,7 @@ def test_a_call_that_is_forgotten_while_it_runs_keeps_nothing(engine: Engine) ->
 
 
 def test_sessions_that_are_dropped_for_want_of_room_are_dropped_here_too() -> None:
-    with Engine(EngineConfig(max_sessions=2)) as engine:
+    with Engine(EngineConfig(model="bundled", max_sessions=2)) as engine:
         for session_id in "abc":
             ask(engine, [USER], session_id, sampling=SamplingParams(max_tokens=2))
         kept = engine._core.exact_tokens

@@ -87,7 +87,7 @@ def test_exact_mode_runs_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 def test_auto_takes_the_gpu_for_the_bundled_model() -> None:
-    with Engine(EngineConfig(dtype="float32")) as engine:
+    with Engine(EngineConfig(model="bundled", dtype="float32")) as engine:
         assert engine.info.device.startswith("cuda")
         messages = ({"role": "user", "content": "one two three"}, {"role": "user", "content": "Repeat the document."})
         assert engine.generate(GenerationRequest(messages=messages)).text == "one two three"

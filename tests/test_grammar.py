@@ -508,7 +508,7 @@ def test_calls_that_are_wrong_cannot_be_written(drafter: str) -> None:
 
 @pytest.fixture(scope="module")
 def bundled() -> Iterator[Engine]:
-    with Engine(EngineConfig(step_cost=((1, 1.0), (8, 1.3), (64, 2.4)), max_model_len=512)) as engine:
+    with Engine(EngineConfig(model="bundled", step_cost=((1, 1.0), (8, 1.3), (64, 2.4)), max_model_len=512)) as engine:
         yield engine
 
 

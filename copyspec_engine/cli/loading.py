@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from copyspec_engine import EngineConfig
 
-__all__ = ["BUNDLED", "DEMO_MODEL", "DtypeName", "engine_config"]
+__all__ = ["BUNDLED", "DEFAULT", "DtypeName", "engine_config"]
 
 BUNDLED = "bundled"
-DEMO_MODEL = "smollm2"
+DEFAULT = "smollm2"
 """A small real chat model, fetched once: it writes what it likes, not only copies."""
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -18,7 +18,7 @@ from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.eval import evaluations
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.frameworks import FRAMEWORKS
-from copyspec_engine.cli.loading import BUNDLED, DEMO_MODEL, DtypeName, engine_config
+from copyspec_engine.cli.loading import BUNDLED, DEFAULT, DtypeName, engine_config
 from copyspec_engine.cli.models import models, run_pull
 
 __all__ = ["app", "main"]
@@ -33,7 +33,8 @@ app.add_typer(bench, name="bench")
 app.add_typer(evaluations, name="eval")
 app.add_typer(models, name="models")
 
-Model = Annotated[str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')]
+_MODEL_HELP = 'smollm2, a name on the hub, a folder, a GGUF file, or "bundled", the copier that comes along.'
+Model = Annotated[str, typer.Option(help=_MODEL_HELP)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]
 Dtype = Annotated[
     DtypeName,
@@ -74,7 +75,7 @@ def demo(
     model: Annotated[
         str,
         typer.Option(help='A chat model, fetched if it is not there; "bundled" comes along and only copies.'),
-    ] = DEMO_MODEL,
+    ] = DEFAULT,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -94,7 +95,7 @@ def demo(
 
 @app.command()
 def chat(
-    model: Model = BUNDLED,
+    model: Model = DEFAULT,
     device: Device = "auto",
     dtype: Dtype = "auto",
     temperature: Annotated[
@@ -118,7 +119,7 @@ def chat(
 
 @app.command()
 def info(
-    model: Model = BUNDLED,
+    model: Model = DEFAULT,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Annotated[
@@ -148,7 +149,7 @@ def pull(
 
 @app.command()
 def calibrate(
-    model: Model = BUNDLED,
+    model: Model = DEFAULT,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Annotated[

@@ -37,7 +37,7 @@ def _no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_no_loading")
 def test_the_constructor_loads_nothing() -> None:
     assert isinstance(ChatCopySpec(), BaseChatModel)
-    assert ChatCopySpec().model == "bundled"
+    assert ChatCopySpec().model == "smollm2"
     assert ChatCopySpec(model="/no/such/folder").model == "/no/such/folder"
 
 
@@ -123,11 +123,11 @@ def test_pickling_keeps_options_and_the_engines_config(make_engine: MakeEngine) 
 
 
 def test_the_profile_comes_from_the_models_own_files(make_engine: MakeEngine) -> None:
-    profile = ChatCopySpec().profile
+    profile = ChatCopySpec(model="bundled").profile
     assert profile is not None
     assert (profile["name"], profile["max_input_tokens"], profile["tool_calling"]) == ("bundled", 8192, True)
     assert not profile["image_inputs"]
-    limited = ChatCopySpec(engine=EngineConfig(max_model_len=512)).profile
+    limited = ChatCopySpec(engine=EngineConfig(model="bundled", max_model_len=512)).profile
     assert limited is not None
     assert limited["max_input_tokens"] == 512
     scripted = ChatCopySpec(engine=make_engine([], max_model_len=256)).profile
@@ -302,7 +302,7 @@ def test_traces_name_the_options_in_force() -> None:
     assert params == {
         "ls_provider": "copyspec",
         "ls_model_type": "chat",
-        "ls_model_name": "bundled",
+        "ls_model_name": "smollm2",
         "ls_temperature": 0.5,
         "ls_max_tokens": 7,
         "ls_stop": ["x"],
@@ -311,7 +311,7 @@ def test_traces_name_the_options_in_force() -> None:
 
 
 def test_an_engine_with_a_draft_model_combines_it_with_copies_as_a_call_says() -> None:
-    with Engine(EngineConfig(draft_model="bundled", max_model_len=1024)) as engine:
+    with Engine(EngineConfig(model="bundled", draft_model="bundled", max_model_len=1024)) as engine:
         llm = ChatCopySpec(engine=engine, max_tokens=40)
         accepted, answers = [], set()
         for rule in ("copy-only", "draft-only", None):

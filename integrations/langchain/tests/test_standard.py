@@ -146,7 +146,7 @@ class TestBundled(Capabilities, ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": EngineConfig(max_model_len=2048)}
+        return {"engine": EngineConfig(model="bundled", max_model_len=2048)}
 
     @property
     def model_override_value(self) -> str:

@@ -26,7 +26,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "description": "T
 @pytest.fixture(scope="module")
 def llm() -> ChatCopySpec:
     """The bundled model under a template that knows no tools."""
-    return ChatCopySpec(chat_template=CHATML, max_tokens=100)
+    return ChatCopySpec(model="bundled", chat_template=CHATML, max_tokens=100)
 
 
 def test_bound_tools_are_never_dropped(llm: ChatCopySpec) -> None:
@@ -64,7 +64,7 @@ def test_a_history_with_calls_is_shown(llm: ChatCopySpec) -> None:
 def test_the_profile_says_by_prompt(llm: ChatCopySpec) -> None:
     assert llm.profile is not None
     assert llm.profile["tool_calling"] == "by prompt"
-    refusing = ChatCopySpec(chat_template=CHATML, tool_prompt=False)
+    refusing = ChatCopySpec(model="bundled", chat_template=CHATML, tool_prompt=False)
     assert refusing.profile is not None
     assert not refusing.profile["tool_calling"]
     with pytest.raises(ConfigError, match="tool_prompt=False"):
@@ -72,6 +72,6 @@ def test_the_profile_says_by_prompt(llm: ChatCopySpec) -> None:
 
 
 def test_a_template_that_is_no_jinja_is_refused_when_the_model_is_loaded() -> None:
-    broken = ChatCopySpec(chat_template="{% for %}")
+    broken = ChatCopySpec(model="bundled", chat_template="{% for %}")
     with pytest.raises(ConfigError, match="not Jinja: line 1"):
         broken.invoke("Hi")

@@ -38,7 +38,7 @@ def echo(make_engine: MakeEngine) -> Engine:
 @pytest.fixture(scope="session")
 def bundled() -> Engine:
     """The model that ships with the engine."""
-    return shared_engine(EngineConfig())
+    return shared_engine(EngineConfig(model="bundled"))
 
 
 class Ways:

@@ -82,10 +82,10 @@ def test_the_support_of_required_tools_can_be_seen_in_the_signature() -> None:
 
 
 def test_the_context_is_that_of_the_models_own_configuration(bundled: Engine) -> None:
-    before_loading = CopySpec(device="cpu").metadata
+    before_loading = CopySpec(model="bundled", device="cpu").metadata
     assert before_loading.context_window == bundled.info.max_model_len
     assert before_loading == CopySpec(engine=bundled).metadata.model_copy(update={"model_name": "bundled"})
-    assert CopySpec(engine=EngineConfig(max_model_len=100)).metadata.context_window == 100
+    assert CopySpec(engine=EngineConfig(model="bundled", max_model_len=100)).metadata.context_window == 100
 
 
 # What every method does

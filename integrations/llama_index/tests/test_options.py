@@ -28,7 +28,7 @@ def _no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_no_loading")
 def test_the_constructor_and_traces_load_nothing() -> None:
     assert isinstance(CopySpec(), FunctionCallingLLM)
-    assert CopySpec().model == "bundled"
+    assert CopySpec().model == "smollm2"
     assert CopySpec(temperature=0.5).to_payload()["temperature"] == 0.5
     assert CopySpecCompletion().to_payload()["class_name"] == "CopySpecCompletion"
     assert CopySpec.class_name() == "CopySpec"

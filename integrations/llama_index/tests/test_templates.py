@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from llama_index.core import Document, Settings, SummaryIndex
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.llms import ChatMessage
 
-from copyspec_engine import ConfigError
+from copyspec_engine import ConfigError, ModelLoadError
 from copyspec_engine.bundled import bundled_model_path
 from llama_index.llms.copyspec import CopySpec
 
@@ -53,20 +54,28 @@ def test_a_template_makes_a_base_model_a_chat_model(base_model: CopySpec) -> Non
 
 
 def test_a_template_without_a_system_role_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = CopySpec(chat_template=NO_SYSTEM, max_tokens=5)
+    llm = CopySpec(model="bundled", chat_template=NO_SYSTEM, max_tokens=5)
     assert answer_of_engine(llm, monkeypatch) != "Empty Response"
     chat = [ChatMessage("Be kind.", role="system"), ChatMessage("Who?")]
     assert llm.count_tokens(chat) == llm.count_tokens([ChatMessage("Be kind.\n\nWho?")])
 
 
+def test_a_default_model_that_cannot_be_fetched_is_no_empty_response(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COPYSPEC_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ModelLoadError, match="run `copyspec pull smollm2`"):
+        answer_of_engine(CopySpec(), monkeypatch)
+
+
 def test_tools_are_told_by_prompt() -> None:
     city = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
     tool = {"type": "function", "function": {"name": "weather", "parameters": city}}
-    llm = CopySpec(chat_template=CHATML, max_tokens=200)
+    llm = CopySpec(model="bundled", chat_template=CHATML, max_tokens=200)
     response = llm.chat([ChatMessage("Weather in Rome?")], tools=[tool], tool_choice="required")
     assert response.raw["copyspec"]["tool_calling"] == "by prompt"
     calls = llm.get_tool_calls_from_response(response)
     assert {call.tool_name for call in calls} == {"weather"}
     assert calls[0].tool_kwargs["city"] in ("Rome", "Oslo")
     assert llm.metadata.is_function_calling_model
-    assert not CopySpec(chat_template=CHATML, tool_prompt=False).metadata.is_function_calling_model
+    assert not CopySpec(model="bundled", chat_template=CHATML, tool_prompt=False).metadata.is_function_calling_model

@@ -103,8 +103,9 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     called: ClassVar[str | None] = None
     beside: ClassVar[tuple[str, ...]] = ()
 
-    model: str = "bundled"
-    """Hub name or local folder of a decoder; "bundled" is the small model that ships with the engine."""
+    model: str = "smollm2"
+    """A decoder: "smollm2" (SmolLM2-135M-Instruct, fetched on first use), a name on the hub, a folder, a GGUF file, or
+    "bundled", the constructed copier that ships with the engine, for tests and machines without any network."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
