@@ -77,7 +77,7 @@ HTTPServer((words["--host"], int(words["--port"])), Handler).serve_forever()
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return shared_engine(EngineConfig(device="cpu"))
+    return shared_engine(EngineConfig(model="bundled", device="cpu"))
 
 
 @pytest.fixture

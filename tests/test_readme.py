@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from copyspec_engine import EngineConfig, engine, shared_engine
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.main import app
+from copyspec_engine.models import find_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,8 +30,9 @@ def _default_is_the_copier(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copier in place of the default model, which is fetched."""
     config = EngineConfig(model="bundled")
     monkeypatch.setattr(engine, "EngineConfig", lambda: config)
+    monkeypatch.setattr("copyspec_engine.models.find._find_known", lambda known: find_model("bundled"))
     for name in ("langchain_copyspec.chat_models", "llama_index.llms.copyspec.base"):
-        monkeypatch.setattr(f"{name}.shared_engine", lambda _: shared_engine(config))
+        monkeypatch.setattr(f"{name}.shared_engine", lambda *_, **__: shared_engine(config))
 
 
 def test_every_python_snippet_is_run_here() -> None:
