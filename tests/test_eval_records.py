@@ -181,7 +181,7 @@ def test_runs_without_a_model_have_modelled_speed_only() -> None:
 def test_answers_that_loop_are_counted_and_left_out() -> None:
     loop, straight = (7, 8) * 12, tuple(range(24))
     records = [
-        record("a", 1, token_ids=loop, forward_passes=4),
+        record("a", 1, token_ids=loop, forward_passes=4, accepted_lengths=(0, 21, 0, 0)),
         record("a", 1, "none", token_ids=loop, forward_passes=24),
         record("b", 1, token_ids=straight, forward_passes=12),
         record("b", 1, "none", token_ids=straight, forward_passes=24),
@@ -193,7 +193,8 @@ def test_answers_that_loop_are_counted_and_left_out() -> None:
     assert row["tokens_per_forward"] == 3.0
     assert row["without_loops"]["tokens_per_forward"] == 2.0
     assert row["without_loops"]["tokens"] == 24
-    assert row["tokens_per_forward_before_loops"] == 2.0  # 4 in 2 passes and 24 in 12
+    # the twelfth token is the first in a loop, behind one pass and 10 of the 22 tokens of the next one
+    assert row["tokens_per_forward_before_loops"] == round((11 + 24) / (1 + 10 / 22 + 12), 4)
     (row, _) = rows(facts(), records[:2])
     assert row["without_loops"] is None
 
@@ -202,6 +203,8 @@ def test_what_stands_before_a_loop_has_its_own_passes() -> None:
     loop = (1, 2, 3, *(7,) * 30)  # the tenth 7 is the first token in a loop
     one = record("a", 1, token_ids=loop, forward_passes=7, accepted_lengths=(2, 0, 4, 0, 1, 9, 11))
     assert before_loop(one) == (12, 5)
+    one = record("a", 1, token_ids=loop, forward_passes=4, accepted_lengths=(2, 0, 15, 12))
+    assert before_loop(one) == (12, 2.5), "half of the third pass stands in front of it"
     assert before_loop(record("a", 1, "none", token_ids=loop, forward_passes=33, accepted_lengths=())) == (12, 12)
     assert before_loop(record("a", 1)) == (4, 2)
 

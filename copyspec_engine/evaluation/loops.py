@@ -7,7 +7,7 @@ some run of `LENGTH` tokens more than `OFTEN` times.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from copyspec_engine.evaluation.records import TurnRecord
 
@@ -19,31 +19,34 @@ RULE = "A token is in a loop if it ends a run of 8 tokens that the answer held t
 
 def loop_tokens(token_ids: Sequence[int]) -> int:
     """How many tokens of an answer are in a loop: each ends a run of 8 tokens that was there twice before."""
+    return sum(1 for _ in _places(token_ids))
+
+
+def _places(token_ids: Sequence[int]) -> Iterator[int]:
+    """Numbers of the tokens in loops, the answer's first one being 1."""
     seen: Counter[tuple[int, ...]] = Counter()
-    found = 0
     for end in range(LENGTH, len(token_ids) + 1):
         run = tuple(token_ids[end - LENGTH : end])
-        found += seen[run] >= OFTEN
+        if seen[run] >= OFTEN:
+            yield end
         seen[run] += 1
-    return found
 
 
-def before_loop(record: TurnRecord) -> tuple[int, int]:
-    """(tokens, forward passes) of an answer up to the pass that wrote its first token in a loop, that one left out.
+def before_loop(record: TurnRecord) -> tuple[int, float]:
+    """(tokens, forward passes) of an answer in front of its first token in a loop; all of it where nothing loops.
 
-    All of the answer where nothing loops. Passes that wrote no more than a token count as one token each.
+    Of the pass that wrote that token, the share of its tokens in front of it counts.
     """
-    first = next((end for end in range(1, record.num_tokens + 1) if loop_tokens(record.token_ids[:end])), None)
+    first = next(_places(record.token_ids), None)
     if first is None:
         return record.num_tokens, record.forward_passes
-    lengths = record.accepted_lengths or (0,) * record.forward_passes
-    tokens = passes = 0
-    for accepted in lengths:
-        if tokens + accepted + 1 >= first:
+    written, passes = 0, 0.0
+    for accepted in record.accepted_lengths or (0,) * record.forward_passes:
+        share = min((first - 1 - written) / (accepted + 1), 1.0)
+        written, passes = written + accepted + 1, passes + share
+        if share < 1:
             break
-        tokens += accepted + 1
-        passes += 1
-    return tokens, passes
+    return first - 1, passes
 
 
 def looping(records: Iterable[TurnRecord]) -> set[tuple[str, int]]:

@@ -94,7 +94,7 @@ def _whole(facts: RunFacts, records: Sequence[TurnRecord], loops: set[tuple[str,
     names = ("tokens", "tokens_per_forward", "tokens_per_forward_interval", "speedup", "speedup_interval")
     without = _figures(facts.drafter, left) if _written(left, facts.drafter) else {}
     begun = [before_loop(record) for record in own]
-    tokens, passes = sum(tokens for tokens, _ in begun), sum(passes for _, passes in begun)
+    tokens, passes = sum(tokens for tokens, _ in begun), sum((passes for _, passes in begun), 0.0)
     found: dict[str, Any] = {
         "answers": len(own),
         "looping_answers": sum((record.task, record.turn) in loops for record in own),
