@@ -38,14 +38,14 @@ $(VENV)/.created:
 
 $(VENV)/.for-demo: $(VENV)/.created $(INPUTS)
 	@echo "==> Installing copyspec with its two integrations (a few minutes the first time)"
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,gguf]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index]'
 	@echo "==> Compiling the drafting code (once)"
 	$(BIN)/python -c 'from copyspec_engine.core import warm_up; warm_up()'
 	@touch $@
 
 $(VENV)/.for-test: $(VENV)/.for-demo $(INPUTS)
 	@echo "==> Installing what the tests need"
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,gguf,eval,dev]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,eval,dev]'
 	@touch $@
 
 clean:

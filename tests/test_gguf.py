@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("gguf", reason="the extra gguf is not installed")
-
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

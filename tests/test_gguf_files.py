@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import shutil
 import signal
@@ -14,17 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
-
-pytest.importorskip("gguf", reason="the extra gguf is not installed")
-
-import gguf
 from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedModel
 
 from copyspec_engine import Engine, EngineConfig, LoadProgress
-from copyspec_engine.errors import CopySpecError, ModelLoadError, UnsupportedModelError
+from copyspec_engine.errors import ModelLoadError, UnsupportedModelError
 from copyspec_engine.models import gguf_weights
 from copyspec_engine.models.gguf import convert
 from tests.conftest import STEP_COST
@@ -269,17 +265,3 @@ def test_a_model_of_many_weights_is_written_in_several_files(file: Path, monkeyp
     assert len(list(folder.glob("*.safetensors"))) > 2
     with Engine(EngineConfig(model=str(file), step_cost=STEP_COST)) as engine:
         assert engine.info.num_parameters == sum(weight.numel() for weight in weights_of(folder).values())
-
-
-def test_without_the_package_the_extra_is_named_unless_the_model_is_kept(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
-    with pytest.raises(CopySpecError, match=r'gguf is not installed\. Run: pip install "copyspec\[gguf\]"'):
-        convert(str(file))
-    monkeypatch.undo()
-    monkeypatch.setenv("COPYSPEC_CACHE_DIR", str(file.parent / "cache"))
-    folder = convert(str(file)).folder
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
-    assert convert(str(file)).folder == folder

@@ -50,7 +50,7 @@ class FoundModel:
         """The folder that it is read from; a GGUF file is converted where that has not been done.
 
         Raises:
-            ModelLoadError, UnsupportedModelError, CopySpecError: see `gguf.convert`.
+            ModelLoadError, UnsupportedModelError: see `gguf.convert`.
         """
         if not is_gguf(str(self.path)):
             return ModelFolder(self.path, self.source)

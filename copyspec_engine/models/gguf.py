@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from copyspec_engine.calibration import cache_dir
-from copyspec_engine.errors import ModelLoadError, missing_extra
+from copyspec_engine.errors import ModelLoadError
 from copyspec_engine.models.gguf_config import config_of
 from copyspec_engine.models.gguf_file import GgufFile, find_files, read_file
 from copyspec_engine.models.gguf_tokenizer import build_tokenizer, end_tokens
@@ -62,7 +61,6 @@ def convert(path: str, on_progress: OnProgress | None = None) -> Converted:
     Raises:
         ModelLoadError: the file is missing, broken or incomplete, is no model, or there is no room for the folder.
         UnsupportedModelError: an architecture or tokenizer that is not known here.
-        CopySpecError: the gguf package is not installed, and the model is not kept.
     """
     tell = _Teller(on_progress, Path(path).name)
     paths = find_files(Path(path).expanduser().absolute())
@@ -72,8 +70,6 @@ def convert(path: str, on_progress: OnProgress | None = None) -> Converted:
     kept = None if digest is None else _kept(_folder(paths, digest, root))
     if kept is not None:
         return kept
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_extra("gguf", "gguf")
     tell("reading the header of")
     model = _Model.of(read_file(paths[0]))  # what can be refused is refused before gigabytes are read
     with _disk_errors(root):
