@@ -446,7 +446,7 @@ def test_a_model_that_nothing_can_be_drafted_for_needs_no_draft_model(make_draft
         ({"combine": "copy-first"}, "Got combine='copy-first' without a draft model: set draft_model"),
         ({"max_draft_model_tokens": 5}, "Got max_draft_model_tokens=5 without a draft model"),
         ({"draft_model_device": "cpu"}, "Got draft_model_device='cpu' without a draft model"),
-        ({"draft_model": "d", "draft_model_device": "tpu"}, "auto, cpu, cuda or cuda:N"),
+        ({"draft_model": "d", "draft_model_device": "tpu"}, "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"),
         ({"draft_model": "d", "step_cost": STEP_COST}, "expected both, in one unit, or neither"),
         ({"draft_model": "d", "max_draft_model_tokens": 0}, "greater than or equal to 1"),
         ({"draft_model": "d", "combine": "both"}, "'tree', 'copy-first', 'draft-only' or 'copy-only'"),

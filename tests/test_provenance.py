@@ -394,9 +394,9 @@ def test_the_real_tokenizer_and_template_give_true_places(make_bundled: Callable
 
 @pytest.fixture(scope="module")
 def make_bundled() -> Callable[[], Engine]:
-    from copyspec_engine import shared_engine
+    from copyspec_engine import EngineConfig, shared_engine
 
-    return shared_engine
+    return lambda: shared_engine(EngineConfig(model="bundled"))
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def by_context(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Let transformers write the turns too.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N.")] = "auto",
     dtype: Annotated[
         DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
     ] = "auto",

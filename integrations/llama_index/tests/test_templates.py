@@ -10,7 +10,7 @@ from llama_index.core import Document, Settings, SummaryIndex
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.llms import ChatMessage
 
-from copyspec_engine import ConfigError, ModelLoadError
+from copyspec_engine import ConfigError, EngineConfig, ModelLoadError
 from copyspec_engine.bundled import bundled_model_path
 from llama_index.llms.copyspec import CopySpec
 
@@ -65,7 +65,7 @@ def test_a_default_model_that_cannot_be_fetched_is_no_empty_response(
 ) -> None:
     monkeypatch.setenv("COPYSPEC_CACHE_DIR", str(tmp_path))
     with pytest.raises(ModelLoadError, match="run `copyspec pull smollm2`"):
-        answer_of_engine(CopySpec(), monkeypatch)
+        answer_of_engine(CopySpec(engine=EngineConfig(max_model_len=64)), monkeypatch)  # no other test has loaded it so
 
 
 def test_tools_are_told_by_prompt() -> None:
