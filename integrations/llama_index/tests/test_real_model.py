@@ -148,7 +148,7 @@ def test_three_pages_are_summarised(model: Model, same_when_drafted: Compare, mo
 
     said, outputs = same_when_drafted(scenario)
     assert len(outputs) == calls
-    assert said == outputs[-1].text.strip()
+    assert said.strip() == outputs[-1].text.strip()
     assert_clean(said)
 
 
@@ -161,7 +161,7 @@ def test_a_conversation_reuses_what_was_read_and_keeps_it_to_itself(model: Model
         return [first, llm.chat(chat, session_id=own), llm.chat([ChatMessage("Which room?")], session_id=other)]
 
     (first, second, stranger), _ = same_when_drafted(scenario)
-    cached = [found.raw["usage"]["prompt_tokens_details"]["cached_tokens"] for found in (first, second, stranger)]
+    cached = [found.raw["usage"]["cached_tokens"] for found in (first, second, stranger)]
     assert cached[0] == cached[2] == 0
     assert cached[1] >= first.raw["usage"]["total_tokens"] - 1
     assert {span.source for span in CopySpec.explain(stranger).spans} <= {"prompt", "answer", "frequent"}
