@@ -163,7 +163,10 @@ def load_failure(name: str, path: str, error: Exception) -> str:
     if path and not os.path.exists(os.path.join(path, "config.json")):
         return f"Got model={name!r} but the folder has no config.json: give the folder that holds the model's files"
     where = f" from the folder {path}" if path else ""
-    return f"Could not load model={name!r}{where}: {type(error).__name__}: {reason}"
+    folder = os.path.basename(path)
+    damaged = f" (if its converted weights are damaged, `copyspec models rm {folder}` has them made again)"
+    remedy = damaged if os.path.exists(os.path.join(path, "copyspec.json")) else ""
+    return f"Could not load model={name!r}{where}{remedy}: {type(error).__name__}: {reason}"
 
 
 def refuse_unsupported(name: str, hf_config: Any) -> None:  # noqa: ANN401 - each architecture has its own config class

@@ -20,11 +20,11 @@ from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from copyspec_engine.chat_format import ChatFormat
 from copyspec_engine.config import EngineConfig, GenerationRequest
-from copyspec_engine.errors import RequestFailedError
+from copyspec_engine.errors import ConfigError, RequestFailedError
 from copyspec_engine.explanation import Explanation
 from copyspec_engine.handle import RequestHandle
 from copyspec_engine.loop import EngineLoop
@@ -67,6 +67,10 @@ class Engine:
         model: LoadedModel | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
+        if config is not None and not isinstance(cast(object, config), EngineConfig):
+            raise ConfigError(
+                f"Got config={config!r} but expected an EngineConfig, such as EngineConfig(model='smollm2')"
+            )
         self._config = config or EngineConfig()
         with Reports(on_progress) as reports:
             load = partial(_load, self._config, model, reports)

