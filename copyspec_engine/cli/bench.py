@@ -9,7 +9,7 @@ import typer
 
 from copyspec_engine import ConfigError
 from copyspec_engine.cli.exits import console, exit_with
-from copyspec_engine.cli.loading import BUNDLED, DtypeName, engine_config
+from copyspec_engine.cli.loading import BUNDLED, Device, Dtype, DtypeName, engine_config
 from copyspec_engine.cli.words import RecordedCommand
 
 __all__ = ["bench"]
@@ -142,10 +142,8 @@ def free_text(
     model: Annotated[
         str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')
     ] = BUNDLED,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
-    dtype: Annotated[
-        DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     cost_model: Annotated[
         str,
         typer.Option(
@@ -199,10 +197,8 @@ def by_context(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Let transformers write the turns too.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N.")] = "auto",
-    dtype: Annotated[
-        DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json: JsonPath = None,
 ) -> None:
     """Let a conversation about a document grow, and measure its turns by the tokens of context before them.
@@ -241,10 +237,8 @@ def lossless(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all that is random about the cases.")] = 0,
     exact: Annotated[bool, typer.Option("--exact", help="With EngineConfig.exact, in both ways.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
-    dtype: Annotated[
-        DtypeName, typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json: JsonPath = None,
 ) -> None:
     """Compare answers of random conversations with plain decoding of each prompt by itself, token by token.
@@ -294,9 +288,9 @@ def engine(
         typer.Option(help="Conversations of each file, which share --max-tokens evenly; default: as many as it fills."),
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Conversations at the same time.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        DtypeName,
         typer.Option(help="auto is float32 on a CPU and bfloat16 on a GPU."),
     ] = "auto",
     draft_shape: Annotated[

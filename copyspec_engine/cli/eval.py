@@ -11,7 +11,7 @@ import typer
 
 from copyspec_engine import AdaptiveDrafter, Combine, ConfigError, CopySpecDrafter, DrafterConfig, NoDrafter
 from copyspec_engine.cli.exits import console, exit_with
-from copyspec_engine.cli.loading import BUNDLED, DtypeName, engine_config
+from copyspec_engine.cli.loading import BUNDLED, Device, Dtype, engine_config
 from copyspec_engine.cli.words import RecordedCommand
 from copyspec_engine.evaluation.benchmarks import BENCHMARKS
 
@@ -177,11 +177,8 @@ def evaluate(
         str | None,
         typer.Option(metavar="gpu|cpu|FILE", help="Of --replay without --shape: what a pass costs; default: gpu."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
-    dtype: Annotated[
-        DtypeName,
-        typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Run a benchmark turn by turn, greedily, with and without drafting.
 

@@ -18,7 +18,7 @@ from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.eval import evaluations
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.frameworks import FRAMEWORKS
-from copyspec_engine.cli.loading import BUNDLED, DEFAULT, DtypeName, engine_config
+from copyspec_engine.cli.loading import BUNDLED, DEFAULT, Device, Dtype, engine_config
 from copyspec_engine.cli.models import models, run_pull
 
 __all__ = ["app", "main"]
@@ -35,11 +35,6 @@ app.add_typer(models, name="models")
 
 _MODEL_HELP = 'smollm2, a name on the hub, a folder, a GGUF file, or "bundled", the copier that comes along.'
 Model = Annotated[str, typer.Option(help=_MODEL_HELP)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]
-Dtype = Annotated[
-    DtypeName,
-    typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
-]
 
 
 def _print_version(wanted: bool) -> None:
