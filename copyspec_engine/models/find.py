@@ -87,15 +87,10 @@ def find_model(name: str) -> FoundModel | None:
     Raises:
         ModelLoadError: it is a file that is no model, or a folder of several.
     """
-    if name == BUNDLED_MODEL:
-        return FoundModel(name, bundled_model_path(), "the copier that comes with copyspec: constructed, not trained")
     if name in KNOWN:
         return _find_known(KNOWN[name])
-    path = Path(os.path.expanduser(name))
-    if path.is_file() and not is_gguf(str(path)):
-        raise ModelLoadError(f"Got model={name!r}, a file, but expected a GGUF file, whole, or a folder")
-    if path.exists():
-        return FoundModel(name, path, str(path))
+    if (own := _find_own(name)) is not None:
+        return own
     named = hub_file(name)
     if named is not None:
         cached = hub.cached_file(*named)
@@ -115,16 +110,14 @@ def fetch_model(name: str, on_progress: OnProgress | None = None) -> FoundModel:
     Raises:
         ModelLoadError: no model is called so, or it cannot be fetched; the error says what to do.
     """
-    if name == BUNDLED_MODEL or os.path.exists(os.path.expanduser(name)):
-        found = find_model(name)
-        assert found is not None
-        return found
+    if name in KNOWN:
+        return _fetch_known(KNOWN[name], on_progress)
+    if (own := _find_own(name)) is not None:
+        return own
     named = hub_file(name)
     foreign = refuse_foreign_name(name) if named is None else None
     if foreign is not None:
         raise ModelLoadError(f"Got model={name!r} but {foreign}")
-    if name in KNOWN:
-        return _fetch_known(KNOWN[name], on_progress)
     try:
         if named is not None:
             return FoundModel(name, hub.fetch_file(*named, on_progress), f"{named[1]} of {named[0]} on the hub")
@@ -135,6 +128,20 @@ def fetch_model(name: str, on_progress: OnProgress | None = None) -> FoundModel:
             f"{_elsewhere(name)}"
         ) from error
     return FoundModel(name, folder, _in_hub_cache(name, folder))
+
+
+def _find_own(name: str) -> FoundModel | None:
+    """What can only be on this machine: the copier, a file or a folder.
+
+    Raises:
+        ModelLoadError: it is a file that is no model.
+    """
+    if name == BUNDLED_MODEL:
+        return FoundModel(name, bundled_model_path(), "the copier that comes with copyspec: constructed, not trained")
+    path = Path(os.path.expanduser(name))
+    if path.is_file() and not is_gguf(str(path)):
+        raise ModelLoadError(f"Got model={name!r}, a file, but expected a GGUF file, whole, or a folder")
+    return FoundModel(name, path, str(path)) if path.exists() else None
 
 
 def _find_known(known: KnownModel) -> FoundModel | None:

@@ -24,11 +24,11 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from copyspec_engine.calibration import cache_dir
 from copyspec_engine.errors import ModelLoadError
 from copyspec_engine.models.gguf_config import config_of
 from copyspec_engine.models.gguf_file import GgufFile, find_files, read_file
 from copyspec_engine.models.gguf_tokenizer import build_tokenizer, end_tokens
+from copyspec_engine.models.store import gguf_folder
 from copyspec_engine.progress import LoadProgress, OnProgress
 
 __all__ = ["Converted", "convert", "is_converted"]
@@ -64,7 +64,7 @@ def convert(path: str, on_progress: OnProgress | None = None) -> Converted:
     """
     tell = _Teller(on_progress, Path(path).name)
     paths = find_files(Path(path).expanduser().absolute())
-    root = cache_dir() / "models" / "gguf"
+    root = gguf_folder()
     state = _state(paths)
     digest = _remembered(state, root)
     kept = None if digest is None else _kept(_folder(paths, digest, root))

@@ -32,8 +32,6 @@ def hub_file(name: str) -> tuple[str, str] | None:
 
 def refuse_foreign_name(name: str) -> str | None:
     """What is wrong with the name of a model that is not on this machine, and what to do; None for a possible one."""
-    if name in KNOWN:
-        return None
     if "/" not in name and (near := _near(name)) is not None:
         return f"there is no such model: did you mean {near!r}?"
     if re.match(r"https?:|hf\.co/|[\w.-]+\.(com|co|org)/", name):

@@ -14,7 +14,7 @@ from copyspec_engine.errors import ModelLoadError
 from copyspec_engine.models.known import KnownModel
 from copyspec_engine.progress import LoadProgress, OnProgress
 
-__all__ = ["converted_folders", "kept_file", "models_folder", "place", "putting"]
+__all__ = ["converted_folders", "gguf_folder", "kept_file", "models_folder", "place", "putting"]
 
 _UNFINISHED = ".part"
 
@@ -22,6 +22,11 @@ _UNFINISHED = ".part"
 def models_folder() -> Path:
     """Where they are kept: `models` in copyspec's cache, which COPYSPEC_CACHE_DIR moves."""
     return cache_dir() / "models"
+
+
+def gguf_folder() -> Path:
+    """Where the folders are that were made from GGUF files (see gguf.py)."""
+    return models_folder() / "gguf"
 
 
 def kept_file(known: KnownModel) -> Path | None:
@@ -74,7 +79,7 @@ def place(filled: Path, name: str) -> None:
 
 def converted_folders(sha256: str = "") -> list[Path]:
     """Whole folders made from GGUF files (see `gguf`), by name; with a hash those of that file only."""
-    found = (models_folder() / "gguf").glob(f"[!.]*-{sha256[:16] or '*'}-*")  # with a dot while they are being written
+    found = gguf_folder().glob(f"[!.]*-{sha256[:16] or '*'}-*")  # with a dot while they are being written
     return sorted(folder for folder in found if folder.is_dir())
 
 
