@@ -40,7 +40,7 @@ $(VENV)/.for-demo: $(VENV)/.created $(INPUTS)
 	@echo "==> Installing copyspec with its two integrations (a few minutes the first time)"
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index]'
 	@echo "==> Compiling the drafting code (once)"
-	$(BIN)/python -c 'from copyspec_engine.core import warm_up; warm_up()'
+	$(BIN)/python -c 'from copyspec_engine.loop.step import warm_up; warm_up()'
 	@touch $@
 
 $(VENV)/.for-test: $(VENV)/.for-demo $(INPUTS)

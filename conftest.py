@@ -24,8 +24,8 @@ import pytest
 
 if TYPE_CHECKING:
     from copyspec_engine import Engine, GenerationOutput, StreamChunk
-    from copyspec_engine.handle import Sink
-    from copyspec_engine.sequence import Sequence
+    from copyspec_engine.engine.handle import Sink
+    from copyspec_engine.loop.request import Sequence
 
 SMOLLM2 = "smollm2"
 
@@ -70,7 +70,7 @@ def same_when_drafted(monkeypatch: pytest.MonkeyPatch) -> Compare:
 
     Gives what the scenario with drafts gives, and the outputs of its calls in the order in which they ended.
     """
-    from copyspec_engine.loop import EngineLoop
+    from copyspec_engine.engine.thread import EngineLoop
 
     outputs: list[GenerationOutput] = []
     enqueue = EngineLoop.enqueue

@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from copyspec_engine.config import (
+from copyspec_engine.engine.handle import RequestHandle
+from copyspec_engine.values.config import (
     AdaptiveDrafter,
     Combine,
     CopySpecDrafter,
@@ -24,7 +25,7 @@ from copyspec_engine.config import (
     NoDrafter,
     SamplingParams,
 )
-from copyspec_engine.errors import (
+from copyspec_engine.values.errors import (
     ConfigError,
     ContextOverflowError,
     CopySpecError,
@@ -36,11 +37,10 @@ from copyspec_engine.errors import (
     UnsupportedModelError,
     missing_extra,
 )
-from copyspec_engine.explanation import CopiedSpan, CopySource, Explanation
-from copyspec_engine.grammar_options import Grammar, ToolCalls
-from copyspec_engine.handle import RequestHandle
-from copyspec_engine.metrics import EngineMetrics
-from copyspec_engine.outputs import (
+from copyspec_engine.values.explanation import CopiedSpan, CopySource, Explanation
+from copyspec_engine.values.grammar import Grammar, ToolCalls
+from copyspec_engine.values.metrics import EngineMetrics
+from copyspec_engine.values.outputs import (
     Copy,
     DraftStats,
     EngineInfo,
@@ -56,11 +56,11 @@ from copyspec_engine.outputs import (
     ToolCall,
     Usage,
 )
-from copyspec_engine.progress import LoadProgress, OnProgress
+from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 if TYPE_CHECKING:
-    from copyspec_engine.engine import Engine, inspect_model, shared_engine
-    from copyspec_engine.memory_view import ConversationMemory, StoredText
+    from copyspec_engine.engine.engine import Engine, inspect_model, shared_engine
+    from copyspec_engine.memory.view import ConversationMemory, StoredText
 
 __all__ = [
     "AdaptiveDrafter",
@@ -112,11 +112,11 @@ __all__ = [
 ]
 
 _LATER = {
-    "Engine": "engine",
-    "inspect_model": "engine",
-    "shared_engine": "engine",
-    "ConversationMemory": "memory_view",
-    "StoredText": "memory_view",
+    "Engine": "engine.engine",
+    "inspect_model": "engine.engine",
+    "shared_engine": "engine.engine",
+    "ConversationMemory": "memory.view",
+    "StoredText": "memory.view",
 }
 """The modules of names that need torch or Numba."""
 

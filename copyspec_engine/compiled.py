@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 SOURCES = (
     "compiled.py",
-    "copies.py",
-    "copy_index.py",
-    "growth.py",
-    "gumbel.py",
-    "live_cost.py",
-    "places.py",
-    "ranking.py",
-    "recycled.py",
-    "survival.py",
+    "drafting/kernels/branch_points.py",
+    "drafting/kernels/candidates.py",
+    "drafting/kernels/growth.py",
+    "drafting/live_cost.py",
+    "memory/acceptance.py",
+    "memory/alternatives.py",
+    "memory/index.py",
+    "provenance/trail.py",
+    "sampling/gumbel.py",
 )
 """Files with compiled functions."""
 

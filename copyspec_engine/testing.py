@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from copyspec_engine.chat_format import ChatFormat, find_chat_format
-from copyspec_engine.config import EngineConfig
-from copyspec_engine.drafter import DraftTree
-from copyspec_engine.engine import Engine
-from copyspec_engine.errors import ConfigError
-from copyspec_engine.exact_tokens import Spelling
-from copyspec_engine.memory_file import Fingerprint
-from copyspec_engine.model_runner import LoadedModel
-from copyspec_engine.scheduler import ScheduledBatch
-from copyspec_engine.sequence import Sequence, TextStream
-from copyspec_engine.tokenizer import SpecialTokens, StoppingTextStream
+from copyspec_engine.chat.formats import ChatFormat, find_chat_format
+from copyspec_engine.chat.known_ids import Spelling
+from copyspec_engine.chat.tokenizer import SpecialTokens, StoppingTextStream
+from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.engine.engine import Engine
+from copyspec_engine.execution.runner import LoadedModel
+from copyspec_engine.loop.request import Sequence, TextStream
+from copyspec_engine.loop.scheduler import ScheduledBatch
+from copyspec_engine.memory.file import Fingerprint
+from copyspec_engine.values.config import EngineConfig
+from copyspec_engine.values.errors import ConfigError
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from copyspec_engine.config import AdaptiveDrafter
-from copyspec_engine.drafter import Drafter, DraftingPolicy
-from copyspec_engine.memory import SessionMemory
-from copyspec_engine.replay import (
+from copyspec_engine.drafting.drafter import Drafter, DraftingPolicy
+from copyspec_engine.lab.replay import (
     Message,
     Tally,
     calls_of,
@@ -30,7 +28,9 @@ from copyspec_engine.replay import (
     load_tokenizer,
     replay,
 )
-from copyspec_engine.survival import Survival, first_guess
+from copyspec_engine.memory.acceptance import Survival, first_guess
+from copyspec_engine.memory.conversation import SessionMemory
+from copyspec_engine.values.config import AdaptiveDrafter
 
 MAX_SESSION_TOKENS = 1_000_000
 

@@ -117,7 +117,7 @@ def _checks(options: argparse.Namespace) -> dict[str, Callable[[], Report]]:
 
 
 def _speed_checks(options: argparse.Namespace) -> dict[str, Callable[[], Report]]:
-    from copyspec_engine.cli.bench_engine import EngineOptions
+    from copyspec_engine.lab.bench.engine import EngineOptions
     from scripts import gpu_speed
 
     device, out_dir = options.device, options.out_dir
@@ -181,7 +181,7 @@ def _turns(
     compiled: bool,
 ) -> Iterator[tuple[list[int], list[int], int]]:
     from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
-    from copyspec_engine.model_runner import prepare
+    from copyspec_engine.execution.runner import prepare
     from copyspec_engine.testing import ByteTokenizer
     from tests.conftest import STEP_COST, build_model
 

@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 
 from copyspec_engine import EngineConfig
-from copyspec_engine.cli.bench_engine import EngineOptions, run_engine
-from copyspec_engine.drafter import DraftTree
-from copyspec_engine.forced import curve
-from copyspec_engine.forced.shapes import random_model
-from copyspec_engine.model_runner import prepare
-from copyspec_engine.packing import Bucket, Piece, pack
-from copyspec_engine.paged_attention import PagedRows, attend
+from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.execution.packing import Bucket, Piece, pack
+from copyspec_engine.execution.paged_attention import PagedRows, attend
+from copyspec_engine.execution.runner import prepare
+from copyspec_engine.lab.bench.engine import EngineOptions, run_engine
+from copyspec_engine.lab.recorded import curve
+from copyspec_engine.lab.recorded.shapes import random_model
 from copyspec_engine.testing import ByteTokenizer
 
 __all__ = ["attention_times", "conversations", "step_times"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from copyspec_engine import Engine, EngineConfig
-from copyspec_engine.model_runner import prepare
+from copyspec_engine.execution.runner import prepare
 from copyspec_engine.testing import ByteTokenizer
-from tests.architectures import ARCHITECTURES, END, build_model
+from tests.execution.architectures import ARCHITECTURES, END, build_model
 
 __all__ = ["ARCHITECTURES", "END", "STEP_COST", "assert_all_slots_free", "build_model"]
 

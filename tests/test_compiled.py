@@ -17,11 +17,15 @@ PACKAGE = Path(copyspec_engine.__file__).parent
 NO_CALL_COMPILES = """
 from numba.core.dispatcher import Dispatcher
 from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams
-from copyspec_engine import copies, copy_index, growth, gumbel, live_cost, places, ranking, recycled, survival
-from copyspec_engine.core import warm_up
+from copyspec_engine.drafting import live_cost
+from copyspec_engine.drafting.kernels import branch_points, candidates, growth
+from copyspec_engine.loop.step import warm_up
+from copyspec_engine.memory import acceptance, alternatives, index
+from copyspec_engine.provenance import trail
+from copyspec_engine.sampling import gumbel
 from copyspec_engine.testing import scripted_engine
 
-modules = copies, copy_index, growth, gumbel, live_cost, places, ranking, recycled, survival
+modules = acceptance, alternatives, branch_points, candidates, growth, gumbel, index, live_cost, trail
 functions = {f for m in modules for f in vars(m).values() if isinstance(f, Dispatcher)}
 
 def compiled():
@@ -53,11 +57,11 @@ def test_no_call_waits_for_a_compiler() -> None:
 
 def test_every_module_with_compiled_code_decides_whether_kept_code_is_used() -> None:
     with_code = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
         decorators = [decorator for function in functions for decorator in function.decorator_list]
         if any(isinstance(decorator, ast.Name) and decorator.id == "compiled" for decorator in decorators):
-            with_code.add(path.name)
+            with_code.add(path.relative_to(PACKAGE).as_posix())
     assert with_code <= set(SOURCES)
 
 
@@ -71,7 +75,7 @@ def inner(x):
 """
 OUTER = """
 from compiled import compiled
-from survival import inner
+from memory.acceptance import inner
 
 @compiled
 def outer(x):
@@ -83,13 +87,14 @@ print(outer(1), sum(outer.stats.cache_hits.values()))
 
 def run_small(folder: Path, number: int, **environment: str) -> list[str]:
     """Call a compiled function whose callee, in another module, adds `number`; what it gives and its cache hits."""
-    (folder / "survival.py").write_text(SMALL.format(number=number), encoding="utf-8")
-    (folder / "growth.py").write_text(OUTER, encoding="utf-8")
-    for name in {*SOURCES} - {"compiled.py", "survival.py", "growth.py"}:
+    for name in {*SOURCES} - {"compiled.py"}:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
+    (folder / "memory/acceptance.py").write_text(SMALL.format(number=number), encoding="utf-8")
+    (folder / "outer.py").write_text(OUTER, encoding="utf-8")
     shutil.copy(PACKAGE / "compiled.py", folder)
     done = subprocess.run(
-        [sys.executable, str(folder / "growth.py")],
+        [sys.executable, str(folder / "outer.py")],
         env={**os.environ, "NUMBA_CACHE_DIR": "", **environment},
         capture_output=True,
         text=True,
@@ -106,7 +111,9 @@ def test_kept_code_is_used_until_a_function_that_it_calls_changes(tmp_path: Path
 
 
 def test_code_that_cannot_be_kept_is_compiled_each_time(tmp_path: Path) -> None:
-    (tmp_path / "__pycache__").touch()  # no folder can be made here, not even by root
+    for folder in (tmp_path, tmp_path / "memory"):
+        folder.mkdir(exist_ok=True)
+        (folder / "__pycache__").touch()  # no folder can be made here, not even by root
     nowhere = str(tmp_path / "__pycache__" / "home")
     for _ in range(2):
         assert run_small(tmp_path, 10, HOME=nowhere, XDG_CACHE_HOME=nowhere, LOCALAPPDATA=nowhere) == ["11", "0"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from copyspec_engine import Engine, ModelLoadError
 from copyspec_engine.cli.llama_server import LlamaServer, LlamaServerError, find_llama_server
 from copyspec_engine.cli.report import GENERATE, LLAMA, LLAMA_NGRAM, LOOKUP, PeerAnswer
-from copyspec_engine.forced.generate import LOOKUP_TOKENS, generate_greedy
+from copyspec_engine.lab.recorded.generate import LOOKUP_TOKENS, generate_greedy
 from copyspec_engine.models import find_model, locate_model
 
 __all__ = ["Peers"]

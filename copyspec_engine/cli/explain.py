@@ -16,10 +16,10 @@ from copyspec_engine.cli.documents import Document, load_document
 from copyspec_engine.cli.edits import EditStep
 from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.report import check_writable, write_text
-from copyspec_engine.evaluation.page import Decode, render_page, transcripts
-from copyspec_engine.evaluation.records import PLAIN, RUN_FILE, RunFolder, TurnRecord, read_turns
-from copyspec_engine.evaluation.turns import turn_record
-from copyspec_engine.replay import load_tokenizer
+from copyspec_engine.lab.evaluation.page import Decode, render_page, transcripts
+from copyspec_engine.lab.evaluation.records import PLAIN, RUN_FILE, RunFolder, TurnRecord, read_turns
+from copyspec_engine.lab.evaluation.turns import turn_record
+from copyspec_engine.lab.replay import load_tokenizer
 
 __all__ = ["ExplainOptions", "demo_records", "run_explain"]
 

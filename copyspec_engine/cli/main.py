@@ -13,13 +13,13 @@ from typing import Annotated
 import typer
 
 from copyspec_engine import SamplingParams
-from copyspec_engine.cli.bench import bench
 from copyspec_engine.cli.documents import shipped_names
-from copyspec_engine.cli.eval import evaluations
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.frameworks import FRAMEWORKS
 from copyspec_engine.cli.loading import BUNDLED, DEFAULT, Device, Dtype, engine_config
 from copyspec_engine.cli.models import models, run_pull
+from copyspec_engine.lab.bench.command import bench
+from copyspec_engine.lab.evaluation.command import evaluations
 
 __all__ = ["app", "main"]
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from copyspec_engine import ConfigError, EngineInfo, Segment
 from copyspec_engine.cli.edits import EditStep, Outcome
 from copyspec_engine.cli.frameworks import Answer
-from copyspec_engine.evaluation.files import write_text
+from copyspec_engine.lab.evaluation.files import write_text
 
 __all__ = [
     "GENERATE",

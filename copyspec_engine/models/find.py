@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from copyspec_engine.bundled import bundled_model_path
-from copyspec_engine.config import BUNDLED_MODEL
-from copyspec_engine.errors import ModelLoadError
 from copyspec_engine.models import hub
 from copyspec_engine.models.gguf_file import is_gguf
 from copyspec_engine.models.known import KNOWN, KnownModel
 from copyspec_engine.models.names import hub_file, is_hub_name, refuse_foreign_name
 from copyspec_engine.models.package import fetch_from_package, installed_file
 from copyspec_engine.models.store import kept_file, models_folder
-from copyspec_engine.progress import OnProgress
+from copyspec_engine.values.config import BUNDLED_MODEL
+from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.progress import OnProgress
 
 __all__ = ["FoundModel", "ModelFolder", "fetch_model", "find_model", "locate_model"]
 

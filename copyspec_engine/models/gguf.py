@@ -24,12 +24,12 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from copyspec_engine.errors import ModelLoadError
 from copyspec_engine.models.gguf_config import config_of
 from copyspec_engine.models.gguf_file import GgufFile, find_files, read_file
 from copyspec_engine.models.gguf_tokenizer import build_tokenizer, end_tokens
 from copyspec_engine.models.store import gguf_folder
-from copyspec_engine.progress import LoadProgress, OnProgress
+from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 __all__ = ["Converted", "convert", "is_converted"]
 

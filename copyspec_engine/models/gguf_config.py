@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from copyspec_engine.errors import ModelLoadError, UnsupportedModelError
 from copyspec_engine.models.gguf_file import GgufFile
+from copyspec_engine.values.errors import ModelLoadError, UnsupportedModelError
 
 __all__ = ["ARCHITECTURES", "FACTORS", "config_of"]
 

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from copyspec_engine.errors import ModelLoadError, UnsupportedModelError
+from copyspec_engine.values.errors import ModelLoadError, UnsupportedModelError
 
 __all__ = ["GgufFile", "GgufTensor", "find_files", "is_gguf", "read_file"]
 

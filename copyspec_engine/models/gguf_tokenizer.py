@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from copyspec_engine.errors import ModelLoadError, UnsupportedModelError
 from copyspec_engine.models.gguf_file import GgufFile
+from copyspec_engine.values.errors import ModelLoadError, UnsupportedModelError
 
 __all__ = ["build_tokenizer", "end_tokens"]
 

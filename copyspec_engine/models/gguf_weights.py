@@ -20,9 +20,9 @@ from gguf.quants import dequantize
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from copyspec_engine.errors import ModelLoadError, UnsupportedModelError
 from copyspec_engine.models.gguf_config import FACTORS
 from copyspec_engine.models.gguf_file import GgufFile, GgufTensor
+from copyspec_engine.values.errors import ModelLoadError, UnsupportedModelError
 
 __all__ = ["check_tensors", "num_bytes", "quantization", "read_factors", "resolve_config", "write_weights"]
 

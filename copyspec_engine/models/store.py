@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from copyspec_engine.calibration import cache_dir
-from copyspec_engine.errors import ModelLoadError
+from copyspec_engine.execution.calibration import cache_dir
 from copyspec_engine.models.known import KnownModel
-from copyspec_engine.progress import LoadProgress, OnProgress
+from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 __all__ = ["converted_folders", "gguf_folder", "kept_file", "models_folder", "place", "putting"]
 

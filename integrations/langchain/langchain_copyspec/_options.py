@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from copyspec_engine import ConfigError, EngineConfig
-from copyspec_engine.adapters import AdapterOptions
+from copyspec_engine.adapters.options import AdapterOptions
 from langchain_copyspec._tools import ToolOptions
 
 __all__ = ["CallOptions", "deciding", "deciding_config"]

@@ -8,7 +8,7 @@ from typing import Any, cast
 from langchain_core.language_models.model_profile import ModelProfile
 
 from copyspec_engine import Engine, EngineConfig
-from copyspec_engine.adapters import model_facts
+from copyspec_engine.adapters.options import model_facts
 
 __all__ = ["model_profile"]
 

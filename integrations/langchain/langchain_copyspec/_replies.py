@@ -24,7 +24,13 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import answer_metadata, call_error, logprobs_metadata, segment_metadata, tool_metadata
+from copyspec_engine.adapters.options import (
+    answer_metadata,
+    call_error,
+    logprobs_metadata,
+    segment_metadata,
+    tool_metadata,
+)
 from langchain_copyspec._calls import Call
 from langchain_copyspec._convert import PROVIDER
 

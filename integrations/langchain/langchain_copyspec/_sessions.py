@@ -16,7 +16,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from typing_extensions import override
 
-from copyspec_engine.adapters import current_conversation, without_conversation
+from copyspec_engine.adapters.options import current_conversation, without_conversation
 
 __all__ = ["ConversationalModel", "session_of", "with_session"]
 

@@ -11,7 +11,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
-from copyspec_engine.adapters import check_nesting, clear_errors
+from copyspec_engine.adapters.options import check_nesting, clear_errors
 
 __all__ = ["Tool", "ToolOptions", "convert_tools", "json_schema_of"]
 

@@ -31,7 +31,7 @@ from copyspec_engine import (
     StreamChunk,
     shared_engine,
 )
-from copyspec_engine.adapters import ENGINE_OPTIONS, Conversations, Talk, adopt_engine
+from copyspec_engine.adapters.options import ENGINE_OPTIONS, Conversations, Talk, adopt_engine
 from langchain_copyspec._bound import BoundModel
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_engine_messages

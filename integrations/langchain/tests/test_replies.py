@@ -10,7 +10,7 @@ import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 
 from copyspec_engine import Engine
-from copyspec_engine.chat_format import find_chat_format
+from copyspec_engine.chat.formats import find_chat_format
 from copyspec_engine.testing import ByteTokenizer
 from langchain_copyspec import ChatCopySpec
 from langchain_copyspec._replies import _ending, _reads_as_object

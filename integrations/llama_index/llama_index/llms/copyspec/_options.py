@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, field_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
-from copyspec_engine.adapters import AdapterOptions
+from copyspec_engine.adapters.options import AdapterOptions
 from llama_index.llms.copyspec._convert import to_function_schemas
 
 __all__ = ["Call", "CallOptions", "ToolUse", "take_tools"]

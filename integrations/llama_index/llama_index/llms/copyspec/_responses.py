@@ -35,7 +35,7 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters import (
+from copyspec_engine.adapters.options import (
     Talk,
     answer_metadata,
     call_error,

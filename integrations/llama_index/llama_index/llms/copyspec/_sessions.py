@@ -13,7 +13,7 @@ from llama_index.core.workflow import Context, WorkflowRuntimeError
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from workflows.context.state_store import DictState
 
-from copyspec_engine.adapters import current_conversation
+from copyspec_engine.adapters.options import current_conversation
 
 __all__ = ["CONTEXT_KEY", "named_session", "step_session"]
 

@@ -41,7 +41,7 @@ from copyspec_engine import (
     OnProgress,
     shared_engine,
 )
-from copyspec_engine.adapters import (
+from copyspec_engine.adapters.options import (
     ENGINE_OPTIONS,
     ChatFormat,
     Conversations,

@@ -24,7 +24,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from pydantic import ConfigDict, Field
 from typing_extensions import override
 
-from copyspec_engine.adapters import clear_errors
+from copyspec_engine.adapters.options import clear_errors
 from llama_index.llms.copyspec._options import Call
 from llama_index.llms.copyspec._responses import Answer
 from llama_index.llms.copyspec._room import SHORT_CHATS

@@ -1,0 +1,77 @@
+"""Tokens to text, one at a time: an answer's text goes on where its prompt ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from copyspec_engine.loop.request import TextStream
+from copyspec_engine.values.config import GenerationRequest
+
+if TYPE_CHECKING:
+    from copyspec_engine.chat.tokenizer import ChatTokenizer
+
+__all__ = ["Detokenizer", "answer_stream"]
+
+_BEHIND = 32
+"""Tokens at a prompt's end that are looked at: as many as may give no text of their own, and one that does."""
+
+
+class Detokenizer:
+    """The text that each token completes.
+
+    Decoders of the sentencepiece kind leave out the space at the beginning of a text. So an answer to messages has none
+    there, and one that goes on with a raw prompt has the one that is written: its text is that of prompt and answer
+    without that of the prompt.
+
+    Args:
+        backend: the tokenizer.
+        hidden: tokens that give no text.
+        skip_special_tokens: nor does any special one.
+        behind: the end of the prompt that the text goes on with.
+    """
+
+    def __init__(
+        self, backend: Tokenizer, hidden: Collection[int], *, skip_special_tokens: bool, behind: Sequence[int] = ()
+    ) -> None:
+        self._backend, self._hidden, self._skips = backend, hidden, skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._pending: list[int] = []
+        """Tokens that have given no text yet."""
+        self._open = ""
+        """What the prompt's last tokens would give if the character that they begin is not completed."""
+        for token_id in behind:
+            self.step(token_id)
+        self._open, self._pending = self.rest(), []
+
+    def step(self, token_id: int) -> str:
+        """The text that a token completes, "" inside a character."""
+        if token_id in self._hidden:
+            return ""
+        self._pending.append(token_id)
+        try:
+            piece: str = self._stream.step(self._backend, token_id) or ""
+        except Exception:  # it gives up on bytes that are no UTF-8, which some tokenizers can write
+            piece = self.rest()
+            self._stream = DecodeStream(skip_special_tokens=self._skips)
+            self._stream.step(self._backend, token_id)  # so that the next one is not taken for the first of a text
+        if piece:
+            self._pending.clear()
+            piece, self._open = piece.removeprefix(self._open), ""
+        return piece
+
+    def rest(self) -> str:
+        """The text that is left when no more tokens come."""
+        text: str = self._backend.decode(self._pending, skip_special_tokens=self._skips)
+        return text
+
+
+def answer_stream(
+    tokenizer: ChatTokenizer, request: GenerationRequest, prompt_ids: Sequence[int], stop: Sequence[str] = ()
+) -> TextStream:
+    """A fresh detokeniser for the answer to a request, whose prompt has these ids."""
+    behind = prompt_ids[-_BEHIND:] if request.messages is None else ()
+    return tokenizer.text_stream(stop, special="parts" if request.parse_reply else "none", behind=behind)

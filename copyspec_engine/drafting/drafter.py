@@ -1,0 +1,521 @@
+"""Which tokens to propose for verification, and how many: one object for each call, in one of three ways.
+
+"adaptive" grows a tree of copies from the conversation's memory by expected value (drafting/kernels/growth.py),
+"copyspec" is the published algorithm, "none" proposes nothing. All learn or keep what they need in `observe`; `propose`
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from copyspec_engine.drafting.cost import CostCurve
+from copyspec_engine.drafting.kernels.branch_points import PARENT, SOURCE, TOKEN, find_root, follow, make_call
+from copyspec_engine.drafting.kernels.growth import MARGIN, drawn_pace, grow, make_scratch, walk
+from copyspec_engine.memory.acceptance import (
+    DECLARED,
+    STARTED,
+    blend,
+    calibrated_all,
+    fresh_survival,
+    learn_pace,
+    learn_paths,
+    learn_recycled,
+    recycled_worth,
+)
+from copyspec_engine.memory.alternatives import NOT_RECYCLED
+from copyspec_engine.memory.conversation import SessionMemory
+from copyspec_engine.memory.index import OVERLAP, EarliestIndex, Span
+from copyspec_engine.provenance.trail import DRAFT_MODEL, FORCED, RECYCLED
+from copyspec_engine.values.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig
+
+__all__ = ["DraftTree", "Drafter", "DraftingPolicy", "Ingredients", "answer_texts", "likely_nodes", "wants_candidates"]
+
+_MAX_NODES = 1024
+_REGION = 2048
+"""Tokens of memory that a call in flight holds for its answer at a time."""
+_MOST_DELAY = 1.05
+"""How much longer the pass that gives an answer's first token may take with a draft in it than without."""
+_FEW, _GAIN = 16, 0.5
+"""What so many recycled candidates gain in a pass at most, in tokens: where verifying them costs more, even keeping
+them costs more than it gives."""
+_SHARED = 0.05
+"""How far what a call has learnt moves what later conversations start from."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Tokens proposed after the last token of a sequence.
+
+    Node i holds `tokens[i]` and follows node `parents[i]` (-1: the sequence's last token); parents come first. A plain
+    draft is a chain, parents -1, 0, 1, ...
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    probabilities: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), compare=False)
+    """How likely its own source held each node to be, shape (len,); empty if nobody asked."""
+    sources: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
+    """Where each node comes from: a position in the memory's index; 0 for a frequent token without a source; ~i for
+    the call's own token i; `FORCED` by a grammar; a `DRAFT_MODEL`; `RECYCLED`. Shape (len,), empty if nobody knows."""
+    cost: float = field(default=0.0, compare=False)
+    """What it took to make, in passes of one token, where that is not next to nothing."""
+
+    @classmethod
+    def chain(cls, tokens: Seq[int], sources: npt.NDArray[np.int64] | None = None) -> DraftTree:
+        parents = tuple(range(-1, len(tokens) - 1))
+        return cls(tuple(tokens), parents) if sources is None else cls(tuple(tokens), parents, sources=sources)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(-1, len(self.tokens) - 1))
+
+    def first(self, count: int) -> DraftTree:
+        """The first `count` nodes: they are a tree too, since parents come first."""
+        if count >= len(self):
+            return self
+        count = max(count, 0)
+        return DraftTree(
+            self.tokens[:count], self.parents[:count], self.probabilities[:count], self.sources[:count], self.cost
+        )
+
+    def depths(self) -> list[int]:
+        """Tokens from the sequence's last token down to each node, at least 1 each, shape (len,)."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def kept(self, nodes: Seq[int]) -> DraftTree:
+        """The tree of some nodes only, ascending; each one's parent must be among them."""
+        place = {-1: -1} | {node: i for i, node in enumerate(nodes)}
+        return DraftTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(place[self.parents[node]] for node in nodes),
+            self.probabilities[list(nodes)] if len(self.probabilities) else self.probabilities,
+            self.sources[list(nodes)] if len(self.sources) else self.sources,
+            self.cost,
+        )
+
+    def below(self, limit: int) -> DraftTree:
+        """The nodes whose tokens are below `limit`, as those of their ancestors are."""
+        if max(self.tokens, default=-1) < limit:
+            return self
+        kept: set[int] = {-1}
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
+            if token < limit and parent in kept:
+                kept.add(node)
+        return self.kept(sorted(kept)[1:])
+
+    def joined(self, at: int, tokens: Seq[int], room: int) -> DraftTree:
+        """The tree with a chain of forced tokens below node `at` (-1: the root), as likely as the node itself.
+
+        Nodes that are there already are not added again, but count as that likely; the chain is cut where the tree has
+        `room` nodes.
+        """
+        children = {
+            (parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
+        }
+        likely = float(self.probabilities[at]) if at >= 0 and len(self.probabilities) else 1.0
+        new_tokens, new_parents = list(self.tokens), list(self.parents)
+        known = []
+        for token in tokens:
+            node = children.get((at, token))
+            if node is not None:
+                known.append(node)
+            else:
+                if len(new_tokens) >= room:
+                    break
+                node = len(new_tokens)
+                new_tokens.append(token)
+                new_parents.append(at)
+            at = node
+        added = len(new_tokens) - len(self)
+        probabilities, sources = self.probabilities, self.sources
+        if len(probabilities) == len(self):
+            probabilities = np.append(probabilities, np.full(added, likely))
+            probabilities[known] = likely
+        if len(sources) == len(self):
+            sources = np.append(sources, np.full(added, FORCED))
+        return DraftTree(tuple(new_tokens), tuple(new_parents), probabilities, sources, self.cost)
+
+    def merged(
+        self, tokens: Seq[int], parents: Seq[int], probabilities: npt.ArrayLike, source: int, cost: float = 0.0
+    ) -> DraftTree:
+        """The tree with the nodes of another one, whose root is the same.
+
+        Nodes that both have stay as they are; the others come behind all nodes of this tree.
+
+        Args:
+            tokens: of the other tree's nodes.
+            parents: of its nodes, parents first.
+            probabilities: of its nodes, shape (len(tokens),).
+            source: of its nodes, as in `sources`.
+            cost: what it took to make.
+        """
+        nodes = {place: node for node, place in enumerate(zip(self.parents, self.tokens, strict=True))}
+        new_tokens, new_parents, added, at = list(self.tokens), list(self.parents), [], [-1]
+        for i, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+            place = (at[parent + 1], token)
+            if place not in nodes:
+                nodes[place] = len(new_tokens)
+                new_tokens.append(token)
+                new_parents.append(place[0])
+                added.append(i)
+            at.append(nodes[place])
+        likely, sources = self.probabilities, self.sources
+        if len(likely) == len(self):
+            likely = np.append(likely, np.asarray(probabilities, dtype=np.float64)[added])
+        known = sources if len(sources) == len(self) else np.zeros(len(self), dtype=np.int64)
+        sources = np.append(known, np.full(len(added), source, dtype=np.int64))
+        return DraftTree(tuple(new_tokens), tuple(new_parents), likely, sources, self.cost + cost)
+
+    def reach(self, likely: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """How likely each node is to be reached, by how likely each is: no less than the likeliest node below it.
+
+        Both of shape (len,).
+        """
+        parents = np.array(self.parents, dtype=np.int64)
+        inner = parents >= 0
+        if (likely[parents[inner]] >= likely[inner]).all():  # as one source leaves it
+            return likely
+        raised = likely.tolist()
+        for node in range(len(self) - 1, -1, -1):
+            if self.parents[node] >= 0:
+                raised[self.parents[node]] = max(raised[self.parents[node]], raised[node])
+        return np.array(raised)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Drafter(Protocol):
+    """Drafts for one call. Only one thread at a time may use it and the others of its policy."""
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        """The draft behind the text known so far. Asking again gives the same.
+
+        Args:
+            num_pending: tokens that the same pass reads anyway, at least 1.
+            room: most nodes, and so the deepest level; at least 0.
+        """
+
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        """Take in what a step gave.
+
+        Args:
+            draft: what was proposed for it.
+            accepted: its nodes on the accepted path, from the root down.
+            tokens: what was written: their tokens and usually one more.
+        """
+
+    def finish(self) -> None:
+        """The call is over, however it ended: its texts stay in the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredients:
+    """What takes part in adaptive drafts; for measuring what each part gives."""
+
+    longest_match: bool = True
+    """Off: only matches of one and two tokens."""
+    agreement: bool = True
+    """Off: nothing is made of other matches that go on with the same token or with another one."""
+    tree: bool = True
+    """Off: one candidate at each place."""
+    resync: bool = True
+    """Off: a source is not followed over an edit."""
+    start: bool = True
+    """Off: an answer's first token comes from matches only, like any other."""
+
+
+class DraftingPolicy:
+    """Begins drafters; holds what all conversations share: the cost of a pass, and what survival starts from.
+
+    Args:
+        cost: cost of a forward pass by its tokens.
+        weights: what survival starts from; default: fitted to recorded conversations.
+    """
+
+    def __init__(self, cost: CostCurve, weights: Seq[float] | None = None) -> None:
+        unit = float(cost.seconds(1)[0])
+        self.cost = CostCurve([(width, seconds / unit) for width, seconds in cost.points])
+        self.survival = fresh_survival(weights)
+        self.scratch = make_scratch(_MAX_NODES)
+
+    def begin(
+        self,
+        options: DrafterConfig,
+        memory: SessionMemory,
+        prompt_ids: Seq[int],
+        eos_token_ids: frozenset[int] = frozenset(),
+        prediction_ids: Seq[int] = (),
+        ingredients: Ingredients | None = None,
+    ) -> Drafter:
+        """A drafter for one call.
+
+        Args:
+            options: which way, with its options.
+            memory: the conversation's texts; the prompt is added to them.
+            prompt_ids: the call's prompt, not empty.
+            eos_token_ids: nothing is drafted behind one of these.
+            prediction_ids: a text that the answer is expected to repeat in large part.
+            ingredients: parts of adaptive drafting to leave out.
+        """
+        if isinstance(options, AdaptiveDrafter):
+            ingredients = ingredients or Ingredients()
+            return _AdaptiveDrafter(self, options, memory, prompt_ids, eos_token_ids, prediction_ids, ingredients)
+        if isinstance(options, CopySpecDrafter):
+            return _BlockDrafter(options, memory, prompt_ids, eos_token_ids)
+        return _NoDrafter(memory, prompt_ids)
+
+    def without_delay(self, width: int, room: int) -> int:
+        """Of `room` draft nodes, how many a pass of `width` tokens takes along without a wait that anybody notices.
+
+        A prompt's last pass gives the first token: whoever reads along waits for that one more than for the others.
+        """
+        seconds = self.cost.seconds(width, room + 1)
+        return int(np.searchsorted(seconds, _MOST_DELAY * seconds[0], side="right")) - 1
+
+    def pace(self, drafters: Seq[Drafter | None], width: int) -> float:
+        """Tokens that anything has to gain in the time of a pass of one token, since all rows of a pass wait for it.
+
+        Args:
+            drafters: of the rows that sample.
+            width: tokens that the pass reads without any draft.
+        """
+        return MARGIN * sum(map(_pace, drafters)) / float(self.cost.seconds(width)[0])
+
+    def share(self, drafters: Seq[Drafter | None], drafts: Seq[DraftTree], width: int) -> list[DraftTree]:
+        """Of the drafts for one pass what is worth its time when all of them are in it.
+
+        A further node makes everybody wait, so with more requests in a pass each node has to earn more. Nodes are taken
+        in the order of their probabilities, whosever they are, as far as that gains tokens per second.
+
+        Args:
+            drafters: of the rows that sample.
+            drafts: what they propose.
+            width: tokens that the pass reads without any draft.
+        """
+        rows = [row for row, draft in enumerate(drafts) if len(draft.probabilities)]
+        if len(drafts) < 2 or not rows:
+            return list(drafts)
+        likely = np.concatenate([drafts[row].reach(drafts[row].probabilities) for row in rows])
+        owners = np.repeat(rows, [len(drafts[row]) for row in rows])
+        nodes = np.concatenate([np.arange(len(drafts[row])) for row in rows])
+        order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
+        seconds = self.cost.seconds(width, len(order) + 1)
+        pace = self.pace(drafters, width)
+        gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
+        chosen = order[: int(gains.argmax()) + 1 if gains.max() > 0 else 0]
+        shared = list(drafts)
+        for row in rows:
+            kept = np.sort(nodes[chosen[owners[chosen] == row]])
+            if len(kept) < len(drafts[row]):
+                shared[row] = drafts[row].kept(kept.tolist())
+        return shared
+
+
+class _AdaptiveDrafter:
+    """Copies from the memory, as a tree whose nodes are each worth their time."""
+
+    def __init__(
+        self,
+        policy: DraftingPolicy,
+        options: AdaptiveDrafter,
+        memory: SessionMemory,
+        prompt_ids: Seq[int],
+        eos_token_ids: frozenset[int],
+        prediction_ids: Seq[int],
+        ingredients: Ingredients,
+    ) -> None:
+        self._policy, self._memory, self._index = policy, memory, memory.index
+        self._recycled, self._recycles = memory.recycled, options.recycle
+        self._most = options.max_draft_tokens
+        self._eos = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._ingredients = np.array([getattr(ingredients, part.name) for part in fields(ingredients)], dtype=np.bool_)
+        if memory.survival is None:
+            memory.survival = policy.survival.copy()
+        self.survival = memory.survival
+        self._call = make_call()
+        starts = memory.add_prompt(prompt_ids)
+        hypotheses = [(position, STARTED) for position in starts]
+        if len(prediction_ids):
+            predicted = memory.add_prediction(prediction_ids)
+            hypotheses.insert(0, (predicted, DECLARED))
+        room = len(self._call.starts)
+        for row, hypothesis in enumerate(hypotheses[:room]):
+            self._call.starts[row] = hypothesis
+        self._call.sizes[2] = len(hypotheses[:room])
+        follow(self._index.arrays, self._call, np.asarray(prompt_ids[-len(self._call.tail) :], dtype=np.int64))
+        if len(prediction_ids):
+            self._call.alignments[0] = predicted, 0, 0
+        self._length = len(prompt_ids)
+        self.answer_texts: dict[Span, int] = {}
+        self._first = self._answer = self._open(_REGION)
+        self._call.sizes[3] = self._answer.stop
+        find_root(self._index.arrays, self._call, self._ingredients, True)
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        most = min(self._most, room)
+        if most <= 0:
+            return DraftTree()
+        cost, scratch = self._policy.cost, self._policy.scratch
+        count = grow(
+            tuple(self._index.arrays),
+            tuple(self._recycled.arrays if self._recycles else NOT_RECYCLED),
+            tuple(self.survival),
+            tuple(scratch),
+            tuple(self._call),
+            cost.marginal(num_pending, most),
+            cost.seconds(num_pending, most + 1),
+            self._eos,
+            self._ingredients,
+        )
+        nodes = scratch.nodes[1 : count + 1]
+        return DraftTree(
+            tuple(nodes[:, TOKEN].tolist()),
+            tuple(nodes[:, PARENT].tolist()),
+            scratch.probabilities[1 : count + 1].copy(),
+            nodes[:, SOURCE].copy(),
+        )
+
+    @property
+    def wants_candidates(self) -> bool:
+        """Whether what the next pass holds likely may ever be worth drafting."""
+        if not self._recycles:
+            return False
+        alone, drafted = self._policy.cost.seconds(1, _FEW + 1)[[0, -1]].tolist()
+        worth = float(recycled_worth(self.survival.recycled))
+        return bool(drawn_pace(self.survival.pace) * (drafted - alone) < _GAIN * worth)
+
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
+        cost, survival = self._policy.cost, self.survival
+        pace = survival.pace[0] / survival.pace[1]
+        least = pace * float(cost.marginal(1, 1)[0])
+        walk(
+            tuple(self._index.arrays),
+            tuple(self._recycled.arrays if self._recycles else NOT_RECYCLED),
+            tuple(survival),
+            tuple(self._policy.scratch),
+            tuple(self._call),
+            written,
+            draft.probabilities[nodes],
+            least,
+            self._ingredients,
+        )
+        learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]) + draft.cost)
+        if len(draft):
+            copied, accepted_copies = _copied_nodes(draft, nodes)
+            learn_paths(survival, draft.probabilities[copied], accepted_copies)
+            recycled = draft.sources == RECYCLED
+            predicted = float(draft.probabilities[recycled].sum()) / recycled_worth(survival.recycled)
+            learn_recycled(survival.recycled, predicted, int(recycled[nodes].sum()))
+        if len(nodes):
+            self._index.touch(draft.sources[nodes[-1:]])
+        if not self._index.has_room(self._answer, len(written)):
+            self._index.close(self._answer)
+            self._answer = self._open(max(_REGION, OVERLAP + len(written)))
+        follow(self._index.arrays, self._call, written)
+        self._index.write(self._answer, written)
+        self._length += len(written)
+        self._call.sizes[3] = self._answer.stop
+        find_root(self._index.arrays, self._call, self._ingredients, False)
+
+    def finish(self) -> None:
+        self._index.close(self._answer)
+        self._memory.add_answer(self._first)
+        blend(self._policy.survival, self.survival, _SHARED)
+
+    def _open(self, size: int) -> Span:
+        """A part of the memory for the answer, or for what comes now of it."""
+        span = self._memory.open_answer(size)
+        self._index.write(span, self._call.tail[: min(OVERLAP, int(self._call.sizes[0]))][::-1], context=True)
+        self.answer_texts[span] = self._length
+        return span
+
+
+class _BlockDrafter:
+    """The published algorithm (arXiv 2502.08923, section 3), over this call's own tokens."""
+
+    def __init__(
+        self, options: CopySpecDrafter, memory: SessionMemory, prompt_ids: Seq[int], eos_token_ids: frozenset[int]
+    ) -> None:
+        self._options, self._memory, self._eos = options, memory, eos_token_ids
+        self._token_ids, self._num_prompt_tokens = list(prompt_ids), len(prompt_ids)
+        self._earliest = EarliestIndex(options.min_match_tokens)
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        position = self._earliest.find(self._token_ids)
+        if position is None or room <= 0:
+            return DraftTree()
+        tokens = _until_end(self._token_ids[position : position + min(self._options.block, room)], self._eos)
+        return DraftTree.chain(tokens, ~np.arange(position, position + len(tokens)))
+
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        self._token_ids += tokens
+
+    def finish(self) -> None:
+        self._memory.remember(self._token_ids, self._num_prompt_tokens)
+
+
+class _NoDrafter:
+    """Plain decoding, which only remembers."""
+
+    def __init__(self, memory: SessionMemory, prompt_ids: Seq[int]) -> None:
+        self._memory, self._token_ids, self._num_prompt_tokens = memory, list(prompt_ids), len(prompt_ids)
+
+    def propose(self, num_pending: int, room: int) -> DraftTree:
+        return DraftTree()
+
+    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+        self._token_ids += tokens
+
+    def finish(self) -> None:
+        self._memory.remember(self._token_ids, self._num_prompt_tokens)
+
+
+def _copied_nodes(
+    draft: DraftTree, accepted: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Which nodes copying proposed, and the accepted ones of them, by their places among those."""
+    copied = (draft.sources != DRAFT_MODEL) & (draft.sources != RECYCLED)
+    return copied, (np.cumsum(copied) - 1)[accepted[copied[accepted]]]
+
+
+def likely_nodes(drafter: Drafter | None, draft: DraftTree) -> npt.NDArray[np.float64]:
+    """How likely each node of a draft is to be reached, by all that its drafter knows; empty if nobody knows."""
+    likely = draft.probabilities
+    if isinstance(drafter, _AdaptiveDrafter):
+        likely = np.asarray(calibrated_all(drafter.survival.paths, likely))
+    return draft.reach(likely) if len(likely) else likely
+
+
+def wants_candidates(drafter: Drafter | None) -> bool:
+    """Whether what a pass holds likely is to be kept in the memory (`SessionMemory.recycled`)."""
+    return isinstance(drafter, _AdaptiveDrafter) and drafter.wants_candidates
+
+
+def answer_texts(drafter: Drafter | None) -> Mapping[Span, int]:
+    """The stored texts to which a drafter writes its answer, and where in the call's tokens each begins."""
+    return drafter.answer_texts if isinstance(drafter, _AdaptiveDrafter) else {}
+
+
+def _pace(drafter: Drafter | None) -> float:
+    """Tokens that a request would write in the time of a pass of one token."""
+    return float(drawn_pace(drafter.survival.pace)) if isinstance(drafter, _AdaptiveDrafter) else 1.0
+
+
+def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> list[int]:
+    """The draft up to and including the first end-of-sequence token: nothing behind it can be accepted."""
+    for i, token in enumerate(tokens):
+        if token in eos_token_ids:
+            return tokens[: i + 1]
+    return tokens

@@ -1,0 +1,368 @@
+"""The engine: one loop in one thread, with sync and async front doors.
+
+Callers on any thread submit requests and read chunks; only the loop thread touches sequences, memory, the KV pool and
+the model. A request that fails takes nobody with it; an error that stops the loop reaches every caller.
+
+Importing this module is quick: torch, transformers and Numba are imported when a model is loaded, by the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from copyspec_engine.chat.formats import ChatFormat
+from copyspec_engine.engine.handle import RequestHandle
+from copyspec_engine.engine.reports import Reports
+from copyspec_engine.engine.thread import EngineLoop
+from copyspec_engine.values.config import EngineConfig, GenerationRequest
+from copyspec_engine.values.errors import ConfigError, RequestFailedError
+from copyspec_engine.values.explanation import Explanation
+from copyspec_engine.values.metrics import EngineMetrics
+from copyspec_engine.values.outputs import EngineInfo, GenerationOutput, StreamChunk
+from copyspec_engine.values.progress import LoadProgress, OnProgress
+
+if TYPE_CHECKING:
+    from copyspec_engine.execution.runner import LoadedModel
+    from copyspec_engine.loop.request import Sequence
+    from copyspec_engine.memory.view import ConversationMemory
+
+__all__ = ["Engine", "RequestHandle", "inspect_model", "shared_engine"]
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class Engine:
+    """Serves one model. Thread-safe; use it as a context manager or call `close` when done.
+
+    Args:
+        config: what to load; default: `EngineConfig()`, the model "smollm2".
+        model: a model that is loaded already (tests); then `config.model` only names it.
+        on_progress: told of loading, in this thread and never less than every second; where it raises, loading ends
+            and the error comes out as it is. Default: a bar, see `progress_bar`.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError: see `load_model`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        model: LoadedModel | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        if config is not None and not isinstance(cast(object, config), EngineConfig):
+            raise ConfigError(
+                f"Got config={config!r} but expected an EngineConfig, such as EngineConfig(model='smollm2')"
+            )
+        self._config = config or EngineConfig()
+        with Reports(on_progress) as reports:
+            load = partial(_load, self._config, model, reports)
+            self._loop = EngineLoop(self._config, load, reports, partial(_unshare, self._config, weakref.ref(self)))
+        self._load_seconds = reports.seconds
+        self._model, self._core = self._loop.model, self._loop.core
+        # The loop's thread must not keep us alive: an engine that everybody has let go of ends it.
+        weakref.finalize(self, self._loop.end).atexit = False
+        from copyspec_engine.engine.preparation import Preparation
+
+        self._preparation = Preparation(self._config, self._model, self._core.exact_tokens)
+        _open_engines.add(self)
+
+    # ---- front doors, any thread -------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @property
+    def info(self) -> EngineInfo:
+        from copyspec_engine.engine.info import engine_info
+
+        return engine_info(self._config, self._model, self._load_seconds, self._core)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the model's chat template writes tool calls and reasoning."""
+        return self._preparation.chat_format
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of raw text, behind those special tokens that the tokenizer begins a text with, but once."""
+        return self._model.tokenizer.encode(text, special_tokens=special_tokens)
+
+    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids, without special tokens or with their names in it."""
+        return self._model.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def tokenize(self, request: GenerationRequest) -> list[int]:
+        """The token ids that the model would read for a request.
+
+        Raises:
+            ConfigError: the chat template refuses the messages, or a token is not in the model's vocabulary.
+        """
+        return self._preparation.token_ids(request)
+
+    def submit(self, request: GenerationRequest) -> RequestHandle:
+        """Queue a request; tokenising and checks happen here, in the caller's thread. Never waits for a place.
+
+        Raises:
+            ConfigError: the input cannot be tokenised, a token id is not in the vocabulary, its grammar is not one, or
+                its request_id is in use.
+            CopySpecError: it has a grammar, but the extra "grammar" is not installed.
+            ContextOverflowError: it needs more tokens than the context or the KV pool holds.
+            EngineBusyError: too many requests wait already.
+            EngineStoppedError: the engine takes no more requests.
+        """
+        sequence = self._prepare(request)
+        self._loop.places.take(sequence.number)
+        return self._begin(request, sequence)
+
+    def _begin(self, request: GenerationRequest, sequence: Sequence) -> RequestHandle:
+        """Queue a request that has a place."""
+        handle = RequestHandle(request.request_id)
+        self._loop.enqueue(sequence, handle.sink)
+        handle.on_close(partial(self._abandon, sequence))
+        if request.explain:
+            handle.on_last(partial(self._explained, request))
+        return handle
+
+    def stream(self, request: GenerationRequest) -> RequestHandle:
+        """Chunks as they are decoded; closing or dropping the iterator cancels.
+
+        Where too many requests wait already this waits too, for as long as the request's `timeout_s` allows. Raises as
+        `submit` does, and EngineBusyError when that is over.
+        """
+        sequence = self._prepare(request)
+        self._loop.wait(sequence)
+        return self._begin(request, sequence)
+
+    def generate(self, request: GenerationRequest) -> GenerationOutput:
+        """The whole answer. Waits and raises as `stream` does."""
+        with self.stream(request) as handle:
+            return handle.result()
+
+    async def astream(self, request: GenerationRequest) -> AsyncGenerator[StreamChunk, None]:
+        """Chunks as they are decoded. Closing the iterator or cancelling the task cancels the request.
+
+        Waits and raises as `stream` does, without blocking the event loop.
+        """
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
+        sequence = await asyncio.to_thread(self._prepare, request)
+        await self._loop.wait_async(sequence)
+        self._loop.enqueue(sequence, partial(_put_threadsafe, loop, items))
+        try:
+            while True:
+                item = await items.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item.is_last and request.explain:
+                    item = await asyncio.to_thread(self._explained, request, item)
+                yield item
+                if item.is_last:
+                    return
+        finally:
+            self._loop.abandon(sequence)
+
+    async def agenerate(self, request: GenerationRequest) -> GenerationOutput:
+        """The whole answer, without blocking the event loop."""
+        async with contextlib.aclosing(self.astream(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.output is not None:
+                    return chunk.output
+        raise RequestFailedError(f"Request {request.request_id} ended without an answer")
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request at the next step; its reader gets what was written. False if it is not running (any more)."""
+        return self._loop.cancel(request_id)
+
+    def forget(self, session_id: str) -> bool:
+        """Erase a session's texts, in memory, in shared pools and on disk, and its KV; False if there was nothing.
+
+        A call of the session that is in flight goes on and keeps nothing.
+
+        Raises:
+            MemoryFileError: the texts are erased in memory, but not on disk. Call again to try again.
+            EngineStoppedError: the engine was closed.
+        """
+        return self._loop.call(partial(self._core.forget, session_id))
+
+    def explain(self, request: GenerationRequest, output: GenerationOutput) -> Explanation:
+        """Where the answer `output` to `request` was copied from, in messages and characters.
+
+        Runs in the caller's thread, and needs nothing of the conversation any more.
+        """
+        from copyspec_engine.provenance.explain import explain
+
+        return explain(self._model.tokenizer, request, output)
+
+    def _explained(self, request: GenerationRequest, last: StreamChunk) -> StreamChunk:
+        """An answer's last chunk with its explanation; without, if that fails: the answer is worth more."""
+        assert last.output is not None
+        try:
+            explanation = self.explain(request, last.output)
+        except Exception:
+            logger.exception("where the answer to request %s came from could not be made out", request.request_id)
+            return last
+        return replace(last, output=replace(last.output, explanation=explanation))
+
+    def memory(self, session_id: str) -> ConversationMemory:
+        """What a conversation remembers; it need not exist. Its methods raise EngineStoppedError once we are closed."""
+        from copyspec_engine.memory.view import ConversationMemory
+
+        return ConversationMemory(
+            session_id,
+            partial(self._loop.call, partial(self._core.look, session_id)),
+            partial(self._model.tokenizer.decode, skip_special_tokens=False),
+            partial(self.forget, session_id),
+        )
+
+    def forget_pool(self, name: str) -> bool:
+        """Erase the texts of a shared pool, in memory and on disk; False if there is none. Raises as `forget` does."""
+        return self._loop.call(partial(self._core.forget_pool, name))
+
+    def metrics(self) -> EngineMetrics:
+        """What runs and waits now, and counts since the engine was made, taken between two steps.
+
+        Raises:
+            EngineStoppedError: the engine was closed.
+        """
+        return self._loop.call(self._core.metrics)
+
+    def close(self) -> None:
+        """Stop the loop; unfinished requests raise EngineStoppedError. Safe to call twice.
+
+        The model's memory is free once nobody holds the engine any more.
+        """
+        self._loop.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- between the front doors and the loop ------------------------------------------------------------------
+
+    def _prepare(self, request: GenerationRequest) -> Sequence:
+        """Tokenise and check a request."""
+        self._loop.check_running()
+        return self._preparation.sequence(request)
+
+    def _abandon(self, sequence: Sequence) -> None:
+        """Nobody will read this request any more. Whoever holds its handle holds the engine by this."""
+        self._loop.abandon(sequence)
+
+
+def inspect_model(config: EngineConfig | None = None, on_progress: OnProgress | None = None) -> EngineInfo:
+    """Load a model, say how it would be served, and let go of it. Nothing is compiled for drafting.
+
+    Args:
+        config: as for `Engine`.
+        on_progress: as for `Engine`.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError: as `Engine`.
+    """
+    config = config or EngineConfig()
+
+    def inspect() -> EngineInfo:
+        model = _read(config, reports)
+        from copyspec_engine.engine.info import engine_info
+
+        return engine_info(config, model, reports.seconds)
+
+    with Reports(on_progress) as reports:
+        return reports.run(inspect)
+
+
+def _load(config: EngineConfig, model: LoadedModel | None, reports: Reports) -> LoadedModel:
+    """The model and then, as a wrong name should be told at once, the compiled code; in the loop's thread."""
+    loaded = model or _read(config, reports)
+    from copyspec_engine.loop.step import warm_up
+
+    warm_up(reports)
+    reports.end()
+    return loaded
+
+
+def _read(config: EngineConfig, reports: Reports) -> LoadedModel:
+    if "copyspec_engine.execution.runner" not in sys.modules:
+        reports(LoadProgress("read", "importing PyTorch and transformers"))
+    from copyspec_engine.execution.runner import load_model
+
+    return load_model(config, reports)
+
+
+def _put_threadsafe(
+    loop: asyncio.AbstractEventLoop, items: asyncio.Queue[StreamChunk | Exception], item: StreamChunk | Exception
+) -> None:
+    loop.call_soon_threadsafe(items.put_nowait, item)
+
+
+def _unshare(config: EngineConfig, engine: weakref.ref[Engine]) -> None:
+    """An engine has stopped: the next who asks for its config gets a new one."""
+    with _registry_lock:
+        if config in _shared and _shared[config] is engine():
+            del _shared[config]
+
+
+_shared: dict[EngineConfig, Engine] = {}
+_shared_locks: dict[EngineConfig, threading.Lock] = {}
+_registry_lock = threading.Lock()
+
+
+def shared_engine(config: EngineConfig | None = None, on_progress: OnProgress | None = None) -> Engine:
+    """This process's engine for a config, loaded on first use; equal configs share one. Thread-safe, may block.
+
+    Args:
+        config: what to load; default: `EngineConfig()`, the model "smollm2".
+        on_progress: as for `Engine`; not called if the engine is there already or another thread loads it.
+    """
+    config = config or EngineConfig()
+    with _registry_lock:
+        lock = _shared_locks.setdefault(config, threading.Lock())
+    with lock:
+        with _registry_lock:
+            engine = _shared.get(config)
+        if engine is None or engine._loop.is_over:
+            engine = Engine(config, on_progress=on_progress)
+            with _registry_lock:
+                _shared[config] = engine
+        return engine
+
+
+@atexit.register
+def _close_all() -> None:
+    """Let loop threads end before the interpreter takes their libraries away."""
+    for engine in list(_open_engines):
+        engine.close()
+
+
+def _after_fork() -> None:
+    """A forked child has no loop threads: its engines say so instead of waiting for ever, and locks start afresh."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    _shared.clear()
+    _shared_locks.clear()
+    for engine in list(_open_engines):
+        engine._loop.abandon_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,167 @@
+"""From a request to what the loop works on: its text as tokens, its options checked, its grammar compiled.
+
+All of it happens in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Sequence as Seq
+
+from copyspec_engine.chat.detokenizer import answer_stream
+from copyspec_engine.chat.known_ids import ExactTokens
+from copyspec_engine.chat.reply import Form, ReplyParser
+from copyspec_engine.execution.runner import LoadedModel
+from copyspec_engine.grammar.state import GrammarCompiler
+from copyspec_engine.loop.request import Sequence
+from copyspec_engine.sampling.bans import Bans
+from copyspec_engine.values.config import Combine, EngineConfig, GenerationRequest, NoDrafter, SamplingParams
+from copyspec_engine.values.errors import ConfigError, ContextOverflowError
+from copyspec_engine.values.grammar import Grammar
+
+__all__ = ["Preparation"]
+
+_PROMPT_END = 64
+"""Tokens at the end of a prompt in which the answer's beginning is looked for."""
+
+
+class Preparation:
+    """Makes sequences of requests to one model. Thread-safe.
+
+    Args:
+        config: of the engine.
+        model: its model.
+        exact_tokens: what the conversations' answers were sampled as.
+    """
+
+    def __init__(self, config: EngineConfig, model: LoadedModel, exact_tokens: ExactTokens) -> None:
+        self._config, self._model, self._exact_tokens = config, model, exact_tokens
+        self._grammars = GrammarCompiler(model.tokenizer, model.runner.vocab_size, model.eos_token_ids)
+        self.chat_format = model.tokenizer.chat_format()
+
+    def token_ids(self, request: GenerationRequest) -> list[int]:
+        """See `Engine.tokenize`."""
+        if request.messages is not None:
+            kept = self._exact_tokens
+            known = (*kept.of(request.session_id), *kept.of(request.continues))
+            ids = self._model.tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
+            return self._known_text("messages", ids)
+        if request.prompt is not None:
+            return self._known_text("prompt", self._model.tokenizer.encode(request.prompt))
+        ids = list(request.prompt_token_ids or ())
+        self._check_ids("prompt_token_ids", ids)
+        return ids
+
+    def _known_text(self, name: str, ids: list[int]) -> list[int]:
+        """The ids of a text, which its tokenizer may have made of tokens that the model does not have.
+
+        Raises:
+            ConfigError: one of them is beyond the model's embedding.
+        """
+        limit = self._model.runner.vocab_size - 1
+        if max(ids, default=0) > limit:
+            bad = next(token for token in ids if token > limit)
+            text = self._model.tokenizer.decode([bad], skip_special_tokens=False)
+            raise ConfigError(
+                f"Got {name} with {text!r} (token {bad}) but the model's own tokens end at {limit}: its tokenizer "
+                "holds more than it was trained on. Leave that text out"
+            )
+        return ids
+
+    def _check_ids(self, name: str, ids: Seq[int]) -> None:
+        limit = self._model.runner.vocab_size - 1
+        bad = next((token for token in ids if not 0 <= token <= limit), None)
+        if bad is not None:
+            raise ConfigError(f"Got {name} with {bad} but expected ids from 0 to {limit}")
+
+    def sequence(self, request: GenerationRequest) -> Sequence:
+        """Tokenise and check a request. Raises as `Engine.submit` does of its input."""
+        model = self._model
+        token_ids = self.token_ids(request)
+        if not token_ids:
+            raise ConfigError("Got an empty prompt: the text gives no tokens")
+        self._check_ids("logit_bias", [token for token, _ in request.sampling.logit_bias])
+        for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
+            self._check_ids(name, getattr(request.sampling, name))
+        room = min(model.max_model_len, model.num_slots) - len(token_ids)
+        params = model.defaults.applied(request.sampling, len(token_ids), room)
+        request = request.model_copy(update={"sampling": params})
+        wanted = len(token_ids) + (params.max_tokens or 1)
+        if wanted > model.max_model_len:
+            raise ContextOverflowError(wanted, model.max_model_len)
+        if wanted > model.num_slots:
+            raise ContextOverflowError(wanted, model.num_slots, "the KV pool (kv_cache_tokens)")
+        limit = min(model.max_model_len, model.num_slots)
+        reply = self._reply_parser(request, token_ids) if request.parse_reply else None
+        ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | frozenset(params.stop_token_ids)
+        ends |= model.tokenizer.special_ids(params.stop)  # which have no text in which they could be found
+        return Sequence(
+            request=request,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            max_total_tokens=wanted if params.max_tokens else limit,
+            eos_token_ids=ends,
+            drafting=(request.drafter or self._config.drafter) if model.drafting_error is None else NoDrafter(),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            text=answer_stream(model.tokenizer, request, token_ids, params.stop),
+            reply=reply,
+            combine=self._combine(request),
+            prediction_ids=self._known_text(
+                "prediction", self._model.tokenizer.encode(request.prediction or "", special_tokens=False)
+            ),
+            deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
+            cache_salt=request.cache_salt or self._config.cache_salt,
+            bans=self._bans(params, ends, len(token_ids)),
+            grammar=None if request.grammar is None else self._grammars.begin(self._placed(request.grammar, reply)),
+        )
+
+    def _bans(self, params: SamplingParams, ends: frozenset[int], num_prompt_tokens: int) -> Bans | None:
+        """What may not come in the answer to a request.
+
+        Raises:
+            ConfigError: a bad word has an id that is not in the vocabulary, or nothing would be left to write.
+        """
+        words = {word for word in params.bad_words if isinstance(word, tuple)}
+        texts = [word for word in params.bad_words if isinstance(word, str)]
+        for text in (*texts, *(f" {text.lstrip()}" for text in texts)):
+            words.add(tuple(self._model.tokenizer.encode(text, special_tokens=False)))
+        words.discard(())
+        self._check_ids("bad_words", [token for word in words for token in word])
+        most = len({*params.suppress_tokens, *params.begin_suppress_tokens, *ends, *(word[-1] for word in words)})
+        if most >= self._model.runner.vocab_size:
+            raise ConfigError(f"Got options that ban {most} tokens, all that the model has: ban fewer")
+        bans = Bans(params, words, ends, num_prompt_tokens)
+        return None if bans.is_empty else bans
+
+    def _combine(self, request: GenerationRequest) -> Combine:
+        """How a request puts copies and the draft model together."""
+        wanted = request.combine or self._config.combine
+        if self._model.draft is not None:
+            return wanted
+        if request.combine not in (None, "copy-only") and self._model.drafting_error is None:
+            raise ConfigError(f"Got combine={wanted!r} but no draft model: set EngineConfig(draft_model=...)")
+        return "copy-only"
+
+    def _placed(self, grammar: Grammar, reply: ReplyParser | None) -> Grammar:
+        """The grammar of an answer that is taken apart holds for its text or calls, not for what precedes them."""
+        calls = grammar.tools
+        if reply is None or grammar.start_after is not None or (calls is not None and calls.is_free):
+            return grammar
+        start_after = self.chat_format.text_begin if calls is None else ""
+        if reply.is_reasoning and self.chat_format.reasoning is not None:
+            start_after = self.chat_format.reasoning[1]
+        return grammar.model_copy(update={"start_after": start_after}) if start_after else grammar
+
+    def _reply_parser(self, request: GenerationRequest, prompt_ids: Seq[int]) -> ReplyParser:
+        prompt = self._model.tokenizer.decode(prompt_ids[-_PROMPT_END:], skip_special_tokens=False)
+        grammar = request.grammar
+        form: Form = "free"
+        calls = None if grammar is None else grammar.tools
+        if calls is not None and calls.answer_schema is not None:
+            form = "either"
+        elif grammar is not None and calls is None and grammar.start_after is None:
+            form = "text"
+        tools = request.tools or (() if calls is None else calls.tools)
+        return ReplyParser(self.chat_format, prompt, tools, form=form)

@@ -1,0 +1,285 @@
+"""The loop: one thread that loads a model and steps it, and the requests on their way to it and back.
+
+Only this thread touches sequences, memory, the KV pool and the model; others leave commands. It knows nothing of the
+engine in front of it, so that an engine that everybody has let go of can end it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from copyspec_engine.engine.admission import Admission
+from copyspec_engine.engine.handle import FORKED, Sink
+from copyspec_engine.engine.reports import Reports
+from copyspec_engine.values.config import EngineConfig
+from copyspec_engine.values.errors import ConfigError, EngineStoppedError, MemoryFileError
+from copyspec_engine.values.outputs import StreamChunk
+
+if TYPE_CHECKING:
+    from copyspec_engine.execution.runner import LoadedModel
+    from copyspec_engine.loop.request import Sequence
+
+__all__ = ["EngineLoop"]
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class EngineLoop:
+    """A running loop, with its model loaded. Thread-safe.
+
+    Args:
+        config: what to load, and how many requests may run and wait.
+        load: gives the model; called in the loop's thread.
+        reports: of the load, which are delivered while it is waited for.
+        on_stop: called there at the end.
+
+    Raises:
+        Whatever `load` raises, and whoever is told of it.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        load: Callable[[], LoadedModel],
+        reports: Reports,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        # Reentrant: a forgotten handle is closed by the garbage collector, at any moment in any thread.
+        self.lock = threading.RLock()
+        self.requests: dict[str, tuple[Sequence, Sink]] = {}
+        """Those that run or wait, by their ids, with who reads them."""
+        self.places = Admission(config.max_running + config.max_waiting)
+        """Of requests that run or wait, by `Sequence.number`."""
+        self._at_the_door: dict[str, int] = {}
+        """Numbers of requests whose callers wait for a place, by their ids."""
+        self._called_off: set[int] = set()
+        """Of these, the ones that are to be cancelled when they come in."""
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._on_stop, self._pid = on_stop, os.getpid()
+        self._closing = self._stopped = False
+        self._cause: BaseException | None = None
+        # The thread loads the model too: with OpenMP each thread that calls it keeps workers of its own, and two such
+        # teams on the same cores disturb each other, the measured step costs above all.
+        loaded: Future[LoadedModel] = Future()
+        self.thread = threading.Thread(target=self._run, args=(load, loaded), name="copyspec-engine", daemon=True)
+        self.thread.start()
+        try:
+            self.model = reports.wait_for(loaded, self.thread)
+            from copyspec_engine.loop.step import EngineCore
+
+            self.core = EngineCore(self.model, config)
+        except BaseException:
+            self._commands.put(lambda: None)  # a thread that has loaded a model nobody waits for ends
+            raise
+        self._commands.put(self._loop)
+
+    # ---- any thread --------------------------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """It takes no more requests."""
+        return self._stopped or self._closing
+
+    def check_running(self) -> None:
+        """Raises EngineStoppedError if the loop takes no more requests."""
+        if self._pid != os.getpid():
+            raise EngineStoppedError(RuntimeError(FORKED))
+        if self.is_over:
+            raise EngineStoppedError(self._cause)
+
+    def wait(self, sequence: Sequence) -> None:
+        """Wait for a place. Raises as `Admission.wait` does."""
+        with self._waiting_at_the_door(sequence):
+            self.places.wait(sequence.number, sequence.deadline_s)
+
+    async def wait_async(self, sequence: Sequence) -> None:
+        """As `wait`, for a task."""
+        with self._waiting_at_the_door(sequence):
+            await self.places.wait_async(sequence.number, sequence.deadline_s)
+
+    @contextmanager
+    def _waiting_at_the_door(self, sequence: Sequence) -> Iterator[None]:
+        request_id = sequence.request.request_id
+        self._at_the_door[request_id] = sequence.number
+        try:
+            yield
+        except BaseException:
+            self._called_off.discard(sequence.number)
+            raise
+        finally:
+            self._at_the_door.pop(request_id, None)
+
+    def enqueue(self, sequence: Sequence, sink: Sink) -> None:
+        """Hand over a request that has a place; one that is refused has none any more.
+
+        Raises:
+            ConfigError: its request_id is in use.
+            EngineStoppedError: the loop takes no more requests.
+        """
+        request_id = sequence.request.request_id
+        try:
+            with self.lock:
+                self.check_running()
+                if request_id in self.requests:
+                    raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
+                self.requests[request_id] = (sequence, sink)
+                self._commands.put(partial(self.core.scheduler.add, sequence))
+                if sequence.number in self._called_off:
+                    self._commands.put(partial(self._cancel, sequence))
+        except BaseException:
+            self.places.release(sequence.number)
+            raise
+        finally:
+            self._called_off.discard(sequence.number)
+
+    def abandon(self, sequence: Sequence) -> None:
+        """Nobody will read this request any more: free its id and place now, and its slots at the next step."""
+        if self._take_off(sequence) is not None:
+            self._commands.put(partial(self._cancel, sequence))
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request at the next step; its reader gets what was written. False if it is not running (any more)."""
+        with self.lock:
+            entry, number = self.requests.get(request_id), self._at_the_door.get(request_id)
+        if entry is not None:
+            self._commands.put(partial(self._cancel, entry[0]))
+            return True
+        if number is None:
+            return False
+        self._called_off.add(number)  # before it can come in
+        found = self.places.admit(number)
+        if not found:
+            self._called_off.discard(number)
+        return found
+
+    def call(self, work: Callable[[], _T]) -> _T:
+        """The result of `work`, done by the loop's thread between two steps."""
+        if threading.current_thread() is self.thread:
+            return work()
+        done: Future[_T] = Future()
+        with self.lock:
+            self.check_running()
+            self._commands.put(partial(_fulfil, done, work))
+        return done.result()
+
+    def end(self) -> None:
+        """Stop after the step that runs; unfinished requests raise EngineStoppedError. Does not wait for that."""
+        self._closing = True
+        self._commands.put(lambda: None)
+
+    def close(self) -> None:
+        """As `end`, and wait until it is done."""
+        self.end()
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
+
+    def abandon_in_child(self) -> None:
+        """After a fork there is no thread here: say so instead of waiting for ever, and let locks start afresh."""
+        self.lock = threading.RLock()
+        self.places.renew_lock()
+        self._closing = self._stopped = True
+        self._cause = RuntimeError(FORKED)
+
+    def _take_off(self, sequence: Sequence) -> Sink | None:
+        """Free a request's id and place; who reads it, None if nobody does."""
+        request_id = sequence.request.request_id
+        with self.lock:
+            entry = self.requests.get(request_id)
+            if entry is None or entry[0] is not sequence:
+                return None
+            del self.requests[request_id]
+        self.places.release(sequence.number)
+        return entry[1]
+
+    # ---- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self, load: Callable[[], LoadedModel], loaded: Future[LoadedModel]) -> None:
+        """The thread's whole life: load, wait until all is put together, loop."""
+        try:
+            loaded.set_result(load())
+        except BaseException as error:
+            loaded.set_exception(error)
+        else:
+            self._commands.get()()
+
+    def _loop(self) -> None:
+        try:
+            while not self._closing:
+                self._run_commands()
+                if self.core.scheduler:
+                    for sequence, item in self.core.step():
+                        self._deliver(sequence, item)
+        except BaseException as error:  # whatever it was, callers must not wait for ever
+            logger.exception("the engine's loop failed")
+            self._cause = error
+        self._stop()
+
+    def _run_commands(self) -> None:
+        """Carry out what callers asked for; waits for something to do while nothing runs."""
+        if not self.core.scheduler:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _cancel(self, sequence: Sequence) -> None:
+        item = self.core.cancel(sequence)
+        if item is not None:
+            self._deliver(sequence, item)
+
+    def _deliver(self, sequence: Sequence, item: StreamChunk | Exception) -> None:
+        """Give a request's reader an item, if it still has one."""
+        last = isinstance(item, Exception) or item.is_last
+        if last and isinstance(item, StreamChunk):
+            self.core.keep_tokens(sequence)
+        if last:
+            sink = self._take_off(sequence)
+        else:
+            with self.lock:
+                entry = self.requests.get(sequence.request.request_id)
+            sink = entry[1] if entry is not None and entry[0] is sequence else None
+        if sink is not None and not _hand(sink, sequence, item) and not last:
+            self.abandon(sequence)
+
+    def _stop(self) -> None:
+        with self.lock:
+            self._stopped = True
+            waiting = list(self.requests.values())
+            self.requests.clear()
+        self._on_stop()
+        self.places.close(EngineStoppedError(self._cause))
+        while not self._commands.empty():  # a `forget` may be waiting for its answer
+            self._commands.get()()
+        try:
+            self.core.close()
+        except MemoryFileError:
+            logger.exception("the memory file was not closed well")
+        for sequence, sink in waiting:
+            _hand(sink, sequence, EngineStoppedError(self._cause))
+
+
+def _hand(sink: Sink, sequence: Sequence, item: StreamChunk | Exception) -> bool:
+    """Give a request's reader an item; False if the reader is gone (its event loop was closed, say)."""
+    try:
+        sink(item)
+    except Exception:
+        logger.warning("nobody reads request %s any more", sequence.request.request_id, exc_info=True)
+        return False
+    return True
+
+
+def _fulfil(done: Future[_T], work: Callable[[], _T]) -> None:
+    """Run `work` and hand its result or error to who waits for it."""
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)

@@ -1,0 +1,167 @@
+"""Measured costs of a forward pass, kept on disk for each model, device and dtype, so that loading need not measure.
+
+A kept curve is compared with a quick measurement whenever it is used, so that one that was measured on a busy machine
+does not stay for ever. Nothing fails because of the disk: what cannot be read is measured anew, what cannot be written
+is not kept, and both are logged as warnings that name the file.
+
+Not covered: measuring itself (see `model_runner`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from copyspec_engine.drafting.cost import Points
+from copyspec_engine.values.config import EngineConfig
+from copyspec_engine.values.errors import ConfigError
+
+__all__ = ["KeptCurve", "cache_dir", "cpu_name", "keep", "kept_curves", "kept_or_measured"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_USERS_CACHES = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
+_WIDEST_CHECK = 64
+_LONGEST_CHECK_S = 0.5
+_MOST_DIFFERENCE = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCurve:
+    """A measured cost curve on disk."""
+
+    path: Path
+    facts: dict[str, str]
+    """Everything that the cost depends on: model, device, dtype, versions."""
+    points: Points
+    measured_at: str
+    """Date and time, ISO 8601, UTC."""
+
+
+def kept_or_measured(
+    facts: Mapping[str, str], measure: Callable[[], Points], check: Callable[[tuple[int, ...]], Points]
+) -> Points:
+    """The curve kept for exactly these facts if it still holds, else what `measure` gives, which is then kept.
+
+    Args:
+        facts: everything that the cost depends on; "model" also names the file.
+        measure: measures a whole curve.
+        check: measures passes of these numbers of tokens, quickly.
+    """
+    path = _path(facts)
+    curve = _read(path)
+    if curve is not None and curve.facts != dict(facts):
+        logger.warning("Ignored the kept cost curve %s: it is of another model or machine", path)
+    elif curve is not None and _still_holds(curve.points, check):
+        return curve.points
+    points = measure()
+    keep(facts, points)
+    return points
+
+
+def _still_holds(points: Points, check: Callable[[tuple[int, ...]], Points]) -> bool:
+    """Whether a wide pass still costs about as many passes of one token as it did.
+
+    Where even narrow passes are slow this is not checked: it would take as long as measuring anew.
+    """
+    costs = dict(points)
+    widths = [w for w, s in points if 1 < w <= _WIDEST_CHECK and costs[1] + s <= _LONGEST_CHECK_S]
+    if not widths:
+        return True
+    quick = dict(check((1, widths[-1])))
+    before, now = costs[widths[-1]] / costs[1], quick[widths[-1]] / quick[1]
+    holds = max(before, now) <= _MOST_DIFFERENCE * min(before, now)
+    if not holds:
+        logger.info(
+            "Measuring the cost of a pass anew: one of %d tokens took as long as %.1f of one token, and now as %.1f",
+            widths[-1],
+            before,
+            now,
+        )
+    return holds
+
+
+def keep(facts: Mapping[str, str], points: Points) -> None:
+    """Write a curve, whole or not at all: a temporary file takes the name of the old one when it is complete."""
+    path = _path(facts)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    content = {"format": _FORMAT, "facts": dict(facts), "measured_at": now, "points": points}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("Could not keep the measured cost curve in %s: %s", path, error)
+        with contextlib.suppress(OSError):  # where nothing can be written there is nothing to remove
+            temporary.unlink(missing_ok=True)
+
+
+def kept_curves() -> Iterator[KeptCurve]:
+    """Every curve that is kept and can be read."""
+    curves = (_read(path) for path in sorted(_folder().glob("*.json")))
+    return (curve for curve in curves if curve is not None)
+
+
+def _read(path: Path) -> KeptCurve | None:
+    """The curve in a file; None if there is no such file, or, with a warning, if it cannot be used."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"it is not of format {_FORMAT}")
+        points = EngineConfig(step_cost=content["points"]).step_cost
+        if points is None:
+            raise ValueError("it has no points")
+        return KeptCurve(path, dict(content["facts"]), points, str(content["measured_at"]))
+    except FileNotFoundError:
+        return None
+    except (ConfigError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        logger.warning("Ignored the kept cost curve %s: %s: %s", path, type(error).__name__, error)
+        return None
+
+
+def cache_dir() -> Path:
+    """COPYSPEC_CACHE_DIR, else `copyspec` in the user's cache folder, else in the folder for temporary files.
+
+    The cache folder is LOCALAPPDATA on Windows; elsewhere XDG_CACHE_HOME, or ~/.cache.
+    """
+    own = os.environ.get("COPYSPEC_CACHE_DIR")
+    if own:
+        return Path(os.path.expanduser(own)).absolute()
+    for base in (os.environ.get(_USERS_CACHES, ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(base):  # a relative one is to be ignored, and "~" stays where there is no home
+            return Path(base) / "copyspec"
+    return Path(tempfile.gettempdir()) / "copyspec"
+
+
+def _folder() -> Path:
+    return cache_dir() / "step_cost"
+
+
+def _path(facts: Mapping[str, str]) -> Path:
+    """A file of its own for each set of facts, with a name that tells the model."""
+    model = re.sub(r"[^A-Za-z0-9.-]+", "_", facts["model"]).strip("._")[-60:]
+    digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+    return _folder() / f"{model}-{digest[:16]}.json"
+
+
+def cpu_name() -> str:
+    """The processor's model, as far as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if named:
+            return named[1].strip()
+    return platform.processor() or platform.machine()

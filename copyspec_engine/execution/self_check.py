@@ -1,0 +1,189 @@
+"""Whether passes over our KV give a model's own logits, checked on the real weights, and how they run fastest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.execution.attention import ATTENTION_NAME, KVStore
+from copyspec_engine.execution.checkpoint import relative_difference, tolerance, vocab_size
+from copyspec_engine.execution.cuda_graphs import compile_layers, undo_compile, why_not_paged
+from copyspec_engine.execution.ordered_experts import order_experts
+from copyspec_engine.execution.packed_linear import pack_linears, unpack_linears, why_not_packed
+from copyspec_engine.execution.packing import Piece
+from copyspec_engine.values.config import EngineConfig
+from copyspec_engine.values.errors import UnsupportedModelError
+from copyspec_engine.values.outputs import Execution
+
+__all__ = ["Checked", "check_equivalence"]
+
+logger = logging.getLogger(__name__)
+
+
+class PassRunner(Protocol):
+    """What is checked: `ModelRunner`."""
+
+    @property
+    def store(self) -> KVStore: ...
+
+    @property
+    def capture_error(self) -> str | None: ...
+
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor: ...
+
+
+class MakeRunner(Protocol):
+    """Makes one."""
+
+    def __call__(self, *, num_slots: int, execution: Execution = "eager") -> PassRunner: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the check of a model found.
+
+    Bytes of KV for one token, how its passes run, why not faster, and the relative difference of their logits from the
+    model's own.
+    """
+
+    bytes_per_token: int
+    execution: Execution = "eager"
+    error: str | None = None
+    difference: float | None = None
+
+
+_TOKENS = 12
+
+
+def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner: MakeRunner) -> Checked:
+    """Compare passes over our KV with the model's own on a few tokens, and switch it to our attention.
+
+    The fastest way of running passes that gives the model's own logits is the one that is taken.
+
+    Args:
+        model: with its own attention.
+        config: what to load.
+        make_runner: `ModelRunner` of this model.
+
+    Raises:
+        UnsupportedModelError: the logits differ, so drafts would be verified against a wrong model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size(model), (_TOKENS,), generator=generator).tolist()
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+        if config.exact:
+            order_experts(model)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{config.model} ({type(model).__name__}) cannot run over our KV: {error}"
+        ) from error
+    executions, why_not = _candidates(model, config)
+    for execution in executions:
+        found = _check_fast(model, config.model, execution, make_runner, ids, expected, why_not)
+        if isinstance(found, Checked):
+            return found
+        why_not = found
+    runner = make_runner(num_slots=2 * _TOKENS)
+    num_bytes, difference = _compare(runner, model, config.model, ids, expected)
+    return Checked(num_bytes, error=why_not, difference=difference)
+
+
+def _candidates(model: PreTrainedModel, config: EngineConfig) -> tuple[tuple[Execution, ...], str | None]:
+    """What to try besides "eager", the fastest first; if nothing, then what stands in the way."""
+    if model.device.type == "cpu":
+        why_not = why_not_packed(model)
+        return ("packed",) if why_not is None else (), why_not
+    if model.device.type != "cuda":
+        return (), None
+    if config.exact:
+        return (), "exact=True sums in an order of its own, which the kernels for a GPU do not know"
+    why_not = why_not_paged(model)
+    if why_not is not None:
+        return (), why_not
+    return ("compiled", "graphs") if config.compile_layers else ("graphs",), None
+
+
+def _check_fast(
+    model: PreTrainedModel,
+    name: str,
+    execution: Execution,
+    make_runner: MakeRunner,
+    ids: list[int],
+    expected: torch.Tensor,
+    why_not: str | None,
+) -> Checked | str:
+    """Compare passes that run in a faster way with the model's own.
+
+    Args:
+        model: with our attention.
+        name: for messages.
+        execution: "packed", "compiled" or "graphs".
+        make_runner: see above.
+        ids: tokens.
+        expected: the model's own logits, shape (tokens, vocabulary).
+        why_not: why no faster way is taken.
+
+    Returns:
+        What was found, or why it does not work: then the layers compute as they did.
+    """
+    try:
+        if execution == "compiled":
+            compile_layers(model)
+        elif execution == "packed":
+            pack_linears(model)
+        runner = make_runner(num_slots=2 * _TOKENS, execution=execution)
+        _compare(runner, model, name, ids, expected)
+        num_bytes, difference = _compare(runner, model, name, ids, expected)  # what was captured is replayed now
+    except Exception as error:  # whatever it is, a slower way is left
+        failure: str | None = str(error)
+    else:
+        failure = runner.capture_error
+        if failure is None:
+            return Checked(num_bytes, execution, why_not, difference)
+        if execution == "graphs":
+            return Checked(num_bytes, "paged", failure, difference)
+        # Compiled and still launched kernel by kernel: without its compiler a pass is as fast, and loads faster.
+    unpack_linears(model)
+    undo_compile(model)
+    logger.warning("%s: passes run slower than they might: %s", name, failure)
+    return str(failure)
+
+
+def _compare(
+    runner: PassRunner, model: PreTrainedModel, name: str, ids: list[int], expected: torch.Tensor
+) -> tuple[int, float]:
+    """Bytes of KV for one token, and the relative difference of the logits, if passes in pieces give the model's own.
+
+    Raises:
+        UnsupportedModelError: they do not.
+    """
+    # Scattered on purpose, and not in order.
+    slots, other = np.random.default_rng(0).permutation(2 * _TOKENS).reshape(2, _TOKENS)
+    first = [Piece(slots, 0, ids[:7], DraftTree(), 7), Piece(other, 0, ids[:3], DraftTree(), 0)]
+    second = [Piece(slots, 7, ids[7:], DraftTree(), 5), Piece(other, 3, ids[3:], DraftTree(), 9)]
+    try:
+        got = torch.cat([runner.run(pieces).float() for pieces in (first, second)])  # good until the next pass only
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from error
+    except Exception as error:
+        raise UnsupportedModelError(f"{name} ({type(model).__name__}) cannot run over our KV: {error}") from error
+    expected = torch.cat((expected, expected[3:]))
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    difference = relative_difference(got, expected)
+    if runner.store.num_layers != layers or not difference < tolerance(model):
+        raise UnsupportedModelError(
+            f"{name} ({type(model).__name__}) gives other logits over our KV than by itself (relative difference "
+            f"{difference:.2g}, {runner.store.num_layers} of {layers} layers): this "
+            "architecture is not supported yet"
+        )
+    return runner.store.bytes_per_token, difference

@@ -1,0 +1,212 @@
+"""`copyspec bench free-text`: a model writes as it likes, and what copies and recycled candidates give there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from copyspec_engine import (
+    AdaptiveDrafter,
+    ConfigError,
+    DrafterConfig,
+    Engine,
+    EngineConfig,
+    GenerationOutput,
+    GenerationRequest,
+    NoDrafter,
+    SamplingParams,
+)
+from copyspec_engine.cli.exits import loading
+from copyspec_engine.cli.report import check_writable, write_record
+from copyspec_engine.lab.bench.drafts import machine
+from copyspec_engine.lab.replay import load_cost_curve
+
+__all__ = ["MEASURED", "FreeTextOptions", "run_free_text"]
+
+MEASURED = "measured"
+PLAIN = "plain"
+WAYS: dict[str, DrafterConfig] = {
+    PLAIN: NoDrafter(),
+    "copies": AdaptiveDrafter(),
+    "copies and recycled": AdaptiveDrafter(recycle=True),
+}
+PROMPTS = (
+    "Tell me a story about a lighthouse.",
+    "Explain why the sea is salt.",
+    "What is the capital of France, and what can one see there?",
+    "Write a list of colours and of birds.",
+    "Describe a day in the life of a gardener.",
+    "How do I learn to play the piano?",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FreeTextOptions:
+    """The command's options."""
+
+    config: EngineConfig
+    cost_model: str
+    temperatures: tuple[float, ...]
+    max_tokens: int
+    rounds: int
+    json: Path | None
+
+
+@dataclass(slots=True)
+class _Row:
+    """What one way wrote at one temperature, in all."""
+
+    temperature: float
+    way: str
+    tokens: int = 0
+    forward_passes: int = 0
+    seconds: float = 0.0
+
+    def add(self, output: GenerationOutput) -> None:
+        self.tokens += len(output.token_ids)
+        self.forward_passes += output.draft_stats.num_forward_passes
+        self.seconds += output.timing.total_s
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {
+            "tokens_per_forward": round(self.tokens / self.forward_passes, 4),
+            "tokens_per_s": round(self.tokens / self.seconds, 4),
+        }
+
+
+def run_free_text(options: FreeTextOptions, command: str, console: Console) -> int:
+    """Writes every prompt every way, prints the table and writes the file.
+
+    Every answer is of a conversation of its own, so that there is nothing to copy but the prompt and itself. The ways
+    write a prompt back to back, each time another one first, so that a machine that slows down slows all of them down.
+
+    Returns:
+        The exit code: 1 if two ways wrote something else although the dtype promises the same, else 0.
+
+    Raises:
+        CopySpecError: an option cannot work, or the model cannot be loaded.
+    """
+    if options.json:
+        check_writable(options.json, "--json")
+    for temperature in options.temperatures:
+        SamplingParams(temperature=temperature)  # says what is wrong before anything is loaded
+    with loading(options.config.model) as shown:
+        engine = Engine(_config(options), on_progress=shown)
+    with engine, console.status("Writing ...") as status:
+        rows: dict[tuple[float, str], _Row] = {}
+        identical = True
+        for temperature, number, answers in _answers(engine, options):
+            status.update(f"Writing at temperature {temperature:g}: {number} ...")
+            for way, output in answers.items():
+                rows.setdefault((temperature, way), _Row(temperature, way)).add(output)
+            identical &= len({output.token_ids for output in answers.values()}) == 1
+        results = _results(list(rows.values()))
+        info = engine.info
+    console.print(_table(results))
+    if not identical:
+        console.print("[bold red]The ways wrote different tokens.[/]")
+        console.print(f"Promised in {info.dtype}: {info.lossless}.", soft_wrap=True)
+    if options.json:
+        record = {
+            "results": results,
+            "identical": identical,
+            "prompts": len(PROMPTS),
+            "max_tokens": options.max_tokens,
+            "rounds": options.rounds,
+            "cost_model": options.cost_model,
+            "model": info.model,
+            "device": info.device,
+            "dtype": info.dtype,
+            "step_cost": info.step_cost,
+            "command": command,
+            "versions": dict(info.versions),
+            "machine": machine(info.device),
+        }
+        write_record(options.json, record, console)
+    return int(not identical and info.is_lossless)
+
+
+def _config(options: FreeTextOptions) -> EngineConfig:
+    if options.cost_model == MEASURED:
+        return options.config
+    return options.config.model_copy(update={"step_cost": load_cost_curve(options.cost_model).points})
+
+
+def _answers(engine: Engine, options: FreeTextOptions) -> Iterator[tuple[float, int, dict[str, GenerationOutput]]]:
+    """(temperature, number of the turn, each way's answer), one prompt after the other."""
+    if engine.info.drafting_error is not None:
+        raise ConfigError(f"There is nothing to compare: {engine.info.model} runs without drafting")
+    names = list(WAYS)
+    _write(engine, names[0], PROMPTS[0], "warm-up", SamplingParams(max_tokens=8))
+    for temperature in options.temperatures:
+        number = 0
+        for round_ in range(options.rounds):
+            for seed, prompt in enumerate(PROMPTS):
+                sampling = SamplingParams(
+                    temperature=temperature,
+                    seed=seed + len(PROMPTS) * round_,
+                    max_tokens=options.max_tokens,
+                    ignore_eos=True,
+                )
+                first = number % len(names)
+                number += 1
+                yield (
+                    temperature,
+                    number,
+                    {
+                        way: _write(engine, way, prompt, f"{way}-{temperature}-{number}", sampling)
+                        for way in (*names[first:], *names[:first])
+                    },
+                )
+
+
+def _write(engine: Engine, way: str, prompt: str, session_id: str, sampling: SamplingParams) -> GenerationOutput:
+    output = engine.generate(
+        GenerationRequest(
+            messages=[{"role": "user", "content": prompt}],
+            drafter=WAYS[way],
+            session_id=session_id,
+            sampling=sampling,
+        )
+    )
+    engine.forget(session_id)
+    return output
+
+
+def _results(rows: Sequence[_Row]) -> list[dict[str, Any]]:
+    """The rows with their rates, and their speed over plain decoding at the same temperature."""
+    plain = {row.temperature: row for row in rows if row.way == PLAIN}
+    return [
+        {
+            **asdict(row),
+            "seconds": round(row.seconds, 4),
+            **row.figures,
+            "over_plain": round(plain[row.temperature].seconds / row.seconds, 4),
+        }
+        for row in rows
+    ]
+
+
+def _table(results: Sequence[dict[str, Any]]) -> Table:
+    grid = Table(title="Free text", title_justify="left", box=box.SIMPLE, padding=0)
+    grid.add_column("tempe-\nrature", justify="right")
+    grid.add_column("\ndrafts")
+    for heading in ("\ntokens", "tokens per\nforward", "tokens/\nsecond", "over\nplain"):
+        grid.add_column(heading, justify="right")
+    for row in results:
+        grid.add_row(
+            f"{row['temperature']:g}",
+            row["way"],
+            f"{row['tokens']}",
+            f"{row['tokens_per_forward']:.3f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['over_plain']:.2f}x",
+        )
+    return grid

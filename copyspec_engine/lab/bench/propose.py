@@ -1,0 +1,175 @@
+"""`copyspec bench propose`: what drafting costs as a conversation's memory grows."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from copyspec_engine.cli.report import check_writable, write_record
+from copyspec_engine.lab.bench.drafts import machine, sources, versions
+from copyspec_engine.lab.peers import OURS, Session
+from copyspec_engine.lab.replay import (
+    Call,
+    Message,
+    Tally,
+    calls_of,
+    end_token,
+    load_cost_curve,
+    load_tokenizer,
+    replay,
+)
+
+__all__ = ["ProposeOptions", "run_propose"]
+
+INDEXED_TOKENS = 100_000
+"""Length of the prompt whose indexing is timed."""
+INDEX_REPEATS = 5
+ALL = 10**12
+"""More answer tokens than any file holds."""
+PIECE, PIECES = (8, 40), 500
+"""Tokens in a piece of text, least and most, and the pieces that make up a text."""
+
+Conversation = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeOptions:
+    """The command's options."""
+
+    memory_tokens: tuple[int, ...]
+    transcripts: tuple[Path, ...]
+    tokenizer: str
+    max_tokens: int
+    json: Path | None
+
+
+def run_propose(options: ProposeOptions, command: str, console: Console) -> int:
+    """Measures at each memory size, prints the table and writes the file; returns the exit code 0.
+
+    Raises:
+        ConfigError: an option or a file cannot work.
+    """
+    if options.json:
+        check_writable(options.json, "--json")
+    loaded = sources(options.transcripts, options.tokenizer, ALL, console)
+    end = end_token(load_tokenizer(options.tokenizer))
+    replayed, filler = _split(list(chain.from_iterable(loaded.values())), options.max_tokens)
+    results = []
+    for size in options.memory_tokens:
+        with console.status(f"Measuring with {size:,} tokens of memory ..."):
+            results.append(_measure(size, replayed, filler, end))
+    console.print(_table(results))
+    if options.json:
+        record = {
+            "results": results,
+            "indexed_tokens": INDEXED_TOKENS,
+            "tokenizer": options.tokenizer,
+            "command": command,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        write_record(options.json, record, console)
+    return 0
+
+
+def _split(conversations: list[Conversation], max_tokens: int) -> tuple[list[Conversation], list[Conversation]]:
+    """(conversations to replay, drawn over all files up to `max_tokens`; the others, which fill memories).
+
+    A single conversation is both.
+    """
+    shuffled = random.Random(0).sample(conversations, len(conversations))
+    count, tokens = 0, 0
+    while count < len(shuffled) and tokens < max_tokens:
+        tokens += sum(len(message.body) for message in shuffled[count] if message.role == "assistant")
+        count += 1
+    return shuffled[:count], shuffled[count:] or shuffled
+
+
+def _measure(
+    size: int, replayed: Sequence[Conversation], filler: Sequence[Conversation], end: int | None
+) -> dict[str, Any]:
+    cost = load_cost_curve("gpu")
+    replay(Session(cost).begin, [Call((1, 2), (3,))], Tally())  # compiles what is not compiled yet
+    index_ms = [_index_ms(Session(cost), filler) for _ in range(INDEX_REPEATS)]
+    session = Session(cost, end)
+    gc.collect()
+    tracemalloc.start()
+    _fill(session, size, filler)
+    gc.collect()
+    num_bytes, held = tracemalloc.get_traced_memory()[0], session.num_tokens
+    tracemalloc.stop()
+    tally = Tally()
+    for conversation in replayed:
+        replay(session.begin, calls_of(conversation, "full"), tally)
+    figures = tally.figures(cost)
+    return {
+        "memory_tokens": held,
+        "bytes_per_token": round(num_bytes / held, 1),
+        "index_ms": round(statistics.median(index_ms), 3),
+        **{key: figures[key] for key in ("propose_us_p50", "propose_us_p99", "tokens", "tokens_per_forward")},
+    }
+
+
+def _fill(session: Session, size: int, filler: Sequence[Conversation]) -> None:
+    """Let the memory hold `size` tokens, or a few more: it takes in only what it does not hold yet."""
+    for text in chain.from_iterable(_rounds(filler)):
+        if session.num_tokens >= size:
+            return
+        session.begin(text[: size - session.num_tokens]).finish()
+
+
+def _rounds(filler: Sequence[Conversation]) -> Iterator[Iterator[list[int]]]:
+    """Texts without end: the conversations in random order, then again and again pieces of them, shuffled."""
+    order = random.Random(1)
+    yield (_tokens(conversation) for conversation in order.sample(list(filler), len(filler)))
+    tokens = list(chain.from_iterable(map(_tokens, filler)))
+    while True:
+        yield _pieced(tokens, order)
+
+
+def _pieced(tokens: Sequence[int], order: random.Random) -> Iterator[list[int]]:
+    """The tokens cut into pieces too short to be known again, in random order, as texts of some thousand tokens."""
+    cuts = [0]
+    while cuts[-1] < len(tokens):
+        cuts.append(cuts[-1] + order.randint(*PIECE))
+    pieces = list(pairwise(cuts))
+    order.shuffle(pieces)
+    for first in range(0, len(pieces), PIECES):
+        yield [token for start, stop in pieces[first : first + PIECES] for token in tokens[start:stop]]
+
+
+def _tokens(conversation: Conversation) -> list[int]:
+    return [token for message in conversation for token in message.token_ids]
+
+
+def _index_ms(session: Session, filler: Sequence[Conversation]) -> float:
+    texts = chain.from_iterable(_rounds(filler))
+    prompt = list(islice(chain.from_iterable(texts), INDEXED_TOKENS))
+    start = time.perf_counter_ns()
+    session.begin(prompt).finish()
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def _table(results: Sequence[dict[str, Any]]) -> Table:
+    grid = Table(title=f"{OURS}, by tokens of memory", title_justify="left", box=box.SIMPLE, padding=0)
+    grid.add_column("memory\ntokens", justify="right")
+    headings = ("propose\np50 us", "\np99 us", "index ms\nof 100k tokens", "bytes\nper token", "tokens per\nforward")
+    for heading in headings:
+        grid.add_column(heading, justify="right")
+    for row in results:
+        times = (f"{row['propose_us_p50']:.1f}", f"{row['propose_us_p99']:.1f}", f"{row['index_ms']:.1f}")
+        others = (f"{row['bytes_per_token']:.1f}", f"{row['tokens_per_forward']:.3f}")
+        grid.add_row(f"{row['memory_tokens']:,}", *times, *others)
+    return grid

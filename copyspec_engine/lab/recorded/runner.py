@@ -1,0 +1,120 @@
+"""Our runners, made to write recorded answers, or to guess them as a draft model does."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.execution.runner import Runner
+from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
+from copyspec_engine.sampling.gumbel import noise_keys
+
+__all__ = ["CERTAIN", "ForcedDraftRunner", "ForcedRunner", "force", "next_tokens"]
+
+CERTAIN = 1e4
+"""A logit that no random model reaches."""
+
+
+def next_tokens(answer: Seq[int], written: Seq[int]) -> list[int]:
+    """The recorded token behind the first `written` ones, for each of `written`; behind the record its end token.
+
+    What a draft node holds does not matter: the record's token at its depth is the right one where the path to it is
+    the record, and nobody ever gets to a node whose path is not.
+    """
+    last = len(answer) - 1
+    return [answer[min(count, last)] for count in written]
+
+
+def force(logits: torch.Tensor, tokens: Seq[int]) -> None:
+    """Make `tokens` the likeliest ones, in place: one for each row of `logits`, shape (rows, vocabulary)."""
+    logits.scatter_(1, torch.tensor(tokens)[:, None].to(logits.device), CERTAIN)
+
+
+class ForcedRunner:
+    """Passes of another runner, in full, whose logits then say what is recorded.
+
+    Args:
+        runner: what computes them.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.answers: dict[str, Seq[int]] = {}
+        """The recorded answer of each request, by its id."""
+        self.passes: Counter[str] = Counter()
+        """Passes that gave a request a token, by its id."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever else the runner has
+        return getattr(self._runner, name)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._runner.vocab_size
+
+    @torch.inference_mode()
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+        """See `Runner`."""
+        logits = self._runner.forward(batch, drafts)
+        rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
+        self.passes.update(row.sequence.request.request_id for row, _ in rows)
+        if rows:
+            force(logits, [token for row, draft in rows for token in self._tokens(row, draft)])
+        return logits
+
+    def _tokens(self, row: ScheduledRow, draft: DraftTree) -> list[int]:
+        """What is recorded behind a row's last token and behind each node of its draft."""
+        sequence = row.sequence
+        done = len(sequence.token_ids) - sequence.num_prompt_tokens
+        answer = self.answers[sequence.request.request_id]
+        return next_tokens(answer, [done + depth for depth in (0, *draft.depths())])
+
+
+class ForcedDraftRunner:
+    """Passes of a draft model's runner, in full, whose likeliest token is the recorded one at a share of all places.
+
+    Which places is a function of (record, position) alone: the same for every peer, and others in each answer. The
+    likeliest token always gets the probability `agreement`, so that nothing can be told from it: draft models of
+    checkpoints say more.
+
+    Args:
+        runner: what computes them.
+        answers: the recorded answer of each request, by its id.
+        agreement: share of the places, above 0 and below 1.
+    """
+
+    def __init__(self, runner: Runner, answers: Mapping[str, Seq[int]], agreement: float) -> None:
+        self._runner, self._answers, self._agreement = runner, answers, agreement
+
+    @property
+    def vocab_size(self) -> int:
+        return self._runner.vocab_size
+
+    @torch.inference_mode()
+    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+        """See `Runner`."""
+        logits = self._runner.forward(batch, drafts)
+        tokens = [self._token(row.sequence) for row in batch.rows if row.samples]
+        if tokens:
+            likely = logits.logsumexp(dim=-1, keepdim=True) + math.log(self._agreement / (1 - self._agreement))
+            logits.scatter_(1, torch.tensor(tokens)[:, None].to(logits.device), likely)
+        return logits
+
+    def release(self, sequence: Sequence) -> None:
+        self._runner.release(sequence)
+
+    def _token(self, sequence: Sequence) -> int:
+        """What it says behind a text: the recorded token or, where it errs, the one with the next id."""
+        answer, place = self._answers[sequence.request.request_id], len(sequence.token_ids)
+        (token,) = next_tokens(answer, [place - sequence.num_prompt_tokens])
+        (chance,) = noise_keys(crc32(np.array(answer).tobytes()), [place])[:, 0] / 2.0**64
+        errs = bool(chance >= self._agreement)
+        return (token + errs) % self.vocab_size

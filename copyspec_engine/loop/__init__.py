@@ -1,0 +1,4 @@
+"""The loop that moves every running request on: schedule, draft, run, sample, verify, commit.
+
+May import: all rooms above. Nouns: `EngineCore`, `Request`, `Scheduler`, `DraftModel`.
+"""

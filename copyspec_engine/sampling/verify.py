@@ -1,0 +1,55 @@
+"""Which draft tokens the model itself would have written.
+
+The draft is a guess that never depends on the noise, so sampling the target at every node and keeping the path that
+agrees gives exactly the target's distribution: no rejection step is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.memory.alternatives import Candidates
+from copyspec_engine.provenance.trail import Run
+from copyspec_engine.values.outputs import TokenLogprob
+
+__all__ = ["Verdict", "verify"]
+
+
+class Verdict(NamedTuple):
+    """The longest agreeing path."""
+
+    accepted: tuple[int, ...]
+    """Draft nodes on the path, from the root down."""
+    tokens: tuple[int, ...]
+    """Their tokens and then the bonus token, sampled where the path ends."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each of `tokens`, if the request asked for them."""
+    runs: tuple[Run, ...] = ()
+    """Where the accepted nodes came from, one after the other."""
+    candidates: Candidates | None = None
+    """What was likely at places of the draft, if the drafter wants to know."""
+
+
+def verify(draft: DraftTree, sampled: Sequence[int]) -> Verdict:
+    """Walk down the draft as long as a child holds the token that was sampled at its parent.
+
+    Args:
+        draft: the proposed nodes.
+        sampled: the target's token after the sequence's last token, then after each node, shape (1 + len(draft),).
+
+    Example: a draft 5 6 7 with sampled 5 6 9 4 accepts nodes 0 and 1 and gives the tokens 5 6 9; the 4, sampled after
+    a 7 that was never written, is dropped.
+    """
+    children: dict[tuple[int, int], int] = {}
+    for node, (parent, token) in enumerate(zip(draft.parents, draft.tokens, strict=True)):
+        children.setdefault((parent, token), node)
+    accepted: list[int] = []
+    at, token = -1, sampled[0]
+    tokens = [token]
+    while (child := children.get((at, token))) is not None:
+        accepted.append(child)
+        at, token = child, sampled[child + 1]
+        tokens.append(token)
+    return Verdict(tuple(accepted), tuple(tokens))

@@ -1,0 +1,89 @@
+"""What all options have in common: they are frozen, take known names only, and say in one line what is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.option_names import advice, is_secret
+
+__all__ = ["Documented", "Options", "explain_errors"]
+
+_MODULES = ("copyspec_engine.values.config", "copyspec_engine.values.grammar")
+_OPTIONS = "\n\nOptions:\n"
+_MAX_SHOWN = 300
+"""Characters of a value in an error: a whole prompt would hide what is wrong."""
+
+
+class Documented(BaseModel):
+    """Options of which `help` shows what is said below each."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:  # noqa: ANN401 - as pydantic has it
+        own = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+        told = {
+            name: " ".join(field.description.split()) for name, field in cls.model_fields.items() if field.description
+        }
+        lines = [
+            textwrap.fill(f"{name}: {text}", 116, initial_indent="    ", subsequent_indent=" " * 8)
+            for name, text in told.items()
+        ]
+        cls.__doc__ = own + _OPTIONS + "\n".join(lines) if lines else own
+
+
+class Options(Documented):
+    """Frozen options whose validation errors are `ConfigError`s that name the value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+
+    def __init__(self, **values: Any) -> None:  # noqa: ANN401 - pydantic checks each value
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain_errors(type(self), error)) from None
+
+
+def explain_errors(
+    owner: type[BaseModel], error: ValidationError, *, called: str | None = None, beside: Iterable[str] = ()
+) -> str:
+    """What pydantic found, in one line: `Got temperature=-1 but expected ...`.
+
+    Args:
+        owner: whose options were checked.
+        error: what pydantic raised.
+        called: the owner's name in the text; default: that of the class.
+        beside: names of options that are taken along with the owner's.
+    """
+    lines, called = [], called or owner.__name__
+    homes = (*owner.__subclasses__(), *_homes())
+    for problem in error.errors(include_url=False):
+        name = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("Drafter", "Validator()]")))
+        expected = re.sub(r"^(Value error, |Input should be |\w+ should have )", "", problem["msg"])
+        given = name if is_secret(name) else f"{name}={_shown(problem['input'])}"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"Got unknown option {given} for {called}: {advice(name, owner, homes, beside)}")
+        elif problem["type"] == "missing":
+            lines.append(f"Got no {name} for {called} but it is required")
+        elif not name or expected.startswith("Got "):  # the message of nested options or of a whole object
+            lines.append(expected)
+        else:
+            lines.append(f"Got {given} but expected {expected}")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def _homes() -> list[type[BaseModel]]:
+    """All options that a caller may set, those of engine, sampling and requests first."""
+    return [kind for module in _MODULES for kind in Options.__subclasses__() if kind.__module__ == module]
