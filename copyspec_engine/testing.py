@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from copyspec_engine.chat.detokenizer import TextStream
 from copyspec_engine.chat.formats import ChatFormat, find_chat_format
 from copyspec_engine.chat.known_ids import Spelling
 from copyspec_engine.chat.tokenizer import SpecialTokens, StoppingTextStream
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.loop.request import Sequence, TextStream
+from copyspec_engine.loop.request import Sequence
 from copyspec_engine.loop.scheduler import ScheduledBatch
-from copyspec_engine.memory.file import Fingerprint
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.tokens import Fingerprint
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

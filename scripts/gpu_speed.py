@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from copyspec_engine import EngineConfig
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Bucket, Piece, pack
 from copyspec_engine.execution.paged_attention import PagedRows, attend
 from copyspec_engine.execution.runner import prepare

@@ -1,4 +1,4 @@
 """What the integrations for LangChain and LlamaIndex share; it knows neither of them.
 
-May import: the public names, values, chat and engine. Nouns: `AdapterOptions`, `Conversations`.
+May import: values, chat, execution and engine. Nouns: `AdapterOptions`, `Conversations`.
 """

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from copyspec_engine.adapters.conversations import Conversations, Talk, conversation, current_conversation
 from copyspec_engine.chat.formats import ChatFormat
-from copyspec_engine.chat.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.engine.engine import Engine
+from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.values.config import (
     AdaptiveDrafter,
     Combine,

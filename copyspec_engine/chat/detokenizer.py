@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from copyspec_engine.loop.request import TextStream
 from copyspec_engine.values.config import GenerationRequest
+from copyspec_engine.values.outputs import Segment
 
 if TYPE_CHECKING:
     from copyspec_engine.chat.tokenizer import ChatTokenizer
 
-__all__ = ["Detokenizer", "answer_stream"]
+__all__ = ["Detokenizer", "TextStream", "answer_stream"]
 
 _BEHIND = 32
 """Tokens at a prompt's end that are looked at: as many as may give no text of their own, and one that does."""
+
+
+class TextStream(Protocol):
+    """Turns sampled tokens into text, one at a time, and watches for stop texts."""
+
+    @property
+    def stopped(self) -> bool:
+        """A stop text has been completed; nothing is released after it."""
+        ...
+
+    @property
+    def num_characters(self) -> int:
+        """How many the tokens so far have completed, released or not."""
+        ...
+
+    def push(self, token_id: int, *, copied: bool) -> list[Segment]:
+        """The text that is certain after this token: neither half a character nor the start of a stop text."""
+        ...
+
+    def flush(self) -> list[Segment]:
+        """What was held back, once no more tokens come."""
+        ...
 
 
 class Detokenizer:

@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
-from copyspec_engine.chat.detokenizer import Detokenizer
+from copyspec_engine.chat.detokenizer import Detokenizer, TextStream
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.chat.known_ids import Speller, Spelling
 from copyspec_engine.chat.messages import for_template
 from copyspec_engine.chat.template import ChatTemplate, describe_template, given_template
 from copyspec_engine.chat.tool_prompt import needs_prompt, system_in_users, written_in_texts
-from copyspec_engine.loop.request import TextStream
-from copyspec_engine.memory.file import Fingerprint
 from copyspec_engine.values.errors import ConfigError, UnsupportedModelError
 from copyspec_engine.values.outputs import Segment
+from copyspec_engine.values.tokens import Fingerprint
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

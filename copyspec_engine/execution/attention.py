@@ -20,8 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from copyspec_engine.execution import paged_attention
 from copyspec_engine.execution.paged_attention import PagedRows
-from copyspec_engine.memory.index import TokenArray
 from copyspec_engine.values.errors import UnsupportedModelError
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["ATTENTION_NAME", "KVBatch", "KVRow", "KVStore", "Scoring"]
 

@@ -16,7 +16,6 @@ import logging
 import os
 import platform
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,15 +23,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from copyspec_engine.drafting.cost import Points
+from copyspec_engine.models.store import cache_dir
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
 
-__all__ = ["KeptCurve", "cache_dir", "cpu_name", "keep", "kept_curves", "kept_or_measured"]
+__all__ = ["KeptCurve", "cpu_name", "keep", "kept_curves", "kept_or_measured"]
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_USERS_CACHES = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
 _WIDEST_CHECK = 64
 _LONGEST_CHECK_S = 0.5
 _MOST_DIFFERENCE = 1.5
@@ -130,20 +129,6 @@ def _read(path: Path) -> KeptCurve | None:
     except (ConfigError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         logger.warning("Ignored the kept cost curve %s: %s: %s", path, type(error).__name__, error)
         return None
-
-
-def cache_dir() -> Path:
-    """COPYSPEC_CACHE_DIR, else `copyspec` in the user's cache folder, else in the folder for temporary files.
-
-    The cache folder is LOCALAPPDATA on Windows; elsewhere XDG_CACHE_HOME, or ~/.cache.
-    """
-    own = os.environ.get("COPYSPEC_CACHE_DIR")
-    if own:
-        return Path(os.path.expanduser(own)).absolute()
-    for base in (os.environ.get(_USERS_CACHES, ""), os.path.expanduser("~/.cache")):
-        if os.path.isabs(base):  # a relative one is to be ignored, and "~" stays where there is no home
-            return Path(base) / "copyspec"
-    return Path(tempfile.gettempdir()) / "copyspec"
 
 
 def _folder() -> Path:

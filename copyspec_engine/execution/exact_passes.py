@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.values.errors import UnsupportedModelError
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 
 from copyspec_engine.execution.attention import Scoring, Slots, on_device, read, slots_of
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.memory.index import TokenArray
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["OrderedRow"]
 

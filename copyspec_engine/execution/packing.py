@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from copyspec_engine.drafting.drafter import DraftTree
-from copyspec_engine.memory.index import TokenArray
+from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["Bucket", "Piece", "pack", "visibility_words"]
 

@@ -29,8 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from copyspec_engine.chat.tokenizer import ChatTokenizer, HFTokenizer
 from copyspec_engine.chat.vocabulary import refuse_other_vocabulary
 from copyspec_engine.drafting.cost import Points, undisturbed
-from copyspec_engine.drafting.drafter import DraftTree
-from copyspec_engine.engine.generation_defaults import GenerationDefaults, read_defaults
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import calibration
 from copyspec_engine.execution.accelerator import device_name, has_float64, memory_of
 from copyspec_engine.execution.attention import (
@@ -58,6 +57,7 @@ from copyspec_engine.execution.checkpoint import (
 from copyspec_engine.execution.cuda_graphs import StaticPasses
 from copyspec_engine.execution.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.execution.float32_head import decide_in_float32
+from copyspec_engine.execution.generation_defaults import GenerationDefaults, read_defaults
 from copyspec_engine.execution.ordered_attention import OrderedRow
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.peft_adapter import base_of_adapter, merge_adapter, tokenizer_path
@@ -66,13 +66,13 @@ from copyspec_engine.execution.stateful import StatefulRunner, check_state
 from copyspec_engine.execution.weight_counts import counting_weights
 from copyspec_engine.loop.request import Sequence
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
-from copyspec_engine.memory.index import TokenArray
 from copyspec_engine.models import ModelFolder, locate_model
 from copyspec_engine.models.gguf import is_converted
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import CopySpecError, ModelLoadError, UnsupportedModelError
 from copyspec_engine.values.outputs import Execution
 from copyspec_engine.values.progress import LoadPhase, LoadProgress, OnProgress
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["LoadedModel", "ModelRunner", "Runner", "load_model", "prepare", "read_tokenizer"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.attention import ATTENTION_NAME, KVStore
 from copyspec_engine.execution.checkpoint import relative_difference, tolerance, vocab_size
 from copyspec_engine.execution.cuda_graphs import compile_layers, undo_compile, why_not_paged

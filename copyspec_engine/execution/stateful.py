@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.checkpoint import relative_difference, tolerance, vocab_size
 from copyspec_engine.loop.request import Sequence
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow

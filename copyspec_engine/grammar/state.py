@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from copyspec_engine.chat.tokenizer import ChatTokenizer
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.grammar.text import quoted, translate
 from copyspec_engine.values.errors import ConfigError, missing_extra
 from copyspec_engine.values.grammar import Grammar

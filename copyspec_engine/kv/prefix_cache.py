@@ -17,8 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from copyspec_engine.kv.slots import KVPool
-from copyspec_engine.memory.conversation import common_prefix_length
-from copyspec_engine.memory.index import TokenArray
+from copyspec_engine.values.tokens import TokenArray, common_prefix_length
 
 __all__ = ["PrefixCache"]
 

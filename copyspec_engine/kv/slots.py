@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from copyspec_engine.memory.index import TokenArray
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["KVPool"]
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import Drafter, DraftingPolicy, DraftTree, Ingredients
+from copyspec_engine.drafting.drafter import Drafter, DraftingPolicy, Ingredients
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.lab.replay import Begin
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.values.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig, NoDrafter

@@ -29,7 +29,8 @@ from tokenizers import Tokenizer
 
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import Drafter, DraftTree
+from copyspec_engine.drafting.drafter import Drafter
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.sampling.verify import verify
 from copyspec_engine.values.errors import ConfigError
 

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DRAFT_MODEL, DraftTree
 from copyspec_engine.memory.draft_acceptance import DraftSurvival, Place
-from copyspec_engine.provenance.trail import DRAFT_MODEL
 
 __all__ = ["DraftChain", "Guess", "masses"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.kv.prefix_cache import PrefixCache
 from copyspec_engine.kv.slots import KVPool

@@ -11,9 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
+from copyspec_engine.chat.detokenizer import TextStream
 from copyspec_engine.drafting.drafter import Drafter
 from copyspec_engine.memory.conversation import SessionMemory
-from copyspec_engine.memory.index import Span, TokenArray
+from copyspec_engine.memory.index import Span
 from copyspec_engine.memory.store import Session
 from copyspec_engine.provenance.trail import CopyTrail
 from copyspec_engine.sampling.bans import Bans
@@ -29,30 +30,12 @@ from copyspec_engine.values.outputs import (
     TokenLogprob,
     Usage,
 )
+from copyspec_engine.values.tokens import TokenArray
 
-__all__ = ["Sequence", "TextGrammar", "TextStream"]
-
-
-class TextStream(Protocol):
-    """Turns sampled tokens into text, one at a time, and watches for stop texts."""
-
-    @property
-    def stopped(self) -> bool:
-        """A stop text has been completed; nothing is released after it."""
-        ...
-
-    @property
-    def num_characters(self) -> int:
-        """How many the tokens so far have completed, released or not."""
-        ...
-
-    def push(self, token_id: int, *, copied: bool) -> list[Segment]:
-        """The text that is certain after this token: neither half a character nor the start of a stop text."""
-        ...
-
-    def flush(self) -> list[Segment]:
-        """What was held back, once no more tokens come."""
-        ...
+__all__ = [
+    "Sequence",
+    "TextGrammar",
+]
 
 
 class TextGrammar(Protocol):

@@ -18,19 +18,21 @@ from functools import partial
 
 import numpy as np
 
-from copyspec_engine.drafting.drafter import Drafter, DraftTree, answer_texts
+from copyspec_engine.drafting.drafter import Drafter, answer_texts
+from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.kv.prefix_cache import PrefixCache
 from copyspec_engine.kv.slots import KVPool
 from copyspec_engine.loop.request import Sequence
 from copyspec_engine.memory.conversation import SessionMemory
-from copyspec_engine.memory.index import Span, TokenArray
+from copyspec_engine.memory.index import Span
 from copyspec_engine.memory.store import SessionStore
-from copyspec_engine.provenance.trail import Run, cut
+from copyspec_engine.provenance.trail import cut
 from copyspec_engine.sampling.verify import Verdict
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.explanation import NOT_COPIED
 from copyspec_engine.values.metrics import Counts
 from copyspec_engine.values.outputs import FinishReason, GenerationOutput, Reply, Segment, StreamChunk, TokenLogprob
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["ScheduledBatch", "ScheduledRow", "Scheduler", "session_key", "session_keys"]
 

@@ -11,8 +11,9 @@ import numpy as np
 from copyspec_engine.chat.known_ids import ExactTokens
 from copyspec_engine.compiled import counting_compilations
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import DraftingPolicy, DraftTree, likely_nodes, wants_candidates
+from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes, wants_candidates
 from copyspec_engine.drafting.live_cost import LiveCost
+from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.grammar.state import GrammarState
 from copyspec_engine.kv.prefix_cache import PrefixCache
@@ -26,7 +27,7 @@ from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.store import SessionStore
 from copyspec_engine.memory.view import Snapshot, snapshot
-from copyspec_engine.provenance.trail import Run, find_around, trace
+from copyspec_engine.provenance.trail import find_around, trace
 from copyspec_engine.sampling.alternatives import with_candidates
 from copyspec_engine.sampling.gumbel import warm_up_noise
 from copyspec_engine.sampling.logprobs import with_logprobs

@@ -17,9 +17,15 @@ from copyspec_engine.memory.acceptance import Survival
 from copyspec_engine.memory.alternatives import RecycledTable
 from copyspec_engine.memory.draft_acceptance import DraftSurvival
 from copyspec_engine.memory.file import SavedSegment
-from copyspec_engine.memory.index import OVERLAP, CopyIndex, Span, TokenArray
+from copyspec_engine.memory.index import OVERLAP, CopyIndex, Span
 
-__all__ = ["ANSWER", "DECLARED_TEXT", "KINDS", "PROMPT", "SessionMemory", "common_prefix_length"]
+__all__ = [
+    "ANSWER",
+    "DECLARED_TEXT",
+    "KINDS",
+    "PROMPT",
+    "SessionMemory",
+]
 
 PROMPT, ANSWER, DECLARED_TEXT = 0, 1, 2
 """Kinds of texts."""
@@ -29,13 +35,6 @@ KINDS = ("prompt", "answer", "prediction")
 
 _STARTS = 4
 """Answers and new texts whose beginnings are kept in mind."""
-
-
-def common_prefix_length(a: Sequence[int] | TokenArray, b: Sequence[int] | TokenArray) -> int:
-    """How many tokens at the start of `a` and `b` are equal."""
-    size = min(len(a), len(b))
-    differs = np.asarray(a[:size], dtype=np.int64) != np.asarray(b[:size], dtype=np.int64)
-    return int(differs.argmax()) if differs.any() else size
 
 
 class SessionMemory:

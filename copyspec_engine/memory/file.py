@@ -22,7 +22,6 @@ Not covered: network file systems, encryption, what a file system or a disk keep
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import sqlite3
@@ -30,7 +29,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +38,9 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.values.errors import MemoryFileError
+from copyspec_engine.values.tokens import Fingerprint
 
-__all__ = ["Fingerprint", "MemoryFile", "SavedSegment"]
+__all__ = ["MemoryFile", "SavedSegment"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +62,6 @@ _SCHEMA = (
 # Every owner has a table of its own, `segments_<id>`: when SQLite balances a tree, pages may keep stale copies of rows
 # that moved, out of secure_delete's reach, but dropping a table overwrites every page that its rows have been on.
 _COLUMNS = "number INTEGER PRIMARY KEY, kind INTEGER NOT NULL, checksum BLOB NOT NULL, tokens BLOB NOT NULL"
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Hex digests of what gives a memory's token ids their meaning."""
-
-    tokenizer: str
-    template: str
-
-    @classmethod
-    def of(cls, tokenizer: object, template: object) -> Fingerprint:
-        """The digests of two values that JSON can hold."""
-        dumps = (json.dumps(value, sort_keys=True) for value in (tokenizer, template))
-        return cls(*(blake2b(text.encode(), digest_size=16).hexdigest() for text in dumps))
 
 
 class SavedSegment(NamedTuple):

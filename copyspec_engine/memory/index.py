@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = [
     "BREAK",
@@ -31,11 +32,9 @@ __all__ = [
     "EarliestIndex",
     "IndexArrays",
     "Span",
-    "TokenArray",
     "find_matches",
 ]
 
-TokenArray = npt.NDArray[np.int64]
 
 ORDERS = np.array([16, 8, 4, 2, 1], dtype=np.int64)
 """Lengths of the token runs that are hashed, longest first."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, cast
 
 from copyspec_engine.memory.conversation import KINDS, SessionMemory
-from copyspec_engine.memory.index import TokenArray
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["ConversationMemory", "Snapshot", "StoredText", "snapshot"]
 

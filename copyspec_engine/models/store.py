@@ -9,14 +9,29 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from copyspec_engine.execution.calibration import cache_dir
 from copyspec_engine.models.known import KnownModel
 from copyspec_engine.values.errors import ModelLoadError
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
-__all__ = ["converted_folders", "gguf_folder", "kept_file", "models_folder", "place", "putting"]
+__all__ = ["cache_dir", "converted_folders", "gguf_folder", "kept_file", "models_folder", "place", "putting"]
+
+_USERS_CACHES = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
 
 _UNFINISHED = ".part"
+
+
+def cache_dir() -> Path:
+    """COPYSPEC_CACHE_DIR, else `copyspec` in the user's cache folder, else in the folder for temporary files.
+
+    The cache folder is LOCALAPPDATA on Windows; elsewhere XDG_CACHE_HOME, or ~/.cache.
+    """
+    own = os.environ.get("COPYSPEC_CACHE_DIR")
+    if own:
+        return Path(os.path.expanduser(own)).absolute()
+    for base in (os.environ.get(_USERS_CACHES, ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(base):  # a relative one is to be ignored, and "~" stays where there is no home
+            return Path(base) / "copyspec"
+    return Path(tempfile.gettempdir()) / "copyspec"
 
 
 def models_folder() -> Path:

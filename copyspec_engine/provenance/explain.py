@@ -20,8 +20,8 @@ from copyspec_engine.values.explanation import NOT_COPIED, CopiedSpan, CopySourc
 from copyspec_engine.values.outputs import Copy, GenerationOutput
 
 if TYPE_CHECKING:
+    from copyspec_engine.chat.detokenizer import TextStream
     from copyspec_engine.chat.tokenizer import ChatTokenizer
-    from copyspec_engine.loop.request import TextStream
 
 __all__ = ["explain"]
 

@@ -20,17 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
+from copyspec_engine.drafting.tree import DRAFT_MODEL, FORCED, RECYCLED, Run
 from copyspec_engine.memory.conversation import DECLARED_TEXT, KINDS, SessionMemory
 from copyspec_engine.memory.index import CopyIndex, Span
 from copyspec_engine.values.explanation import CopySource
 from copyspec_engine.values.outputs import Copy
 
-__all__ = ["DRAFT_MODEL", "FORCED", "RECYCLED", "CopyTrail", "Run", "cut", "find_around", "trace"]
+__all__ = ["CopyTrail", "cut", "find_around", "trace"]
 
-FORCED = int(np.iinfo(np.int64).min)
-"""The source of a token that a grammar leaves no choice about."""
-DRAFT_MODEL, RECYCLED = FORCED + 1, FORCED + 2
-"""The sources of tokens that are not copied: written by a draft model; an earlier pass's other candidate."""
 _KINDS_WITHOUT_PLACE = {FORCED: "grammar", DRAFT_MODEL: "draft_model", RECYCLED: "recycled"}
 _SURE = 16
 """Tokens in a row that do not agree by chance."""
@@ -39,18 +36,6 @@ _NEAR = 1024
 _AROUND = 64
 """Tokens of a stored text that are looked at on each side of a copy."""
 _STORED: tuple[CopySource, ...] = ("earlier_prompt", "earlier_answer", "earlier_prediction")
-
-
-class Run(NamedTuple):
-    """Accepted tokens in a row whose sources are in a row."""
-
-    num_tokens: int
-    kind: str
-    """As in `EngineMetrics.accepted_by_source`; without a place one of "grammar", "frequent", "draft_model" and
-    "recycled"."""
-    text: Span | None = None
-    offset: int = 0
-    """Behind the text's first own token; without a text, among the call's own tokens."""
 
 
 def trace(index: CopyIndex, sources: Sequence[int]) -> list[Run]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.values.config import SamplingParams
 
 __all__ = ["Banned", "Bans"]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.sampling.bans import Banned
 from copyspec_engine.sampling.token_counts import TokenCounts
 from copyspec_engine.values.config import SamplingParams

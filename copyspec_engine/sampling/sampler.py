@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.sampling.bans import Banned
 from copyspec_engine.sampling.gumbel import highest_perturbed, noise_keys
 from copyspec_engine.sampling.processors import add_bias, ban, mask_tokens, penalise

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.memory.alternatives import Candidates
-from copyspec_engine.provenance.trail import Run
 from copyspec_engine.values.outputs import TokenLogprob
 
 __all__ = ["Verdict", "verify"]

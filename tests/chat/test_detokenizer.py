@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
 from copyspec_engine.chat.detokenizer import answer_stream
 from copyspec_engine.chat.tokenizer import HFTokenizer
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.testing import scripted_engine
 

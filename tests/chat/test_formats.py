@@ -20,7 +20,7 @@ from copyspec_engine.chat.formats import ChatFormat, find_chat_format
 from copyspec_engine.chat.messages import for_template
 from copyspec_engine.chat.reply import ReplyParser
 from copyspec_engine.chat.tokenizer import HFTokenizer
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.grammar.state import GrammarCompiler
 from copyspec_engine.testing import ByteTokenizer, scripted_engine
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest, NoDrafter, SamplingParams
 from copyspec_engine.chat.known_ids import ExactTokens, Spelling
 from copyspec_engine.chat.tokenizer import HFTokenizer
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.scheduler import ScheduledBatch
 
 TEMPLATE = (

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from copyspec_engine import ConfigError
 from copyspec_engine.chat.tokenizer import HFTokenizer, StoppingTextStream
-from copyspec_engine.memory.file import Fingerprint
 from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.values.tokens import Fingerprint
 
 TEMPLATE = (
     "{% for m in messages %}<|s|>{{ m.role }}\n{{ m.content }}<|e|>\n{% endfor %}"

@@ -9,7 +9,8 @@ import pytest
 
 from copyspec_engine import AdaptiveDrafter, CopySpecDrafter, NoDrafter
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import Drafter, DraftingPolicy, DraftTree
+from copyspec_engine.drafting.drafter import Drafter, DraftingPolicy
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.memory.conversation import SessionMemory
 
 FLAT = CostCurve([(1, 1.0), (256, 1.0)])

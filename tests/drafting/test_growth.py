@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from copyspec_engine import AdaptiveDrafter
 from copyspec_engine.drafting.cost import CostCurve, undisturbed
-from copyspec_engine.drafting.drafter import Drafter, DraftingPolicy, DraftTree, Ingredients
+from copyspec_engine.drafting.drafter import Drafter, DraftingPolicy, Ingredients
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.memory.conversation import SessionMemory
 
 FLAT = CostCurve([(1, 1.0), (256, 1.0)])

@@ -12,8 +12,9 @@ import torch
 
 from copyspec_engine import AdaptiveDrafter, Engine, GenerationRequest, Grammar, SamplingParams
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import DraftingPolicy, DraftTree, wants_candidates
+from copyspec_engine.drafting.drafter import DraftingPolicy, wants_candidates
 from copyspec_engine.drafting.kernels.growth import drawn_pace
+from copyspec_engine.drafting.tree import RECYCLED, DraftTree
 from copyspec_engine.memory.acceptance import (
     BY_RECYCLED,
     BY_SUPPORT,
@@ -25,7 +26,6 @@ from copyspec_engine.memory.acceptance import (
 from copyspec_engine.memory.alternatives import NUM_CANDIDATES, Candidates, chance_buckets
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.store import SessionStore
-from copyspec_engine.provenance.trail import RECYCLED
 from copyspec_engine.sampling.alternatives import with_candidates
 from copyspec_engine.sampling.sampler import SampleRow
 from copyspec_engine.sampling.verify import verify

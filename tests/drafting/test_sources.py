@@ -10,9 +10,10 @@ import pytest
 
 from copyspec_engine import AdaptiveDrafter, Engine, GenerationRequest, SamplingParams, Segment
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import DraftingPolicy, DraftTree
+from copyspec_engine.drafting.drafter import DraftingPolicy
+from copyspec_engine.drafting.tree import DRAFT_MODEL, FORCED, RECYCLED, DraftTree
 from copyspec_engine.memory.conversation import SessionMemory
-from copyspec_engine.provenance.trail import DRAFT_MODEL, FORCED, RECYCLED, trace
+from copyspec_engine.provenance.trail import trace
 from tests.loop.test_lossless import PROMPT, OracleTrees, run, same_answer
 
 COPIED = DraftTree((5, 8, 6), (-1, -1, 0), np.array([0.6, 0.2, 0.5]), np.array([40, 90, 41]))

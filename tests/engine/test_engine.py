@@ -27,7 +27,8 @@ from copyspec_engine import (
     SamplingParams,
     shared_engine,
 )
-from copyspec_engine.drafting.drafter import Drafter, DraftTree
+from copyspec_engine.drafting.drafter import Drafter
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.testing import ScriptedRunner, scripted_engine

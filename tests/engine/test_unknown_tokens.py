@@ -20,7 +20,7 @@ from copyspec_engine import (
     SamplingParams,
     UnsupportedModelError,
 )
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.checkpoint import refuse_unreadable_tokens
 from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.testing import ScriptedRunner, scripted_engine

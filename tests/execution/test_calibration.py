@@ -14,7 +14,8 @@ import pytest
 
 from copyspec_engine.drafting.cost import Points
 from copyspec_engine.execution import calibration
-from copyspec_engine.execution.calibration import KeptCurve, cache_dir, cpu_name, keep, kept_curves, kept_or_measured
+from copyspec_engine.execution.calibration import KeptCurve, cpu_name, keep, kept_curves, kept_or_measured
+from copyspec_engine.models.store import cache_dir
 
 FACTS = {"model": "Qwen/Qwen2.5-7B-Instruct", "device": "cpu of some kind", "dtype": "float32"}
 CURVE = ((1, 0.01), (2, 0.012), (64, 0.03), (256, 0.1))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from copyspec_engine import EngineConfig
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.attention import KVStore
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.cuda_graphs import StaticPasses

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.attention import visibility
 from copyspec_engine.execution.packing import Bucket, Piece, pack, visibility_words
 from copyspec_engine.execution.paged_attention import PagedRows, attend, geometry, kernels, reference, write

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
 from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError, checkpoint, model_runner
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.accelerator import memory_of
 from copyspec_engine.execution.attention import KVStore, visibility
 from copyspec_engine.execution.packing import Piece

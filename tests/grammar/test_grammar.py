@@ -30,9 +30,8 @@ from copyspec_engine import (
     ToolCalls,
 )
 from copyspec_engine.chat.formats import find_chat_format
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import FORCED, DraftTree
 from copyspec_engine.grammar.state import GrammarCompiler, GrammarState
-from copyspec_engine.provenance.trail import FORCED
 from copyspec_engine.sampling.processors import _unpacked, _unpacked_octets, mask_tokens
 from copyspec_engine.testing import ByteTokenizer, scripted_engine
 from tests.conftest import END, assert_all_slots_free

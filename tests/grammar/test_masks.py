@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from copyspec_engine import Grammar, ToolCalls
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.grammar.state import GrammarCompiler, GrammarState, _Rules
 from copyspec_engine.testing import ByteTokenizer
 from tests.grammar.random_schemas import random_document, random_schema

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from copyspec_engine import ConfigError, Grammar, ToolCalls
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.grammar.state import GrammarCompiler
 from copyspec_engine.testing import ByteTokenizer
 from tests.grammar.random_schemas import random_document, random_schema

@@ -8,7 +8,7 @@ import numpy as np
 
 from copyspec_engine.kv.prefix_cache import PrefixCache
 from copyspec_engine.kv.slots import KVPool
-from copyspec_engine.memory.index import TokenArray
+from copyspec_engine.values.tokens import TokenArray
 
 
 def tokens(*ids: int) -> TokenArray:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from copyspec_engine import ConfigError, CopySpecError
-from copyspec_engine.drafting.drafter import DraftTree, Ingredients
+from copyspec_engine.drafting.drafter import Ingredients
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.lab.peers import INGREDIENTS, OURS, PEERS, PromptLookup, contestant, installed
 from copyspec_engine.lab.replay import (
     Call,

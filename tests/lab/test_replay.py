@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from copyspec_engine import ConfigError
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.lab.replay import (
     MAX_CONTEXT,
     Call,

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DRAFT_MODEL, DraftTree
 from copyspec_engine.loop.draft_chain import DraftChain, Guess
 from copyspec_engine.memory.draft_acceptance import DraftSurvival, Place
-from copyspec_engine.provenance.trail import DRAFT_MODEL
 
 COST = CostCurve([(1, 1.0), (64, 1.63)])
 """A node costs 0.01."""

@@ -27,7 +27,7 @@ from copyspec_engine import (
     SamplingParams,
     UnsupportedModelError,
 )
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import runner as model_runner_module
 from copyspec_engine.execution.runner import load_model, prepare
 from copyspec_engine.loop.scheduler import ScheduledBatch

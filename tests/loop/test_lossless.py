@@ -21,7 +21,8 @@ from copyspec_engine import (
     GenerationRequest,
     SamplingParams,
 )
-from copyspec_engine.drafting.drafter import Drafter, DraftTree
+from copyspec_engine.drafting.drafter import Drafter
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.runner import prepare
 from copyspec_engine.lab.bench.lossless_rounds import crowded, rounds
 from copyspec_engine.loop.scheduler import ScheduledBatch

@@ -14,7 +14,8 @@ import pytest
 import copyspec_engine
 from copyspec_engine import AdaptiveDrafter
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import DraftingPolicy, DraftTree
+from copyspec_engine.drafting.drafter import DraftingPolicy
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.memory.acceptance import (
     NUM_WEIGHTS,
     Survival,

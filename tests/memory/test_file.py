@@ -25,8 +25,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copyspec_engine.memory.file import Fingerprint, MemoryFile, SavedSegment
+from copyspec_engine.memory.file import MemoryFile, SavedSegment
 from copyspec_engine.values.errors import MemoryFileError
+from copyspec_engine.values.tokens import Fingerprint
 
 FINGERPRINT = Fingerprint(tokenizer="a1b2", template="c3d4")
 Contents = dict[str, dict[int, tuple[int, list[int]]]]

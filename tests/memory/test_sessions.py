@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from copyspec_engine import Engine, EngineConfig, EngineStoppedError, GenerationRequest, MemoryFileError, SamplingParams
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.memory.conversation import SessionMemory
-from copyspec_engine.memory.file import Fingerprint, MemoryFile, SavedSegment
+from copyspec_engine.memory.file import MemoryFile, SavedSegment
 from copyspec_engine.memory.index import BREAK, CopyIndex
 from copyspec_engine.memory.store import SessionStore
 from copyspec_engine.testing import ByteTokenizer, scripted_engine
+from copyspec_engine.values.tokens import Fingerprint
 from tests.conftest import assert_all_slots_free
 
 TEXT = " ".join(f"{number * 7919 % 9973:04d}" for number in range(100))

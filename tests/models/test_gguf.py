@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
-from copyspec_engine.chat.model_facts import ModelFacts, read_model_facts
+from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.execution.runner import read_tokenizer
 from copyspec_engine.models.gguf import convert
 from copyspec_engine.models.gguf_file import read_file

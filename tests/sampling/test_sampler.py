@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from copyspec_engine import SamplingParams
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.sampling.gumbel import noise_keys
 from copyspec_engine.sampling.logprobs import with_logprobs
 from copyspec_engine.sampling.processors import mask_tokens, penalise

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationOutput, GenerationRequest, SamplingParams
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.loop.request import Sequence
 from copyspec_engine.loop.scheduler import ScheduledBatch

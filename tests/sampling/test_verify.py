@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.sampling.verify import Verdict, verify
 
 

@@ -27,6 +27,7 @@ from copyspec_engine.drafting.kernels.branch_points import (
     last_two,
     token_at,
 )
+from copyspec_engine.drafting.tree import RECYCLED
 from copyspec_engine.memory.acceptance import (
     BY_AGREEMENT,
     BY_DISTANCE,
@@ -50,7 +51,6 @@ from copyspec_engine.memory.acceptance import (
 )
 from copyspec_engine.memory.alternatives import NUM_CANDIDATES, NUM_CHANCES, find_kept
 from copyspec_engine.memory.index import BREAK, FREQUENT, MAX_MATCH_TOKENS
-from copyspec_engine.provenance.trail import RECYCLED
 
 __all__ = ["FIRST_FEATURE", "MOST_CANDIDATES", "find_candidates"]
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from copyspec_engine.lab.recorded.records import Turn, Written
 from copyspec_engine.lab.recorded.runner import force, next_tokens
-from copyspec_engine.memory.conversation import common_prefix_length
+from copyspec_engine.values.tokens import common_prefix_length
 
 __all__ = ["GENERATE_PEERS", "LOOKUP_TOKENS", "GeneratePeer", "generate_greedy"]
 

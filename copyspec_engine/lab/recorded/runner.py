@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from copyspec_engine.drafting.drafter import DraftTree
+from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.runner import Runner
 from copyspec_engine.loop.request import Sequence
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow

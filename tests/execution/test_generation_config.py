@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationOutput, GenerationRequest, SamplingParams
 from copyspec_engine.cli.loading import engine_config
-from copyspec_engine.drafting.drafter import DraftTree
-from copyspec_engine.engine.generation_defaults import GenerationDefaults, read_defaults
+from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution.generation_defaults import GenerationDefaults, read_defaults
 from copyspec_engine.execution.runner import prepare
 from copyspec_engine.sampling.bans import Bans
 from copyspec_engine.sampling.processors import ban
