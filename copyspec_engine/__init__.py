@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from copyspec_engine.engine.handle import RequestHandle
 from copyspec_engine.values.config import (
     AdaptiveDrafter,
-    Combine,
     CopySpecDrafter,
     DrafterConfig,
+    DraftModel,
+    DraftModelDrafter,
     EngineConfig,
     GenerationRequest,
     NoDrafter,
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveDrafter",
-    "Combine",
     "ConfigError",
     "ContextOverflowError",
     "ConversationMemory",
@@ -73,6 +73,8 @@ __all__ = [
     "CopySource",
     "CopySpecDrafter",
     "CopySpecError",
+    "DraftModel",
+    "DraftModelDrafter",
     "DraftStats",
     "DrafterConfig",
     "Engine",

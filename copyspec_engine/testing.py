@@ -205,7 +205,7 @@ def scripted_engine(replies: Seq[str] | Callable[[str], str], config: EngineConf
         num_parameters=0,
         num_slots=num_slots,
         kv_bytes_per_token=0,
-        step_cost=config.step_cost or ((1, 1.0), (256, 1.5)),
+        step_cost=config.points or ((1, 1.0), (256, 1.5)),
     )
     return Engine(config, model=model)
 

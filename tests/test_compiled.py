@@ -34,7 +34,7 @@ def compiled():
 warm_up()
 before = compiled()
 assert before["grow"] and before["walk"] and before["_highest"]
-config = EngineConfig(model="scripted", max_prefill_tokens=4000, max_session_tokens=4096, max_model_len=6000)
+config = EngineConfig(model="scripted", max_prefill_tokens=4000, memory_tokens=4096, max_model_len=6000)
 with scripted_engine(lambda prompt: prompt[-700:], config) as engine:
     for turn in range(6):
         text = f"{turn} some text to copy from, turn {turn}; " * 90

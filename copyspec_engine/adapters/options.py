@@ -12,19 +12,16 @@ from dataclasses import astuple, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from copyspec_engine.adapters.conversations import Conversations, Talk, conversation, current_conversation
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.values.config import (
-    AdaptiveDrafter,
-    Combine,
-    CopySpecDrafter,
+    DrafterConfig,
     EngineConfig,
     GenerationRequest,
-    NoDrafter,
     Prediction,
     SamplingParams,
     explain_errors,
@@ -120,13 +117,10 @@ class AdapterOptions(Documented):
     chat_template_kwargs: dict[str, Any] | None = None
     """What else the chat template reads ({"enable_thinking": False}, say)."""
     cache_salt: str | None = Field(default=None, min_length=1)
-    """Calls with the same salt share the KV of what their prompts have in common, over conversations; default: the
+    """Calls with the same salt share the KV of what their prompts have in common, over conversations."""
+    drafter: DrafterConfig | None = None
+    """Where drafts come from: "adaptive", "copyspec", "draft-model" or "none", or an object with options; default: the
     engine's."""
-    drafter: AdaptiveDrafter | CopySpecDrafter | NoDrafter | None = None
-    """Where drafts come from: "adaptive", "copyspec" or "none", or an object with options; default: the engine's."""
-    combine: Combine | None = None
-    """How copies and a draft model share a draft: "tree", "copy-first", "draft-only" or "copy-only"; only where the
-    engine has a draft model; default: the engine's."""
     session_id: str | None = Field(default=None, min_length=1)
     """The conversation, whose texts and KV cache are kept over calls, for all who name it; default: the one whose
     messages, the last answer included, those of the call begin with, else none."""
@@ -153,11 +147,6 @@ class AdapterOptions(Documented):
     def _one_stop(cls, options: dict[str, Any]) -> dict[str, Any]:
         return {**options, "stop": [options["stop"]]} if isinstance(options.get("stop"), str) else options
 
-    @field_validator("drafter", mode="before")
-    @classmethod
-    def _drafter_of_name(cls, drafter: Any) -> Any:  # noqa: ANN401 - the engine's options check it
-        return None if drafter is None else EngineConfig(drafter=drafter).drafter
-
     @model_validator(mode="after")
     def _check_options(self) -> AdapterOptions:
         GenerationRequest(messages=[{}], **self.request_options())
@@ -175,7 +164,6 @@ class AdapterOptions(Documented):
             "memory_pool": self.memory_pool,
             "prediction": self.prediction,
             "drafter": self.drafter,
-            "combine": self.combine,
             "chat_template_kwargs": self.chat_template_kwargs or {},
             "cache_salt": self.cache_salt,
             "timeout_s": self.timeout,

@@ -39,7 +39,7 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> int:
     if options.json:
         check_writable(options.json, "--json")
     with loading(options.config.model) as shown:
-        engine = Engine(options.config.model_copy(update={"calibrate": "always"}), on_progress=shown)
+        engine = Engine(options.config.model_copy(update={"step_cost": "remeasure"}), on_progress=shown)
     with engine:
         info = engine.info
     if info.drafting_error is not None:

@@ -10,10 +10,9 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CostCurve", "Points", "undisturbed"]
+from copyspec_engine.values.config import Points
 
-Points = tuple[tuple[int, float], ...]
-"""(tokens in a pass, seconds), ascending in both, from 1 token up; at least two."""
+__all__ = ["CostCurve", "Points", "undisturbed"]
 
 _MAX_WIDTH = 2048
 _MAX_HULLS = 16

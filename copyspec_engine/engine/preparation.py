@@ -17,7 +17,14 @@ from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.grammar.state import GrammarCompiler
 from copyspec_engine.loop.request import Sequence
 from copyspec_engine.sampling.bans import Bans
-from copyspec_engine.values.config import Combine, EngineConfig, GenerationRequest, NoDrafter, SamplingParams
+from copyspec_engine.values.config import (
+    DrafterConfig,
+    DraftModelDrafter,
+    EngineConfig,
+    GenerationRequest,
+    NoDrafter,
+    SamplingParams,
+)
 from copyspec_engine.values.errors import ConfigError, ContextOverflowError
 from copyspec_engine.values.grammar import Grammar
 
@@ -95,6 +102,7 @@ class Preparation:
             raise ContextOverflowError(wanted, model.num_slots, "the KV pool (kv_cache_tokens)")
         limit = min(model.max_model_len, model.num_slots)
         reply = self._reply_parser(request, token_ids) if request.parse_reply else None
+        drafter = self._drafter(request)
         ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | frozenset(params.stop_token_ids)
         ends |= model.tokenizer.special_ids(params.stop)  # which have no text in which they could be found
         return Sequence(
@@ -103,16 +111,16 @@ class Preparation:
             num_prompt_tokens=len(token_ids),
             max_total_tokens=wanted if params.max_tokens else limit,
             eos_token_ids=ends,
-            drafting=(request.drafter or self._config.drafter) if model.drafting_error is None else NoDrafter(),
+            drafting=drafter,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             text=answer_stream(model.tokenizer, request, token_ids, params.stop),
             reply=reply,
-            combine=self._combine(request),
+            draft_model="never" if model.draft is None else drafter.draft_model,
             prediction_ids=self._known_text(
                 "prediction", self._model.tokenizer.encode(request.prediction or "", special_tokens=False)
             ),
             deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
-            cache_salt=request.cache_salt or self._config.cache_salt,
+            cache_salt=request.cache_salt,
             bans=self._bans(params, ends, len(token_ids)),
             grammar=None if request.grammar is None else self._grammars.begin(self._placed(request.grammar, reply)),
         )
@@ -135,14 +143,14 @@ class Preparation:
         bans = Bans(params, words, ends, num_prompt_tokens)
         return None if bans.is_empty else bans
 
-    def _combine(self, request: GenerationRequest) -> Combine:
-        """How a request puts copies and the draft model together."""
-        wanted = request.combine or self._config.combine
-        if self._model.draft is not None:
-            return wanted
-        if request.combine not in (None, "copy-only") and self._model.drafting_error is None:
-            raise ConfigError(f"Got combine={wanted!r} but no draft model: set EngineConfig(draft_model=...)")
-        return "copy-only"
+    def _drafter(self, request: GenerationRequest) -> DrafterConfig:
+        """Where a request's drafts come from."""
+        if self._model.drafting_error is not None:
+            return NoDrafter()
+        drafter = request.drafter or self._config.drafter
+        if isinstance(drafter, DraftModelDrafter) and self._model.draft is None:
+            raise ConfigError("Got drafter='draft-model' but no draft model: set EngineConfig(draft=...)")
+        return drafter
 
     def _placed(self, grammar: Grammar, reply: ReplyParser | None) -> Grammar:
         """The grammar of an answer that is taken apart holds for its text or calls, not for what precedes them."""

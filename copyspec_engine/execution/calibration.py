@@ -120,7 +120,7 @@ def _read(path: Path) -> KeptCurve | None:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"it is not of format {_FORMAT}")
-        points = EngineConfig(step_cost=content["points"]).step_cost
+        points = EngineConfig(step_cost=content["points"]).points
         if points is None:
             raise ValueError("it has no points")
         return KeptCurve(path, dict(content["facts"]), points, str(content["measured_at"]))

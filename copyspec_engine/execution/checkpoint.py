@@ -46,17 +46,17 @@ _OWN_KERNELS = {
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
-    """Where the model goes, or its first layers if there is a device map.
+    """Where the model goes, or its first layers where they go to all devices.
 
     Raises:
         ModelLoadError: this machine has no such device.
     """
     device = config.device
-    if config.device_map and not device_count("cuda"):
+    if device == "all" and not device_count("cuda"):
         raise ModelLoadError(
-            f"Got device_map={config.device_map!r} but this machine shows no CUDA devices: leave it out to use the CPU"
+            f"Got device={device!r} but this machine shows no CUDA devices: leave it out to use the CPU"
         )
-    if device == "auto":
+    if device in ("auto", "all"):
         return best_device()
     chosen = torch.device(device)
     if chosen.type == "cpu":
@@ -93,8 +93,8 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
                 "leave it out"
             )
         options["quantization_config"] = _int8_weights()
-    if config.device_map is not None:
-        options["device_map"] = config.device_map
+    if config.device == "all":
+        options["device_map"] = "auto"
     elif quantized and device.type != "cpu":  # many kinds cannot be moved once they are read
         options["device_map"] = {"": device}
     if "device_map" in options and importlib.util.find_spec("accelerate") is None:
@@ -116,7 +116,7 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
         )
     if "device_map" not in options and not (quantized and device.type == "cpu"):  # some kinds refuse even that
         model = model.to(device)
-    if any(parameter.device.type in ("meta", "cpu") for parameter in model.parameters()) and config.device_map:
+    if any(parameter.device.type in ("meta", "cpu") for parameter in model.parameters()) and config.device == "all":
         raise ModelLoadError(
             f"{config.model} does not fit in the memory of this machine's GPUs: use a smaller model, dtype='bfloat16' "
             "or quantization='int8'"

@@ -341,7 +341,7 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None = None) -> L
         CopySpecError: a package that the options need is not installed.
     """
     model = _read(config, on_progress)
-    draft = None if config.draft_model is None else _read(config.for_draft_model(), on_progress)
+    draft = None if config.draft is None else _read(config.of_draft(config.draft), on_progress)
     with _load_failures(config):
         beside = None if draft is None else (draft.model, draft.tokenizer)
         loaded = prepare(model.model, model.tokenizer, config, on_progress, beside)
@@ -440,13 +440,13 @@ def prepare(
 ) -> LoadedModel:
     """Make a model that is in memory ready to serve, with its draft model if there is one (see `load_model`)."""
     served = _check(model, config, on_progress)
-    if draft is None or served.reason is not None:
+    if config.draft is None or draft is None or served.reason is not None:
         return _ready(model, tokenizer, config, served, on_progress)
-    own = config.for_draft_model()
+    own = config.of_draft(config.draft)
     refuse_other_vocabulary(config.model, tokenizer, own.model, draft[1])
     beside = _check(draft[0], own, on_progress, decides=False)
     if beside.reason is not None:
-        raise UnsupportedModelError(f"Got draft_model={own.model!r} but it cannot draft: {beside.reason}")
+        raise UnsupportedModelError(f"Got draft={own.model!r} but it cannot draft: {beside.reason}")
     if beside.num_parameters >= served.num_parameters:
         logger.warning(
             "The draft model %s has %d weights and the model %d: its drafts cost more than they can save",
@@ -499,7 +499,7 @@ def _check(
 
 def _exact_widths(model: PreTrainedModel, config: EngineConfig, checked: Checked) -> tuple[int, ...]:
     """The widths that agree: those that a cost curve of the same model and machine was measured for, else tried."""
-    if config.step_cost is None and config.calibrate == "cached":
+    if config.step_cost == "measured":
         facts = _facts(model, config.model) | {"execution": checked.execution}
         for curve in calibration.kept_curves():
             widths = tuple(map(int, re.findall(r"\d+", curve.facts.get("exact", ""))))
@@ -531,7 +531,7 @@ def _ready(
     bytes_per_token = served.bytes_per_token
     num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
     runner: Runner = served.stateful or ModelRunner(model, num_slots, served.exact_widths, checked.execution)
-    step_cost, is_measured = config.step_cost or (), False
+    step_cost, is_measured = config.points or (), False
     if not step_cost and isinstance(runner, ModelRunner):
         is_measured = True
         with _phase("measure", "measuring", config, on_progress):
@@ -574,13 +574,13 @@ def _phase(phase: LoadPhase, doing: str, config: EngineConfig, on_progress: OnPr
 def _measured_cost(
     runner: ModelRunner, model: PreTrainedModel, config: EngineConfig, room: int, served: _Served
 ) -> Points:
-    """What passes cost here: from the cache, or measured and kept there (see `EngineConfig.calibrate`)."""
+    """What passes cost here: from the cache, or measured and kept there (see `EngineConfig.step_cost`)."""
     context = min(_CALIBRATION_CONTEXT, room // 2)
     measure = partial(runner.measure_step_cost, context, room)
     facts = _facts(model, config.model)
     facts |= {"context": str(context), "max_width": str(min(room - context, max(STEP_WIDTHS)))}
     facts |= {"execution": served.checked.execution, "exact": str(served.exact_widths)}
-    if config.calibrate == "always":
+    if config.step_cost == "remeasure":
         points = measure(budget_s=5.0)
         calibration.keep(facts, points)
         return points

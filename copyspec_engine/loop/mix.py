@@ -1,8 +1,8 @@
 """Copies and a draft model in one tree: who is asked before a pass, for how many tokens.
 
-A draft model costs passes of its own. With combine="tree" a row asks it for one more token as long as that is expected
+A draft model costs passes of its own. With "in-tree" a row asks it for one more token as long as that is expected
 to gain more than the time it takes, at the pace at which tokens come anyway: where copies are strong they cover what
-the draft model would say, so that it is not asked at all. "copy-first" and "draft-only" ask for a fixed number.
+the draft model would say, so that it is not asked at all. "after-copies" and "alone" ask for a fixed number.
 
 An answer's first token never waits for the draft model. What fails inside of it costs a request its draft model and
 nothing else.
@@ -31,7 +31,7 @@ __all__ = ["Combination"]
 logger = logging.getLogger(__name__)
 
 _MATCH = 0.5
-"""Copies that are right less often count as none with combine="copy-first": adaptive drafts hold guesses as well."""
+"""Copies that are right less often count as none with "after-copies": adaptive drafts hold guesses as well."""
 _HORIZON = 20
 """Steps over which reading what is missing has to pay, and as many as there were since it might have paid."""
 _MOST_FAILURES = 3
@@ -71,7 +71,7 @@ class _Writer:
 
     def start(self) -> None:
         """Nothing has been asked yet."""
-        is_fixed, eos = self.sequence.combine != "tree", self.sequence.eos_token_ids
+        is_fixed, eos = self.sequence.draft_model != "in-tree", self.sequence.eos_token_ids
         self.chain = DraftChain(self._copies, self._likely, self._most, self.known.survival, eos, is_fixed=is_fixed)
 
 
@@ -127,13 +127,13 @@ class Combination:
 
     def _writer(self, sequence: Sequence, draft: DraftTree, room: int) -> _Writer | None:
         """A request that may ask the draft model, or None."""
-        rule = sequence.combine
-        if rule == "copy-only" or not sequence.first_token_s or self.error is not None:
+        use = sequence.draft_model
+        if use == "never" or not sequence.first_token_s or self.error is not None:
             return None
         guessed = draft.probabilities
-        if rule == "copy-first" and len(guessed) and masses(draft, draft.reach(guessed))[0] < _MATCH:
+        if use == "after-copies" and len(guessed) and masses(draft, draft.reach(guessed))[0] < _MATCH:
             draft = DraftTree()
-        can_share = rule == "tree" and len(draft.probabilities)
+        can_share = use == "in-tree" and len(draft.probabilities)
         most = min(self._max_tokens, room - len(draft), self.draft_model.room(sequence))
         if most <= 0 or (len(draft) and not can_share):
             return None
@@ -240,7 +240,7 @@ class Combination:
             error,
             exc_info=error,
         )
-        sequence.combine = "copy-only"
+        sequence.draft_model = "never"
         self._known.pop(sequence, None)
         self.draft_model.drop(sequence)
         if self._failures >= _MOST_FAILURES:

@@ -19,7 +19,7 @@ from copyspec_engine.memory.store import Session
 from copyspec_engine.provenance.trail import CopyTrail
 from copyspec_engine.sampling.bans import Bans
 from copyspec_engine.sampling.token_counts import TokenCounts
-from copyspec_engine.values.config import Combine, DrafterConfig, GenerationRequest
+from copyspec_engine.values.config import DrafterConfig, DraftModelUse, GenerationRequest
 from copyspec_engine.values.outputs import (
     DraftStats,
     FinishReason,
@@ -88,8 +88,8 @@ class Sequence:
     """What the answer must look like."""
     reply: ReplyReader | None = None
     """Takes the answer apart, if the request asks for it."""
-    combine: Combine = "copy-only"
-    """How copies and the draft model go together; "copy-only" where there is none, or it failed."""
+    draft_model: DraftModelUse = "never"
+    """What the draft model is asked for; "never" where there is none, or it failed."""
 
     number: int = field(default_factory=itertools.count().__next__)
     """Its own, where the caller's request_id may come again."""

@@ -74,7 +74,8 @@ class EngineCore:
         draft_model = DraftModel(
             draft, self.model.runner.vocab_size, _PER_SESSION * config.max_sessions, config.max_prefill_tokens
         )
-        return Combination(draft_model, self.policy, self._cost, config.max_draft_model_tokens)
+        assert config.draft is not None
+        return Combination(draft_model, self.policy, self._cost, config.draft.max_tokens)
 
     def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
@@ -108,7 +109,7 @@ class EngineCore:
             assert sequence.memory is not None
             with sequence.memory.noting(sequence.texts):
                 sequence.drafter = self.policy.begin(
-                    NoDrafter() if sequence.combine == "draft-only" else sequence.drafting,
+                    sequence.drafting,
                     sequence.memory,
                     sequence.token_ids,
                     sequence.eos_token_ids,

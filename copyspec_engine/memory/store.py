@@ -29,6 +29,10 @@ __all__ = ["Pool", "Session", "SessionStore"]
 
 logger = logging.getLogger(__name__)
 
+_MAX_POOLS = 16
+_POOL_SHARE = 4
+"""A pool holds as much as so many sessions."""
+
 
 class Session:
     """One conversation: its own texts."""
@@ -89,10 +93,10 @@ class SessionStore:
         One that keeps no texts has a memory for this call only, and is not counted, saved or forgotten.
         """
         if session_id is None or not keep_texts:
-            return Session(SessionMemory(self._config.max_session_tokens), is_kept=session_id is not None)
+            return Session(SessionMemory(self._config.memory_tokens), is_kept=session_id is not None)
         session = self._sessions.pop(session_id, None)
         if session is None:
-            memory = SessionMemory(self._config.max_session_tokens)
+            memory = SessionMemory(self._config.memory_tokens)
             session = Session(self._restored(memory, _Owner(session_id)), is_kept=True)
         self._sessions[session_id] = session
         while len(self._sessions) > self._config.max_sessions:
@@ -107,7 +111,7 @@ class SessionStore:
             return None
         session = self._sessions[session_id]
         if session is None:
-            memory = SessionMemory(self._config.max_session_tokens)
+            memory = SessionMemory(self._config.memory_tokens)
             session = Session(self._restored(memory, _Owner(session_id)), is_kept=True)
             self._sessions[session_id] = session
         return session.memory
@@ -116,12 +120,12 @@ class SessionStore:
         """A session's part of a shared pool, through which it reads all of it; made when it is new."""
         pool = self._pools.pop(name, None)
         if pool is None:
-            pool = Pool(self._config.max_pool_tokens)
+            pool = Pool(_POOL_SHARE * self._config.memory_tokens)
             for owner in self._owners_if_readable():
                 if owner.pool == name:
                     self._open_part(pool, owner)
         self._pools[name] = pool
-        while len(self._pools) > self._config.max_pools:
+        while len(self._pools) > _MAX_POOLS:
             oldest = next(iter(self._pools))
             self._drop_pool(oldest)
             self._try_to_delete([owner for owner in self._owners_if_readable() if owner.pool == oldest])
@@ -131,7 +135,9 @@ class SessionStore:
         return pool.memories.get(session_id) or self._open_part(pool, _Owner(session_id, name))
 
     def _open_part(self, pool: Pool, owner: _Owner) -> SessionMemory:
-        memory = self._restored(SessionMemory(self._config.max_pool_tokens, pool.index, pool.recycled), owner)
+        memory = self._restored(
+            SessionMemory(_POOL_SHARE * self._config.memory_tokens, pool.index, pool.recycled), owner
+        )
         pool.memories[owner.session_id] = memory
         return memory
 

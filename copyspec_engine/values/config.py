@@ -9,9 +9,18 @@ import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BeforeValidator, Field, FiniteFloat, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from copyspec_engine.values.grammar import RequestedGrammar
 from copyspec_engine.values.options import Options as _Options
@@ -19,20 +28,25 @@ from copyspec_engine.values.options import explain_errors
 
 __all__ = [
     "AdaptiveDrafter",
-    "Combine",
     "CopySpecDrafter",
+    "DraftModel",
+    "DraftModelDrafter",
+    "DraftModelUse",
     "DrafterConfig",
     "EngineConfig",
     "GenerationRequest",
     "NoDrafter",
+    "Points",
     "Prediction",
     "SamplingParams",
-    "drafter_from_name",
     "explain_errors",
 ]
 
 BUNDLED_MODEL = "bundled"
 DEFAULT_MODEL = "smollm2"
+
+DraftModelUse = Literal["in-tree", "after-copies", "alone", "never"]
+"""What a drafter asks the engine's draft model for."""
 
 
 class AdaptiveDrafter(_Options):
@@ -44,6 +58,10 @@ class AdaptiveDrafter(_Options):
     recycle: bool = False
     """Also draft tokens that the model itself held likely behind the same one or two tokens earlier in the
     conversation, where verifying is cheap; for text that can be copied from nowhere."""
+    draft_model: Literal["in-tree", "after-copies", "never"] = "in-tree"
+    """What the engine's draft model does, if it has one. "in-tree": it writes into the same draft, each token as far as
+    it is worth its time, its own passes included. "after-copies": it writes `DraftModel.max_tokens` where no copy is
+    more likely right than wrong (the rule of arXiv 2502.08923). "never": nothing."""
 
 
 class CopySpecDrafter(_Options):
@@ -54,12 +72,31 @@ class CopySpecDrafter(_Options):
     """Tokens that must match before copying starts (the paper's gamma)."""
     block: int = Field(default=10, ge=1, le=1024)
     """Tokens drafted after each match."""
+    draft_model: Literal["after-copies", "never"] = "after-copies"
+    """What the engine's draft model does, if it has one. "after-copies": it writes `DraftModel.max_tokens` where
+    nothing matches. "never": nothing."""
+
+
+class DraftModelDrafter(_Options):
+    """Speculative decoding: the draft model writes `DraftModel.max_tokens` before each pass, and nothing is copied."""
+
+    name: Literal["draft-model"] = "draft-model"
+    draft_model: ClassVar[Literal["alone"]] = "alone"
 
 
 class NoDrafter(_Options):
     """Plain decoding: one token per forward pass."""
 
     name: Literal["none"] = "none"
+    draft_model: ClassVar[Literal["never"]] = "never"
+
+
+_DRAFTERS = {
+    "adaptive": AdaptiveDrafter,
+    "copyspec": CopySpecDrafter,
+    "draft-model": DraftModelDrafter,
+    "none": NoDrafter,
+}
 
 
 def _as_texts(value: object) -> object:
@@ -67,28 +104,78 @@ def _as_texts(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-def drafter_from_name(value: object) -> object:
-    """The drafter with default options for one of the names "adaptive", "copyspec" and "none"; else `value`."""
+def _drafter_from_name(value: object) -> object:
+    """The drafter with default options for its name; anything else as it is."""
     if not isinstance(value, str):
         return value
-    kinds = {"adaptive": AdaptiveDrafter, "copyspec": CopySpecDrafter, "none": NoDrafter}
-    if value not in kinds:
-        raise ValueError(f"one of {', '.join(sorted(kinds))}")
-    return kinds[value]()
+    if value not in _DRAFTERS:
+        raise ValueError(f"one of {', '.join(_DRAFTERS)}")
+    return _DRAFTERS[value]()
 
 
 DrafterConfig = Annotated[
-    Annotated[AdaptiveDrafter | CopySpecDrafter | NoDrafter, Field(discriminator="name")],
-    BeforeValidator(drafter_from_name),
+    Annotated[AdaptiveDrafter | CopySpecDrafter | DraftModelDrafter | NoDrafter, Field(discriminator="name")],
+    BeforeValidator(_drafter_from_name),
 ]
 """A drafter object, or its name as a string."""
 
 
-Combine = Literal["tree", "copy-first", "draft-only", "copy-only"]
-"""How copies and a draft model go together. "tree": in one draft, each token as far as it is worth its time, the draft
-model's own passes included. "copy-first": a copy where one is more likely right than wrong, else
-`max_draft_model_tokens` of the draft model (arXiv 2502.08923). "draft-only": speculative decoding, without copies.
-"copy-only": without the draft model."""
+def _checked_points(value: object) -> Points | None:
+    """(tokens, seconds) pairs that ascend."""
+    if value is None:
+        return None
+    try:
+        points = _POINTS.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"(tokens, seconds) pairs: {error.errors()[0]['msg']}") from None
+    widths, seconds = [width for width, _ in points], [second for _, second in points]
+    ascending = widths == sorted(set(widths)) and seconds == sorted(seconds)
+    if len(points) < 2 or widths[0] != 1 or not ascending or seconds[0] <= 0:
+        raise ValueError(
+            "at least two (tokens, seconds) pairs in ascending order, starting at 1 token, with positive seconds"
+        )
+    return points
+
+
+def _checked_cost(value: object) -> object:
+    if isinstance(value, str) and value not in ("measured", "remeasure"):
+        raise ValueError("'measured', 'remeasure' or (tokens, seconds) pairs")
+    return value if isinstance(value, str) else _checked_points(value)
+
+
+Points = tuple[tuple[int, FiniteFloat], ...]
+"""(tokens in a pass, seconds), ascending in both, from 1 token up; at least two."""
+_POINTS: TypeAdapter[Points] = TypeAdapter(Points)
+
+
+def _checked_device(device: str | None) -> str | None:
+    if device is not None and not re.fullmatch(r"auto|all|cpu|mps|(cuda|xpu)(:\d+)?", device):
+        raise ValueError("auto, all, cpu, cuda, cuda:N, mps, xpu or xpu:N")
+    return device
+
+
+class DraftModel(_Options):
+    """A smaller decoder with the same vocabulary, which drafts where copying cannot.
+
+    Its name is given first and without a keyword: DraftModel("Qwen/Qwen2.5-0.5B-Instruct", max_tokens=5). It is loaded
+    with the `dtype` of the model, and has as many KV slots.
+    """
+
+    name: str = Field(min_length=1)
+    """A model, as `EngineConfig.model`."""
+    max_tokens: int = Field(default=5, ge=1, le=64)
+    """Tokens that it writes before a pass of the model; with AdaptiveDrafter(draft_model="in-tree") at most."""
+    device: Annotated[str | None, AfterValidator(_checked_device)] = None
+    """Where it goes, as `EngineConfig.device`; default: where the model goes."""
+    step_cost: Annotated[Points | None, BeforeValidator(_checked_points)] = None
+    """What its passes cost, as `EngineConfig.step_cost` and in the same unit; both are given, or both measured."""
+
+    def __init__(self, name: str | None = None, /, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
+        super().__init__(**options if name is None else {"name": name, **options})
+
+
+def _draft_model_of_name(value: object) -> object:
+    return DraftModel(value) if isinstance(value, str) else value
 
 
 def _predicted_text(value: object) -> object:
@@ -123,9 +210,10 @@ class EngineConfig(_Options):
     weights are bfloat16 and the package's are rounded to about four bits (GGUF Q4_1), so that they write different
     texts: `EngineInfo.model_source` says which are loaded, and the path of a file or the full name on the hub names
     one of them for good."""
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_checked_device)] = "auto"
     """"auto" takes the first GPU if there is one (CUDA or ROCm as "cuda", Apple's as "mps", Intel's as "xpu"), else the
-    CPU; or "cpu", "cuda", "cuda:1", "mps", "xpu". ROCm, MPS and XPU were not run yet; what a model computes there is
+    CPU; or "cpu", "cuda", "cuda:1", "mps", "xpu". "all" spreads the layers over all GPUs of this machine, for models
+    that do not fit on one (extra "multi-gpu"). ROCm, MPS and XPU were not run yet; what a model computes there is
     compared with its own logits as it loads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU. In half precision the last norm and the head
@@ -142,8 +230,6 @@ class EngineConfig(_Options):
     is refused with `EngineBusyError` if it used `Engine.submit`."""
     max_prefill_tokens: int = Field(default=512, ge=1)
     """Prompt tokens read in one forward pass, of all requests together, so that a long prompt does not stall others."""
-    cache_salt: str | None = Field(default=None, min_length=1)
-    """The `cache_salt` of requests that name none."""
     exact: bool = False
     """Give a token the same bits, logits and KV, whatever runs beside its request, whether it is decoded, drafted on
     any branch or read with a prompt, and whether KV is reused or computed anew: drafting changes no token in any dtype,
@@ -152,22 +238,15 @@ class EngineConfig(_Options):
 
     It holds for one model on one machine with one number of threads and one version of torch; other ones have other
     bits. At the first load passes of 4 to 64 tokens are tried, those that agree are used and kept beside the measured
-    cost (see `calibrate`), and where none do `UnsupportedModelError` is raised. Where it was measured (2 cores, AVX512,
+    cost (see `step_cost`), and where none do `UnsupportedModelError` is raised. Where it was measured (2 cores, AVX512,
     SmolLM2-135M behind 300 tokens) all agree: a pass of one token takes 1.4 times (float32) to 1.5 times (bfloat16) as
     long, one of 64 tokens in a chain 1.1 to 1.3 times; batches and draft trees take 1.5 to 1.65 times. A step of more
     than 64 tokens takes several passes, and a draft has no more than 63. On a GPU passes run without graphs."""
     drafter: DrafterConfig = AdaptiveDrafter()
-    """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec" or "none"."""
-    draft_model: str | None = Field(default=None, min_length=1)
-    """A smaller decoder with the same vocabulary, named as `model`, which drafts where copying cannot; it is
-    loaded with the `dtype` and on the `device` of the model, and has as many KV slots. Default: none."""
-    draft_model_device: str | None = None
-    """Where the draft model goes, as `device`; default: where the model goes."""
-    max_draft_model_tokens: int = Field(default=5, ge=1, le=64)
-    """Tokens that the draft model writes before a pass; with combine="tree" at most."""
-    combine: Combine = "tree"
-    """How copies and the draft model go together, unless a request says otherwise; drafter="none" is plain decoding in
-    any case. Blocks of drafter="copyspec" stand alone with "tree" too."""
+    """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec", "draft-model" or
+    "none". The first two use the draft model too, if there is one."""
+    draft: Annotated[DraftModel | None, BeforeValidator(_draft_model_of_name)] = None
+    """A smaller model that drafts where copying cannot: a `DraftModel`, or its name as a string. Default: none."""
     keep_token_ids: bool = True
     """Spell what a session has said with the very token ids that were read and sampled, so that its KV is reused up to
     the end. A model may spell a text otherwise than its tokenizer, and read its own spelling otherwise: the same
@@ -176,29 +255,23 @@ class EngineConfig(_Options):
     first token that was spelled otherwise."""
     max_sessions: int = Field(default=256, ge=1)
     """Conversations remembered, on disk too; the least recently used one is forgotten first."""
-    max_session_tokens: int = Field(default=1_000_000, ge=4096)
-    """Tokens that one conversation's memory may hold, about 50 bytes each; texts not used for long go first."""
-    max_pools: int = Field(default=16, ge=1)
-    """Shared pools remembered, on disk too; the least recently used one is forgotten first."""
-    max_pool_tokens: int = Field(default=4_000_000, ge=4096)
-    """Tokens that one shared pool may hold, about 50 bytes each; texts not used for long go first."""
+    memory_tokens: int = Field(default=1_000_000, ge=4096)
+    """Tokens that one conversation's memory may hold, about 50 bytes each; texts not used for long go first. A shared
+    pool may hold four times as many, and there are up to 16 of them, of which the least recently used one is forgotten
+    first."""
     memory_path: str | None = Field(default=None, min_length=1)
     """A file that keeps the texts of sessions and pools over restarts, for one engine at a time; it is made if there is
     none, and "~" is the home folder. A file that is damaged, or of another tokenizer or chat template, is refused: the
     engine goes on without it and says why in `Engine.info`. Default: texts live in memory only."""
-    step_cost: tuple[tuple[int, FiniteFloat], ...] | None = None
-    """(tokens in a verify pass, relative or absolute seconds), ascending; default: measured, see `calibrate`."""
-    draft_model_step_cost: tuple[tuple[int, FiniteFloat], ...] | None = None
-    """The same for passes of the draft model, in the same unit; both are given, or both measured."""
-    calibrate: Literal["cached", "always"] = "cached"
-    """Where `step_cost` is not given: "cached" measures it at the first load of a model on a device, keeps it under
-    COPYSPEC_CACHE_DIR (default: the user's cache folder) and only checks it later; "always" takes seconds each time.
-    What was measured is corrected by every decoding step (`EngineMetrics.step_cost`); what is given stays as it is."""
+    step_cost: Annotated[Points | Literal["measured", "remeasure"], BeforeValidator(_checked_cost)] = "measured"
+    """What a forward pass costs, by which drafts are sized. "measured": it is measured at a model's first load on a
+    device, kept under COPYSPEC_CACHE_DIR (default: the user's cache folder) and only checked later; "remeasure": it is
+    measured at this load, which takes seconds. What was measured is corrected by every decoding step
+    (`EngineMetrics.step_cost`). Or (tokens in a pass, seconds or any other unit) pairs, ascending, which stay as they
+    are."""
     quantization: Literal["int8"] | None = None
     """"int8" rounds the weights of linear layers to 8 bits while they are read: half of bfloat16's memory, and other
     answers than the full weights give. A checkpoint that is quantized already is served as it is, without this."""
-    device_map: Literal["auto"] | None = None
-    """"auto" spreads the layers over all GPUs of this machine, for models that do not fit on one."""
     compile_layers: bool = True
     """On a GPU, fuse what stands between matrix products with torch.compile: faster steps, and a slower first load.
     Where that fails the layers run as they are, and `Engine.info` says why."""
@@ -213,13 +286,6 @@ class EngineConfig(_Options):
     """Where the chat template leaves out tools, or earlier calls and their results, write them into the messages;
     False: refuse them. `EngineInfo.tool_calling` says which way it is."""
 
-    @field_validator("device", "draft_model_device")
-    @classmethod
-    def _check_device(cls, device: str | None) -> str | None:
-        if device is not None and not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
-            raise ValueError("auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
-        return device
-
     @field_validator("memory_path")
     @classmethod
     def _expand_home(cls, path: str | None) -> str | None:
@@ -233,51 +299,30 @@ class EngineConfig(_Options):
         return given
 
     @model_validator(mode="after")
-    def _check_device_map(self) -> EngineConfig:
-        if self.device_map is not None and self.device != "auto":
+    def _check_draft(self) -> EngineConfig:
+        if self.draft is None:
+            if isinstance(self.drafter, DraftModelDrafter):
+                raise ValueError("Got drafter='draft-model' without a draft model: set draft")
+        elif (self.points is None) != (self.draft.step_cost is None):
             raise ValueError(
-                f"Got device={self.device!r} with device_map={self.device_map!r} but expected one of them: a device "
-                "map takes all GPUs"
+                "Got one of EngineConfig(step_cost=...) and DraftModel(step_cost=...) but expected both, in one unit, "
+                "or neither"
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_draft_model(self) -> EngineConfig:
-        names = ("draft_model_device", "max_draft_model_tokens", "combine", "draft_model_step_cost")
-        given = {name: getattr(self, name) for name in names if name in self.model_fields_set}
-        lost = next((name for name, value in given.items() if value not in (None, "copy-only")), None)
-        if self.draft_model is None and lost is not None:
-            raise ValueError(f"Got {lost}={given[lost]!r} without a draft model: set draft_model")
-        if self.draft_model is not None and (self.step_cost is None) != (self.draft_model_step_cost is None):
-            raise ValueError(
-                "Got one of step_cost and draft_model_step_cost but expected both, in one unit, or neither"
-            )
-        return self
+    @property
+    def points(self) -> Points | None:
+        """`step_cost` where it was given; None where it is to be measured."""
+        return None if isinstance(self.step_cost, str) else self.step_cost
 
-    @model_validator(mode="after")
-    def _check_step_cost(self) -> EngineConfig:
-        for name in ("step_cost", "draft_model_step_cost"):
-            points = getattr(self, name)
-            if points is None:
-                continue
-            widths, seconds = [width for width, _ in points], [second for _, second in points]
-            ascending = widths == sorted(set(widths)) and seconds == sorted(seconds)
-            if len(points) < 2 or widths[0] != 1 or not ascending or seconds[0] <= 0:
-                raise ValueError(
-                    f"Got {name}={points!r} but expected at least two (tokens, seconds) pairs in ascending order, "
-                    "starting at 1 token, with positive seconds"
-                )
-        return self
-
-    def for_draft_model(self) -> EngineConfig:
+    def of_draft(self, draft: DraftModel) -> EngineConfig:
         """The config under which the draft model is loaded."""
         return EngineConfig(
-            model=self.draft_model or BUNDLED_MODEL,
-            device=self.draft_model_device or self.device,
+            model=draft.name,
+            device=draft.device or ("auto" if self.device == "all" else self.device),
             dtype=self.dtype,
             max_model_len=self.max_model_len,
-            step_cost=self.draft_model_step_cost,
-            calibrate=self.calibrate,
+            step_cost=draft.step_cost or self.step_cost,
             compile_layers=self.compile_layers,
             trust_remote_code=self.trust_remote_code,
             generation_config="ignore",  # what it writes is only a guess
@@ -448,8 +493,6 @@ class GenerationRequest(_Options):
     The answer ends where its grammar does; one cut short by max_tokens or a stop text may be incomplete."""
     drafter: DrafterConfig | None = None
     """Overrides the engine's drafter for this call."""
-    combine: Combine | None = None
-    """Overrides the engine's `combine` for this call; only where the engine has a draft model."""
     cache_salt: str | None = Field(default=None, min_length=1)
     """Calls with the same salt share the KV of what their prompts have in common, across sessions. From the time of a
     first token one can tell what others with that salt have asked; default: KV is reused within a session only."""

@@ -15,15 +15,21 @@ _NAMES = {
     "model": "model_name model_id model_path model_name_or_path pretrained_model_name_or_path repo_id checkpoint",
     "dtype": "torch_dtype precision data_type",
     "device": "n_gpu_layers num_gpu gpu_layers use_gpu device_id",
-    "device_map": "tensor_parallel_size num_gpus tensor_split main_gpu",
+    'device="all"': "device_map tensor_parallel_size num_gpus tensor_split main_gpu",
     'quantization="int8"': "load_in_8bit load_in_4bit quantization_config quantize quantization_bit",
     "max_model_len": "num_ctx n_ctx context_window context_size context_length max_context_length max_seq_len "
     "max_seq_length max_model_length model_max_length max_position_embeddings max_input_tokens max_total_tokens",
     "kv_cache_tokens": "gpu_memory_utilization kv_cache_size max_cache_len num_gpu_blocks",
     "max_running": "max_num_seqs max_batch_size batch_size n_parallel num_parallel",
     "max_prefill_tokens": "max_num_batched_tokens n_batch num_batch prefill_chunk_size",
-    "draft_model": "assistant_model speculative_model draft_model_name",
-    "max_draft_model_tokens": "num_speculative_tokens num_assistant_tokens draft_max",
+    "draft": "draft_model assistant_model speculative_model draft_model_name",
+    "draft=DraftModel(name, max_tokens=...)": "max_draft_model_tokens num_speculative_tokens num_assistant_tokens "
+    "draft_max",
+    "draft=DraftModel(name, device=...)": "draft_model_device",
+    "draft=DraftModel(name, step_cost=...)": "draft_model_step_cost",
+    "drafter=AdaptiveDrafter(draft_model=...)": "combine",
+    "memory_tokens": "max_session_tokens max_pool_tokens max_pools",
+    'step_cost="remeasure"': "calibrate",
     "max_draft_tokens": "prompt_lookup_num_tokens num_draft_tokens",
     "max_tokens": "max_new_tokens max_length max_completion_tokens max_output_tokens max_tokens_to_sample max_gen_len "
     "max_gen_tokens num_predict n_predict num_output num_tokens n_tokens output_tokens",
@@ -132,6 +138,8 @@ def _paths(name: str, value: str, owner: type[BaseModel], depth: int) -> Iterato
     """How `value` of option `name` is set in an object `depth` steps below the owner."""
     for field, info in owner.model_fields.items():
         for kind in _models(info.annotation):
+            if any(other.is_required() for other in kind.model_fields.values()):
+                continue  # which would have to be given too
             inner = [value] if depth == 1 and name in kind.model_fields else []
             if depth > 1:
                 inner += _paths(name, value, kind, depth - 1)

@@ -85,5 +85,6 @@ def _shown(value: object) -> str:
 
 
 def _homes() -> list[type[BaseModel]]:
-    """All options that a caller may set, those of engine, sampling and requests first."""
-    return [kind for module in _MODULES for kind in Options.__subclasses__() if kind.__module__ == module]
+    """All options that a caller may set; last those that cannot be set without others."""
+    kinds = [kind for module in _MODULES for kind in Options.__subclasses__() if kind.__module__ == module]
+    return sorted(kinds, key=lambda kind: any(field.is_required() for field in kind.model_fields.values()))

@@ -105,12 +105,13 @@ def test_a_salt_shares_the_kv_of_a_common_beginning_and_nothing_else_does(make_e
 
 
 def test_parallel_branches_share_their_beginning(make_engine: MakeEngine) -> None:
-    engine = make_engine("llama", cache_salt="app")
-    first = run(engine, PROMPT, "none")
+    engine = make_engine("llama")
+    first = run(engine, PROMPT, "none", None, {"cache_salt": "app"})
     endings = [ids_of(f" and {i}") for i in range(5)]
     alone = [run(engine, (*PROMPT, *ending), "none", None, {"cache_salt": "fresh"}) for ending in endings]
     used = engine._core.pool.num_slots - engine._core.pool.num_free
-    handles = [submit(engine, (*PROMPT, *ending), "adaptive", sampling={"max_tokens": 48}) for ending in endings]
+    options: dict[str, Any] = {"cache_salt": "app", "sampling": {"max_tokens": 48}}
+    handles = [submit(engine, (*PROMPT, *ending), "adaptive", **options) for ending in endings]
     outputs = [handle.result() for handle in handles]
     assert all(same_answer(a, b) for a, b in zip(alone, outputs, strict=True))
     assert all(output.usage.cached_tokens >= len(PROMPT) - 1 for output in outputs)

@@ -40,8 +40,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     for device, says in (("xpu:2", "shows 2 XPU devices"), ("mps", "0 MPS devices"), ("cuda", "0 CUDA devices")):
         with pytest.raises(ModelLoadError, match=f"Got device='{device}' but this machine (shows )?.*{says}"):
             resolve_device(EngineConfig(device=device))
-    with pytest.raises(ModelLoadError, match="device_map='auto' but this machine shows no CUDA devices"):
-        resolve_device(EngineConfig(device_map="auto"))
+    with pytest.raises(ModelLoadError, match="device='all' but this machine shows no CUDA devices"):
+        resolve_device(EngineConfig(device="all"))
     with pytest.raises(ConfigError, match="expected auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"):
         EngineConfig(device="tpu")
 

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from copyspec_engine import (
-    ConfigError,
     CopySpecError,
     Engine,
     EngineConfig,
@@ -82,18 +81,13 @@ def test_a_package_that_is_not_there_is_named(folder: str, monkeypatch: pytest.M
     monkeypatch.setattr(checkpoint, "device_count", lambda _kind: 2)
     monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device("cuda"))
     with pytest.raises(CopySpecError, match=r'accelerate is not installed\. Run: pip install "copyspec\[multi-gpu\]"'):
-        load_model(EngineConfig(model=folder, device_map="auto"))
+        load_model(EngineConfig(model=folder, device="all"))
 
 
-def test_a_device_map_without_gpus_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_devices_without_gpus_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "device_count", lambda _kind: 0)
-    with pytest.raises(ModelLoadError, match="device_map='auto' but this machine shows no CUDA devices"):
-        load_model(EngineConfig(model=folder, device_map="auto"))
-
-
-def test_a_device_map_and_a_device_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="Got device='cuda:1' with device_map='auto'"):
-        EngineConfig(device="cuda:1", device_map="auto")
+    with pytest.raises(ModelLoadError, match="device='all' but this machine shows no CUDA devices"):
+        load_model(EngineConfig(model=folder, device="all"))
 
 
 def test_each_layer_keeps_its_kv_and_looks_at_it_on_its_own_device() -> None:

@@ -283,15 +283,14 @@ def test_costs_are_measured_at_the_first_load_and_checked_at_later_ones(measured
 
 
 def test_costs_are_measured_with_care_and_kept_if_asked_for(measured: list[float]) -> None:
-    first, second = step_cost(), step_cost(calibrate="always")
+    first, second = step_cost(), step_cost(step_cost="remeasure")
     assert first != second
     assert step_cost() == second
     assert measured == [1.0, 5.0, 0.1]
 
 
 def test_given_costs_are_used_and_leave_the_cache_alone(measured: list[float], tmp_path: Path) -> None:
-    for calibrate in ("cached", "always"):
-        assert step_cost(step_cost=STEP_COST, calibrate=calibrate) == STEP_COST
+    assert step_cost(step_cost=STEP_COST) == STEP_COST
     assert not measured
     assert not (tmp_path / "cache").exists()
 

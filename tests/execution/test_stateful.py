@@ -158,7 +158,7 @@ def test_a_state_that_does_not_go_on_right_is_refused() -> None:
 
 
 def test_a_model_without_drafting_is_not_measured(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
-    engine = make_engine("jamba", step_cost=None)
+    engine = make_engine("jamba", step_cost="measured")
     assert engine.info.step_cost == ()
     assert engine.info.kv_bytes_per_token == 2 * 2 * 12 * 4  # one attention layer of two
     with caplog.at_level(logging.INFO):

@@ -277,26 +277,26 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "writer", "rule"),
+    ("words", "writer", "use"),
     [
-        ((), "tree", "tree"),
-        (("--gamma", "3"), "copy-first", "copy-first"),
-        (("--no-use-copy",), "draft-only", "draft-only"),
-        (("--combine", "copy-only"), "adaptive", "copy-only"),
+        ((), "adaptive", "in-tree"),
+        (("--gamma", "3"), "copyspec", "after-copies"),
+        (("--no-use-copy",), "draft-model", None),
+        (("--draft-use", "never"), "adaptive", "never"),
     ],
 )
 def test_a_draft_model_takes_part(
-    draft_model: Path, tmp_path: Path, words: tuple[str, ...], writer: str, rule: str
+    draft_model: Path, tmp_path: Path, words: tuple[str, ...], writer: str, use: str | None
 ) -> None:
     options = ("--draft-path", draft_model, "--delta", "3", "--data", "sample", "--limit", "1", "--max-new-token", "24")
     output = passed("mt-redundant", *options, *words, "--output", tmp_path)
     assert "identical outputs: 1/1" in output
     facts = RunFolder(tmp_path).facts()
-    assert (facts.drafter, facts.drafter_options["combine"], facts.drafter_options["delta"]) == (writer, rule, 3)
+    assert (facts.drafter, facts.drafter_options.get("draft_model"), facts.drafter_options["delta"]) == (writer, use, 3)
     records = written(tmp_path)
     assert {record.writer for record in records} == {writer, "none"}
     (row,) = [r for r in json.loads((tmp_path / "summary.json").read_text())["rows"] if r["turn"] == "all"]
-    if rule == "draft-only":
+    if writer == "draft-model":
         assert row["copied_share"] == 0
         assert max(length for record in records for length in record.draft_lengths) == 3
     else:
@@ -305,17 +305,20 @@ def test_a_draft_model_takes_part(
 
 BAD = [
     (("mt-bench", "--gamma", "3", "--drafter", "adaptive"), "options of the paper's algorithm"),
-    (("mt-bench", "--no-use-copy", "--gamma", "3"), "--no-use-copy with a drafter"),
+    (("mt-bench", "--no-use-copy", "--gamma", "3"), "--no-use-copy with a drafter that copies"),
     (("mt-bench", "--gamma", "0"), "min_match_tokens=0"),
     (("gsm8k", "--use-redundant"), "option of mt-bench"),
     (("gsm8k", "--drafter", "adaptive", "adaptive"), "--drafter adaptive adaptive"),
     (("gsm8k", "--drafter", "adaptive", "none"), "plain decoding stands beside them"),
-    (("gsm8k", "--drafter", "adaptive", "copyspec", "--draft-path", "m"), "--draft-path with several drafters"),
+    (("gsm8k", "--drafter", "draft-model"), "--drafter draft-model without a draft model"),
     (("gsm8k", "--replay", "x", "--peer", "generate"), "--peer with --replay"),
     (("gsm8k", "--delta", "3"), "--delta 3 without a draft model"),
-    (("gsm8k", "--combine", "tree"), "--combine tree without a draft model"),
+    (("gsm8k", "--draft-use", "in-tree"), "--draft-use in-tree without a draft model"),
     (("gsm8k", "--draft-path", "m", "--drafter", "none"), "--draft-path with --drafter none"),
-    (("gsm8k", "--draft-path", "m", "--no-use-copy", "--combine", "tree"), "--no-use-copy with --combine tree"),
+    (
+        ("gsm8k", "--draft-path", "m", "--no-use-copy", "--draft-use", "in-tree"),
+        "--no-use-copy with a drafter that copies",
+    ),
     (("mt-bench", "--replay", "x", "--draft-path", "m"), "--draft-path with --replay"),
     (("mt-bench", "--replay", "x", "--device", "cpu"), "--device or --dtype with --replay"),
     (("mt-bench", "--no-use-copy", "--plain"), "--plain with plain decoding"),

@@ -18,6 +18,9 @@ from copyspec_engine import (
     AdaptiveDrafter,
     ConfigError,
     CopySpecDrafter,
+    DrafterConfig,
+    DraftModel,
+    DraftModelDrafter,
     Engine,
     EngineConfig,
     GenerationOutput,
@@ -32,11 +35,18 @@ from copyspec_engine.execution import runner as model_runner_module
 from copyspec_engine.execution.runner import load_model, prepare
 from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.values.config import DraftModelUse
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
 from tests.drafting.test_live_cost import watched_cost
 from tests.loop.test_lossless import PROMPT, ids_of, run, same_answer
 
-RULES = ("copy-only", "draft-only", "copy-first", "tree")
+USES: dict[DraftModelUse, DrafterConfig] = {
+    "never": AdaptiveDrafter(draft_model="never"),
+    "alone": DraftModelDrafter(),
+    "after-copies": AdaptiveDrafter(draft_model="after-copies"),
+    "in-tree": AdaptiveDrafter(),
+}
+"""What a draft model may be asked for, and the drafter that asks for it."""
 CHEAP = ((1, 0.1), (64, 0.2))
 """What passes of the draft model cost, where a pass of the model costs 1."""
 MakeDrafted = Callable[..., Engine]
@@ -54,14 +64,14 @@ def perturbed(noise: float) -> PreTrainedModel:
 
 @pytest.fixture
 def make_drafted() -> Iterator[MakeDrafted]:
-    """make_drafted(draft, **options) -> an engine over a tiny random model with a draft model."""
+    """make_drafted(small, **options) -> an engine over a tiny random model with a draft model."""
     engines: list[Engine] = []
 
-    def make(draft: PreTrainedModel | None = None, name: str = "llama", **options: Any) -> Engine:
-        defaults = {"model": name, "draft_model": "draft", "step_cost": STEP_COST, "draft_model_step_cost": CHEAP}
+    def make(small: PreTrainedModel | None = None, name: str = "llama", **options: Any) -> Engine:
+        defaults = {"model": name, "draft": DraftModel("draft", step_cost=CHEAP), "step_cost": STEP_COST}
         config = EngineConfig(**{**defaults, **options})
-        small = build_model("llama") if draft is None else draft
-        loaded = prepare(build_model(name), ByteTokenizer(), config, draft=(small, ByteTokenizer()))
+        draft = small or build_model("llama"), ByteTokenizer()
+        loaded = prepare(build_model(name), ByteTokenizer(), config, draft=draft)
         engines.append(Engine(config, model=loaded))
         return engines[-1]
 
@@ -92,13 +102,13 @@ def by_source(output: GenerationOutput) -> dict[str, int]:
 
 
 def test_a_draft_model_has_a_cost_of_its_own(make_drafted: MakeDrafted) -> None:
-    engine = make_drafted(perturbed(0.02), step_cost=None, draft_model_step_cost=None)
+    engine = make_drafted(perturbed(0.02), step_cost="measured", draft="draft")
     combination = engine._core.combination
     assert combination is not None
     steps, passes = watched_cost(engine._core._cost), watched_cost(combination._own_cost)
-    plain = run(engine, PROMPT, "none", None, {"combine": "copy-only"}, max_tokens=40)
+    plain = run(engine, PROMPT, "none", max_tokens=40)
     del steps[:]
-    drafted = run(engine, PROMPT, "adaptive", None, {"combine": "draft-only"}, max_tokens=40)
+    drafted = run(engine, PROMPT, "draft-model", max_tokens=40)
     assert same_answer(plain, drafted)
     assert len(passes) == combination.draft_model.num_passes > 10
     assert sum(width for width, _ in passes) == combination.draft_model.num_tokens_read
@@ -106,8 +116,8 @@ def test_a_draft_model_has_a_cost_of_its_own(make_drafted: MakeDrafted) -> None:
     assert len(steps) == drafted.draft_stats.num_forward_passes - 1
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, rule: str) -> None:
+@pytest.mark.parametrize("use", USES)
+def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, use: DraftModelUse) -> None:
     engine = make_drafted(perturbed(0.02), max_prefill_tokens=64)
     draft, read = engine._model.draft, []
     assert draft is not None
@@ -122,14 +132,14 @@ def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, r
     for turn in range(3):
         del read[:]
         plain = run(engine, prompt, "none")
-        drafted = run(engine, prompt, "adaptive", "chat", {"combine": rule})
+        drafted = run(engine, prompt, USES[use], "chat")
         assert same_answer(plain, drafted)
         assert max(read, default=0) <= 64
-        if rule == "draft-only":
+        if use == "alone":
             new = len(prompt) if turn == 0 else 15 + 48
             assert new <= sum(read) < new + 3 * 48
         prompt = (*prompt, *drafted.token_ids, *ids_of(" the cat sat on"))
-    assert (not read) == (rule == "copy-only")
+    assert (not read) == (use == "never")
     engine.forget("chat")
     assert_no_draft_rows_left(engine)
     assert engine._core.combination is not None
@@ -138,12 +148,12 @@ def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, r
 
 def test_exact_mode_goes_on_working(make_drafted: MakeDrafted) -> None:
     engine = make_drafted(exact=True)
-    for rule in RULES:
+    for use in USES:
         for sampling in ({}, {"temperature": 0.05, "seed": 5}):
             plain = run(engine, PROMPT, "none", **sampling)
-            drafted = run(engine, PROMPT, "adaptive", options={"combine": rule}, **sampling)
+            drafted = run(engine, PROMPT, USES[use], **sampling)
             assert same_answer(plain, drafted)
-            assert (by_source(drafted).get("draft_model", 0) > 0) == (rule != "copy-only")
+            assert (by_source(drafted).get("draft_model", 0) > 0) == (use != "never")
     assert_no_draft_rows_left(engine)
 
 
@@ -152,25 +162,22 @@ def test_exact_mode_goes_on_working(make_drafted: MakeDrafted) -> None:
 
 def test_one_engine_decodes_in_five_ways(make_drafted: MakeDrafted) -> None:
     engine = make_drafted()
-    used = {
-        rule: by_source(run(engine, PROMPT, AdaptiveDrafter(), options={"combine": rule}, max_tokens=100))
-        for rule in RULES
-    }
-    assert "draft_model" not in used["copy-only"]
-    assert used["draft-only"].keys() == {"draft_model"}
-    assert used["copy-first"].keys() > {"draft_model"}
-    assert used["tree"].keys() >= {"draft_model"}, "one that never errs may be better than every copy"
-    assert not by_source(run(engine, PROMPT, "none", options={"combine": "draft-only"}))
-    assert run(engine, PROMPT, "none", options={"combine": "tree"}).tokens_per_forward == 1
+    used = {use: by_source(run(engine, PROMPT, drafter, max_tokens=100)) for use, drafter in USES.items()}
+    assert "draft_model" not in used["never"]
+    assert used["alone"].keys() == {"draft_model"}
+    assert used["after-copies"].keys() > {"draft_model"}
+    assert used["in-tree"].keys() >= {"draft_model"}, "one that never errs may be better than every copy"
+    assert not by_source(run(engine, PROMPT, "none"))
+    assert run(engine, PROMPT, "none").tokens_per_forward == 1
 
 
-@pytest.mark.parametrize("drafter", [AdaptiveDrafter(), CopySpecDrafter()])
+@pytest.mark.parametrize("drafter", [AdaptiveDrafter(draft_model="after-copies"), CopySpecDrafter()])
 def test_the_reference_asks_for_a_fixed_number_where_nothing_is_copied(
     make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch, drafter: Any
 ) -> None:
-    engine = make_drafted(max_draft_model_tokens=4)
+    engine = make_drafted(draft=DraftModel("draft", max_tokens=4, step_cost=CHEAP))
     drafts = watched_drafts(engine, monkeypatch)
-    run(engine, PROMPT, drafter, options={"combine": "copy-first"}, max_tokens=100, ignore_eos=True)
+    run(engine, PROMPT, drafter, max_tokens=100, ignore_eos=True)
     asked = [draft for draft in drafts if len(draft) and draft.cost]
     kinds = {(tuple((draft.sources < -1000).tolist()), draft.is_chain) for draft in asked[:-1]}
     assert kinds == {((True,) * 4, True)}, "but for the last one, behind which the answer may end"
@@ -190,7 +197,7 @@ def watched_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Draf
 
 
 def test_a_tree_may_hold_branches_of_both(make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_drafted(perturbed(0.03), draft_model_step_cost=((1, 0.01), (64, 0.02)))
+    engine = make_drafted(perturbed(0.03), draft=DraftModel("draft", step_cost=((1, 0.01), (64, 0.02))))
     drafts = watched_drafts(engine, monkeypatch)
     for seed in range(4):
         run(engine, PROMPT, "adaptive", "chat", max_tokens=100, temperature=0.05, seed=seed)
@@ -202,7 +209,7 @@ def test_a_tree_may_hold_branches_of_both(make_drafted: MakeDrafted, monkeypatch
 def test_strong_copies_never_pay_for_the_draft_model(
     make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_drafted(draft_model_step_cost=((1, 0.3), (64, 0.5)))
+    engine = make_drafted(draft=DraftModel("draft", step_cost=((1, 0.3), (64, 0.5))))
     drafts = watched_drafts(engine, monkeypatch)
     output = run(engine, PROMPT, "adaptive", max_tokens=300, ignore_eos=True)
     assert by_source(output)["draft_model"] > 0
@@ -218,7 +225,7 @@ def _copied_mass(draft: DraftTree) -> float:
 
 
 def test_a_draft_model_that_is_not_worth_its_time_is_not_asked_and_keeps_nothing(make_drafted: MakeDrafted) -> None:
-    engine = make_drafted(build_model("qwen2", 7), draft_model_step_cost=((1, 0.5), (64, 0.8)))
+    engine = make_drafted(build_model("qwen2", 7), draft=DraftModel("draft", step_cost=((1, 0.5), (64, 0.8))))
     before = engine.metrics().draft_model_passes
     output = run(engine, PROMPT, "adaptive", max_tokens=300, ignore_eos=True)
     assert same_answer(output, run(engine, PROMPT, "none", max_tokens=300, ignore_eos=True))
@@ -229,15 +236,15 @@ def test_a_draft_model_that_is_not_worth_its_time_is_not_asked_and_keeps_nothing
 
 def test_the_first_token_never_waits_for_the_draft_model(make_drafted: MakeDrafted) -> None:
     engine = make_drafted()
-    for rule in RULES:
-        run(engine, PROMPT, "adaptive", options={"combine": rule}, max_tokens=1)
+    for use in USES:
+        run(engine, PROMPT, USES[use], max_tokens=1)
     assert engine.metrics().draft_model_passes == 0
 
 
 def test_a_long_prompt_is_read_in_pieces(make_drafted: MakeDrafted) -> None:
     """Past the first tokens of an answer, and never more in one pass than the engine allows."""
     engine = make_drafted(max_prefill_tokens=32)
-    output = run(engine, PROMPT * 2, "adaptive", options={"combine": "draft-only"})
+    output = run(engine, PROMPT * 2, "draft-model")
     assert output.draft_stats.draft_lengths[:9] == (0,) * 9
     assert output.draft_stats.draft_lengths[12] == 5
 
@@ -249,12 +256,12 @@ def test_slots_that_run_out_only_cost_drafts(make_drafted: MakeDrafted) -> None:
     pool = combination.draft_model.pool
     taken = pool.allocate(pool.num_free - 20)
     plain = run(engine, PROMPT, "none")
-    drafted = run(engine, PROMPT, "adaptive", options={"combine": "draft-only"})
+    drafted = run(engine, PROMPT, "draft-model")
     assert same_answer(plain, drafted)
     assert drafted.draft_stats.num_draft_tokens == 0
     pool.release(taken)
     assert_no_draft_rows_left(engine)
-    assert run(engine, PROMPT, "adaptive", options={"combine": "draft-only"}).draft_stats.num_draft_tokens > 0
+    assert run(engine, PROMPT, "draft-model").draft_stats.num_draft_tokens > 0
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -276,9 +283,9 @@ def crash_for(engine: Engine, monkeypatch: pytest.MonkeyPatch, culprits: set[str
     monkeypatch.setattr(draft.runner, "forward", crashing)
 
 
-@pytest.mark.parametrize("rule", ["draft-only", "copy-first", "tree"])
+@pytest.mark.parametrize("use", ["alone", "after-copies", "in-tree"])
 def test_a_crash_costs_a_request_its_draft_model_and_nobody_else(
-    make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rule: str
+    make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, use: DraftModelUse
 ) -> None:
     engine = make_drafted()
     plain = run(engine, PROMPT, "none", max_tokens=80, ignore_eos=True)
@@ -287,7 +294,7 @@ def test_a_crash_costs_a_request_its_draft_model_and_nobody_else(
     with caplog.at_level(logging.WARNING):
         handles = [
             engine.submit(
-                GenerationRequest(prompt_token_ids=PROMPT, combine=rule, request_id=name, sampling=sampling)  # type: ignore[arg-type]
+                GenerationRequest(prompt_token_ids=PROMPT, drafter=USES[use], request_id=name, sampling=sampling)
             )
             for name in "abc"
         ]
@@ -308,8 +315,7 @@ def test_a_broken_draft_model_is_not_asked_any_more(
     plain = run(engine, PROMPT, "none")
     crash_for(engine, monkeypatch, {f"r{i}" for i in range(9)}, after=0)
     for i in range(9):
-        options = {"combine": "draft-only", "request_id": f"r{i}"}
-        assert same_answer(plain, run(engine, PROMPT, "adaptive", options=options))
+        assert same_answer(plain, run(engine, PROMPT, "draft-model", options={"request_id": f"r{i}"}))
     assert engine.info.draft_model_error == "RuntimeError: no more memory"
     assert len([record for record in caplog.records if "goes on without it" in record.getMessage()]) == 3
     assert "it failed 3 times in a row" in caplog.text
@@ -326,22 +332,22 @@ def test_a_token_that_the_draft_model_lacks_ends_its_part(
     engine = make_drafted(small)
     prompt = (*PROMPT, 256)
     plain = run(engine, prompt, "none")
-    assert same_answer(plain, run(engine, prompt, "adaptive", options={"combine": "draft-only"}))
+    assert same_answer(plain, run(engine, prompt, "draft-model"))
     assert "the text holds a token id from 256 on, which the draft model lacks" in caplog.text
-    assert run(engine, PROMPT, "adaptive", options={"combine": "draft-only"}).draft_stats.num_draft_tokens > 0
+    assert run(engine, PROMPT, "draft-model").draft_stats.num_draft_tokens > 0
     assert_no_draft_rows_left(engine)
 
 
 def test_a_request_cancelled_in_the_middle_leaves_nothing(make_drafted: MakeDrafted) -> None:
     engine = make_drafted()
     sampling = SamplingParams(max_tokens=300, ignore_eos=True)
-    for rule in ("draft-only", "copy-first", "tree"):
+    for use in ("alone", "after-copies", "in-tree"):
         for session in ("chat", None):
             request = GenerationRequest(
                 prompt_token_ids=PROMPT,
                 sampling=sampling,
                 session_id=session,
-                combine=rule,  # type: ignore[arg-type]
+                drafter=USES[use],
             )
             with engine.submit(request) as handle:
                 for _ in range(4):
@@ -371,7 +377,7 @@ def test_both_models_are_loaded_from_folders(tmp_path: Path) -> None:
     own = save(tmp_path / "own", build_model("llama"), BYTES)
     small = save(tmp_path / "small", build_model("llama", 3), BYTES)
     said: list[LoadProgress] = []
-    config = EngineConfig(model=own, draft_model=small, step_cost=STEP_COST, draft_model_step_cost=CHEAP)
+    config = EngineConfig(model=own, draft=DraftModel(small, step_cost=CHEAP), step_cost=STEP_COST)
     with Engine(config, on_progress=said.append) as engine:
         assert engine.info.draft_model == small
         assert engine.info.draft_model_step_cost == CHEAP
@@ -380,7 +386,7 @@ def test_both_models_are_loaded_from_folders(tmp_path: Path) -> None:
         assert draft is not None
         assert (draft.num_slots, draft.device) == (engine.info.num_kv_slots, "cpu")
         plain = run(engine, PROMPT, "none")
-        assert same_answer(plain, run(engine, PROMPT, "adaptive", options={"combine": "draft-only"}))
+        assert same_answer(plain, run(engine, PROMPT, "draft-model"))
 
 
 def test_another_vocabulary_is_refused_by_its_tokens(tmp_path: Path) -> None:
@@ -389,10 +395,10 @@ def test_another_vocabulary_is_refused_by_its_tokens(tmp_path: Path) -> None:
     swapped = save(tmp_path / "small", build_model("llama"), [*BYTES[:at], "B", "A", *BYTES[at + 2 :]])
     message = f"its vocabulary is not that of .*: id {at} is 'A' and 'B'; id {at + 1} is 'B' and 'A'. Take a smaller"
     with pytest.raises(ModelLoadError, match=message):
-        load_model(EngineConfig(model=own, draft_model=swapped))
+        load_model(EngineConfig(model=own, draft=swapped))
     shorter = save(tmp_path / "shorter", build_model("llama"), BYTES[:250])
     with pytest.raises(ModelLoadError, match=r"and missing; .* and missing; and 3 more\. Take a smaller"):
-        load_model(EngineConfig(model=own, draft_model=shorter))
+        load_model(EngineConfig(model=own, draft=shorter))
 
 
 def test_a_draft_model_that_is_not_smaller_is_served_with_a_warning(
@@ -401,26 +407,26 @@ def test_a_draft_model_that_is_not_smaller_is_served_with_a_warning(
     engine = make_drafted(build_model("mixtral"))
     assert "its drafts cost more than they can save" in caplog.text
     plain = run(engine, PROMPT, "none")
-    assert same_answer(plain, run(engine, PROMPT, "adaptive", options={"combine": "copy-first"}))
+    assert same_answer(plain, run(engine, PROMPT, USES["after-copies"]))
 
 
 def test_a_draft_model_has_a_device_of_its_own(tmp_path: Path) -> None:
     """Only the CPU is there in this test: a device that is missing is named, and the CPU can be asked for."""
     own = save(tmp_path / "own", build_model("llama"), BYTES)
     with pytest.raises(ModelLoadError, match="Got device='cuda:7' but this machine shows"):
-        load_model(EngineConfig(model=own, draft_model=own, draft_model_device="cuda:7"))
-    config = EngineConfig(device="cuda:1", draft_model="small", draft_model_device="cpu")
-    assert config.for_draft_model().device == "cpu"
-    assert EngineConfig(device="cuda:1", draft_model="small").for_draft_model().device == "cuda:1"
-    costs: dict[str, Any] = {"step_cost": STEP_COST, "draft_model_step_cost": CHEAP}
-    loaded = load_model(EngineConfig(model=own, draft_model=own, draft_model_device="cpu", **costs))
+        load_model(EngineConfig(model=own, draft=DraftModel(own, device="cuda:7")))
+    config = EngineConfig(device="cuda:1")
+    assert config.of_draft(DraftModel("small", device="cpu")).device == "cpu"
+    assert config.of_draft(DraftModel("small")).device == "cuda:1"
+    draft = DraftModel(own, device="cpu", step_cost=CHEAP)
+    loaded = load_model(EngineConfig(model=own, draft=draft, step_cost=STEP_COST))
     assert loaded.draft is not None
     assert loaded.draft.device == "cpu"
 
 
 def test_both_pools_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_runner_module, "memory_of", lambda _device: (4_000_000, 4_000_000))
-    config = EngineConfig(model="m", draft_model="d", step_cost=STEP_COST, draft_model_step_cost=CHEAP)
+    config = EngineConfig(model="m", draft=DraftModel("d", step_cost=CHEAP), step_cost=STEP_COST)
     alone = prepare(build_model("llama"), ByteTokenizer(), EngineConfig(model="m", step_cost=STEP_COST))
     pair = prepare(build_model("llama"), ByteTokenizer(), config, draft=(build_model("llama"), ByteTokenizer()))
     assert pair.draft is not None
@@ -429,7 +435,7 @@ def test_both_pools_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_draft_model_that_cannot_forget_is_refused(make_drafted: MakeDrafted) -> None:
-    with pytest.raises(UnsupportedModelError, match="Got draft_model='draft' but it cannot draft: MambaForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match="Got draft='draft' but it cannot draft: MambaForCausalLM"):
         make_drafted(build_model("mamba"))
 
 
@@ -437,19 +443,20 @@ def test_a_model_that_nothing_can_be_drafted_for_needs_no_draft_model(make_draft
     engine = make_drafted(build_model("llama"), name="mamba")
     assert engine.info.draft_model is None
     assert engine.info.drafting_error is not None
-    assert run(engine, PROMPT, "adaptive", options={"combine": "tree"}).tokens_per_forward == 1
+    assert run(engine, PROMPT, "adaptive").tokens_per_forward == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"combine": "copy-first"}, "Got combine='copy-first' without a draft model: set draft_model"),
-        ({"max_draft_model_tokens": 5}, "Got max_draft_model_tokens=5 without a draft model"),
-        ({"draft_model_device": "cpu"}, "Got draft_model_device='cpu' without a draft model"),
-        ({"draft_model": "d", "draft_model_device": "tpu"}, "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"),
-        ({"draft_model": "d", "step_cost": STEP_COST}, "expected both, in one unit, or neither"),
-        ({"draft_model": "d", "max_draft_model_tokens": 0}, "greater than or equal to 1"),
-        ({"draft_model": "d", "combine": "both"}, "'tree', 'copy-first', 'draft-only' or 'copy-only'"),
+        ({"drafter": "draft-model"}, "Got drafter='draft-model' without a draft model: set draft"),
+        ({"draft": {"max_tokens": 5}}, "Got no name for DraftModel"),
+        ({"draft": {"name": "d", "device": "tpu"}}, "auto, all, cpu, cuda, cuda:N, mps, xpu or xpu:N"),
+        ({"draft": "d", "step_cost": STEP_COST}, "expected both, in one unit, or neither"),
+        ({"draft": DraftModel("d", step_cost=CHEAP)}, "expected both, in one unit, or neither"),
+        ({"draft": {"name": "d", "max_tokens": 0}}, "greater than or equal to 1"),
+        ({"drafter": {"name": "adaptive", "draft_model": "both"}}, "'in-tree', 'after-copies' or 'never'"),
+        ({"drafter": {"name": "copyspec", "draft_model": "in-tree"}}, "'after-copies' or 'never'"),
     ],
 )
 def test_options_that_cannot_work_are_named(options: dict[str, Any], message: str) -> None:
@@ -457,8 +464,8 @@ def test_options_that_cannot_work_are_named(options: dict[str, Any], message: st
         EngineConfig(**options)
 
 
-def test_a_rule_without_a_draft_model_is_refused(make_engine: Callable[..., Engine]) -> None:
+def test_a_drafter_without_its_draft_model_is_refused(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine("llama")
-    with pytest.raises(ConfigError, match=r"Got combine='tree' but no draft model: set EngineConfig\(draft_model="):
-        run(engine, PROMPT, "adaptive", options={"combine": "tree"})
-    assert run(engine, PROMPT, "adaptive", options={"combine": "copy-only"}).token_ids
+    with pytest.raises(ConfigError, match=r"Got drafter='draft-model' but no draft model: set EngineConfig\(draft="):
+        run(engine, PROMPT, "draft-model")
+    assert run(engine, PROMPT, USES["never"]).token_ids

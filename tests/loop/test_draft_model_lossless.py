@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from copyspec_engine import Engine, GenerationOutput, GenerationRequest, Grammar, SamplingParams
+from copyspec_engine import (
+    AdaptiveDrafter,
+    CopySpecDrafter,
+    DrafterConfig,
+    DraftModelDrafter,
+    Engine,
+    GenerationOutput,
+    GenerationRequest,
+    Grammar,
+    SamplingParams,
+)
 from tests.conftest import build_model
-from tests.loop.test_draft_model import RULES, MakeDrafted, assert_no_draft_rows_left, make_drafted, perturbed
+from tests.loop.test_draft_model import MakeDrafted, assert_no_draft_rows_left, make_drafted, perturbed
 from tests.loop.test_lossless import PROMPT, random_case, same_answer
 
 __all__ = ["make_drafted"]
@@ -20,6 +30,16 @@ __all__ = ["make_drafted"]
 def draft_of(name: str) -> PreTrainedModel:
     """The model itself, one that often agrees with it, or one that never does."""
     return perturbed(0.03) if name == "near" else build_model("llama") if name == "same" else build_model("qwen2", 7)
+
+
+def asking(rng: random.Random, drafter: AdaptiveDrafter | CopySpecDrafter) -> DrafterConfig:
+    """The drafter, or one that only asks the draft model, which it may ask in any way that it has."""
+    use = rng.choice(("never", "alone", "after-copies", "in-tree"))
+    if use == "alone":
+        return DraftModelDrafter()
+    if use == "in-tree" and isinstance(drafter, CopySpecDrafter):
+        return drafter
+    return drafter.model_copy(update={"draft_model": use})
 
 
 GRAMMARS = (Grammar(regex="[a-z ]{3,12}"), Grammar(choice=("the cat sat", "the mat")), Grammar(regex="(ab|c)*d?"))
@@ -54,7 +74,7 @@ def test_random_cases_drafting_on_equals_off(make_drafted: MakeDrafted, draft: s
         plain[i] = output
     ways = []
     for options, sampling, drafter in cases:
-        extra: dict[str, Any] = {"drafter": drafter, "combine": rng.choice(RULES)}
+        extra: dict[str, Any] = {"drafter": asking(rng, drafter)}
         extra |= {"cache_salt": rng.choice("xy")} if rng.random() < 0.3 else {}
         ways.append((options, sampling, extra | {"session_id": rng.choice([*"abcd", None])}))
     cancelled = set(rng.sample(range(count), count // 10))

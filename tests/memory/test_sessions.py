@@ -18,6 +18,7 @@ import torch
 from copyspec_engine import Engine, EngineConfig, EngineStoppedError, GenerationRequest, MemoryFileError, SamplingParams
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.scheduler import ScheduledBatch
+from copyspec_engine.memory import store
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile, SavedSegment
 from copyspec_engine.memory.index import BREAK, CopyIndex
@@ -166,8 +167,9 @@ def test_a_session_without_texts_that_is_forgotten_while_it_runs_keeps_nothing(m
     assert passes(engine, memory_pool="p") <= FEW < others
 
 
-def test_the_least_recently_used_pool_is_forgotten(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_pools=2)
+def test_the_least_recently_used_pool_is_forgotten(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_MAX_POOLS", 2)
+    engine = make_engine()
     for pool in ("one", "two", "one", "three"):
         passes(engine, memory_pool=pool)
     assert passes(engine, memory_pool="one") < FEW
@@ -175,13 +177,13 @@ def test_the_least_recently_used_pool_is_forgotten(make_engine: MakeEngine) -> N
 
 
 def test_the_record_of_who_wrote_into_a_pool_does_not_grow_for_ever(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_pool_tokens=8192, max_sessions=3)
+    engine = make_engine(memory_tokens=4096, max_sessions=3)
     for i in range(60):
         engine.generate(ask(f"{i} " * 300, session_id=f"s{i}", memory_pool="team"))
     pool = engine._core.sessions._pools["team"]
     assert pool is not None
     assert len(pool.memories) < 30
-    assert len(pool.index) <= 8192 + 2048
+    assert len(pool.index) <= 4 * 4096 + 2048
 
 
 # ---- forgetting ----------------------------------------------------------------------------------------------------
@@ -399,12 +401,15 @@ def test_a_session_that_was_not_used_since_the_start_can_be_forgotten(make_engin
         assert passes(engine, session_id="a") > 100
 
 
-def test_the_disk_holds_as_many_sessions_and_pools_as_memory_does(make_engine: MakeEngine, path: Path) -> None:
-    with make_engine(memory_path=str(path), max_sessions=3, max_pools=2) as engine:
+def test_the_disk_holds_as_many_sessions_and_pools_as_memory_does(
+    make_engine: MakeEngine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_MAX_POOLS", 2)
+    with make_engine(memory_path=str(path), max_sessions=3) as engine:
         for i in range(6):
             engine.generate(ask(f"text of {i}", session_id=f"s{i}"))
             engine.generate(ask(f"pooled {i}", memory_pool=f"p{i}"))
-    with make_engine(memory_path=str(path), max_sessions=3, max_pools=2) as engine:
+    with make_engine(memory_path=str(path), max_sessions=3) as engine:
         engine.generate(ask("again", session_id="s3"))
         engine.generate(ask("new", session_id="new"))  # s4 goes, s3 was used later
         engine.generate(ask("new", memory_pool="new"))
@@ -417,7 +422,7 @@ def test_the_disk_holds_as_many_sessions_and_pools_as_memory_does(make_engine: M
 
 
 def test_texts_that_memory_forgot_are_gone_from_the_disk(make_engine: MakeEngine, path: Path) -> None:
-    engine = make_engine(memory_path=str(path), max_session_tokens=8192)
+    engine = make_engine(memory_path=str(path), memory_tokens=8192)
     for i in range(30):
         engine.generate(ask(f"<{i}>" * 200, session_id="a", drafter="none"))
     assert engine._core.file is not None
@@ -532,7 +537,8 @@ def test_calls_go_on_whatever_the_disk_does(
 ) -> None:
     with make_engine(memory_path=str(path)) as engine:
         passes(engine, session_id="a", memory_pool="team")
-    engine = make_engine(memory_path=str(path), max_sessions=2, max_pools=1)
+    monkeypatch.setattr(store, "_MAX_POOLS", 1)
+    engine = make_engine(memory_path=str(path), max_sessions=2)
     with FullDisk(monkeypatch, "save", "load", "delete", "owners"):
         for i in range(4):
             assert passes(engine, session_id=f"s{i}", memory_pool=f"p{i}") > 100

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from copyspec_engine import Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
+from copyspec_engine import DraftModel, Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
 from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.execution.runner import read_tokenizer
 from copyspec_engine.models.gguf import convert
@@ -117,8 +117,8 @@ def test_a_draft_model_may_be_a_gguf_file_too(models: Callable[[str], PreTrained
     large, small = str(tmp_path / "large.gguf"), str(tmp_path / "small.gguf")
     with Engine(EngineConfig(model=large, step_cost=STEP_COST)) as engine:
         alone = engine.generate(request).token_ids
-    costs = {"step_cost": STEP_COST, "draft_model_step_cost": ((1, 0.1), (8, 0.11))}
-    with Engine(EngineConfig(model=large, draft_model=small, **costs)) as engine:
+    draft = DraftModel(small, step_cost=((1, 0.1), (8, 0.11)))
+    with Engine(EngineConfig(model=large, draft=draft, step_cost=STEP_COST)) as engine:
         assert engine.info.draft_model == small
         assert engine.generate(request).token_ids == alone
 

@@ -280,7 +280,7 @@ def test_places_hold_while_calls_share_a_small_memory_that_forgets() -> None:
         first = sum(prompt.encode()) % 6
         return texts[first][first:] + texts[first - 1] * 2
 
-    config = EngineConfig(model="scripted", max_session_tokens=4096, max_pool_tokens=4096, kv_cache_tokens=40_000)
+    config = EngineConfig(model="scripted", memory_tokens=4096, kv_cache_tokens=40_000)
     with scripted_engine(reply, config) as engine:
         for turn in range(3):
             requests = [

@@ -12,13 +12,14 @@ from copyspec_engine import (
     ConfigError,
     ContextOverflowError,
     CopySpecDrafter,
+    DraftModel,
     EngineConfig,
     EngineStoppedError,
     GenerationRequest,
     NoDrafter,
     SamplingParams,
-    errors,
 )
+from copyspec_engine.values import errors
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -54,7 +55,7 @@ MESSAGES = [{"role": "user", "content": "x"}]
             "Got temperature=-1 but expected greater",
         ),
         (SamplingParams, {"temprature": 1}, "unknown option temprature=1 for SamplingParams"),
-        (EngineConfig, {"drafter": "fast"}, "drafter='fast' but expected one of adaptive, copyspec, none"),
+        (EngineConfig, {"drafter": "fast"}, "drafter='fast' but expected one of adaptive, copyspec, draft-model, none"),
         (EngineConfig, {"dtype": "int4"}, "dtype='int4'"),
         (EngineConfig, {"device": "tpu"}, "device='tpu'"),
         (EngineConfig, {"model": ""}, "Got model='' but expected at least 1 character"),
@@ -62,7 +63,8 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (EngineConfig, {"step_cost": ((2, 1.0), (3, 1.0))}, "starting at 1 token"),
         (EngineConfig, {"step_cost": ((1, 1.0), (3, 0.0))}, "positive seconds"),
         (EngineConfig, {"step_cost": ((1, 1.0), (3, float("inf")))}, "finite number"),
-        (EngineConfig, {"calibrate": "never"}, "calibrate='never' but expected 'cached' or 'always'"),
+        (EngineConfig, {"step_cost": "never"}, "step_cost='never' but expected 'measured', 'remeasure' or (tokens,"),
+        (EngineConfig, {"step_cost": (1, 2)}, "step_cost=(1, 2) but expected (tokens, seconds) pairs"),
         (CopySpecDrafter, {"block": 0}, "block=0"),
         (AdaptiveDrafter, {"max_draft_tokens": 0}, "max_draft_tokens=0"),
         (NoDrafter, {"block": 3}, "unknown option block=3"),
@@ -77,8 +79,19 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (GenerationRequest, {"prompt": "a", "prediction": {"type": "file", "content": "x"}}, "expected a text, or {"),
         (GenerationRequest, {"prompt": "a", "prediction": {"type": "content"}}, "expected a text, or {"),
         (GenerationRequest, {"prompt": "a", "prediction": {"type": "content", "content": ["x"]}}, "expected parts of"),
-        (EngineConfig, {"max_session_tokens": 100}, "max_session_tokens=100"),
-        (EngineConfig, {"max_pools": 0}, "max_pools=0"),
+        (EngineConfig, {"memory_tokens": 100}, "memory_tokens=100"),
+        (EngineConfig, {"max_pools": 3}, "unknown option max_pools=3 for EngineConfig: use memory_tokens"),
+        (EngineConfig, {"max_session_tokens": 1}, "use memory_tokens"),
+        (EngineConfig, {"draft_model": "d"}, "unknown option draft_model='d' for EngineConfig: use draft"),
+        (EngineConfig, {"max_draft_model_tokens": 5}, "use draft=DraftModel(name, max_tokens=...)"),
+        (EngineConfig, {"draft_model_device": "cpu"}, "use draft=DraftModel(name, device=...)"),
+        (EngineConfig, {"draft_model_step_cost": ()}, "use draft=DraftModel(name, step_cost=...)"),
+        (EngineConfig, {"combine": "tree"}, "use drafter=AdaptiveDrafter(draft_model=...)"),
+        (GenerationRequest, {"prompt": "a", "combine": "tree"}, "use drafter=AdaptiveDrafter(draft_model=...)"),
+        (EngineConfig, {"calibrate": "always"}, 'use step_cost="remeasure"'),
+        (EngineConfig, {"device_map": "auto"}, 'use device="all"'),
+        (EngineConfig, {"cache_salt": "s"}, "use cache_salt of GenerationRequest"),
+        (DraftModel, {"name": "d", "max_token": 3}, "use max_tokens"),
     ],
 )
 def test_bad_values_are_named(make: Any, options: dict[str, Any], says: str) -> None:

@@ -168,7 +168,7 @@ def _check_replay(options: EvalOptions) -> None:
         raise ConfigError(
             "Got --plain with --replay but plain decoding takes one pass a token: add a --shape to time it"
         )
-    if options.config.draft_model is not None:
+    if options.config.draft is not None:
         raise ConfigError("Got --draft-path with --replay: `copyspec bench engine --draft-shape` replays with one")
     if options.peers:
         raise ConfigError("Got --peer with --replay: `copyspec bench engine` lets transformers write recorded answers")
@@ -191,20 +191,16 @@ def _check_without_replay(options: EvalOptions) -> None:
 
 
 def _measured(options: EvalOptions) -> tuple[Writer, ...]:
-    """The writers that are measured; a draft model takes part in the only one."""
-    if options.config.draft_model is None:
-        return tuple(Writer(drafter.name, drafter) for drafter in options.drafters)
-    (drafter,), rule = options.drafters, options.config.combine
-    return (Writer(drafter.name if rule == "copy-only" else rule, drafter, {"combine": rule}),)
+    """The writers that are measured."""
+    return tuple(Writer(drafter.name, drafter) for drafter in options.drafters)
 
 
 def _about_drafter(options: EvalOptions, writer: Writer) -> dict[str, Any]:
-    """A drafter's options as they go into the run's facts, and how a draft model takes part if there is one."""
-    config, about = options.config, writer.drafter.model_dump(mode="json", exclude={"name"})
-    if config.draft_model is None:
-        return about
-    named = {"drafter": writer.drafter.name, "draft_model": config.draft_model}
-    return {**about, **named, "delta": config.max_draft_model_tokens, "combine": config.combine}
+    """A drafter's options as they go into the run's facts, with the draft model's if there is one."""
+    draft, about = options.config.draft, writer.drafter.model_dump(mode="json", exclude={"name"})
+    if draft is None:
+        return {name: value for name, value in about.items() if name != "draft_model"}
+    return {**about, "draft": draft.name, "delta": draft.max_tokens}
 
 
 def _data_name(options: EvalOptions) -> str:
@@ -254,7 +250,7 @@ def _subject(options: EvalOptions, console: Console) -> Iterator[tuple[Subject, 
                 options.tokenizer,
                 device=options.config.device,
                 dtype=options.config.dtype,
-                step_cost=options.config.step_cost,
+                step_cost=options.config.points,
             )
             recorded = opened.__enter__()
         try:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from copyspec_engine import AdaptiveDrafter, Combine, ConfigError, CopySpecDrafter, DrafterConfig, NoDrafter
+from copyspec_engine import (
+    AdaptiveDrafter,
+    ConfigError,
+    CopySpecDrafter,
+    DrafterConfig,
+    DraftModel,
+    DraftModelDrafter,
+    NoDrafter,
+)
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.loading import BUNDLED, Device, Dtype, engine_config
 from copyspec_engine.cli.words import RecordedCommand
@@ -28,6 +36,7 @@ class DrafterName(str, Enum):
 
     adaptive = "adaptive"
     copyspec = "copyspec"
+    draft_model = "draft-model"
     none = "none"
 
 
@@ -38,18 +47,24 @@ class PeerName(str, Enum):
     prompt_lookup = "prompt-lookup"
 
 
+class DraftUse(str, Enum):
+    """What a draft model may do beside copies."""
+
+    in_tree = "in-tree"
+    after_copies = "after-copies"
+    never = "never"
+
+
 def _drafters(
-    names: Sequence[str], use_copy: bool, min_match_tokens: int | None, block: int | None
+    names: Sequence[str], use_copy: bool, of_paper: dict[str, int | None], draft: DraftModel | None, use: str | None
 ) -> tuple[DrafterConfig, ...]:
     """The drafters that the options ask for; the paper's options ask for the paper's algorithm."""
-    of_paper = {"min_match_tokens": min_match_tokens, "block": block}
     given = {option: value for option, value in of_paper.items() if value is not None}
     if not use_copy:
-        if set(names) - {"none"} or given:
-            raise ConfigError("Got --no-use-copy with a drafter or its options: leave one of them out")
-        return (NoDrafter(),)
-    if not names:
-        names = ("copyspec" if given else "adaptive",)
+        if set(names) - {"none", "draft-model"} or given or use:
+            raise ConfigError("Got --no-use-copy with a drafter that copies or its options: leave one of them out")
+        names = names or ("none" if draft is None else "draft-model",)
+    names = names or ("copyspec" if given else "adaptive",)
     if len(names) > len(set(names)) or (len(names) > 1 and "none" in names):
         raise ConfigError(
             f"Got --drafter {' '.join(names)} but expected different ones that draft: plain decoding stands beside them"
@@ -59,31 +74,27 @@ def _drafters(
             f"Got --gamma or --number-copy with --drafter {' '.join(names)} but they are options of the paper's "
             "algorithm: leave --drafter out, or name copyspec"
         )
-    known: dict[str, DrafterConfig] = {
-        "adaptive": AdaptiveDrafter(),
-        "copyspec": CopySpecDrafter(**given),
-        "none": NoDrafter(),
-    }
-    return tuple(known[name] for name in names)
-
-
-def _draft_model(
-    path: str | None, delta: int | None, combine: Combine | None, use_copy: bool, drafter: DrafterConfig
-) -> dict[str, Any]:
-    """The engine's options for a draft model; none without one."""
-    if path is None:
-        for option, value in (("--delta", delta), ("--combine", combine)):
-            if value is not None:
-                raise ConfigError(f"Got {option} {value} without a draft model: name one with --draft-path")
-        return {}
-    if isinstance(drafter, NoDrafter):
+    if draft is not None and "none" in names:
         raise ConfigError("Got --draft-path with --drafter none, which is plain decoding: leave one of them out")
-    if not use_copy and combine not in (None, "draft-only"):
-        raise ConfigError(f"Got --no-use-copy with --combine {combine}, which copies: leave one of them out")
-    rule = combine or (
-        "draft-only" if not use_copy else "copy-first" if isinstance(drafter, CopySpecDrafter) else "tree"
-    )
-    return {"draft_model": path, "combine": rule, **({} if delta is None else {"max_draft_model_tokens": delta})}
+    if draft is None and "draft-model" in names:
+        raise ConfigError("Got --drafter draft-model without a draft model: name one with --draft-path")
+    options: dict[str, Any] = {} if use is None else {"draft_model": use}
+    known: dict[str, Callable[[], DrafterConfig]] = {
+        "adaptive": lambda: AdaptiveDrafter(**options),
+        "copyspec": lambda: CopySpecDrafter(**given, **options),
+        "draft-model": DraftModelDrafter,
+        "none": NoDrafter,
+    }
+    return tuple(known[name]() for name in names)
+
+
+def _draft_model(path: str | None, delta: int | None, use: str | None) -> DraftModel | None:
+    if path is not None:
+        return DraftModel(path, **({} if delta is None else {"max_tokens": delta}))
+    for option, value in (("--delta", delta), ("--draft-use", use)):
+        if value is not None:
+            raise ConfigError(f"Got {option} {value} without a draft model: name one with --draft-path")
+    return None
 
 
 def evaluate(
@@ -118,7 +129,7 @@ def evaluate(
         list[PeerName] | None,
         typer.Option(help="Let transformers write too, on the same prompts and weights; may be repeated."),
     ] = None,
-    use_copy: Annotated[bool, typer.Option("--use-copy/--no-use-copy", help="Draft at all.")] = True,
+    use_copy: Annotated[bool, typer.Option("--use-copy/--no-use-copy", help="Draft copies at all.")] = True,
     gamma: Annotated[
         int | None,
         typer.Option("--gamma", help="Tokens that must match before copying starts; of --drafter copyspec (3)."),
@@ -132,11 +143,11 @@ def evaluate(
     delta: Annotated[
         int | None, typer.Option(help="Tokens that the draft model writes before a pass, at most (5).")
     ] = None,
-    combine: Annotated[
-        Combine | None,
+    draft_use: Annotated[
+        DraftUse | None,
         typer.Option(
-            help="How copies and the draft model go together; default: tree, with the paper's options copy-first, with "
-            "--no-use-copy draft-only."
+            help="What the draft model does beside copies: write into the same draft (in-tree, the default of "
+            "adaptive), or where nothing is copied (after-copies, that of copyspec), or nothing (never)."
         ),
     ] = None,
     use_redundant: Annotated[
@@ -197,11 +208,11 @@ def evaluate(
             if value is not None and value < 1:
                 raise ConfigError(f"Got {option} {value} but expected at least 1")
         named = tuple(name.value for name in drafter or ())
-        chosen = _drafters(named, use_copy or draft_path is not None, gamma, number_copy)
-        if len(chosen) > 1 and draft_path is not None:
-            raise ConfigError("Got --draft-path with several drafters but it goes together with one: name that one")
-        draft_model = _draft_model(draft_path, delta, combine, use_copy, chosen[0])
-        config = engine_config(model, device, dtype, **draft_model)
+        use = None if draft_use is None else draft_use.value
+        draft = _draft_model(draft_path, delta, use)
+        of_paper = {"min_match_tokens": gamma, "block": number_copy}
+        chosen = _drafters(named, use_copy, of_paper, draft, use)
+        config = engine_config(model, device, dtype, draft=draft)
         from copyspec_engine.lab.evaluation.answering import EvalOptions, run_eval
 
         options = EvalOptions(

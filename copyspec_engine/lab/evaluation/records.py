@@ -41,8 +41,8 @@ class TurnRecord(_Record):
     category: str
     turn: int = Field(ge=1)
     writer: str
-    """Name of the drafter: "adaptive", "copyspec" or "none" (`PLAIN`); with a draft model that of the rule by which
-    both go together ("tree", "copy-first", "draft-only"); of transformers "generate" or "prompt-lookup"."""
+    """Name of the drafter: "adaptive", "copyspec", "draft-model" or "none" (`PLAIN`); of transformers "generate" or
+    "prompt-lookup"."""
     messages: tuple[dict[str, Any], ...]
     """The whole prompt of this turn as chat messages, earlier answers of the same writer in it."""
     text: str

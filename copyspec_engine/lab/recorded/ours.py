@@ -10,17 +10,23 @@ from uuid import uuid4
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.lab.recorded.records import Turn, Written
 from copyspec_engine.lab.recorded.runner import ForcedRunner
-from copyspec_engine.values.config import GenerationRequest, SamplingParams
+from copyspec_engine.values.config import (
+    AdaptiveDrafter,
+    DraftModelDrafter,
+    GenerationRequest,
+    NoDrafter,
+    SamplingParams,
+)
 from copyspec_engine.values.outputs import GenerationOutput
 
 __all__ = ["DRAFT_PEERS", "OUR_PEERS", "OurPeer"]
 
 OUR_PEERS: dict[str, dict[str, Any]] = {
-    "ours": {"combine": "copy-only"},
-    "ours-plain": {"drafter": "none"},
-    "ours-draft": {"combine": "draft-only"},
-    "ours-copy-first": {"combine": "copy-first"},
-    "ours-tree": {"combine": "tree"},
+    "ours": {"drafter": AdaptiveDrafter(draft_model="never")},
+    "ours-plain": {"drafter": NoDrafter()},
+    "ours-draft": {"drafter": DraftModelDrafter()},
+    "ours-copy-first": {"drafter": AdaptiveDrafter(draft_model="after-copies")},
+    "ours-tree": {"drafter": AdaptiveDrafter()},
 }
 """How their requests draft, by name."""
 DRAFT_PEERS = ("ours-draft", "ours-copy-first", "ours-tree")

@@ -84,7 +84,7 @@ def open_recorded(
             f"Got --shape {shape} with {known} tokens but --tokenizer {tokenizer} has {len(fast)}: take another shape"
         )
     model = random_model(shape, end, device, dtype)
-    config = EngineConfig(model=shape, device=device, step_cost=step_cost)
+    config = EngineConfig(model=shape, device=device, step_cost=step_cost or "measured")
     loaded = prepare(model, HFTokenizer(fast), config)
     loaded.runner = runner = ForcedRunner(loaded.runner)
     with Engine(config, model=loaded) as engine:

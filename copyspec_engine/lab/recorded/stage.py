@@ -22,7 +22,7 @@ from copyspec_engine.lab.recorded.ours import DRAFT_PEERS, OUR_PEERS, OurPeer
 from copyspec_engine.lab.recorded.records import Turn, Written, check
 from copyspec_engine.lab.recorded.runner import ForcedDraftRunner, ForcedRunner
 from copyspec_engine.lab.recorded.shapes import random_model
-from copyspec_engine.values.config import EngineConfig
+from copyspec_engine.values.config import DraftModel, EngineConfig
 
 __all__ = [
     "ALL_PEERS",
@@ -48,9 +48,9 @@ class ForcedDraft:
     shape: str
     agreement: float
     max_tokens: int = 5
-    """See `EngineConfig.max_draft_model_tokens`."""
+    """See `DraftModel.max_tokens`."""
     step_cost: Points | None = None
-    """See `EngineConfig.draft_model_step_cost`."""
+    """See `DraftModel.step_cost`."""
 
 
 class Peer(Protocol):
@@ -138,8 +138,10 @@ def open_stage(
         kv_cache_tokens=pool,
         max_running=max(16, concurrency),
         max_sessions=max(256, 8 * concurrency),
-        step_cost=step_cost,
-        **({} if draft is None else _draft_options(draft)),
+        step_cost=step_cost or "measured",
+        draft=None
+        if draft is None
+        else DraftModel(draft.shape, max_tokens=draft.max_tokens, step_cost=draft.step_cost),
     )
     fast: Any = PreTrainedTokenizerFast
     spoken = HFTokenizer(fast(tokenizer_object=tokenizer))
@@ -165,14 +167,6 @@ def open_stage(
         entries = [entry for name in names for entry in _entries(name, concurrency, engine, runner, theirs)]
         entries, left_out = _warmed_up(entries, _beginning(conversations[0][0]))
         yield Stage(entries, left_out, facts)
-
-
-def _draft_options(draft: ForcedDraft) -> dict[str, Any]:
-    return {
-        "draft_model": draft.shape,
-        "max_draft_model_tokens": draft.max_tokens,
-        "draft_model_step_cost": draft.step_cost,
-    }
 
 
 def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -12,13 +12,13 @@ from langchain_copyspec._tools import ToolOptions
 
 __all__ = ["CallOptions", "deciding", "deciding_config"]
 
-_REUSE = {"session_id", "memory_pool", "prediction", "cache_salt", "combine"}
+_REUSE = {"session_id", "memory_pool", "prediction", "cache_salt"}
 """Options that only decide what a call may reuse, which never changes an answer."""
 _PATIENCE = {"timeout", "max_retries"}
 """Options that decide whether there is an answer at all."""
 _CAPACITY = {
-    *("max_running", "max_waiting", "max_prefill_tokens", "cache_salt", "max_sessions", "max_session_tokens"),
-    *("max_pools", "max_pool_tokens", "memory_path", "step_cost", "draft_model_step_cost", "calibrate"),
+    *("max_running", "max_waiting", "max_prefill_tokens", "max_sessions", "memory_tokens"),
+    *("memory_path", "step_cost"),
 }
 """Options of an engine that decide how much it does at once and how fast."""
 _LANGCHAINS_OWN = {"stream", "ls_structured_output_format"}
@@ -73,4 +73,4 @@ def deciding(options: dict[str, Any]) -> dict[str, Any]:
 
 def deciding_config(config: EngineConfig) -> dict[str, Any]:
     """What decides the answers of an engine, as plain values."""
-    return config.model_dump(mode="json", exclude=_CAPACITY)
+    return config.model_dump(mode="json", exclude={**dict.fromkeys(_CAPACITY, True), "draft": {"step_cost"}})

@@ -15,7 +15,7 @@ from langchain_copyspec import ChatCopySpec
 
 def fresh(said: list[LoadProgress]) -> ChatCopySpec:
     """A model with an engine of its own."""
-    config = EngineConfig(step_cost=((1, 1.0), (2, 1.1)), max_model_len=512, cache_salt=str(id(said)))
+    config = EngineConfig(step_cost=((1, 1.0), (2, 1.1)), max_model_len=512, max_waiting=id(said))
     return ChatCopySpec(engine=config, on_progress=said.append)
 
 

@@ -56,7 +56,6 @@ def test_the_constructor_loads_nothing() -> None:
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"model": ""}, "model=''"),
         ({"drafter": "fast"}, "drafter='fast'"),
-        ({"combine": "both"}, "combine='both'"),
         ({"session_id": ""}, "session_id=''"),
         ({"memory_pool": ""}, "memory_pool=''"),
         ({"prediction": {"type": "image"}}, "prediction=.* but expected a text, or"),
@@ -174,7 +173,7 @@ def test_all_sampling_options_reach_the_engine(make_engine: MakeEngine) -> None:
     }  # fmt: skip
     assert options.keys() == SamplingParams.model_fields.keys()
     assert ChatCopySpec(**options).sampling() == SamplingParams(**options)
-    others = {"cache_salt": "s", "chat_template_kwargs": {"a": 1}, "combine": "copy-first"}
+    others = {"cache_salt": "s", "chat_template_kwargs": {"a": 1}}
     requested = ChatCopySpec(timeout=3, **others).request_options()
     assert {**others, "timeout_s": 3}.items() <= requested.items()
 
@@ -203,7 +202,6 @@ def test_the_conversation_is_no_part_of_cache_keys_and_traces() -> None:
         "memory_pool": "team",
         "prediction": "text",
         "cache_salt": "salt",
-        "combine": "copy-only",
         "timeout": 3.0,
         "max_retries": 2,
     }.items():
@@ -290,7 +288,7 @@ def test_a_cache_key_has_what_an_engine_decides(options: dict[str, Any]) -> None
 
 
 def test_a_cache_key_lacks_how_much_an_engine_does_at_once() -> None:
-    config = EngineConfig(max_running=2, max_waiting=3, max_sessions=4, memory_path="m", calibrate="always")
+    config = EngineConfig(max_running=2, max_waiting=3, max_sessions=4, memory_path="m", step_cost="remeasure")
     assert ChatCopySpec(engine=config)._get_llm_string() == ChatCopySpec()._get_llm_string()
     every = set(EngineConfig.model_fields)
     assert every > set(ChatCopySpec()._identifying_params["engine"]) > {"model", "dtype", "quantization", "drafter"}
@@ -310,18 +308,20 @@ def test_traces_name_the_options_in_force() -> None:
     assert llm._get_ls_params(stop=["y"], temperature=0.7)["ls_stop"] == ["y"]
 
 
-def test_an_engine_with_a_draft_model_combines_it_with_copies_as_a_call_says() -> None:
-    with Engine(EngineConfig(model="bundled", draft_model="bundled", max_model_len=1024)) as engine:
+def test_a_call_says_what_a_draft_model_does() -> None:
+    with Engine(EngineConfig(model="bundled", draft="bundled", max_model_len=1024)) as engine:
         llm = ChatCopySpec(engine=engine, max_tokens=40)
         accepted, answers = [], set()
-        for rule in ("copy-only", "draft-only", None):
+        for drafter in (AdaptiveDrafter(draft_model="never"), "draft-model", None):
             before = engine.metrics().accepted_by_source.get("draft_model", 0)
-            answers.add(llm.invoke("Repeat: one two three four five six.", combine=rule, session_id=f"{rule}").text)
+            answers.add(
+                llm.invoke("Repeat: one two three four five six.", drafter=drafter, session_id=f"{drafter}").text
+            )
             accepted.append(engine.metrics().accepted_by_source.get("draft_model", 0) - before)
         assert len(answers) == 1
         assert accepted[0] == 0 < accepted[1]
 
 
-def test_combining_needs_a_draft_model(echo: Engine) -> None:
-    with pytest.raises(ConfigError, match="combine='tree' but no draft model"):
-        ChatCopySpec(engine=echo, combine="tree").invoke("Hi")
+def test_drafting_by_a_model_needs_a_draft_model(echo: Engine) -> None:
+    with pytest.raises(ConfigError, match="drafter='draft-model' but no draft model"):
+        ChatCopySpec(engine=echo, drafter="draft-model").invoke("Hi")

@@ -15,7 +15,7 @@ from llama_index.llms.copyspec import CopySpec
 
 def fresh(said: list[LoadProgress]) -> CopySpec:
     """A model with an engine of its own."""
-    config = EngineConfig(step_cost=((1, 1.0), (2, 1.1)), max_model_len=512, cache_salt=str(id(said)))
+    config = EngineConfig(step_cost=((1, 1.0), (2, 1.1)), max_model_len=512, max_waiting=id(said))
     return CopySpec(engine=config, on_progress=said.append)
 
 

@@ -48,7 +48,6 @@ def test_the_constructor_and_traces_load_nothing() -> None:
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"model": ""}, "model=''"),
         ({"drafter": "fast"}, "drafter='fast'"),
-        ({"combine": "both"}, "combine='both'"),
         ({"session_id": ""}, "session_id=''"),
         ({"memory_pool": ""}, "memory_pool=''"),
         ({"prediction": {"type": "image"}}, "prediction=.* but expected a text, or"),
