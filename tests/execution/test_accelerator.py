@@ -42,7 +42,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
             resolve_device(EngineConfig(device=device))
     with pytest.raises(ModelLoadError, match="device='all' but this machine shows no CUDA devices"):
         resolve_device(EngineConfig(device="all"))
-    with pytest.raises(ConfigError, match="expected auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"):
+    with pytest.raises(ConfigError, match="expected auto, all, cpu, cuda, cuda:N, mps, xpu or xpu:N"):
         EngineConfig(device="tpu")
 
 

@@ -254,7 +254,7 @@ def test_a_peer_that_writes_something_else_fails(
         (("--concurrency", "9"), "Got --concurrency 9 but chats holds 3 conversations"),
         (("--concurrency", "2", "--max-tokens", "20"), "in a context of 1024 tokens and in --max-tokens 20"),
         (("--device", "cuda:77"), "Got device='cuda:77'"),
-        (("--device", "tpu"), "Got device='tpu' but expected auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"),
+        (("--device", "tpu"), "Got device='tpu' but expected auto, all, cpu, cuda, cuda:N, mps, xpu or xpu:N"),
         (("--tokenizer", "gone"), "Got tokenizer gone but there is no file"),
         (("--json", "gone/out.json"), "Got --json gone/out.json but there is no folder gone"),
         (("--transcripts", "gone.jsonl"), "Got transcript gone.jsonl but there is no such file"),
