@@ -14,7 +14,7 @@ BUNDLED = "bundled"
 DEFAULT = "smollm2"
 """A small real chat model, fetched once: it writes what it likes, not only copies."""
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]
+Device = Annotated[str, typer.Option(help="auto, all (GPUs), cpu, cuda, cuda:N, mps or xpu.")]
 Dtype = Annotated[
     DtypeName,
     typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
