@@ -117,7 +117,7 @@ def _checks(options: argparse.Namespace) -> dict[str, Callable[[], Report]]:
 
 
 def _speed_checks(options: argparse.Namespace) -> dict[str, Callable[[], Report]]:
-    from copyspec_engine.lab.bench.engine import EngineOptions
+    from copyspec_engine.lab.bench.command import EngineOptions
     from scripts import gpu_speed
 
     device, out_dir = options.device, options.out_dir
@@ -247,7 +247,7 @@ def _demo(device: str, out_dir: Path) -> Report:
     from rich.console import Console
 
     from copyspec_engine import EngineConfig
-    from copyspec_engine.cli.demo import DemoOptions, run_demo
+    from copyspec_engine.cli.demo.run import DemoOptions, run_demo
 
     path = out_dir / "demo_float32.json"
     config = EngineConfig(model="bundled", device=device, dtype="float32")

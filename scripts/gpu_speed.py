@@ -10,7 +10,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Bucket, Piece, pack
 from copyspec_engine.execution.paged_attention import PagedRows, attend
 from copyspec_engine.execution.runner import prepare
-from copyspec_engine.lab.bench.engine import EngineOptions, run_engine
+from copyspec_engine.lab.bench.command import EngineOptions
+from copyspec_engine.lab.bench.engine import measure_engine
+from copyspec_engine.lab.measuring import recorded
 from copyspec_engine.lab.recorded import curve
 from copyspec_engine.lab.recorded.shapes import random_model
 from copyspec_engine.testing import ByteTokenizer
@@ -185,7 +187,7 @@ def _plot(points: Sequence[dict[str, float]], limit: dict[str, float], path: Pat
 
 def conversations(options: EngineOptions, path: Path) -> Report:
     """Recorded answers written by our engine and by transformers: the ratios of `copyspec bench engine`."""
-    code = run_engine(options, path, "scripts/gpu_check.py", Console(width=120))
+    code = recorded(measure_engine, replace(options, json=path), "scripts/gpu_check.py", Console(width=120))
     _free()
     return {"ok": code == 0, "exit_code": code, "file": path.name}
 

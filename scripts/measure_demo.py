@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 
 from copyspec_engine import EngineConfig, shared_engine
-from copyspec_engine.cli.chain import chain_for
-from copyspec_engine.cli.demo import Chain
+from copyspec_engine.cli.demo.chain import chain_for
+from copyspec_engine.cli.demo.figures import figures
+from copyspec_engine.cli.demo.frameworks import ask_through
+from copyspec_engine.cli.demo.run import Chain
 from copyspec_engine.cli.documents import load_document, shipped_names
-from copyspec_engine.cli.frameworks import ask_through
-from copyspec_engine.cli.report import figures
 from copyspec_engine.execution.calibration import cpu_name
 
 README = Path(__file__).resolve().parents[1] / "README.md"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -67,7 +69,7 @@ WITHOUT_TORCH = {"values", "compiled", "memory", "drafting", "kv"}
 MAY_IMPORT_TRANSFORMERS = {
     "chat/reply_template.py",
     "chat/tokenizer.py",
-    "cli/compare.py",
+    "cli/demo/peers.py",
     "execution/attention.py",
     "execution/checkpoint.py",
     "execution/cuda_graphs.py",
@@ -83,6 +85,13 @@ MAY_IMPORT_TRANSFORMERS = {
 }
 MAY_IMPORT_INSIDES = {"adapters", "bundled", "lab", "models", "testing", "values.explanation", "execution.calibration"}
 """What the command line, the integrations and the evaluation import beside the public names."""
+
+
+HELP = """
+from typer.testing import CliRunner
+from copyspec_engine.cli.main import app
+assert CliRunner().invoke(app, [*[], '--help']).exit_code == 0
+"""
 
 
 def modules_imported(path: Path) -> set[str]:
@@ -141,7 +150,16 @@ def test_nothing_loads_the_lab_before_a_command_needs_it() -> None:
             assert not loaded or name in LOADS_LAB, f"{name} imports {loaded}"
 
 
-LOADS_LAB = {"cli/compare.py", "cli/explain.py", "cli/main.py", "cli/report.py"}
+LOADS_LAB = {"cli/main.py"}
+"""Registers `bench` and `eval`."""
+
+
+@pytest.mark.parametrize("code", ["import copyspec_engine.cli.main", HELP, HELP.replace("[]", "['bench', 'drafts']")])
+def test_the_command_line_is_there_before_anything_heavy_is_loaded(code: str) -> None:
+    heavy = {"torch", "transformers", "numba", "matplotlib", "tokenizers", "numpy", "langchain_core", "llama_index"}
+    code = f"import sys\n{code}\nprint(*{heavy} & {{name.split('.')[0] for name in sys.modules}})"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == ""
 
 
 def test_the_lower_rooms_know_neither_torch_nor_transformers() -> None:

@@ -1,1 +1,1 @@
-"""The `copyspec` command: `demo`, `chat` and `info`."""
+"""The `copyspec` command. What `bench`, `eval` and `explain` do is in the lab."""

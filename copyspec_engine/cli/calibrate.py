@@ -13,7 +13,7 @@ from rich.table import Table
 
 from copyspec_engine import CopySpecError, Engine, EngineConfig, EngineInfo
 from copyspec_engine.cli.exits import loading
-from copyspec_engine.cli.report import check_writable, write_text
+from copyspec_engine.cli.files import check_writable, write_text
 from copyspec_engine.execution.calibration import KeptCurve, kept_curves
 from copyspec_engine.models.store import cache_dir
 

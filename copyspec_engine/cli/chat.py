@@ -20,10 +20,10 @@ from copyspec_engine import (
     SamplingParams,
     shared_engine,
 )
-from copyspec_engine.cli.demo import COPIED, show_on
+from copyspec_engine.cli.demo.run import COPIED, show_on
 from copyspec_engine.cli.documents import load_document
 from copyspec_engine.cli.exits import loading
-from copyspec_engine.cli.report import check_writable, write_text
+from copyspec_engine.cli.files import check_writable, write_text
 
 __all__ = ["run_chat"]
 

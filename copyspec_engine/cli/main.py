@@ -13,11 +13,11 @@ from typing import Annotated
 import typer
 
 from copyspec_engine import SamplingParams
+from copyspec_engine.cli.demo.frameworks import FRAMEWORKS
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.exits import console, exit_with
-from copyspec_engine.cli.frameworks import FRAMEWORKS
-from copyspec_engine.cli.loading import BUNDLED, DEFAULT, Device, Dtype, engine_config
 from copyspec_engine.cli.models import models, run_pull
+from copyspec_engine.cli.options import BUNDLED, DEFAULT, Device, Dtype, engine_config
 from copyspec_engine.lab.bench.command import bench
 from copyspec_engine.lab.evaluation.command import evaluations
 
@@ -81,7 +81,7 @@ def demo(
 
     def run() -> int:
         config = engine_config(model, device, dtype)
-        from copyspec_engine.cli.demo import DemoOptions, run_demo
+        from copyspec_engine.cli.demo.run import DemoOptions, run_demo
 
         return run_demo(DemoOptions(config, file, framework, compare, json, svg), console())
 
@@ -187,7 +187,7 @@ def explain(
 
     def write() -> int:
         config = engine_config(BUNDLED, "auto", "auto")
-        from copyspec_engine.cli.explain import ExplainOptions, run_explain
+        from copyspec_engine.lab.page.explain import ExplainOptions, run_explain
 
         options = ExplainOptions(config, output, run, demo, tuple(task or ()), limit, writer, tokenizer)
         return run_explain(options, console())

@@ -19,13 +19,16 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, EngineInfo, SamplingParams, Segment, shared_engine
-from copyspec_engine.cli import chat, demo, frameworks, info
-from copyspec_engine.cli.chain import chain_for, steps_for
+from copyspec_engine.cli import chat, info
+from copyspec_engine.cli.demo import frameworks
+from copyspec_engine.cli.demo import run as demo
+from copyspec_engine.cli.demo.chain import chain_for, steps_for
+from copyspec_engine.cli.demo.edits import EditStep, Outcome
+from copyspec_engine.cli.demo.figures import GENERATE, LLAMA, LOOKUP, PeerAnswer, Turn, figures
+from copyspec_engine.cli.demo.frameworks import FRAMEWORKS, Answer
 from copyspec_engine.cli.documents import Document, load_document, shipped_names
-from copyspec_engine.cli.edits import EditStep, Outcome
-from copyspec_engine.cli.frameworks import FRAMEWORKS, Answer
+from copyspec_engine.cli.files import write_text
 from copyspec_engine.cli.main import app
-from copyspec_engine.cli.report import GENERATE, LLAMA, LOOKUP, PeerAnswer, Turn, figures, write_text
 from copyspec_engine.testing import scripted_engine
 
 TURN_KEYS = ["tokens", "forward_passes", "copied_share", "ttft_s", "seconds", "plain_seconds"]

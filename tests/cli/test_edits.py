@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from copyspec_engine import ConfigError, Engine
-from copyspec_engine.cli import chain
-from copyspec_engine.cli.chain import ChainTask, chain_for
-from copyspec_engine.cli.demo import Chain
+from copyspec_engine.cli.demo import chain
+from copyspec_engine.cli.demo.chain import ChainTask, chain_for
+from copyspec_engine.cli.demo.edits import EditStep, Outcome
+from copyspec_engine.cli.demo.frameworks import ask_through
+from copyspec_engine.cli.demo.run import Chain
 from copyspec_engine.cli.documents import CHAT_DOCUMENT, Document, load_document, shipped_folder, shipped_names
-from copyspec_engine.cli.edits import EditStep, Outcome
-from copyspec_engine.cli.frameworks import ask_through
 
 TEXT = "a = 1\nb = 2\nc = 3"
 REPLACE = EditStep("replace", {"old": "2", "new": "5"})

@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from copyspec_engine import Engine, EngineConfig, shared_engine
-from copyspec_engine.cli import compare
-from copyspec_engine.cli.compare import Peers
-from copyspec_engine.cli.llama_server import LlamaServer, LlamaServerError, find_llama_server
+from copyspec_engine.cli.demo import peers as demo_peers
+from copyspec_engine.cli.demo.figures import GENERATE, LLAMA, LLAMA_NGRAM, LOOKUP
+from copyspec_engine.cli.demo.llama_server import LlamaServer, LlamaServerError, find_llama_server
+from copyspec_engine.cli.demo.peers import Peers
 from copyspec_engine.cli.main import app
-from copyspec_engine.cli.report import GENERATE, LLAMA, LLAMA_NGRAM, LOOKUP
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in is a script with a #! line")
 
@@ -169,7 +169,7 @@ def test_an_answer_that_does_not_come_is_told(put_on_path: Callable[[str], Path]
 
 @pytest.fixture
 def peers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(compare, "_gguf_file", lambda _: Path("m.gguf"))
+    monkeypatch.setattr(demo_peers, "_gguf_file", lambda _: Path("m.gguf"))
     started = Peers(engine)
     yield started
     started.close()
@@ -222,7 +222,7 @@ def test_the_demo_shows_the_figures_of_llama_cpp(
     put_on_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     record = put_on_path("answers")
-    monkeypatch.setattr(compare, "_gguf_file", lambda _: Path("m.gguf"))
+    monkeypatch.setattr(demo_peers, "_gguf_file", lambda _: Path("m.gguf"))
     own, path = tmp_path / "own.txt", tmp_path / "figures.json"
     own.write_text(PROBE)
     words = ["demo", "--model", "bundled", "--device", "cpu", "--compare", "--file", str(own), "--json", str(path)]

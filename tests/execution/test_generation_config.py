@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationOutput, GenerationRequest, SamplingParams
-from copyspec_engine.cli.loading import engine_config
+from copyspec_engine.cli.options import engine_config
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.generation_defaults import GenerationDefaults, read_defaults
 from copyspec_engine.execution.runner import prepare

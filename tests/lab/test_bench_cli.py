@@ -17,10 +17,10 @@ from typer.testing import CliRunner, Result
 
 from copyspec_engine import Engine, GenerationOutput
 from copyspec_engine.cli.main import app
-from copyspec_engine.lab.bench import bench_free_text
 from copyspec_engine.lab.bench import drafts as bench_drafts
-from copyspec_engine.lab.bench.report import comparison
-from copyspec_engine.lab.peers import INGREDIENTS, OURS, PEERS, installed
+from copyspec_engine.lab.bench import free_text as bench_free_text
+from copyspec_engine.lab.bench.drafts_tables import comparison
+from copyspec_engine.lab.contestants import INGREDIENTS, OURS, PEERS, installed
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ROOT = Path(__file__).parents[2]

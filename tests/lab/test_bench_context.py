@@ -66,7 +66,7 @@ def test_a_way_that_writes_something_else_ends_with_an_error(monkeypatch: pytest
         (("--max-tokens", 0), "--max-tokens 0"),
         (("--file", "nowhere.txt"), "nowhere.txt"),
         (("--json", "nowhere/out.json"), "nowhere"),
-        (("no/such/folder",), "no/such/folder"),
+        (("--model", "no/such/folder"), "no/such/folder"),
     ],
 )
 def test_what_cannot_work_is_said(words: tuple[Any, ...], said: str) -> None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from copyspec_engine.cli.main import app
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.lab.bench import engine as bench_engine
-from copyspec_engine.lab.bench.engine_report import limit_line, summary
-from copyspec_engine.lab.peers import OURS, contestant
+from copyspec_engine.lab.bench.command import EngineOptions
+from copyspec_engine.lab.bench.engine_tables import limit_line, summary
+from copyspec_engine.lab.contestants import OURS, contestant
+from copyspec_engine.lab.measuring import Measured
 from copyspec_engine.lab.recorded import generate, runner, shapes
 from copyspec_engine.lab.recorded.batch import BatchPeer
 from copyspec_engine.lab.recorded.records import Turn, _cap, load_turns, renumbered
+from copyspec_engine.lab.recorded.setup import SetupOptions, open_setup, take_turns
 from copyspec_engine.lab.recorded.shapes import SHAPES, random_model, shape_config
-from copyspec_engine.lab.recorded.stage import open_stage, take_turns
 from copyspec_engine.lab.replay import Call, Tally, end_token, load_tokenizer, replay
 from copyspec_engine.values.errors import ConfigError, ModelLoadError
 
@@ -51,19 +55,20 @@ ROW_KEYS = {
 }
 TOKENIZER = load_tokenizer("bundled")
 END = end_token(TOKENIZER) or -1
+QUICK = SetupOptions(shape="tiny", curve_s=0.1, step_cost=COST)
 
 
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setenv("COLUMNS", "160")
-    quick = bench_engine.EngineOptions
+    measure = bench_engine.measure_engine
 
-    def options(*values: Any) -> bench_engine.EngineOptions:
-        costs = {"step_cost": COST, "draft_step_cost": CHEAP if values[10] else None}
-        return quick(*values, curve_s=0.5, **costs)
+    def quickly(options: EngineOptions, console: Console) -> Measured:
+        costs = {"step_cost": COST, "draft_step_cost": CHEAP if options.draft_shape else None}
+        return measure(replace(options, curve_s=0.5, **costs), console)
 
-    monkeypatch.setattr(bench_engine, "EngineOptions", options)
+    monkeypatch.setattr(bench_engine, "measure_engine", quickly)
 
 
 def bench(*words: object) -> Result:
@@ -147,9 +152,9 @@ def test_all_peers_run_the_same_model_on_the_same_tokens(monkeypatch: pytest.Mon
     conversation = chats(150)[0]
     said: dict[tuple[str, int], list[int]] = {}
     names = ("generate", "generate-kv", "ours-plain")
-    with open_stage("tiny", TOKENIZER, END, [conversation], names, curve_s=0.1, step_cost=COST) as stage:
+    with open_setup(QUICK, TOKENIZER, END, [conversation], names) as setup:
         seen.clear()
-        for entry, (turn,), _, _ in take_turns(stage.entries, [conversation]):
+        for entry, (turn,), _, _ in take_turns(setup.entries, [conversation]):
             said[entry.name, turn.number] = seen[: len(turn.answer_ids)]
             seen.clear()
     for turn in conversation:
@@ -166,11 +171,11 @@ def test_drafts_are_accepted_as_in_a_replay(peer: str, drafter: str, monkeypatch
         "copyspec_engine.drafting.drafter._MOST_DELAY", float("inf")
     )  # a replay has no prompt to wait for
     conversations = chats()
-    with open_stage("tiny", TOKENIZER, END, conversations, [peer], curve_s=0.1, step_cost=COST) as stage:
+    with open_setup(QUICK, TOKENIZER, END, conversations, [peer]) as setup:
         passes = sum(
             written.passes
             for conversation in conversations
-            for _, _, (written,), _ in take_turns(stage.entries, [conversation])
+            for _, _, (written,), _ in take_turns(setup.entries, [conversation])
         )
     policy, tally = contestant(drafter, CostCurve(COST), END), Tally()
     first = conversations[0][0]

@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from copyspec_engine import Engine, EngineConfig, EngineInfo, GenerationOutput, NoDrafter, core
+from copyspec_engine import Engine, EngineConfig, EngineInfo, GenerationOutput, NoDrafter
 from copyspec_engine.cli.main import app
 from copyspec_engine.drafting.drafter import DraftingPolicy
 from copyspec_engine.lab.bench.lossless_rounds import ROUND, Outcome, ability_of, crowded, run_round
 from copyspec_engine.lab.recorded.tiny import write_tiny_model
+from copyspec_engine.loop import step
 from copyspec_engine.testing import scripted_engine
 
 
@@ -64,7 +65,7 @@ def test_no_answer_of_random_conversations_differs_in_float32(tmp_path: Path, mo
 
 def break_answers(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[int], bool]) -> None:
     """Let a wrong token be sampled where drafts are verified, in some passes."""
-    real, number = core.sample, iter(range(10**9))
+    real, number = step.sample, iter(range(10**9))
 
     def wrong(logits: torch.Tensor, rows: Any) -> list[list[int]]:
         tokens = real(logits, rows)
@@ -72,7 +73,7 @@ def break_answers(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[int], bool]
             tokens = [[(token + 1) % 4096 for token in row] for row in tokens]
         return tokens
 
-    monkeypatch.setattr(core, "sample", wrong)
+    monkeypatch.setattr(step, "sample", wrong)
 
 
 def test_a_wrong_token_is_found_told_and_found_again_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 from copyspec_engine.cli.main import app
-from copyspec_engine.lab.bench import collect as bench_collect
-from copyspec_engine.lab.bench.collect import BLOCK, BLOCKS, PLOTS
-from copyspec_engine.lab.bench.drafts import machine
-from copyspec_engine.lab.bench.results.files import KINDS, load_results
-from copyspec_engine.lab.evaluation.charts import Bars, Lines, Plot
-from copyspec_engine.lab.evaluation.plots import DESCRIPTION, drawn_data, save
+from copyspec_engine.lab.display.charts import Bars, Lines, Plot
+from copyspec_engine.lab.display.plots import DESCRIPTION, drawn_data, save
+from copyspec_engine.lab.display.tables import Table
 from copyspec_engine.lab.evaluation.records import RunFacts
-from copyspec_engine.lab.evaluation.tables import Table
+from copyspec_engine.lab.measuring import machine
+from copyspec_engine.lab.results import fill
+from copyspec_engine.lab.results.files import KINDS, load_results
+from copyspec_engine.lab.results.fill import BLOCK, BLOCKS, PLOTS
 
 ROOT = Path(__file__).parents[2]
 CPU = {"cpu_cores": 2, "cpu": "AMD EPYC"}
@@ -187,7 +187,7 @@ ALL: dict[str, dict[str, Any]] = {
         "model": "some/model",
         "device": "cpu",
         "dtype": "float32",
-        "command": "copyspec bench context some/model",
+        "command": "copyspec bench context --model some/model",
         "machine": CPU,
     },
     "free_text": {
@@ -259,7 +259,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
 
     Plots are written without a drawing, which takes long.
     """
-    monkeypatch.setattr(bench_collect, "save", not_drawn)
+    monkeypatch.setattr(fill, "save", not_drawn)
     monkeypatch.chdir(tmp_path)
     Path("benchmarks/results").mkdir(parents=True)
     for name, record in ALL.items():
@@ -358,7 +358,7 @@ def test_machines_do_not_share_a_table(report: Callable[..., Result]) -> None:
 
 
 def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_collect, "save", save)
+    monkeypatch.setattr(fill, "save", save)
     assert report().exit_code == 0
     plots = {plot.name: plot for make in PLOTS for plot in make(load_results(Path("benchmarks/results")))}
     names = {

@@ -21,8 +21,8 @@ from copyspec_engine.cli.main import app
 from copyspec_engine.lab.evaluation.benchmarks import BENCHMARKS
 from copyspec_engine.lab.evaluation.data import SAMPLE, load_tasks
 from copyspec_engine.lab.evaluation.records import RunFolder, TurnRecord, read_turns
-from copyspec_engine.lab.recorded.records import ForcedMismatchError
-from copyspec_engine.lab.recorded.runner import ForcedRunner
+from copyspec_engine.lab.recorded.records import RecordMismatchError
+from copyspec_engine.lab.recorded.runner import RecordedRunner
 from copyspec_engine.lab.recorded.shapes import SHAPES
 from tests.lab.test_bench_engine import TINY
 
@@ -207,14 +207,14 @@ def test_recorded_answers_through_a_shape(recorded: Path, tmp_path: Path) -> Non
 
 
 def test_a_shape_that_writes_anything_else_is_an_error(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = ForcedRunner._tokens
+    honest = RecordedRunner._tokens
 
-    def wrong(self: ForcedRunner, row: Any, draft: Any) -> list[int]:
+    def wrong(self: RecordedRunner, row: Any, draft: Any) -> list[int]:
         return [token ^ (len(row.sequence.token_ids) % 7 == 0) for token in honest(self, row, draft)]
 
-    monkeypatch.setattr(ForcedRunner, "_tokens", wrong)
+    monkeypatch.setattr(RecordedRunner, "_tokens", wrong)
     result = run("mt-redundant", "--replay", recorded, "--shape", "tiny", "--limit", "1")
-    assert isinstance(result.exception, ForcedMismatchError)
+    assert isinstance(result.exception, RecordMismatchError)
 
 
 def test_a_record_that_is_too_long_is_an_error_rather_than_another_turn(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from copyspec_engine import ConfigError, CopySpecError
-from copyspec_engine.lab.evaluation.metrics import (
+from copyspec_engine.lab.evaluation.scoring.metrics import (
     evalplus_sample,
     final_number,
     gsm8k_answer,
@@ -23,7 +23,7 @@ from copyspec_engine.lab.evaluation.metrics import (
     pass_at_1,
     rouge,
 )
-from copyspec_engine.lab.evaluation.sandbox import CodeResult, Limits, run_code
+from copyspec_engine.lab.evaluation.scoring.sandbox import CodeResult, Limits, run_code
 from tests.lab.test_sandbox import CAN_CONFINE, WHY_NOT
 
 

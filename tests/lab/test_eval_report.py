@@ -15,16 +15,17 @@ import pytest
 from rich.console import Console
 
 from copyspec_engine import ConfigError, CopySpecError
-from copyspec_engine.lab.evaluation.charts import Bars, Lines
-from copyspec_engine.lab.evaluation.compare import charts, load_runs, tables
-from copyspec_engine.lab.evaluation.conditions import hardware, shortened
-from copyspec_engine.lab.evaluation.figures import complete_tasks, histogram, run_plots
-from copyspec_engine.lab.evaluation.plots import drawn_data, save, write_plots
-from copyspec_engine.lab.evaluation.printed import run_eval_report
+from copyspec_engine.lab.display.charts import Bars, Lines
+from copyspec_engine.lab.display.conditions import hardware, shortened
+from copyspec_engine.lab.display.plots import drawn_data, save
+from copyspec_engine.lab.display.tables import Table, figure, markdown, percent, times
+from copyspec_engine.lab.evaluation.command import ReportOptions
 from copyspec_engine.lab.evaluation.records import RunFacts, RunFolder, TurnRecord
-from copyspec_engine.lab.evaluation.report import summary_markdown
-from copyspec_engine.lab.evaluation.summary import summary
-from copyspec_engine.lab.evaluation.tables import Table, figure, markdown, percent, times
+from copyspec_engine.lab.evaluation.report.compare import charts, load_runs, tables
+from copyspec_engine.lab.evaluation.report.plots import run_plots, write_plots
+from copyspec_engine.lab.evaluation.report.tables import summary_markdown
+from copyspec_engine.lab.evaluation.report.write import run_eval_report
+from copyspec_engine.lab.evaluation.summary import complete_tasks, histogram, summary
 
 Drafted = tuple[str, str, int, int, tuple[int, ...], float]
 DRAFTED: tuple[Drafted, ...] = (
@@ -162,7 +163,7 @@ def figures_of(facts: RunFacts, records: Sequence[TurnRecord]) -> dict[str, Any]
 
 def reported(paths: Sequence[Path], markdown_path: Path | None = None, html_path: Path | None = None) -> str:
     console = Console(file=StringIO(), width=160)
-    assert run_eval_report(paths, markdown_path, html_path, console) == 0
+    assert run_eval_report(ReportOptions(runs=tuple(paths), markdown=markdown_path, html=html_path), console) == 0
     output = console.file.getvalue()  # type: ignore[attr-defined]
     return str(output)
 

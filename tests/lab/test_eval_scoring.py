@@ -13,8 +13,8 @@ from copyspec_engine.cli.main import app
 from copyspec_engine.lab.evaluation.benchmarks import BENCHMARKS
 from copyspec_engine.lab.evaluation.data import SAMPLE, load_tasks
 from copyspec_engine.lab.evaluation.records import RunFolder, TurnRecord
-from copyspec_engine.lab.evaluation.sandbox import CodeResult
-from copyspec_engine.lab.evaluation.scoring import score
+from copyspec_engine.lab.evaluation.scoring.sandbox import CodeResult
+from copyspec_engine.lab.evaluation.scoring.scores import score
 
 
 def record(task: str, turn: int, text: str) -> TurnRecord:

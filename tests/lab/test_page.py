@@ -14,15 +14,15 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from copyspec_engine import ConfigError, EngineConfig
-from copyspec_engine.cli.chain import steps_for
+from copyspec_engine.cli.demo.chain import steps_for
 from copyspec_engine.cli.documents import load_document
-from copyspec_engine.cli.explain import ExplainOptions, demo_records, run_explain
 from copyspec_engine.cli.main import app
-from copyspec_engine.lab.evaluation.page import render_page, transcripts
-from copyspec_engine.lab.evaluation.page.figures import Figures
-from copyspec_engine.lab.evaluation.page.html import exact
-from copyspec_engine.lab.evaluation.page.passes import pass_ends
 from copyspec_engine.lab.evaluation.records import RunFacts, RunFolder, TurnRecord
+from copyspec_engine.lab.page import render_page, transcripts
+from copyspec_engine.lab.page.explain import ExplainOptions, demo_records, run_explain
+from copyspec_engine.lab.page.figures import Figures
+from copyspec_engine.lab.page.html import exact
+from copyspec_engine.lab.page.passes import pass_ends
 from copyspec_engine.testing import scripted_engine
 
 DOCUMENT = "Ann books the room. Bo brings the slides."

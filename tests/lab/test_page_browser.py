@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from copyspec_engine.lab.evaluation.page import render_page, transcripts
 from copyspec_engine.lab.evaluation.records import TurnRecord
+from copyspec_engine.lab.page import render_page, transcripts
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

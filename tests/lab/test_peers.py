@@ -20,7 +20,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from copyspec_engine import ConfigError, CopySpecError
 from copyspec_engine.drafting.drafter import Ingredients
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.lab.peers import INGREDIENTS, OURS, PEERS, PromptLookup, contestant, installed
+from copyspec_engine.lab.contestants import INGREDIENTS, OURS, PEERS, PromptLookup, contestant, installed
 from copyspec_engine.lab.replay import (
     Call,
     Message,

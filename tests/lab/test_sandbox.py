@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 
 from copyspec_engine import ConfigError
-from copyspec_engine.lab.evaluation import confine, sandbox
-from copyspec_engine.lab.evaluation.sandbox import Limits, check_sandbox, run_code
+from copyspec_engine.lab.evaluation.scoring import confine, sandbox
+from copyspec_engine.lab.evaluation.scoring.sandbox import Limits, check_sandbox, run_code
 
 CAN_CONFINE = (
     sys.platform == "linux"
@@ -392,7 +392,7 @@ def test_a_program_ends_with_the_process_that_asked_for_it() -> None:
     driver = (
         "import os, threading, time\n"
         "from pathlib import Path\n"
-        "from copyspec_engine.lab.evaluation.sandbox import Limits, run_code\n"
+        "from copyspec_engine.lab.evaluation.scoring.sandbox import Limits, run_code\n"
         "limits = Limits(wall_s=100)\n"
         "threading.Thread(target=run_code, args=('import time; time.sleep(100)', limits), daemon=True).start()\n"
         "facts = child = ''\n"

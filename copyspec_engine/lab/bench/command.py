@@ -1,18 +1,27 @@
-"""`copyspec bench`: the options of the measurements."""
+"""`copyspec bench`: the measurements and their options. What measures is imported when a command runs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
-from copyspec_engine import ConfigError
-from copyspec_engine.cli.exits import console, exit_with
-from copyspec_engine.cli.loading import BUNDLED, Device, Dtype, DtypeName, engine_config
-from copyspec_engine.cli.words import RecordedCommand
+from copyspec_engine import ConfigError, EngineConfig
+from copyspec_engine.cli.options import BUNDLED, Device, DtypeName, ModelOptions, add_command, engine_config
 
-__all__ = ["bench"]
+__all__ = [
+    "ContextOptions",
+    "DraftsOptions",
+    "EngineOptions",
+    "FreeTextOptions",
+    "LosslessOptions",
+    "ProposeOptions",
+    "ReportOptions",
+    "bench",
+]
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -20,17 +29,11 @@ bench = typer.Typer(
     "them, in free-text and context a model writes as it likes, and lossless counts answers that drafting changes.",
 )
 
-
-def _check_count(option: str, value: int, most: int = 10**9) -> None:
-    if not 1 <= value <= most:
-        raise ConfigError(f"Got {option} {value} but expected 1 to {most}")
-
-
 MOST_MEMORY = 20_000_000
 """Tokens of memory that a measurement may fill; ten million is what a session is built for."""
 
 Transcripts = Annotated[
-    list[Path],
+    tuple[Path, ...],
     typer.Option(
         metavar="FILE...",
         help='Recorded conversations, JSON lines {"messages": [{"role", "content"}]}, gzipped if named .gz.',
@@ -47,15 +50,21 @@ TokenizerDir = Annotated[
 JsonPath = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures to this file.")]
 
 
-@bench.command(cls=RecordedCommand)
-def drafts(
-    context: typer.Context,
-    transcripts: Transcripts,
-    tokenizer: TokenizerDir,
+def _check_count(option: str, value: int | None, most: int = 10**9) -> None:
+    if value is not None and not 1 <= value <= most:
+        raise ConfigError(f"Got {option} {value} but expected 1 to {most}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftsOptions:
+    """Options of `bench drafts`."""
+
+    transcripts: Transcripts
+    tokenizer: TokenizerDir
     drafters: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="Names with commas between them; default: ours and every installed peer."),
-    ] = None,
+    ] = None
     cost_model: Annotated[
         str,
         typer.Option(
@@ -63,206 +72,202 @@ def drafts(
             help="Cost of a pass with k draft tokens: gpu is 1 + 0.002 k, cpu is 1 + 0.10 k, a JSON file holds "
             "measured \\[\\[tokens, seconds], ...].",
         ),
-    ] = "gpu",
-    max_tokens: Annotated[int, typer.Option(help="Answer tokens replayed of each file.")] = 15_000,
+    ] = "gpu"
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens replayed of each file.")] = 15_000
     history: Annotated[
         Literal["full", "last-turn", "evaluator-optimizer"],
         typer.Option(
             help="What prompts hold: everything before, the last turn only, or the task and the last message."
         ),
-    ] = "full",
+    ] = "full"
     ingredients: Annotated[
         bool, typer.Option("--ingredients", help="Also replay ours with each ingredient switched off in turn.")
-    ] = False,
-    json: JsonPath = None,
-) -> None:
+    ] = False
+    json: JsonPath = None
+
+    def __post_init__(self) -> None:
+        _check_count("--max-tokens", self.max_tokens)
+
+
+@add_command(bench, DraftsOptions)
+def drafts(options: DraftsOptions, command: str, console: Console) -> int:
     """Replay conversations through every drafter: tokens per forward pass, modelled speed and time spent drafting."""
+    from copyspec_engine.lab.bench.drafts import measure_drafts
+    from copyspec_engine.lab.measuring import recorded
 
-    def run() -> int:
-        _check_count("--max-tokens", max_tokens)
-        from copyspec_engine.lab.bench.drafts import DraftsOptions, run_drafts
-
-        options = DraftsOptions(
-            tuple(transcripts), tokenizer, drafters, cost_model, max_tokens, history, ingredients, json
-        )
-        return run_drafts(options, context.meta["command"], console())
-
-    exit_with(run)
+    return recorded(measure_drafts, options, command, console)
 
 
-@bench.command(cls=RecordedCommand)
-def report(
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the JSON files.")] = Path(
-        "benchmarks/results"
-    ),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportOptions:
+    """Options of `bench report`."""
+
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the JSON files.")] = Path("benchmarks/results")
     readme: Annotated[
-        list[Path], typer.Option(metavar="FILE...", help="Markdown with <!-- bench: begin NAME --> blocks.")
-    ] = [Path("README.md"), Path("benchmarks/README.md")],  # noqa: B006 - read only
-    plots: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the plots.")] = Path("docs/plots"),
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if something differs.")] = False,
-) -> None:
+        tuple[Path, ...], typer.Option(metavar="FILE...", help="Markdown with <!-- bench: begin NAME --> blocks.")
+    ] = (Path("README.md"), Path("benchmarks/README.md"))
+    plots: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the plots.")] = Path("docs/plots")
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if something differs.")] = False
+
+
+@add_command(bench, ReportOptions)
+def report(options: ReportOptions, _command: str, console: Console) -> int:
     """Put the figures of all results into the READMEs' tables and into plots."""
+    from copyspec_engine.lab.results.fill import fill_readmes
 
-    def run() -> int:
-        from copyspec_engine.lab.bench.collect import run_bench_report
-
-        return run_bench_report(results, readme, plots, check, console())
-
-    exit_with(run)
+    return fill_readmes(options, console)
 
 
-@bench.command(cls=RecordedCommand)
-def propose(
-    context: typer.Context,
-    transcripts: Transcripts,
-    tokenizer: TokenizerDir,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposeOptions:
+    """Options of `bench propose`."""
+
+    transcripts: Transcripts
+    tokenizer: TokenizerDir
     memory_tokens: Annotated[
-        list[int], typer.Option(metavar="N...", help="Tokens in the conversation's memory, one table row each.")
-    ] = [16_000, 1_000_000],  # noqa: B006 - read only
-    max_tokens: Annotated[int, typer.Option(help="Answer tokens replayed at each size.")] = 5_000,
-    json: JsonPath = None,
-) -> None:
-    """Fill a memory with the transcripts' text, repeated if need be, and time drafts and indexing at each size."""
+        tuple[int, ...], typer.Option(metavar="N...", help="Tokens in the conversation's memory, one table row each.")
+    ] = (16_000, 1_000_000)
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens replayed at each size.")] = 5_000
+    json: JsonPath = None
 
-    def run() -> int:
-        _check_count("--max-tokens", max_tokens)
-        for size in memory_tokens:
+    def __post_init__(self) -> None:
+        _check_count("--max-tokens", self.max_tokens)
+        for size in self.memory_tokens:
             _check_count("--memory-tokens", size, MOST_MEMORY)
-        from copyspec_engine.lab.bench.propose import ProposeOptions, run_propose
-
-        options = ProposeOptions(tuple(memory_tokens), tuple(transcripts), tokenizer, max_tokens, json)
-        return run_propose(options, context.meta["command"], console())
-
-    exit_with(run)
 
 
-@bench.command("free-text", cls=RecordedCommand)
-def free_text(
-    context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help='Hub name or local folder; "bundled" is the small model that comes along.')
-    ] = BUNDLED,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+@add_command(bench, ProposeOptions)
+def propose(options: ProposeOptions, command: str, console: Console) -> int:
+    """Fill a memory with the transcripts' text, repeated if need be, and time drafts and indexing at each size."""
+    from copyspec_engine.lab.bench.propose import measure_propose
+    from copyspec_engine.lab.measuring import recorded
+
+    return recorded(measure_propose, options, command, console)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeTextOptions(ModelOptions):
+    """Options of `bench free-text`."""
+
     cost_model: Annotated[
         str,
         typer.Option(
             metavar="measured|gpu|cpu|FILE", help="What drafting takes a pass to cost; all but the first as in drafts."
         ),
-    ] = "measured",
-    temperature: Annotated[list[float], typer.Option(metavar="T...", help="Temperatures, one after the other.")] = [  # noqa: B006 - read only
-        0.0,
-        1.0,
-    ],
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 120,
-    rounds: Annotated[int, typer.Option(help="Answers to each of the six prompts.")] = 2,
-    json: JsonPath = None,
-) -> None:
+    ] = "measured"
+    temperature: Annotated[
+        tuple[float, ...], typer.Option(metavar="T...", help="Temperatures, one after the other.")
+    ] = (0.0, 1.0)
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 120
+    rounds: Annotated[int, typer.Option(help="Answers to each of the six prompts.")] = 2
+    json: JsonPath = None
+
+    def __post_init__(self) -> None:
+        _check_count("--max-tokens", self.max_tokens)
+        _check_count("--rounds", self.rounds)
+
+
+@add_command(bench, FreeTextOptions, "free-text")
+def free_text(options: FreeTextOptions, command: str, console: Console) -> int:
     """Let a model write as it likes: tokens per forward pass and second with copies and recycled candidates.
 
     Each answer is of a conversation of its own. Exit code 1 if drafts change a token in float32.
     """
+    from copyspec_engine.lab.bench.free_text import measure_free_text
+    from copyspec_engine.lab.measuring import recorded
 
-    def run() -> int:
-        _check_count("--max-tokens", max_tokens)
-        _check_count("--rounds", rounds)
-        config = engine_config(model, device, dtype)
-        from copyspec_engine.lab.bench.free_text import FreeTextOptions, run_free_text
-
-        options = FreeTextOptions(config, cost_model, tuple(temperature), max_tokens, rounds, json)
-        return run_free_text(options, context.meta["command"], console())
-
-    exit_with(run)
+    return recorded(measure_free_text, options, command, console)
 
 
-@bench.command(name="context", cls=RecordedCommand)
-def by_context(
-    context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help='Hub name or local folder; "bundled" is the small model that comes along.')
-    ] = BUNDLED,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextOptions(ModelOptions):
+    """Options of `bench context`."""
+
     file: Annotated[
-        list[str] | None,
+        tuple[str, ...],
         typer.Option(
             metavar="FILE...",
-            help="Documents that conversations begin with: your own, or shipped ones by their names; default: "
-            "article.txt.",
+            help="Documents that conversations begin with: your own, or shipped ones by their names.",
         ),
-    ] = None,
+    ] = ("article.txt",)
     length: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N...", help="Tokens of context at which the next turn is measured; default: 500 to 4000."
-        ),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Let transformers write the turns too.")] = True,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: JsonPath = None,
-) -> None:
+        tuple[int, ...],
+        typer.Option(metavar="N...", help="Tokens of context at which the next turn is measured."),
+    ] = (500, 1000, 2000, 4000)
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Let transformers write the turns too.")] = True
+    json: JsonPath = None
+
+    def __post_init__(self) -> None:
+        _check_count("--max-tokens", self.max_tokens)
+        for length in self.length:
+            _check_count("--length", length)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of a prompt from which on the next turn is measured, in rising order."""
+        return sorted(set(self.length))
+
+
+@add_command(bench, ContextOptions, "context")
+def by_context(options: ContextOptions, command: str, console: Console) -> int:
     """Let a conversation about a document grow, and measure its turns by the tokens of context before them.
 
     The model writes as it likes. Exit code 1 if drafts change a token in float32.
     """
+    from copyspec_engine.lab.bench.context import measure_context
+    from copyspec_engine.lab.measuring import recorded
 
-    def run() -> int:
-        _check_count("--max-tokens", max_tokens)
-        lengths = tuple(sorted(set(length or (500, 1000, 2000, 4000))))
-        for each in lengths:
-            _check_count("--length", each)
-        config = engine_config(model, device, dtype)
-        from copyspec_engine.lab.bench.context import ContextOptions, run_context
-
-        documents = tuple(dict.fromkeys(file or ("article.txt",)))
-        options = ContextOptions(config, documents, lengths, max_tokens, peers, json)
-        return run_context(options, context.meta["command"], console())
-
-    exit_with(run)
+    return recorded(measure_context, options, command, console)
 
 
-@bench.command(cls=RecordedCommand)
-def lossless(
-    context: typer.Context,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LosslessOptions(ModelOptions):
+    """Options of `bench lossless`."""
+
     model: Annotated[
         str,
         typer.Option(
             metavar="MODEL",
             help='Hub name or local folder; "bundled" is the small model that comes along, "tiny" has random weights.',
         ),
-    ] = BUNDLED,
-    cases: Annotated[int, typer.Option(help="Answers to compare.")] = 500,
+    ] = BUNDLED
+    cases: Annotated[int, typer.Option(help="Answers to compare.")] = 500
     case: Annotated[
         int | None, typer.Option(metavar="K", help="Only this case, with prompt and answers; those beside it run too.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of all that is random about the cases.")] = 0,
-    exact: Annotated[bool, typer.Option("--exact", help="With EngineConfig.exact, in both ways.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: JsonPath = None,
-) -> None:
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of all that is random about the cases.")] = 0
+    exact: Annotated[bool, typer.Option("--exact", help="With EngineConfig.exact, in both ways.")] = False
+    json: JsonPath = None
+
+    def __post_init__(self) -> None:
+        _check_count("--cases", self.cases)
+        if self.case is not None and self.case < 0:
+            raise ConfigError(f"Got --case {self.case} but expected a number from 0")
+
+    @property
+    def config(self) -> EngineConfig:
+        return engine_config(self.model, self.device, self.dtype, exact=self.exact)
+
+
+@add_command(bench, LosslessOptions)
+def lossless(options: LosslessOptions, command: str, console: Console) -> int:
     """Compare answers of random conversations with plain decoding of each prompt by itself, token by token.
 
     Greedy and seeded, with trees and blocks, grammars, stop texts, penalties, reused KV, requests that run together or
     are cancelled. Exit code 1 if an answer differs where the engine promises that none does.
     """
+    from copyspec_engine.lab.bench.lossless import measure_lossless
+    from copyspec_engine.lab.measuring import recorded
 
-    def run() -> int:
-        _check_count("--cases", cases)
-        config = engine_config(model, device, dtype, exact=exact)
-        from copyspec_engine.lab.bench.lossless import LosslessOptions, run_lossless
-
-        if case is not None and case < 0:
-            raise ConfigError(f"Got --case {case} but expected a number from 0")
-        return run_lossless(LosslessOptions(config, cases, seed, case, json), context.meta["command"], console())
-
-    exit_with(run)
+    return recorded(measure_lossless, options, command, console)
 
 
-@bench.command(cls=RecordedCommand)
-def engine(
-    context: typer.Context,
-    transcripts: Transcripts,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Options of `bench engine`, and what only tests and scripts set."""
+
+    transcripts: Transcripts
     shape: Annotated[
         str,
         typer.Option(
@@ -270,8 +275,8 @@ def engine(
             help="Whose dimensions the random weights have: bundled, qwen2.5-0.5b, qwen2.5-0.5b-4layers, "
             "qwen2.5-1.5b, qwen2.5-7b, llama-3.2-1b or llama-3.1-8b.",
         ),
-    ] = "bundled",
-    tokenizer: TokenizerDir = "bundled",
+    ] = "bundled"
+    tokenizer: TokenizerDir = "bundled"
     peers: Annotated[
         str | None,
         typer.Option(
@@ -280,60 +285,46 @@ def engine(
             "generate, generate-kv, prompt-lookup and generate-batch; default: all but the last, or with --concurrency "
             "only ours and the last; the three with a draft model where there is one.",
         ),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Answer tokens written of each file; longer answers are cut.")] = 1000,
-    turns: Annotated[int | None, typer.Option(help="Turns of a conversation, at most; default: all.")] = None,
+    ] = None
+    max_tokens: Annotated[int, typer.Option(help="Answer tokens written of each file; longer answers are cut.")] = 1000
+    turns: Annotated[int | None, typer.Option(help="Turns of a conversation, at most; default: all.")] = None
     conversations: Annotated[
         int | None,
         typer.Option(help="Conversations of each file, which share --max-tokens evenly; default: as many as it fills."),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Conversations at the same time.")] = 1,
-    device: Device = "auto",
-    dtype: Annotated[
-        DtypeName,
-        typer.Option(help="auto is float32 on a CPU and bfloat16 on a GPU."),
-    ] = "auto",
+    ] = None
+    concurrency: Annotated[int, typer.Option(help="Conversations at the same time.")] = 1
+    device: Device = "auto"
+    dtype: Annotated[DtypeName, typer.Option(help="auto is float32 on a CPU and bfloat16 on a GPU.")] = "auto"
     draft_shape: Annotated[
         str | None, typer.Option(metavar="NAME", help="Whose dimensions a draft model has; default: there is none.")
-    ] = None,
+    ] = None
     agreement: Annotated[
         float, typer.Option(help="Share of the places where the draft model says what is recorded, 0 to 1.")
-    ] = 0.7,
-    draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft model writes before a pass, at most.")] = 5,
-    json: JsonPath = None,
-) -> None:
+    ] = 0.7
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft model writes before a pass, at most.")] = 5
+    json: JsonPath = None
+    curve_s: float = 10.0
+    """Seconds that measuring passes may take."""
+    step_cost: tuple[tuple[int, float], ...] | None = None
+    """What drafting takes passes to cost; default: measured."""
+    draft_step_cost: tuple[tuple[int, float], ...] | None = None
+    """The same for passes of the draft model."""
+
+    def __post_init__(self) -> None:
+        _check_count("--max-tokens", self.max_tokens)
+        _check_count("--turns", self.turns, 10**6)
+        _check_count("--conversations", self.conversations, 10**6)
+        _check_count("--concurrency", self.concurrency, 256)
+        _check_count("--draft-tokens", self.draft_tokens, 64)
+
+
+@add_command(bench, EngineOptions)
+def engine(options: EngineOptions, command: str, console: Console) -> int:
     """Write recorded answers with a model of a real shape: this engine beside transformers on the same weights.
 
     Exit code 1 if a peer writes anything else than the record.
     """
+    from copyspec_engine.lab.bench.engine import measure_engine
+    from copyspec_engine.lab.measuring import recorded
 
-    def run() -> int:
-        for option, value, most in (
-            ("--max-tokens", max_tokens, 10**9),
-            ("--turns", turns, 10**6),
-            ("--conversations", conversations, 10**6),
-            ("--concurrency", concurrency, 256),
-            ("--draft-tokens", draft_tokens, 64),
-        ):
-            if value is not None:
-                _check_count(option, value, most)
-        from copyspec_engine.lab.bench.engine import EngineOptions, run_engine
-
-        options = EngineOptions(
-            tuple(transcripts),
-            shape,
-            tokenizer,
-            peers,
-            max_tokens,
-            turns,
-            conversations,
-            concurrency,
-            device,
-            dtype,
-            draft_shape,
-            agreement,
-            draft_tokens,
-        )
-        return run_engine(options, json, context.meta["command"], console())
-
-    exit_with(run)
+    return recorded(measure_engine, options, command, console)

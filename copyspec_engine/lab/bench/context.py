@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -22,18 +21,17 @@ from copyspec_engine import (
     ConfigError,
     DrafterConfig,
     Engine,
-    EngineConfig,
     GenerationRequest,
     NoDrafter,
     SamplingParams,
 )
+from copyspec_engine.cli.demo.figures import GENERATE, LOOKUP
 from copyspec_engine.cli.documents import Document, load_document
-from copyspec_engine.cli.exits import loading
-from copyspec_engine.cli.report import GENERATE, LOOKUP, check_writable, write_record
-from copyspec_engine.lab.bench.drafts import machine
+from copyspec_engine.lab.bench.command import ContextOptions
 from copyspec_engine.lab.evaluation.loops import loop_tokens
+from copyspec_engine.lab.measuring import Measured, drafting_engine, facts_of_engine
 
-__all__ = ["OURS", "PLAIN", "ContextOptions", "run_context"]
+__all__ = ["OURS", "PLAIN", "measure_context"]
 
 Message = dict[str, str]
 
@@ -53,20 +51,6 @@ _WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class ContextOptions:
-    """The command's options."""
-
-    config: EngineConfig
-    documents: tuple[str, ...]
-    lengths: tuple[int, ...]
-    """Tokens of a prompt from which on the next turn is measured, in rising order."""
-    max_tokens: int
-    peers: bool
-    """transformers writes too."""
-    json: Path | None
-
-
-@dataclass(frozen=True, slots=True)
 class Written:
     """An answer, and how it came about."""
 
@@ -80,7 +64,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredTurn:
     """A turn that every way wrote."""
 
     document: str
@@ -92,27 +76,20 @@ class Measured:
     """By way."""
 
 
-def run_context(options: ContextOptions, command: str, console: Console) -> int:
-    """Lets the conversations grow, prints the table and writes the file.
-
-    Returns:
-        The exit code: 1 if drafts changed a token although the dtype promises that they do not, else 0.
+def measure_context(options: ContextOptions, console: Console) -> Measured:
+    """Lets the conversations grow and prints the table; exit code 1 if drafts change a token where none may change.
 
     Raises:
         CopySpecError: an option cannot work, or the model cannot be loaded.
     """
-    if options.json:
-        check_writable(options.json, "--json")
-    documents = [load_document(name) for name in options.documents]
-    with loading(options.config.model) as shown:
-        engine = Engine(options.config, on_progress=shown)
-    with engine:
+    documents = [load_document(name) for name in dict.fromkeys(options.file)]
+    with drafting_engine(options.config) as engine:
         _check(engine, options)
-        stage = _Stage(engine, options)
-        measured: list[Measured] = []
+        ways = _Ways(engine, options)
+        measured: list[MeasuredTurn] = []
         for number, document in enumerate(documents):
             with console.status(f"Writing about {document.name} ...") as status:
-                for turn in stage.grow(document, number):
+                for turn in ways.grow(document, number):
                     measured.append(turn)
                     status.update(f"Writing about {document.name}: {turn.prompt_tokens} tokens ...")
         info = engine.info
@@ -120,29 +97,18 @@ def run_context(options: ContextOptions, command: str, console: Console) -> int:
     console.print(_table(results))
     same = sum(turn.written[OURS].token_ids == turn.written[PLAIN].token_ids for turn in measured)
     console.print(f"identical to plain decoding: {same}/{len(measured)}")
-    if options.json:
-        record = {
-            "results": results,
-            "turns": _turn_rows(measured),
-            "identical": {"same": same, "of": len(measured)},
-            "documents": [document.name for document in documents],
-            "lengths": options.lengths,
-            "max_tokens": options.max_tokens,
-            "model": info.model,
-            "device": info.device,
-            "dtype": info.dtype,
-            "step_cost": info.step_cost,
-            "command": command,
-            "versions": dict(info.versions),
-            "machine": machine(info.device),
-        }
-        write_record(options.json, record, console)
-    return int(same < len(measured) and info.is_lossless)
+    return int(same < len(measured) and info.is_lossless), {
+        "results": results,
+        "turns": _turn_rows(measured),
+        "identical": {"same": same, "of": len(measured)},
+        "documents": [document.name for document in documents],
+        "lengths": options.lengths,
+        "max_tokens": options.max_tokens,
+        **facts_of_engine(info),
+    }
 
 
 def _check(engine: Engine, options: ContextOptions) -> None:
-    if engine.info.drafting_error is not None:
-        raise ConfigError(f"There is nothing to compare: {engine.info.model} runs without drafting")
     most = engine.info.max_model_len - options.max_tokens
     if options.lengths[-1] > most:
         raise ConfigError(
@@ -151,14 +117,14 @@ def _check(engine: Engine, options: ContextOptions) -> None:
         )
 
 
-class _Stage:
+class _Ways:
     """The ways of decoding, on one model."""
 
     def __init__(self, engine: Engine, options: ContextOptions) -> None:
         self._engine, self._options = engine, options
         self._peers = None
         if options.peers:
-            from copyspec_engine.cli.compare import Peers
+            from copyspec_engine.cli.demo.peers import Peers
 
             self._peers = Peers(engine)
         self._ways = (*_DRAFTERS, *(_LANES if options.peers else ()))
@@ -166,7 +132,7 @@ class _Stage:
             self._write(way, [_user(REQUESTS[0])], "warm-up", _WARM_UP_TOKENS)
         self._forget("warm-up")
 
-    def grow(self, document: Document, number: int) -> Iterator[Measured]:
+    def grow(self, document: Document, number: int) -> Iterator[MeasuredTurn]:
         """The turns that are measured of a conversation about a document.
 
         Args:
@@ -185,8 +151,8 @@ class _Stage:
             ways = (*self._ways[first:], *self._ways[:first]) if reached else (OURS,)
             written = {way: self._write(way, messages, document.name, self._options.max_tokens) for way in ways}
             if reached:
-                yield Measured(document.name, turn, reached, size, written)
-                lengths = tuple(length for length in lengths if length > reached)
+                yield MeasuredTurn(document.name, turn, reached, size, written)
+                lengths = [length for length in lengths if length > reached]
                 if not lengths:
                     break
             messages.append({"role": "assistant", "content": written[OURS].text})
@@ -225,7 +191,7 @@ def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _results(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def _results(measured: Sequence[MeasuredTurn]) -> list[dict[str, Any]]:
     """A row for each length and way; rates are sums over sums."""
     found = []
     for length in sorted({turn.length for turn in measured}):
@@ -251,7 +217,7 @@ def _results(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return found
 
 
-def _turn_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def _turn_rows(measured: Sequence[MeasuredTurn]) -> list[dict[str, Any]]:
     """Each turn as each way wrote it."""
     return [
         {

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from copyspec_engine import ConfigError
-from copyspec_engine.cli.report import check_writable, write_record
-from copyspec_engine.execution.calibration import cpu_name
-from copyspec_engine.lab.bench.report import comparison, comparison_table, ingredient_table, source_table
-from copyspec_engine.lab.peers import INGREDIENTS, OURS, PEERS, contestant, installed
+from copyspec_engine.lab.bench.command import DraftsOptions
+from copyspec_engine.lab.bench.drafts_tables import comparison, comparison_table, ingredient_table, source_table
+from copyspec_engine.lab.contestants import INGREDIENTS, OURS, PEERS, contestant, installed
+from copyspec_engine.lab.measuring import Measured, machine, versions
 from copyspec_engine.lab.replay import (
-    History,
     Message,
     Tally,
     calls_of,
@@ -31,31 +26,15 @@ from copyspec_engine.lab.replay import (
     replay,
 )
 
-__all__ = ["DraftsOptions", "machine", "run_drafts", "source_names", "sources", "version", "versions"]
+__all__ = ["measure_drafts", "source_names", "sources"]
 
 
-@dataclass(frozen=True, slots=True)
-class DraftsOptions:
-    """The command's options."""
-
-    transcripts: tuple[Path, ...]
-    tokenizer: str
-    drafters: str | None
-    cost_model: str
-    max_tokens: int
-    history: History
-    ingredients: bool
-    json: Path | None
-
-
-def run_drafts(options: DraftsOptions, command: str, console: Console) -> int:
-    """Replays, prints the tables and writes the file; returns the exit code 0.
+def measure_drafts(options: DraftsOptions, console: Console) -> Measured:
+    """Replays and prints the tables.
 
     Raises:
         CopySpecError: an option or a file cannot work, or a drafter that was named is not installed.
     """
-    if options.json:
-        check_writable(options.json, "--json")
     cost = load_cost_curve(options.cost_model)
     names, left_out = _names(options)
     for name in names:  # whatever is wrong with one is said now, not after minutes
@@ -72,20 +51,16 @@ def run_drafts(options: DraftsOptions, command: str, console: Console) -> int:
     if OURS in names and any(name in INGREDIENTS for name in names):
         for figure in ("tokens_per_forward", "modelled_speedup"):
             console.print(ingredient_table(results, figure))
-    if options.json:
-        record = {
-            "results": results,
-            "comparison": compared,
-            "cost_model": options.cost_model,
-            "history": options.history,
-            "max_tokens": options.max_tokens,
-            "tokenizer": options.tokenizer,
-            "command": command,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        write_record(options.json, record, console)
-    return 0
+    return 0, {
+        "results": results,
+        "comparison": compared,
+        "cost_model": options.cost_model,
+        "history": options.history,
+        "max_tokens": options.max_tokens,
+        "tokenizer": options.tokenizer,
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def _names(options: DraftsOptions) -> tuple[list[str], list[str]]:
@@ -151,31 +126,3 @@ def _replay_all(
                     progress.advance(task)
                 results.append({"source": source, "drafter": name, **tally.figures(cost)})
     return results
-
-
-def versions() -> dict[str, str]:
-    """The versions that figures depend on."""
-    packages = ("copyspec", "tokenizers", "numpy", "numba", "arctic-inference")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
-
-
-def version(package: str) -> str:
-    """The version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the times were measured on.
-
-    Args:
-        device: where the model ran; of a CUDA device the name is there too.
-    """
-    found: dict[str, Any] = {"system": platform.platform(), "cpu": cpu_name(), "cpu_cores": os.cpu_count() or 0}
-    if device.startswith("cuda"):
-        import torch
-
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,66 +13,41 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from copyspec_engine import ConfigError
-from copyspec_engine.cli.report import check_writable, write_record
-from copyspec_engine.lab.bench.drafts import machine, source_names, version, versions
-from copyspec_engine.lab.bench.engine_report import limit_line, source_table, summary, together_table
+from copyspec_engine.lab.bench.command import EngineOptions
+from copyspec_engine.lab.bench.drafts import source_names
+from copyspec_engine.lab.bench.engine_tables import limit_line, source_table, summary, together_table
+from copyspec_engine.lab.measuring import Measured, machine, version, versions
 from copyspec_engine.lab.recorded.generate import GENERATE_PEERS
-from copyspec_engine.lab.recorded.records import ROOM, ForcedMismatchError, Turn, Written, load_turns, renumbered
-from copyspec_engine.lab.recorded.shapes import SHAPES, shape_config
-from copyspec_engine.lab.recorded.stage import (
+from copyspec_engine.lab.recorded.records import ROOM, RecordMismatchError, Turn, Written, load_turns, renumbered
+from copyspec_engine.lab.recorded.setup import (
     ALL_PEERS,
     BATCH_PEER,
     DRAFT_PEERS,
     Entry,
-    ForcedDraft,
-    Stage,
-    open_stage,
+    RecordedDraft,
+    Setup,
+    SetupOptions,
+    open_setup,
     take_turns,
 )
+from copyspec_engine.lab.recorded.shapes import SHAPES, shape_config
 from copyspec_engine.lab.replay import end_token, load_tokenizer
 
-__all__ = ["EngineOptions", "run_engine"]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """The command's options, and what only tests set."""
-
-    transcripts: tuple[Path, ...]
-    shape: str = "bundled"
-    tokenizer: str = "bundled"
-    peers: str | None = None
-    max_tokens: int = 1000
-    turns: int | None = None
-    conversations: int | None = None
-    concurrency: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    draft_shape: str | None = None
-    agreement: float = 0.7
-    draft_tokens: int = 5
-    curve_s: float = 10.0
-    """Seconds that measuring passes may take."""
-    step_cost: tuple[tuple[int, float], ...] | None = None
-    """What drafting takes passes to cost; default: measured."""
-    draft_step_cost: tuple[tuple[int, float], ...] | None = None
-    """The same for passes of the draft model."""
+__all__ = ["measure_engine"]
 
 
 Figures = dict[str, list[dict[str, Any]]]
 
 
-def run_engine(options: EngineOptions, json_path: Path | None, command: str, console: Console) -> int:
-    """Writes every turn with every peer, prints the tables and writes the file.
+def measure_engine(options: EngineOptions, console: Console) -> Measured:
+    """Writes every turn with every peer and prints the tables.
 
     Returns:
-        The exit code: 1 if a peer wrote anything else than the record, else 0.
+        Exit code 1, and no figures, if a peer wrote anything else than the record.
 
     Raises:
         CopySpecError: an option or a file cannot work.
     """
-    if json_path:
-        check_writable(json_path, "--json")
     names = _names(options)
     tokenizer = load_tokenizer(options.tokenizer)
     end = end_token(tokenizer)
@@ -81,35 +55,31 @@ def run_engine(options: EngineOptions, json_path: Path | None, command: str, con
         raise ConfigError(f"Got --tokenizer {options.tokenizer} without <|im_end|>, which has to end every answer")
     conversations, new_ids = _conversations(options)
     end = new_ids.get(end, end)
-    how = {key: getattr(options, key) for key in ("concurrency", "device", "dtype", "curve_s", "step_cost")}
+    how = {key: getattr(options, key) for key in ("shape", "concurrency", "device", "dtype", "curve_s", "step_cost")}
     try:
-        with open_stage(options.shape, tokenizer, end, conversations, names, draft=_draft(options), **how) as stage:
-            for name, reason in stage.left_out.items():
+        with open_setup(SetupOptions(**how, draft=_draft(options)), tokenizer, end, conversations, names) as setup:
+            for name, reason in setup.left_out.items():
                 console.print(f"Left out {name}: {escape(reason)}", soft_wrap=True)
-            figures = _measure(stage, conversations, options.concurrency, console)
-            facts = stage.facts
-    except ForcedMismatchError as error:
+            figures = _measure(setup, conversations, options.concurrency, console)
+            facts = setup.facts
+    except RecordMismatchError as error:
         console.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        return 1
+        return 1, {}
     figures["summary"] = summary(figures["results"])
     _print(figures, facts.limit, facts.curve, console)
-    if json_path:
-        record = {
-            **figures,
-            **asdict(facts),
-            "left_out": stage.left_out,
-            "shape": options.shape,
-            "draft_shape": options.draft_shape,
-            "agreement": options.agreement if options.draft_shape else None,
-            "draft_tokens": options.draft_tokens if options.draft_shape else None,
-            "tokenizer": options.tokenizer,
-            "renumbered_tokens": len(new_ids),
-            "command": command,
-            "versions": {**versions(), "torch": torch.__version__, "transformers": version("transformers")},
-            "machine": {**machine(facts.device), **_threads()},
-        }
-        write_record(json_path, record, console)
-    return 0
+    return 0, {
+        **figures,
+        **asdict(facts),
+        "left_out": setup.left_out,
+        "shape": options.shape,
+        "draft_shape": options.draft_shape,
+        "agreement": options.agreement if options.draft_shape else None,
+        "draft_tokens": options.draft_tokens if options.draft_shape else None,
+        "tokenizer": options.tokenizer,
+        "renumbered_tokens": len(new_ids),
+        "versions": {**versions(), "torch": torch.__version__, "transformers": version("transformers")},
+        "machine": {**machine(facts.device), **_threads()},
+    }
 
 
 def _names(options: EngineOptions) -> list[str]:
@@ -128,7 +98,7 @@ def _names(options: EngineOptions) -> list[str]:
     return names
 
 
-def _draft(options: EngineOptions) -> ForcedDraft | None:
+def _draft(options: EngineOptions) -> RecordedDraft | None:
     """The draft model that is asked for."""
     if options.draft_shape is None:
         return None
@@ -142,7 +112,7 @@ def _draft(options: EngineOptions) -> ForcedDraft | None:
             f"Got --draft-shape {options.draft_shape} with {other} tokens but --shape {options.shape} has {own}: take "
             "shapes of one family"
         )
-    return ForcedDraft(options.draft_shape, options.agreement, options.draft_tokens, options.draft_step_cost)
+    return RecordedDraft(options.draft_shape, options.agreement, options.draft_tokens, options.draft_step_cost)
 
 
 def _conversations(options: EngineOptions) -> tuple[list[list[Turn]], dict[int, int]]:
@@ -169,15 +139,15 @@ def _conversations(options: EngineOptions) -> tuple[list[list[Turn]], dict[int, 
     return renumbered(found, config.vocab_size)
 
 
-def _measure(stage: Stage, conversations: Sequence[Sequence[Turn]], at_once: int, console: Console) -> Figures:
+def _measure(setup: Setup, conversations: Sequence[Sequence[Turn]], at_once: int, console: Console) -> Figures:
     """A row for each turn and peer; with concurrency also the totals of each peer, at once and one after another."""
     results: list[dict[str, Any]] = []
     totals: dict[tuple[str, str, int], list[float]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("turns"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(stage.entries) * sum(map(len, conversations)))
+        task = progress.add_task("", total=len(setup.entries) * sum(map(len, conversations)))
         for begun, group in enumerate(_groups(conversations, at_once)):
-            for entry, turns, written, seconds in take_turns(stage.entries, group, begun):
+            for entry, turns, written, seconds in take_turns(setup.entries, group, begun):
                 progress.update(task, description=f"{turns[0].source} {entry.name}", advance=len(turns))
                 results += [_row(entry, *pair) for pair in zip(turns, written, strict=True)]
                 total = totals.setdefault((turns[0].source, entry.name, entry.concurrency), [0, 0.0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -13,7 +12,6 @@ from rich.table import Table
 
 from copyspec_engine import (
     AdaptiveDrafter,
-    ConfigError,
     DrafterConfig,
     Engine,
     EngineConfig,
@@ -22,12 +20,11 @@ from copyspec_engine import (
     NoDrafter,
     SamplingParams,
 )
-from copyspec_engine.cli.exits import loading
-from copyspec_engine.cli.report import check_writable, write_record
-from copyspec_engine.lab.bench.drafts import machine
+from copyspec_engine.lab.bench.command import FreeTextOptions
+from copyspec_engine.lab.measuring import Measured, drafting_engine, facts_of_engine
 from copyspec_engine.lab.replay import load_cost_curve
 
-__all__ = ["MEASURED", "FreeTextOptions", "run_free_text"]
+__all__ = ["MEASURED", "measure_free_text"]
 
 MEASURED = "measured"
 PLAIN = "plain"
@@ -44,18 +41,6 @@ PROMPTS = (
     "Describe a day in the life of a gardener.",
     "How do I learn to play the piano?",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class FreeTextOptions:
-    """The command's options."""
-
-    config: EngineConfig
-    cost_model: str
-    temperatures: tuple[float, ...]
-    max_tokens: int
-    rounds: int
-    json: Path | None
 
 
 @dataclass(slots=True)
@@ -81,25 +66,21 @@ class _Row:
         }
 
 
-def run_free_text(options: FreeTextOptions, command: str, console: Console) -> int:
-    """Writes every prompt every way, prints the table and writes the file.
+def measure_free_text(options: FreeTextOptions, console: Console) -> Measured:
+    """Writes every prompt every way and prints the table.
 
     Every answer is of a conversation of its own, so that there is nothing to copy but the prompt and itself. The ways
     write a prompt back to back, each time another one first, so that a machine that slows down slows all of them down.
 
     Returns:
-        The exit code: 1 if two ways wrote something else although the dtype promises the same, else 0.
+        Exit code 1 if two ways wrote something else although the dtype promises the same.
 
     Raises:
         CopySpecError: an option cannot work, or the model cannot be loaded.
     """
-    if options.json:
-        check_writable(options.json, "--json")
-    for temperature in options.temperatures:
+    for temperature in options.temperature:
         SamplingParams(temperature=temperature)  # says what is wrong before anything is loaded
-    with loading(options.config.model) as shown:
-        engine = Engine(_config(options), on_progress=shown)
-    with engine, console.status("Writing ...") as status:
+    with drafting_engine(_config(options)) as engine, console.status("Writing ...") as status:
         rows: dict[tuple[float, str], _Row] = {}
         identical = True
         for temperature, number, answers in _answers(engine, options):
@@ -113,24 +94,15 @@ def run_free_text(options: FreeTextOptions, command: str, console: Console) -> i
     if not identical:
         console.print("[bold red]The ways wrote different tokens.[/]")
         console.print(f"Promised in {info.dtype}: {info.lossless}.", soft_wrap=True)
-    if options.json:
-        record = {
-            "results": results,
-            "identical": identical,
-            "prompts": len(PROMPTS),
-            "max_tokens": options.max_tokens,
-            "rounds": options.rounds,
-            "cost_model": options.cost_model,
-            "model": info.model,
-            "device": info.device,
-            "dtype": info.dtype,
-            "step_cost": info.step_cost,
-            "command": command,
-            "versions": dict(info.versions),
-            "machine": machine(info.device),
-        }
-        write_record(options.json, record, console)
-    return int(not identical and info.is_lossless)
+    return int(not identical and info.is_lossless), {
+        "results": results,
+        "identical": identical,
+        "prompts": len(PROMPTS),
+        "max_tokens": options.max_tokens,
+        "rounds": options.rounds,
+        "cost_model": options.cost_model,
+        **facts_of_engine(info),
+    }
 
 
 def _config(options: FreeTextOptions) -> EngineConfig:
@@ -141,11 +113,9 @@ def _config(options: FreeTextOptions) -> EngineConfig:
 
 def _answers(engine: Engine, options: FreeTextOptions) -> Iterator[tuple[float, int, dict[str, GenerationOutput]]]:
     """(temperature, number of the turn, each way's answer), one prompt after the other."""
-    if engine.info.drafting_error is not None:
-        raise ConfigError(f"There is nothing to compare: {engine.info.model} runs without drafting")
     names = list(WAYS)
     _write(engine, names[0], PROMPTS[0], "warm-up", SamplingParams(max_tokens=8))
-    for temperature in options.temperatures:
+    for temperature in options.temperature:
         number = 0
         for round_ in range(options.rounds):
             for seed, prompt in enumerate(PROMPTS):

@@ -16,32 +16,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from copyspec_engine import ConfigError, Engine, EngineConfig
-from copyspec_engine.cli.exits import loading
-from copyspec_engine.cli.report import check_writable, write_record
-from copyspec_engine.lab.bench.drafts import machine
+from copyspec_engine import Engine, EngineConfig
+from copyspec_engine.lab.bench.command import LosslessOptions
 from copyspec_engine.lab.bench.lossless_rounds import ROUND, Outcome, ability_of, crowded, rounds, run_round
 from copyspec_engine.lab.bench.lossless_ties import Tie, tie_of
+from copyspec_engine.lab.measuring import Measured, drafting_engine, facts_of_engine
 from copyspec_engine.lab.recorded.tiny import write_tiny_model
 
-__all__ = ["TINY", "LosslessOptions", "Tally", "run_lossless"]
+__all__ = ["TINY", "Tally", "measure_lossless"]
 
 TINY = "tiny"
 """Names a model of random weights that is made for the occasion."""
 _SHOWN = 20
 """Differences that are described in the file, at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class LosslessOptions:
-    """The command's options."""
-
-    config: EngineConfig
-    cases: int
-    seed: int
-    case: int | None
-    """Only this one, with what it wrote."""
-    json: Path | None
 
 
 @dataclass(slots=True)
@@ -102,21 +89,14 @@ class Tally:
         }
 
 
-def run_lossless(options: LosslessOptions, command: str, console: Console) -> int:
-    """Runs the cases, prints the table and writes the file.
-
-    Returns:
-        The exit code: 1 if an answer differs although the engine promises that none does, else 0.
+def measure_lossless(options: LosslessOptions, console: Console) -> Measured:
+    """Runs the cases and prints the table; exit code 1 if an answer differs although none may.
 
     Raises:
         CopySpecError: an option cannot work, or the model cannot be loaded.
     """
-    if options.json:
-        check_writable(options.json, "--json")
     with _opened(options.config) as engine:
         info, before = engine.info, engine.metrics()
-        if info.drafting_error is not None:
-            raise ConfigError(f"There is nothing to compare: {info.model} runs without drafting")
         tally = Tally()
         if options.case is None:
             _run_all(engine, options, tally, console)
@@ -129,21 +109,14 @@ def run_lossless(options: LosslessOptions, command: str, console: Console) -> in
         tally.ties = [tie_of(engine, outcome) for outcome in tally.differing[:_SHOWN]]
     _print(tally, console)
     console.print(escape(f"{_name(options.config)} in {info.dtype}: {info.lossless}"), soft_wrap=True)
-    if options.json:
-        record = {
-            **tally.record,
-            "model": _name(options.config),
-            "device": info.device,
-            "dtype": info.dtype,
-            "exact": info.exact,
-            "seed": options.seed,
-            "preemptions": preemptions,
-            "command": command,
-            "versions": dict(info.versions),
-            "machine": machine(info.device),
-        }
-        write_record(options.json, record, console)
-    return int(bool(tally.differing) and info.is_lossless)
+    return int(bool(tally.differing) and info.is_lossless), {
+        **tally.record,
+        **facts_of_engine(info),
+        "model": _name(options.config),
+        "exact": info.exact,
+        "seed": options.seed,
+        "preemptions": preemptions,
+    }
 
 
 def _name(config: EngineConfig) -> str:
@@ -159,9 +132,7 @@ def _opened(config: EngineConfig) -> Iterator[Engine]:
             loaded = config.model_copy(update={"model": folder})
         else:
             loaded = config
-        with loading(config.model) as shown:
-            engine = Engine(crowded(loaded), on_progress=shown)
-        with engine:
+        with drafting_engine(crowded(loaded), config.model) as engine:
             yield engine
 
 

@@ -8,18 +8,17 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice, pairwise
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from copyspec_engine.cli.report import check_writable, write_record
-from copyspec_engine.lab.bench.drafts import machine, sources, versions
-from copyspec_engine.lab.peers import OURS, Session
+from copyspec_engine.lab.bench.command import ProposeOptions
+from copyspec_engine.lab.bench.drafts import sources
+from copyspec_engine.lab.contestants import OURS, Session
+from copyspec_engine.lab.measuring import Measured, machine, versions
 from copyspec_engine.lab.replay import (
     Call,
     Message,
@@ -31,7 +30,7 @@ from copyspec_engine.lab.replay import (
     replay,
 )
 
-__all__ = ["ProposeOptions", "run_propose"]
+__all__ = ["measure_propose"]
 
 INDEXED_TOKENS = 100_000
 """Length of the prompt whose indexing is timed."""
@@ -44,25 +43,12 @@ PIECE, PIECES = (8, 40), 500
 Conversation = tuple[Message, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ProposeOptions:
-    """The command's options."""
-
-    memory_tokens: tuple[int, ...]
-    transcripts: tuple[Path, ...]
-    tokenizer: str
-    max_tokens: int
-    json: Path | None
-
-
-def run_propose(options: ProposeOptions, command: str, console: Console) -> int:
-    """Measures at each memory size, prints the table and writes the file; returns the exit code 0.
+def measure_propose(options: ProposeOptions, console: Console) -> Measured:
+    """Measures at each memory size and prints the table.
 
     Raises:
         ConfigError: an option or a file cannot work.
     """
-    if options.json:
-        check_writable(options.json, "--json")
     loaded = sources(options.transcripts, options.tokenizer, ALL, console)
     end = end_token(load_tokenizer(options.tokenizer))
     replayed, filler = _split(list(chain.from_iterable(loaded.values())), options.max_tokens)
@@ -71,17 +57,13 @@ def run_propose(options: ProposeOptions, command: str, console: Console) -> int:
         with console.status(f"Measuring with {size:,} tokens of memory ..."):
             results.append(_measure(size, replayed, filler, end))
     console.print(_table(results))
-    if options.json:
-        record = {
-            "results": results,
-            "indexed_tokens": INDEXED_TOKENS,
-            "tokenizer": options.tokenizer,
-            "command": command,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        write_record(options.json, record, console)
-    return 0
+    return 0, {
+        "results": results,
+        "indexed_tokens": INDEXED_TOKENS,
+        "tokenizer": options.tokenizer,
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def _split(conversations: list[Conversation], max_tokens: int) -> tuple[list[Conversation], list[Conversation]]:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from copyspec_engine import ConfigError
-from copyspec_engine.lab.evaluation.files import write_text
+from copyspec_engine.cli.files import write_text
 from copyspec_engine.values.explanation import NOT_COPIED
 
 __all__ = ["PLAIN", "RUN_FILE", "TURNS_FILE", "RunFacts", "RunFolder", "TurnRecord", "read_turns"]

@@ -1,299 +1,310 @@
-"""A run: every task written by its writers side by side, each answer on disk before the next one begins.
-
-Who writes is drafters and plain decoding, on the same decoder, turn by turn, each time another one first, so that a
-machine that slows down slows all of them down alike. Each has a session of its own, and its own answers in its prompts.
-
-Not covered: what the answers are worth (values/metrics.py), figures (summary.py).
-"""
+"""One run of `copyspec eval`: loads tasks and model, writes answers, prints figures and leaves them in a folder."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from copyspec_engine import (
-    ConfigError,
-    ContextOverflowError,
-    DrafterConfig,
-    Engine,
-    GenerationOutput,
-    GenerationRequest,
-    NoDrafter,
-    SamplingParams,
-)
+from copyspec_engine import ConfigError, Engine, EngineInfo, NoDrafter
+from copyspec_engine.cli.exits import loading
+from copyspec_engine.cli.options import BUNDLED
+from copyspec_engine.lab.display.plots import check_installed
 from copyspec_engine.lab.evaluation.benchmarks import Task
+from copyspec_engine.lab.evaluation.command import EvalOptions
+from copyspec_engine.lab.evaluation.data import load_recorded, load_tasks, sampled
+from copyspec_engine.lab.evaluation.differences import differences
 from copyspec_engine.lab.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
-from copyspec_engine.lab.evaluation.turns import turn_record
-from copyspec_engine.lab.peers import Contestant, ours
-from copyspec_engine.lab.replay import (
-    END_OF_MESSAGE,
-    MAX_CONTEXT,
-    Begin,
-    Call,
-    Tally,
-    calls_of,
-    end_token,
-    in_tokens,
-    load_cost_curve,
-    replay,
-)
+from copyspec_engine.lab.evaluation.report.plots import write_plots
+from copyspec_engine.lab.evaluation.report.tables import summary_markdown
+from copyspec_engine.lab.evaluation.scoring.scores import RUNS_CODE, check_scoring, score
+from copyspec_engine.lab.evaluation.summary import summary
+from copyspec_engine.lab.evaluation.writing import EngineSubject, ReplaySubject, Subject, Writer, run_tasks, writers_of
+from copyspec_engine.lab.measuring import facts_of_engine, machine, versions
+from copyspec_engine.lab.replay import load_tokenizer
 
-if TYPE_CHECKING:
-    from copyspec_engine.lab.recorded.recorded import RecordedEngine
-
-__all__ = ["EngineSubject", "Messages", "ReplaySubject", "Subject", "Writer", "run_tasks", "session_of", "writers_of"]
-
-_WARM_UP_TOKENS = 16
-_TOP = 20
-"""Tokens whose logits are looked at where answers differ."""
-
-Messages = Sequence[Mapping[str, Any]]
+__all__ = ["run_eval"]
 
 
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """One way of writing answers on the run's decoder."""
-
-    name: str
-    drafter: DrafterConfig
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """What else a `GenerationRequest` is to have."""
-
-
-class Subject(Protocol):
-    """What answers."""
-
-    def warm_up(self, task: Task, writers: Sequence[Writer]) -> None:
-        """Do once what the first call of a process does, so that nobody's time counts it."""
-
-    def write(self, task: Task, turn: int, messages: Messages, writer: Writer) -> TurnRecord:
-        """The answer to turn `turn` (from 1) of a task."""
-
-    def forget(self, task: Task, writers: Sequence[Writer]) -> None:
-        """The task is over."""
-
-    def gap(self, plain: TurnRecord, position: int, other: int) -> float | None:
-        """See `Gap`."""
-
-
-def writers_of(measured: Sequence[Writer], *, plain: bool) -> tuple[Writer, ...]:
-    """Who writes a task: the writers that are measured, and plain decoding beside them unless it is one of them."""
-    alone = plain and all(writer.name != PLAIN for writer in measured)
-    return (*measured, Writer(PLAIN, NoDrafter())) if alone else tuple(measured)
-
-
-def run_tasks(
-    subject: Subject,
-    tasks: Sequence[Task],
-    writers: Sequence[Writer],
-    folder: RunFolder,
-    facts: RunFacts,
-    on_turn: Callable[[TurnRecord], None],
-) -> tuple[list[TurnRecord], dict[str, str]]:
-    """Writes what the folder does not hold yet.
-
-    Args:
-        subject: what answers.
-        tasks: all of the run.
-        writers: with different names.
-        folder: where the records go.
-        facts: of the run, for the folder.
-        on_turn: told of each record, of those that were there already too.
-
-    Returns:
-        The records of all tasks, and why there is none of some of them, by their ids: those that do not fit in the
-        model's context.
+def run_eval(options: EvalOptions, command: str, console: Console) -> int:
+    """Runs the benchmark and returns the exit code: 1 if an answer differs from plain decoding in float32, else 0.
 
     Raises:
-        ConfigError: the folder holds another run, or cannot be written.
-        CopySpecError: an answer failed. What was written before stays in the folder.
+        CopySpecError: an option, the data or the model cannot work; found before anything is written.
     """
-    records = folder.begin(facts, {task.id: len(task.prompts) for task in tasks})
-    _check_asked(tasks, records, folder)
-    for record in records:
-        on_turn(record)
-    done = {record.task for record in records}
-    left = [(number, task) for number, task in enumerate(tasks) if task.id not in done]
-    left_out: dict[str, str] = {}
-    if left:
-        subject.warm_up(left[0][1], writers)
-    for number, task in left:
-        written: list[TurnRecord] = []
-        try:
-            for record in _write_task(subject, task, number, writers):
-                folder.append(record)
-                written.append(record)
-                on_turn(record)
-        except ContextOverflowError as error:
-            left_out[task.id] = str(error)
-        else:
-            records += written
-        subject.forget(task, writers)
-    return records, left_out
-
-
-def _check_asked(tasks: Sequence[Task], records: Sequence[TurnRecord], folder: RunFolder) -> None:
-    """Raises `ConfigError` if the folder holds answers to other words than the tasks have now."""
-    prompts = {(task.id, turn): prompt for task in tasks for turn, prompt in enumerate(task.prompts, 1)}
-    for record in records:
-        if record.messages[-1]["content"] != prompts[record.task, record.turn]:
-            raise ConfigError(
-                f"Got --output {folder.path}, where turn {record.turn} of task {record.task} was asked in other words: "
-                "the data has changed; choose another folder"
-            )
-
-
-def _write_task(subject: Subject, task: Task, number: int, writers: Sequence[Writer]) -> Iterator[TurnRecord]:
-    """The records of a task, as they are written."""
-    histories: dict[str, list[dict[str, Any]]] = {writer.name: [] for writer in writers}
-    for turn, prompt in enumerate(task.prompts, 1):
-        first = (number + turn) % len(writers)
-        for writer in (*writers[first:], *writers[:first]):
-            messages = histories[writer.name]
-            messages.append({"role": "user", "content": prompt})
-            record = subject.write(task, turn, messages, writer)
-            messages.append({"role": "assistant", "content": record.text})
-            yield record
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSubject:
-    """An engine; with `recorded`, one that is told what to answer."""
-
-    engine: Engine
-    max_new_tokens: int
-    recorded: RecordedEngine | None = None
-
-    def warm_up(self, task: Task, writers: Sequence[Writer]) -> None:
-        short = replace(self, max_new_tokens=min(self.max_new_tokens, _WARM_UP_TOKENS))
-        with contextlib.suppress(ContextOverflowError):  # it is left out when its turn comes
-            for writer in writers:
-                short.write(task, 1, [{"role": "user", "content": task.prompts[0]}], writer)
-        self.forget(task, writers)
-
-    def write(self, task: Task, turn: int, messages: Messages, writer: Writer) -> TurnRecord:
-        try:
-            output = self._answer(task, turn, messages, writer, self.max_new_tokens)
-        except ContextOverflowError as error:  # write as much as there is room for
-            room = self.max_new_tokens - (error.num_tokens - error.max_tokens)
-            if room < 1:
-                raise
-            output = self._answer(task, turn, messages, writer, room)
-        return turn_record(task.id, task.category, turn, writer.name, messages, output)
-
-    def _answer(self, task: Task, turn: int, messages: Messages, writer: Writer, max_tokens: int) -> GenerationOutput:
-        request = GenerationRequest(
-            messages=[dict(message) for message in messages],
-            sampling=SamplingParams(max_tokens=max_tokens),
-            drafter=writer.drafter,
-            session_id=session_of(task, writer.name),
-            explain=True,
-            **writer.options,
+    _check(options)
+    if options.replay is None:
+        check_scoring(options.benchmark.name, execute_code=options.execute_code)
+    if options.output is not None:
+        check_installed()
+    tasks = _tasks(options)
+    with _folder(options) as folder, _subject(options, console) as (subject, about):
+        runs_model = options.replay is None or options.shape is not None
+        measured = _measured(options)
+        (first, about_first), *others = [(writer.name, _about_drafter(options, writer)) for writer in measured]
+        writers = writers_of(measured, plain=runs_model if options.plain is None else options.plain)
+        writers += tuple(Writer(name, NoDrafter()) for name in options.peers)
+        facts = RunFacts(
+            benchmark=options.benchmark.name,
+            drafter=first,
+            drafter_options=about_first,
+            others=dict(others),
+            writers=tuple(writer.name for writer in writers),
+            data=_data_name(options),
+            recorded=options.replay is not None,
+            num_tasks=len(tasks),
+            max_new_tokens=options.max_new_tokens,
+            execute_code=options.execute_code,
+            command=command,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **about,
         )
-        return self._generate(task, turn, request)
+        with _Bar(console, facts, tasks) as bar:
+            records, left_out = run_tasks(subject, tasks, writers, folder, facts, bar.advance)
+        for task, reason in left_out.items():
+            console.print(f"Left out task {escape(task)}: {escape(reason)}", soft_wrap=True)
+        answered = [task for task in tasks if task.id not in left_out]
+        facts, same = folder.facts(), []
+        for drafter in facts.drafters:
+            with console.status("Scoring the answers ..."):
+                metrics = _metrics(facts, drafter, answered, records, folder)
+                plain = _metrics(facts, PLAIN, answered, records, folder) if _has_plain(facts) else {}
+            own = facts.of(drafter)
+            different = differences(own, records, subject.gap)
+            found = {**summary(own, records, metrics, plain, different), "left_out": left_out}
+            same.append(found["identical"]["same"] == found["identical"]["of"])
+            _print(found, own, console)
+            if options.output is not None:
+                _write(found, facts, drafter, records, folder)
+        if options.output is not None:
+            console.print(f"Wrote {escape(str(folder.path))}", soft_wrap=True)
+    return 0 if all(same) or facts.dtype not in ("float32", "") else 1
 
-    def _generate(self, task: Task, turn: int, request: GenerationRequest) -> GenerationOutput:
-        if self.recorded is None:
-            return self.engine.generate(request)
-        if task.recorded is None:
-            raise ConfigError(f"Got task {task.id} without recorded answers")
-        self.recorded.prescribe(request.request_id, task.recorded[turn - 1])
+
+def _has_plain(facts: RunFacts) -> bool:
+    """Plain decoding stands beside the drafters."""
+    return PLAIN in facts.writers and facts.drafter != PLAIN
+
+
+def _metrics(
+    facts: RunFacts, writer: str, tasks: Sequence[Task], records: Sequence[TurnRecord], folder: RunFolder
+) -> dict[str, float]:
+    """What the answers of one writer are worth; nothing where they were recorded before."""
+    own = [record for record in records if record.writer == writer]
+    if facts.recorded:
+        return {}
+    name = "samples.jsonl"
+    samples = facts.file(name, writer) if writer in facts.drafters else f"samples_{writer}.jsonl"
+    return score(facts.benchmark, tasks, own, folder, execute_code=facts.execute_code, samples=samples)
+
+
+def _write(
+    found: dict[str, Any], run: RunFacts, drafter: str, records: Sequence[TurnRecord], folder: RunFolder
+) -> None:
+    """Leave what was found of one drafter in the run's folder."""
+    facts = run.of(drafter)
+    folder.write_json(run.file("summary.json", drafter), found)
+    folder.write(run.file("summary.md", drafter), summary_markdown(facts, records, found))
+    write_plots(folder, facts, records, found, f"plots/{drafter}" if run.others else "plots")
+
+
+def _check(options: EvalOptions) -> None:
+    if options.execute_code and options.benchmark.name not in RUNS_CODE:
+        raise ConfigError(
+            f"Got --execute-code with {options.benchmark.name} but only {' and '.join(RUNS_CODE)} ask for programs"
+        )
+    if options.plain and any(isinstance(drafter, NoDrafter) for drafter in options.drafters):
+        raise ConfigError("Got --plain with plain decoding, which has nothing beside it: leave it out")
+    if options.replay is None:
+        _check_without_replay(options)
+    else:
+        _check_replay(options)
+
+
+def _check_replay(options: EvalOptions) -> None:
+    if options.data is not None:
+        raise ConfigError(f"Got --data {options.data} with --replay {options.replay}: tasks come from one of them")
+    if options.execute_code:
+        raise ConfigError("Got --execute-code with --replay but recorded answers say nothing about this model")
+    if options.model != BUNDLED:
+        raise ConfigError(f"Got --model-path {options.model} with --replay: name a --shape, whose weights are random")
+    if options.shape is None and options.plain:
+        raise ConfigError(
+            "Got --plain with --replay but plain decoding takes one pass a token: add a --shape to time it"
+        )
+    if options.draft_path is not None:
+        raise ConfigError("Got --draft-path with --replay: `copyspec bench engine --draft-shape` replays with one")
+    if options.peers:
+        raise ConfigError("Got --peer with --replay: `copyspec bench engine` lets transformers write recorded answers")
+    if options.shape is None and (options.device, options.dtype) != ("auto", "auto"):
+        raise ConfigError("Got --device or --dtype with --replay but no model runs: add a --shape")
+    if options.shape is not None and options.cost_model is not None:
+        raise ConfigError(f"Got --cost-model {options.cost_model} with --shape, whose passes are measured")
+
+
+def _check_without_replay(options: EvalOptions) -> None:
+    if options.tokenizer != BUNDLED:
+        raise ConfigError(f"Got --tokenizer {options.tokenizer} without --replay: a model has its own")
+    for option, value in (
+        ("--shape", options.shape),
+        ("--replay-model", options.replay_model),
+        ("--cost-model", options.cost_model),
+    ):
+        if value is not None:
+            raise ConfigError(f"Got {option} {value} without --replay: name the recorded conversations")
+
+
+def _measured(options: EvalOptions) -> tuple[Writer, ...]:
+    """The writers that are measured."""
+    return tuple(Writer(drafter.name, drafter) for drafter in options.drafters)
+
+
+def _about_drafter(options: EvalOptions, writer: Writer) -> dict[str, Any]:
+    """A drafter's options as they go into the run's facts, with the draft model's if there is one."""
+    draft, about = options.config.draft, writer.drafter.model_dump(mode="json", exclude={"name"})
+    if draft is None:
+        return {name: value for name, value in about.items() if name != "draft_model"}
+    return {**about, "draft": draft.name, "delta": draft.max_tokens}
+
+
+def _data_name(options: EvalOptions) -> str:
+    """What the tasks or the recorded answers are called in the run's facts."""
+    if options.replay is None:
+        return options.data or options.benchmark.name
+    return f"{options.replay}, {options.replay_model}" if options.replay_model else str(options.replay)
+
+
+def _tasks(options: EvalOptions) -> list[Task]:
+    """The tasks that are asked for, in the order in which they are written."""
+    if options.replay is None:
+        tasks = load_tasks(options.benchmark, options.data)
+    else:
+        tasks = load_recorded(options.benchmark, options.replay, options.replay_model)
+    return sampled(tasks, options.limit, options.per_category)
+
+
+@contextmanager
+def _folder(options: EvalOptions) -> Iterator[RunFolder]:
+    """Where the run goes: the folder that was named, or one that is gone afterwards."""
+    if options.output is not None:
+        folder = RunFolder(options.output.expanduser())
         try:
-            output = self.engine.generate(request)
-            self.recorded.check(output)
-            return output
+            yield folder
         finally:
-            self.recorded.forget(request.request_id)
-
-    def forget(self, task: Task, writers: Sequence[Writer]) -> None:
-        for writer in writers:
-            self.engine.forget(session_of(task, writer.name))
-
-    def gap(self, plain: TurnRecord, position: int, other: int) -> float | None:
-        messages = tuple(dict(message) for message in plain.messages)
-        prompt_ids = self.engine.tokenize(GenerationRequest(messages=messages))
-        if self.recorded is not None or len(prompt_ids) != plain.prompt_tokens:  # earlier answers had other tokens
-            return None
-        request = GenerationRequest(
-            prompt_token_ids=(*prompt_ids, *plain.token_ids[:position]),
-            sampling=SamplingParams(max_tokens=1, logprobs=True, top_logprobs=_TOP),
-            drafter=NoDrafter(),
-        )
-        (found,) = self.engine.generate(request).logprobs or ()
-        logprobs = dict(found.top)
-        token = plain.token_ids[position]
-        return logprobs[token] - logprobs[other] if {token, other} <= logprobs.keys() else None
+            folder.close()
+        return
+    with tempfile.TemporaryDirectory(prefix="copyspec-eval-") as path:
+        yield RunFolder(Path(path))
 
 
-def session_of(task: Task, writer: str) -> str:
-    """The session in which a writer of that name has a task's conversation."""
-    return f"{writer} {task.id}"
+@contextmanager
+def _subject(options: EvalOptions, console: Console) -> Iterator[tuple[Subject, dict[str, Any]]]:
+    """What answers, and what is to be said of it."""
+    most = options.max_new_tokens
+    if options.replay is not None and options.shape is None:
+        replayed = ReplaySubject(load_tokenizer(options.tokenizer), options.cost_model or "gpu", most)
+        about = {"model": options.model_id or "", "step_cost": replayed.cost.points}
+        yield replayed, {**about, "versions": versions(), "machine": machine()}
+    elif options.shape is not None:
+        from copyspec_engine.lab.recorded.engine import open_recorded
 
-
-class ReplaySubject:
-    """Recorded answers through a drafter alone, without a model: passes are counted, and their cost is modelled.
-
-    Args:
-        tokenizer: of the model whose answers they are.
-        cost_model: see `load_cost_curve`.
-        max_new_tokens: longer answers are cut.
-
-    Raises:
-        ConfigError: no such cost model, or the tokenizer has no token that ends a message.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, cost_model: str, max_new_tokens: int) -> None:
-        self._tokenizer, self._most = tokenizer, max_new_tokens
-        self.cost = load_cost_curve(cost_model)
-        self._end = end_token(tokenizer)
-        if self._end is None:
-            raise ConfigError(f"Got a tokenizer without {END_OF_MESSAGE} but answers have to end: name another one")
-        self._contestants: dict[str, Contestant] = {}
-        """What a drafter learns over conversations lives here."""
-        self._calls: dict[str, Begin] = {}
-        """The conversation of each writer that is under way."""
-
-    def warm_up(self, task: Task, writers: Sequence[Writer]) -> None:
-        """Nothing is timed."""
-
-    def write(self, task: Task, turn: int, messages: Messages, writer: Writer) -> TurnRecord:
-        if task.recorded is None:
-            raise ConfigError(f"Got task {task.id} without recorded answers")
-        talk = [*map(dict, messages), {"role": "assistant", "content": task.recorded[turn - 1]}]
-        messages_in_tokens = tuple(in_tokens(talk, self._tokenizer))
-        if len(messages_in_tokens) < len(talk):
-            raise ConfigError(
-                f"Got turn {turn} of task {task.id} behind more than {MAX_CONTEXT} tokens: take it out of --replay"
+        with console.status(f"Building a model of the shape {escape(options.shape)} ..."):
+            opened = open_recorded(
+                options.shape,
+                options.tokenizer,
+                device=options.device,
+                dtype=options.dtype,
             )
-        *_, call = calls_of(messages_in_tokens, "full")
-        answer, tally = call.answer_ids[: self._most], Tally()
-        begin = self._calls.get(writer.name)
-        if begin is None:
-            contestant = self._contestants.setdefault(writer.name, ours(writer.drafter, self.cost, self._end))
-            begin = self._calls[writer.name] = contestant()
-        replay(begin, [Call(call.prompt_ids, answer)], tally)
-        return TurnRecord(
-            task=task.id,
-            category=task.category,
-            turn=turn,
-            writer=writer.name,
-            messages=tuple(dict(message) for message in messages),
-            text=self._tokenizer.decode(answer),
-            token_ids=answer,
-            prompt_tokens=len(call.prompt_ids),
-            finish_reason="stop" if len(answer) == len(call.answer_ids) else "length",
-            forward_passes=tally.num_passes,
-            draft_lengths=tuple(tally.draft_lengths),
-            accepted_lengths=tuple(tally.accepted_lengths),
-            modelled_passes=round(tally.modelled_passes(self.cost), 6),
+            recorded = opened.__enter__()
+        try:
+            name = options.model_id or f"shape {options.shape}"
+            facts = {**facts_of_engine(recorded.engine.info), "model": name}
+            yield EngineSubject(recorded.engine, most, recorded), facts
+        finally:
+            opened.__exit__(None, None, None)
+    else:
+        with loading(options.model) as shown:
+            engine = Engine(options.config, on_progress=shown)
+        with engine:
+            written = EngineSubject(engine, most)
+            about = {**facts_of_engine(engine.info), "model": options.model_id or options.model}
+            if options.peers:
+                from copyspec_engine.lab.evaluation.with_peers import WithPeers
+
+                yield WithPeers(written, _measured(options)[0].name), about
+            else:
+                yield written, about
+
+
+class _Bar:
+    """Progress over all answers, with tokens per second of each writer so far."""
+
+    def __init__(self, console: Console, facts: RunFacts, tasks: Sequence[Task]) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._name = facts.benchmark
+        self._total = len(facts.writers) * sum(len(task.prompts) for task in tasks)
+        self._task: TaskID | None = None
+        self._sums: dict[str, list[float]] = {writer: [0, 0.0] for writer in facts.writers}
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        self._task = self._progress.add_task(self._name, total=self._total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, record: TurnRecord) -> None:
+        """One answer is there."""
+        assert self._task is not None
+        sums = self._sums[record.writer]
+        sums[0] += record.num_tokens
+        sums[1] += record.seconds or 0.0
+        rates = [f"{name} {tokens / seconds:.1f}" for name, (tokens, seconds) in self._sums.items() if seconds]
+        shown = f"{self._name}  {', '.join(rates)} tokens/s" if rates else self._name
+        self._progress.update(self._task, advance=1, description=shown)
+
+
+def _print(found: dict[str, Any], facts: RunFacts, console: Console) -> None:
+    grid = Table(box=box.SIMPLE, padding=0)
+    modelled = all(row["tokens_per_s"] is None for row in found["rows"])
+    grid.add_column("\nturn", justify="right")
+    grid.add_column("\ncategory", no_wrap=True)
+    headings = ["\ntokens", "tokens/\nforward", "\ncopied"]
+    headings += ["modelled\nspeed"] if modelled else ["tokens/\nsecond", "plain\ndecoding", "over\nplain"]
+    for heading in headings:
+        grid.add_column(heading, justify="right")
+    keys = ["modelled_speedup"] if modelled else ["tokens_per_s", "plain_tokens_per_s", "speedup"]
+    for place, row in enumerate(found["rows"]):
+        later = found["rows"][place + 1 :]
+        speeds = ["" if row[key] is None else f"{row[key]:.2f}{'x' if 'speedup' in key else ''}" for key in keys]
+        figures = (str(row["tokens"]), f"{row['tokens_per_forward']:.2f}", f"{row['copied_share']:.0%}", *speeds)
+        first = not place or found["rows"][place - 1]["turn"] != row["turn"]
+        grid.add_row(
+            str(row["turn"]) if first else "",
+            escape(str(row["category"])),
+            *figures,
+            style="bold" if row["category"] == "all" else None,
+            end_section=not later or later[0]["turn"] != row["turn"],
         )
-
-    def forget(self, task: Task, writers: Sequence[Writer]) -> None:  # noqa: ARG002 - one conversation at a time
-        self._calls.clear()
-
-    def gap(self, plain: TurnRecord, position: int, other: int) -> None:
-        """Nobody computes logits."""
+    console.print(f"[italic]{facts.benchmark}, {facts.drafter}, {escape(facts.model or 'no model')}[/]")
+    console.print(grid)
+    if _has_plain(facts):
+        same = found["identical"]
+        console.print(f"identical outputs: {same['same']}/{same['of']}")
+        if same["same"] < same["of"] and facts.dtype:
+            console.print(
+                f"Promised in {facts.dtype}: {EngineInfo.promised(facts.dtype, exact=False)}.", soft_wrap=True
+            )
+    for name, value in found["metrics"].items():
+        console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

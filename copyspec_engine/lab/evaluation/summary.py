@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from copyspec_engine.lab.evaluation.benchmarks import BENCHMARKS
 from copyspec_engine.lab.evaluation.intervals import interval
 from copyspec_engine.lab.evaluation.loops import before_loop, loop_tokens, looping
 from copyspec_engine.lab.evaluation.records import PLAIN, RunFacts, TurnRecord
 
-__all__ = ["ALL", "identical", "rows", "summary"]
+__all__ = ["ALL", "LENGTHS", "complete_tasks", "histogram", "identical", "rows", "sources", "summary"]
 
 ALL = "all"
 """All turns, or all categories, together."""
+LENGTHS = {"0": 0, "1": 1, "2": 2, "3-4": 4, "5-8": 8, "9-16": 16, "17-32": 32, "33-64": 64, "65+": 10**9}
+"""Accepted tokens of a pass as a histogram counts them: (name, the most that it counts)."""
 
 
 def summary(
@@ -177,3 +181,34 @@ def identical(facts: RunFacts, records: Sequence[TurnRecord]) -> dict[str, int]:
         tokens.setdefault(record.task, {}).setdefault(record.writer, []).append(record.token_ids)
     pairs = [own for own in tokens.values() if facts.drafter != PLAIN and {facts.drafter, PLAIN} <= own.keys()]
     return {"same": sum(own[facts.drafter] == own[PLAIN] for own in pairs), "of": len(pairs)}
+
+
+def complete_tasks(facts: RunFacts, records: Sequence[TurnRecord]) -> list[TurnRecord]:
+    """The records of tasks of which every writer has written every turn of the benchmark."""
+    of_task: dict[str, set[tuple[int, str]]] = {}
+    for record in records:
+        of_task.setdefault(record.task, set()).add((record.turn, record.writer))
+    benchmark = BENCHMARKS.get(facts.benchmark)
+    num_turns = benchmark.num_turns if benchmark else max((record.turn for record in records), default=0)
+    whole = {(turn, writer) for turn in range(1, num_turns + 1) for writer in facts.writers}
+    return [record for record in records if of_task[record.task] == whole]
+
+
+def histogram(records: Iterable[TurnRecord]) -> dict[str, float]:
+    """Shares of the passes by accepted draft tokens, as far up as there are any of `LENGTHS`."""
+    counts = Counter(
+        next(name for name, most in LENGTHS.items() if length <= most)
+        for record in records
+        for length in record.accepted_lengths
+    )
+    names = list(LENGTHS)
+    longest = max(map(names.index, counts), default=-1)
+    return {name: counts[name] / counts.total() for name in names[: longest + 1]}
+
+
+def sources(records: Iterable[TurnRecord]) -> dict[str, int]:
+    """Accepted tokens by where they were copied from, most first."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update(record.accepted_by_source)
+    return dict(counts.most_common())

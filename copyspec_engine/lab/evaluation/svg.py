@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from copyspec_engine.lab.evaluation.charts import Bars, Chart, Lines
-from copyspec_engine.lab.evaluation.tables import figure
+from copyspec_engine.lab.display.charts import Bars, Chart, Lines
+from copyspec_engine.lab.display.tables import figure
 
 __all__ = ["NUM_COLOURS", "drawn"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,48 +11,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from copyspec_engine.cli.demo.peers import LOOKUP_TOKENS, generate_greedy
 from copyspec_engine.lab.recorded.records import Turn, Written
 from copyspec_engine.lab.recorded.runner import force, next_tokens
 from copyspec_engine.values.tokens import common_prefix_length
 
-__all__ = ["GENERATE_PEERS", "LOOKUP_TOKENS", "GeneratePeer", "generate_greedy"]
+__all__ = ["GENERATE_PEERS", "GeneratePeer"]
 
-LOOKUP_TOKENS = 10
-"""`prompt_lookup_num_tokens`, the value that the transformers documentation uses."""
 GENERATE_PEERS = ("generate", "generate-kv", "prompt-lookup")
-
-
-def generate_greedy(
-    model: Any,  # noqa: ANN401 - any decoder of transformers
-    prompt_ids: Sequence[int],
-    max_tokens: int,
-    **options: Any,  # noqa: ANN401 - further ones of `generate`
-) -> tuple[tuple[int, ...], float]:
-    """(tokens that `generate(do_sample=False)` adds to the prompt, seconds from the call to its return)."""
-    inputs = torch.tensor([list(prompt_ids)], device=model.device)
-    config = model.generation_config
-    pad = config.pad_token_id if config.pad_token_id is not None else _first(config.eos_token_id)
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")
-        start = time.perf_counter()
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=max_tokens,
-            pad_token_id=pad,
-            **options,
-        )
-        token_ids = output[0, inputs.shape[1] :].tolist()  # waits for the device
-        seconds = time.perf_counter() - start
-    return tuple(token_ids), seconds
-
-
-def _first(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
 
 
 class GeneratePeer:
@@ -69,7 +34,7 @@ class GeneratePeer:
 
     def __init__(self, model: Any, name: str) -> None:  # noqa: ANN401 - any decoder of transformers
         self._model, self._name = model, name
-        self._head = _ForcedHead(model)
+        self._head = _RecordedHead(model)
         self._caches: dict[tuple[str, int], tuple[Any, tuple[int, ...]]] = {}
         """Of each conversation: its cache and the tokens in it."""
 
@@ -117,7 +82,7 @@ class _Record:
     """Tokens of the sequence that the current pass ends with, its draft included."""
 
 
-class _ForcedHead:
+class _RecordedHead:
     """Hooks on a model and its head: the head's logits, once computed, say what is recorded."""
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - any decoder of transformers

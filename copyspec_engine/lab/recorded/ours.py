@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.lab.recorded.records import Turn, Written
-from copyspec_engine.lab.recorded.runner import ForcedRunner
+from copyspec_engine.lab.recorded.runner import RecordedRunner
 from copyspec_engine.values.config import (
     AdaptiveDrafter,
     DraftModelDrafter,
@@ -43,7 +43,7 @@ class OurPeer:
         together: send all turns of a `write` at once, rather than one after another.
     """
 
-    def __init__(self, engine: Engine, runner: ForcedRunner, name: str, *, together: bool = False) -> None:
+    def __init__(self, engine: Engine, runner: RecordedRunner, name: str, *, together: bool = False) -> None:
         self._engine, self._runner, self._options = engine, runner, OUR_PEERS[name]
         self._name = f"{name}-{uuid4().hex[:8]}"
         self._together = together

@@ -59,18 +59,18 @@ class Written:
     """What the turn's new tokens alone take to the first token, as a request of their own."""
 
 
-class ForcedMismatchError(Exception):
+class RecordMismatchError(Exception):
     """A peer wrote something else than the record: its figures would be worthless."""
 
 
 def check(peer: str, turn: Turn, written: Written) -> None:
-    """Raises `ForcedMismatchError` if what was written is not the record, token for token."""
+    """Raises `RecordMismatchError` if what was written is not the record, token for token."""
     got, expected = written.token_ids, turn.answer_ids
     if got == expected:
         return
     at = next((i for i, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]), None)
     at = min(len(got), len(expected)) if at is None else at
-    raise ForcedMismatchError(
+    raise RecordMismatchError(
         f"{peer} did not write the record of {turn.source} conversation {turn.conversation} turn {turn.number}: token "
         f"{at} is {got[at : at + 1] or 'missing'} but expected {expected[at : at + 1] or 'the end'}"
     )

@@ -18,7 +18,7 @@ from copyspec_engine.loop.request import Sequence
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.sampling.gumbel import noise_keys
 
-__all__ = ["CERTAIN", "ForcedDraftRunner", "ForcedRunner", "force", "next_tokens"]
+__all__ = ["CERTAIN", "RecordedDraftRunner", "RecordedRunner", "force", "next_tokens"]
 
 CERTAIN = 1e4
 """A logit that no random model reaches."""
@@ -39,7 +39,7 @@ def force(logits: torch.Tensor, tokens: Seq[int]) -> None:
     logits.scatter_(1, torch.tensor(tokens)[:, None].to(logits.device), CERTAIN)
 
 
-class ForcedRunner:
+class RecordedRunner:
     """Passes of another runner, in full, whose logits then say what is recorded.
 
     Args:
@@ -78,7 +78,7 @@ class ForcedRunner:
         return next_tokens(answer, [done + depth for depth in (0, *draft.depths())])
 
 
-class ForcedDraftRunner:
+class RecordedDraftRunner:
     """Passes of a draft model's runner, in full, whose likeliest token is the recorded one at a share of all places.
 
     Which places is a function of (record, position) alone: the same for every peer, and others in each answer. The

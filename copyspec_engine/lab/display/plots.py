@@ -1,0 +1,177 @@
+"""Plots as SVG and PNG files, drawn by matplotlib (extra `eval`).
+
+Lines and letters are of middling brightness on no background, so that a file can be read on a dark page and on a light
+one. A file holds its numbers in its description, which `drawn_data` reads.
+
+Not covered: charts inside a page (svg.py).
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from copyspec_engine import ConfigError, missing_extra
+from copyspec_engine.lab.display.charts import Bars, Chart, Lines, Plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["check_installed", "drawn_data", "save"]
+
+INK = "#77808b"
+COLOURS = ("#2f9e58", "#4b83d6", "#c7722a", "#a667c5", "#8a929b", "#c24d6a", "#8f8a22")
+HATCHES = ("", "////", "||||", "\\\\\\\\", "xxxx", "----", "++++")  # dots would take a quarter of a megabyte
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "copyspec",  # the same ids each time
+    "svg.fonttype": "path",  # the same letters everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 10,
+    "hatch.linewidth": 0.6,
+    **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+}
+CAPTION_LETTERS = 165
+"""Letters of a caption in a line, over the usual width."""
+DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
+
+
+def check_installed() -> None:
+    """Raises `CopySpecError` now, rather than after hours of work, if `save` could not draw."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise missing_extra("matplotlib", "eval") from None
+
+
+def save(plot: Plot, path: Path) -> Path:
+    """Draw a plot into a file of the kind that its name ends with; its folder is made if it is not there.
+
+    Raises:
+        CopySpecError: matplotlib is not installed.
+        ConfigError: the file cannot be written.
+    """
+    check_installed()
+    import matplotlib
+
+    # A date, or the version of what drew it, would make each drawing another file.
+    title = "; ".join(chart.title for chart in plot.charts)
+    metadata = (
+        {"Title": title, "Description": plot.data, "Date": None, "Creator": None}
+        if path.suffix == ".svg"
+        else {"Title": title, "Software": None}
+    )
+    with matplotlib.rc_context(SETTINGS):
+        figure = _figure(plot)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, metadata=metadata, transparent=path.suffix == ".svg", dpi=144)
+        except OSError as error:
+            raise ConfigError(f"Cannot write plot {path}: {error.strerror or error}") from None
+    return path
+
+
+def drawn_data(path: Path) -> str:
+    """`Plot.data` of the plot that an SVG file shows; "" if the file is not there or is no such plot."""
+    try:
+        found = ElementTree.parse(path).getroot().find(f".//{DESCRIPTION}")
+    except (OSError, ElementTree.ParseError):
+        return ""
+    return (found.text or "") if found is not None else ""
+
+
+def _figure(plot: Plot) -> Figure:
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for chart in plot.charts for name, _ in chart.series))
+    lines = [line for part in plot.caption.splitlines() for line in textwrap.wrap(part, CAPTION_LETTERS)]
+    below = 0.16 * len(lines) + 0.15  # inches
+    height = 4.0 + below
+    drawn = Figure(figsize=(10, height))
+    drawn.set_layout_engine("constrained", rect=(0, below / height, 1, 1 - below / height))
+    for axes, chart in zip(drawn.subplots(1, len(plot.charts), squeeze=False)[0], plot.charts, strict=True):
+        _style(axes, chart)
+        looks = [names.index(name) for name, _ in chart.series]
+        if isinstance(chart, Bars):
+            _bars(axes, chart, looks)
+        else:
+            _lines(axes, chart, looks)
+        if len(chart.series) > 1:
+            axes.legend(frameon=False, fontsize=9)
+    drawn.text(0.01, 0.08 / height, "\n".join(lines), fontsize=8, va="bottom")
+    return drawn
+
+
+def _style(axes: Axes, chart: Chart) -> None:
+    axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_ylabel(chart.y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.patch.set_alpha(0)
+    if chart.reference is not None:
+        axes.axhline(chart.reference, color=INK, linewidth=1, linestyle="--")
+
+
+def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
+    width = 0.8 / len(chart.series)
+    for place, (name, values) in enumerate(chart.series):
+        shown = [(group, value) for group, value in enumerate(values) if value is not None]
+        left = [group - 0.4 + (place + 0.5) * width for group, _ in shown]
+        axes.bar(
+            left,
+            [value for _, value in shown],
+            width * 0.9,
+            label=name,
+            color=COLOURS[looks[place] % len(COLOURS)],
+            hatch=HATCHES[looks[place] % len(HATCHES)],
+            edgecolor="#ffffff66",
+            linewidth=0,
+        )
+    axes.set_xticks(range(len(chart.groups)), [_wrapped(group, 105 // len(chart.groups)) for group in chart.groups])
+    axes.tick_params(axis="x", labelsize=8.5 if len(chart.groups) > 5 else 10)
+    if chart.shares:
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    if chart.log:
+        _log_scale(axes.set_yscale, axes.yaxis)
+
+
+def _wrapped(name: str, width: int) -> str:
+    """A name in lines of so many letters, broken behind commas and underscores."""
+    parts = [textwrap.wrap(part.replace("_", "_ "), max(width, 4)) for part in name.split(", ")]
+    return "\n".join(line.replace("_ ", "_") for lines in parts for line in lines)
+
+
+def _lines(axes: Axes, chart: Lines, looks: Sequence[int]) -> None:
+    gap = (float("nan"), float("nan"))
+    for look, (name, points) in zip(looks, chart.series, strict=True):
+        drawn = [gap if point is None else point for point in points]
+        colour, marker = COLOURS[look % len(COLOURS)], MARKERS[look % len(MARKERS)]
+        axes.plot(*zip(*drawn, strict=True), label=name, color=colour, marker=marker, markersize=5, linewidth=1.6)
+    axes.set_xlabel(chart.x_label)
+    if chart.log_x:
+        _log_scale(axes.set_xscale, axes.xaxis)
+    if chart.log_y:
+        _log_scale(axes.set_yscale, axes.yaxis)
+    for place, (x, y, text) in enumerate(chart.notes):
+        side = "right" if place and place + 1 == len(chart.notes) else "left" if place == 0 else "center"
+        axes.annotate(
+            text, (x, y), xytext=(0, 22 if side == "left" else 8), textcoords="offset points", fontsize=8, ha=side
+        )
+
+
+def _log_scale(set_scale: Any, axis: Any) -> None:  # noqa: ANN401 - of either axis
+    """Numbers as people write them, rather than powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())

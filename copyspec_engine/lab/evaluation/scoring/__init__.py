@@ -1,0 +1,1 @@
+"""What answers are worth: metrics of texts, and the programs that a model wrote, run confined."""

@@ -1,0 +1,137 @@
+"""Transcripts as one HTML file, without a single request to anywhere.
+
+Every text goes through the template's escaping, and stands in the page character by character: offsets into it stay
+true. A content policy allows the page its own script alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from copyspec_engine import CopiedSpan, CopySource
+from copyspec_engine.lab.page.figures import Figures
+from copyspec_engine.lab.page.transcript import Answer, Conversation, Message, Piece
+
+__all__ = ["render_page"]
+
+
+class Kind(NamedTuple):
+    """How the page speaks of a kind of source."""
+
+    mark: str
+    """Stands behind longer copies, where a prompt's have the message's number."""
+    name: str
+    heading: str
+    meaning: str
+
+
+_REMEMBERED = "remembered from an earlier call, not in this one"
+KINDS: dict[CopySource, Kind] = {
+    "prompt": Kind("", "prompt", "Copied from the prompt", "a message of the call, by its number"),
+    "answer": Kind("a", "this answer", "Copied from this answer", "what the answer said before"),
+    "prediction": Kind("p", "prediction", "Copied from the prediction", "the text that the caller declared"),
+    "earlier_prompt": Kind("e", "earlier prompt", "Copied from an earlier prompt", _REMEMBERED),
+    "earlier_answer": Kind("ea", "earlier answer", "Copied from an earlier answer", _REMEMBERED),
+    "earlier_prediction": Kind("ep", "earlier prediction", "Copied from an earlier prediction", _REMEMBERED),
+    "pool": Kind("s", "shared pool", "Copied from the shared pool", "a text of another conversation"),
+    "grammar": Kind("g", "grammar", "Forced by the grammar", "nothing else was allowed there"),
+    "frequent": Kind("f", "frequent token", "A frequent token", "guessed because it is frequent, from no text"),
+}
+MARKED_CHARACTERS = 12
+"""Copies of fewer have no mark: it would tear words apart."""
+LONG_CHARACTERS, LONG_LINES = 1500, 18
+"""Messages of more than this are folded until someone asks for them."""
+
+
+def render_page(title: str, facts: Sequence[str], writer: str, conversations: Sequence[Conversation]) -> str:
+    """The whole file.
+
+    Args:
+        title: heading of the page.
+        facts: what was run, in a few words each.
+        writer: whose answers these are.
+        conversations: with at least one answer.
+    """
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"exact": exact, "number": _number, "seconds": _seconds, "place": _place, "mark": _mark}
+    environment.tests |= {"long": _is_long, "reachable": _is_reachable}
+    script = (folder / "page.js").read_text(encoding="utf-8")
+    answers = [answer for conversation in conversations for answer in conversation.answers]
+    return environment.get_template("page.html.jinja").render(
+        title=title,
+        facts=facts,
+        writer=writer,
+        conversations=conversations,
+        figures_of=Figures.of,
+        total=Figures.of(answers),
+        kinds=KINDS,
+        sources=_sources_in(answers),
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def exact(text: str) -> Markup:
+    """A text as a browser reads it back: line ends as they are, and something in place of a zero, which HTML drops."""
+    return Markup(str(escape(text)).replace("\r", "&#13;").replace("\0", "\N{REPLACEMENT CHARACTER}"))
+
+
+def _sources_in(answers: Sequence[Answer]) -> list[CopySource]:
+    """The kinds of sources that the page's legend has to explain."""
+    spans = {piece.span.source for answer in answers for piece in answer.pieces if piece.span is not None}
+    counted = {source for answer in answers for source in answer.record.accepted_by_source}
+    return [source for source in KINDS if source in spans | counted]
+
+
+def _is_long(message: Message) -> bool:
+    return len(message.text) > LONG_CHARACTERS or message.text.count("\n") >= LONG_LINES
+
+
+def _is_reachable(piece: Piece) -> bool:
+    """Whether the Tab key stops at a copied piece: it can be seen there, and there is more to say of it."""
+    return bool(piece.text.strip()) and piece.span is not None and piece.span.source not in ("grammar", "frequent")
+
+
+def _mark(span: CopiedSpan) -> str:
+    if span.stop - span.start < MARKED_CHARACTERS:
+        return ""
+    return KINDS[span.source].mark if span.message is None else str(span.message)
+
+
+def _place(piece: Piece) -> str:
+    """Where a copied piece came from, in words."""
+    span, place = piece.span, piece.place
+    assert span is not None
+    if place is not None:
+        where = "this answer" if span.message is None else f"message {place.message.number} ({place.message.role})"
+        return f"{where}, from character {span.offset:,}"
+    if span.message is not None:
+        return f"message {span.message}"
+    if span.offset is not None:
+        return f"from its character {span.offset:,}"
+    if span.source == "prompt":
+        return "between the messages, where the chat template writes"
+    return KINDS[span.source].meaning
+
+
+def _number(value: float, digits: int = 0) -> str:
+    return f"{value:,.{digits}f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s" if seconds < 100 else f"{seconds:,.0f} s"
