@@ -1,6 +1,6 @@
-"""Fits the weights that survival starts from, by replaying recorded conversations: writes survival.json.
+"""Fits the weights that survival starts from, by replaying recorded conversations: writes acceptance.json.
 
-    python scripts/fit_survival.py TRANSCRIPTS... --tokenizer DIR --skip-tokens 15000 --out survival.json
+    python scripts/fit_survival.py TRANSCRIPTS... --tokenizer DIR --skip-tokens 15000 --out acceptance.json
 
 Every conversation is replayed under one of two cost curves, drawn at random, while one set of weights learns from all
 of them, online as in the engine. What is written is their mean over all epochs but the first. `--skip-tokens` leaves

@@ -46,13 +46,13 @@ def test_the_wheel_leaves_the_namespace_of_llama_index_open(wheel: set[str]) -> 
 
 def test_the_wheel_holds_the_provenance_page(wheel: set[str]) -> None:
     for name in ("page.html.jinja", "page.css", "page.js"):
-        assert f"copyspec_engine/evaluation/page/{name}" in wheel
+        assert f"copyspec_engine/lab/evaluation/page/{name}" in wheel
 
 
 def test_the_wheel_holds_the_documents_the_bundled_model_and_the_fitted_weights(wheel: set[str]) -> None:
     for path in (ROOT / "examples" / "documents").iterdir():
         assert f"copyspec_engine/cli/documents/{path.name}" in wheel
-    assert "copyspec_engine/survival.json" in wheel
+    assert "copyspec_engine/memory/acceptance.json" in wheel
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):
         assert f"copyspec_engine/bundled/model/{name}" in wheel
 
@@ -61,7 +61,7 @@ def test_the_source_archive_can_build_the_wheel_and_run_the_tests(built: Path, w
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"pyproject.toml", "LICENSE", "Makefile", "constraints/cpu.txt", "conftest.py", "tests/conftest.py"}
-    assert needed | {"copyspec_engine/survival.json"} <= files
+    assert needed | {"copyspec_engine/memory/acceptance.json"} <= files
     assert {name for name in wheel if name.startswith("copyspec_engine/bundled/model/")} <= files
 
 

@@ -165,7 +165,7 @@ class Survival(NamedTuple):
 def _fitted_weights() -> tuple[float, ...]:
     stored = json.loads((Path(__file__).parent / "acceptance.json").read_text())
     if len(stored["weights"]) != NUM_WEIGHTS:
-        raise ValueError(f"Got {len(stored['weights'])} weights in survival.json but expected {NUM_WEIGHTS}")
+        raise ValueError(f"Got {len(stored['weights'])} weights in acceptance.json but expected {NUM_WEIGHTS}")
     return tuple(stored["weights"])
 
 

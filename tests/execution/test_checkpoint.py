@@ -12,18 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from copyspec_engine import (
-    CopySpecError,
-    Engine,
-    EngineConfig,
-    LoadProgress,
-    ModelLoadError,
-    UnsupportedModelError,
-    checkpoint,
-)
+from copyspec_engine import CopySpecError, Engine, EngineConfig, LoadProgress, ModelLoadError, UnsupportedModelError
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.engine.model_facts import read_model_facts
+from copyspec_engine.execution import checkpoint
 from copyspec_engine.execution.attention import KVBatch, KVRow, KVStore
 from copyspec_engine.execution.checkpoint import load_failure, read_model
 from copyspec_engine.execution.config_checks import refuse_impossible

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError, equivalence
+from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution import self_check as equivalence
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.cuda_graphs import StaticPasses, compile_layers, undo_compile
 from copyspec_engine.execution.packing import Piece

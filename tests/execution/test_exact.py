@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError, model_runner
+from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution import runner as model_runner
 from copyspec_engine.execution.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel, ModelRunner, prepare

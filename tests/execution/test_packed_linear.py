@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams, equivalence, packed_linear
+from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams
+from copyspec_engine.execution import packed_linear
+from copyspec_engine.execution import self_check as equivalence
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.packed_linear import PackedLinear, pack_linears, unpack_linears, why_not_packed
 from copyspec_engine.execution.runner import ModelRunner, prepare

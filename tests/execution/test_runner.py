@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
-from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError, checkpoint, model_runner
+from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution import checkpoint
+from copyspec_engine.execution import runner as model_runner
 from copyspec_engine.execution.accelerator import memory_of
 from copyspec_engine.execution.attention import KVStore, visibility
 from copyspec_engine.execution.packing import Piece

@@ -17,8 +17,8 @@ from copyspec_engine import (
     RequestFailedError,
     SamplingParams,
     UnsupportedModelError,
-    stateful_runner,
 )
+from copyspec_engine.execution import stateful as stateful_runner
 from copyspec_engine.execution.runner import prepare
 from copyspec_engine.execution.stateful import StatefulRunner
 from copyspec_engine.testing import ByteTokenizer

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -329,14 +332,25 @@ def test_an_explanation_that_fails_costs_no_answer(
     assert "could not be made out" in caplog.text
 
 
-def test_erased_texts_are_not_shown() -> None:
+def test_erased_texts_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Erasing in the middle of an answer leaves no stored text in what the answer says of itself."""
     secret = "The password is swordfish, and nobody else must ever hear of it, whatever they offer."
     with scripted_engine(lambda prompt: secret * 3 if "Say" in prompt else "No.") as engine:
         ask(engine, secret + " Keep it.")
+        forward, passes, forgotten = engine._model.runner.forward, itertools.count(), threading.Event()
+
+        def held(*args: Any) -> Any:
+            assert next(passes) < 2 or forgotten.wait(30)  # the answer must not be over before it is forgotten
+            return forward(*args)
+
+        monkeypatch.setattr(engine._model.runner, "forward", held)
         handle = engine.submit(GenerationRequest(messages=messages("Say it."), session_id="s"))
         next(handle)
-        engine.forget("s")
+        done = threading.Thread(target=engine.forget, args=("s",))
+        done.start()
+        time.sleep(0.5)  # until it waits for the step to end
+        forgotten.set()
+        done.join()
         output = [chunk.output for chunk in handle][-1]
         assert output is not None
         assert not any(copy.before or copy.after for copy in output.copies if copy.source == "earlier_prompt")
