@@ -153,7 +153,5 @@ def test_blending_moves_a_share_of_the_way_and_copies_are_apart() -> None:
 def test_the_shipped_weights_fit_the_features_and_their_limits() -> None:
     path = Path(copyspec_engine.__file__).parent / "memory" / "acceptance.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
-        (Path(copyspec_engine.__file__).parent / "memory" / "acceptance.json").read_text(encoding="utf-8")
-    )
     assert len(stored["weights"]) == NUM_WEIGHTS
     assert_is_finite(fresh_survival())
