@@ -24,7 +24,7 @@ from typing import Any
 
 from copyspec_engine.values.errors import ConfigError
 
-__all__ = ["Conversations", "Talk", "conversation", "current_conversation"]
+__all__ = ["Conversations", "Talk", "conversation", "current_conversation", "first_named"]
 
 _MAX_STATES = 1024
 _NORMALISED = ("content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -53,6 +53,15 @@ def conversation(session_id: str) -> Iterator[None]:
 def current_conversation() -> str | None:
     """The conversation of the innermost `with conversation(...)`; None outside of one."""
     return _conversation.get()
+
+
+def first_named(*named: str | None) -> str | None:
+    """The conversation of a call: the first that is named by what may name it, in order of precedence.
+
+    That is the call itself, then its framework and the code around it in the integration's order, then its model. Where
+    none of them does, what the call shows may (see `Conversations.begin`).
+    """
+    return next((session_id for session_id in named if session_id is not None), None)
 
 
 class Conversations:

@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from copyspec_engine.values.grammar import RequestedGrammar
+from copyspec_engine.values.options import Documented, explain_errors
 from copyspec_engine.values.options import Options as _Options
-from copyspec_engine.values.options import explain_errors
 
 __all__ = [
     "AdaptiveDrafter",
@@ -35,6 +35,7 @@ __all__ = [
     "DrafterConfig",
     "EngineConfig",
     "GenerationRequest",
+    "ModelOptions",
     "NoDrafter",
     "Points",
     "Prediction",
@@ -53,6 +54,7 @@ class AdaptiveDrafter(_Options):
     """Draft a tree of copies from all that the conversation has said, as far as each token is worth its time."""
 
     name: Literal["adaptive"] = "adaptive"
+    """Which drafter this is."""
     max_draft_tokens: int = Field(default=1024, ge=1, le=1024)
     """Most tokens drafted in one step, on all branches together."""
     recycle: bool = False
@@ -68,6 +70,7 @@ class CopySpecDrafter(_Options):
     """The published algorithm (arXiv 2502.08923, section 3): earliest occurrence of the last tokens, a fixed block."""
 
     name: Literal["copyspec"] = "copyspec"
+    """Which drafter this is."""
     min_match_tokens: int = Field(default=3, ge=1, le=64)
     """Tokens that must match before copying starts (the paper's gamma)."""
     block: int = Field(default=10, ge=1, le=1024)
@@ -81,6 +84,7 @@ class DraftModelDrafter(_Options):
     """Speculative decoding: the draft model writes `DraftModel.max_tokens` before each pass, and nothing is copied."""
 
     name: Literal["draft-model"] = "draft-model"
+    """Which drafter this is."""
     draft_model: ClassVar[Literal["alone"]] = "alone"
 
 
@@ -88,6 +92,7 @@ class NoDrafter(_Options):
     """Plain decoding: one token per forward pass."""
 
     name: Literal["none"] = "none"
+    """Which drafter this is."""
     draft_model: ClassVar[Literal["never"]] = "never"
 
 
@@ -197,8 +202,8 @@ Prediction = Annotated[str, BeforeValidator(_predicted_text)]
 """A text, or {"type": "content", "content": ...} as for OpenAI: with a text or a list of text parts."""
 
 
-class EngineConfig(_Options):
-    """What to load and how much memory to use. Hashable, so that equal configs can share one engine."""
+class ModelOptions(Documented):
+    """Which model, where, and how it is talked to."""
 
     model: str = Field(default=DEFAULT_MODEL, min_length=1)
     """A decoder: "smollm2", which is SmolLM2-135M-Instruct; a name on the hub; a folder; a GGUF file, or the folder
@@ -219,6 +224,23 @@ class EngineConfig(_Options):
     """"auto" is float32 on a CPU and the checkpoint's own type on a GPU. In half precision the last norm and the head
     still compute in float32, since they decide which token is written: the head's weights are held in float32 besides,
     4 bytes x vocabulary x hidden size (113 MB for SmolLM2-135M, 2.1 GB for Llama 3 8B)."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """Jinja, or the path of a file with it, in place of the checkpoint's own chat template."""
+    tool_prompt: bool = True
+    """Where the chat template leaves out tools, or earlier calls and their results, write them into the messages;
+    False: refuse them. `EngineInfo.tool_calling` says which way it is."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _check_chat_template(cls, given: str | None) -> str | None:
+        if given is not None and not ("{{" in given or "{%" in given or os.path.isfile(os.path.expanduser(given))):
+            raise ValueError(f"Got chat_template={given[:200]!r} but expected Jinja text or the path of a file with it")
+        return given
+
+
+class EngineConfig(ModelOptions, _Options):
+    """What to load and how much memory to use. Hashable, so that equal configs can share one engine."""
+
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus answer, in tokens; default and upper limit: the model's own context."""
     kv_cache_tokens: int | None = Field(default=None, ge=16)
@@ -280,23 +302,11 @@ class EngineConfig(_Options):
     generation_config: Literal["auto", "ignore"] = "auto"
     """"auto" takes from the checkpoint's generation_config.json what a call does not say of its sampling, as `generate`
     does (`EngineInfo.sampling_defaults`); "ignore" only its end-of-sequence ids."""
-    chat_template: str | None = Field(default=None, min_length=1)
-    """Jinja, or the path of a file with it, in place of the checkpoint's own chat template."""
-    tool_prompt: bool = True
-    """Where the chat template leaves out tools, or earlier calls and their results, write them into the messages;
-    False: refuse them. `EngineInfo.tool_calling` says which way it is."""
 
     @field_validator("memory_path")
     @classmethod
     def _expand_home(cls, path: str | None) -> str | None:
         return None if path is None else os.path.expanduser(path)
-
-    @field_validator("chat_template")
-    @classmethod
-    def _check_chat_template(cls, given: str | None) -> str | None:
-        if given is not None and not ("{{" in given or "{%" in given or os.path.isfile(os.path.expanduser(given))):
-            raise ValueError(f"Got chat_template={given[:200]!r} but expected Jinja text or the path of a file with it")
-        return given
 
     @model_validator(mode="after")
     def _check_draft(self) -> EngineConfig:
@@ -457,6 +467,7 @@ class GenerationRequest(_Options):
     """
 
     messages: Sequence[dict[str, Any]] | None = None
+    """The chat so far, for the chat template."""
     tools: Sequence[dict[str, Any]] | None = None
     """OpenAI-style function schemas for the chat template; only with `messages`."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -469,8 +480,11 @@ class GenerationRequest(_Options):
     """Say where the answer was copied from, in messages and characters (`GenerationOutput.explanation`); takes about a
     fifth of the time that tokenising the prompt does, in the thread that reads the answer."""
     prompt: str | None = None
+    """A text to go on with."""
     prompt_token_ids: Sequence[int] | None = None
+    """Token ids to go on with."""
     sampling: SamplingParams = SamplingParams()
+    """How tokens are chosen and when to stop."""
     session_id: str | None = Field(default=None, min_length=1)
     """The conversation this call belongs to: its texts are copy sources, its KV prefix is reused. Whoever names it has
     all of it."""
@@ -492,13 +506,15 @@ class GenerationRequest(_Options):
     """What the answer must look like: a `Grammar`, or OpenAI's `response_format` as a dict; needs the extra "grammar".
     The answer ends where its grammar does; one cut short by max_tokens or a stop text may be incomplete."""
     drafter: DrafterConfig | None = None
-    """Overrides the engine's drafter for this call."""
+    """Where drafts come from, if not as the engine has it: "adaptive", "copyspec", "draft-model", "none", or an object
+    with options."""
     cache_salt: str | None = Field(default=None, min_length=1)
     """Calls with the same salt share the KV of what their prompts have in common, across sessions. From the time of a
     first token one can tell what others with that salt have asked; default: KV is reused within a session only."""
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the answer ends with what is written by then; default: no limit."""
     request_id: str = Field(default_factory=_request_id, min_length=1)
+    """What outputs and logs call it; default: a random one."""
 
     @model_validator(mode="after")
     def _check_input(self) -> GenerationRequest:

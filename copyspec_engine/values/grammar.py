@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
@@ -9,17 +10,21 @@ from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from copyspec_engine.values.nesting import check_nesting
 from copyspec_engine.values.options import Options
 
-__all__ = ["CallLayout", "Grammar", "RequestedGrammar", "ToolCalls"]
+__all__ = ["CallLayout", "Grammar", "RequestedGrammar", "ToolCalls", "tool_choice_of"]
 
 
-def _chosen_tool(value: object) -> object:
-    """The name in an OpenAI `tool_choice` object; anything else as it is."""
-    if not isinstance(value, dict):
-        return value
-    function = value.get("function")
-    if value.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError('"auto", "required", a name, or {"type": "function", "function": {"name": ...}}')
-    return function["name"]
+def tool_choice_of(choice: object) -> object:
+    """OpenAI's, Anthropic's and the frameworks' ways to choose tools, in one: "auto", "none", "required" or a name.
+
+    What is none of them stays as it is.
+    """
+    if isinstance(choice, Mapping):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else choice.get("name")
+        choice = choice.get("type") if name is None and choice.get("type") != "function" else name
+    if isinstance(choice, bool):
+        return "required" if choice else "none"
+    return "required" if choice == "any" else choice
 
 
 class CallLayout(Options):
@@ -44,12 +49,15 @@ class CallLayout(Options):
     repeats: bool = True
     """An answer may hold several calls."""
     name_key: str = Field(default="name", min_length=1)
+    """Of the function's name in a JSON object."""
     arguments_key: str = Field(default="arguments", min_length=1)
+    """Of the arguments in a JSON object."""
     name_ends: tuple[str, ...] = Field(default=("",), min_length=1)
     """What may stand between a name and its arguments."""
     id_begin: str = ""
     """Opens the call's id behind the name, if there may be one."""
     arguments_end: str = ""
+    """Closes the arguments of a named call."""
     string_quote: str = ""
     """Named calls only: the arguments are no JSON; keys stand bare, and strings between two of these."""
 
@@ -75,7 +83,7 @@ class ToolCalls(CallLayout):
 
     tools: tuple[Schema, ...] = Field(min_length=1)
     """OpenAI-style function schemas: {"type": "function", "function": {"name": ..., "parameters": JSON schema}}."""
-    tool_choice: Annotated[str, BeforeValidator(_chosen_tool)] = "auto"
+    tool_choice: Annotated[str, BeforeValidator(tool_choice_of)] = "auto"
     """"auto": free text in which each `begin` opens a call, an invalid one of an unknown tool too; "required": at least
     one call and no text; or the name of the one function to be called, also in OpenAI's form."""
     parallel: bool = True

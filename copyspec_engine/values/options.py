@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.option_names import advice, is_secret
@@ -17,26 +19,62 @@ __all__ = ["Documented", "Options", "explain_errors"]
 
 _MODULES = ("copyspec_engine.values.config", "copyspec_engine.values.grammar")
 _OPTIONS = "\n\nOptions:\n"
+_INDENT = " " * 8
+_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 _MAX_SHOWN = 300
 """Characters of a value in an error: a whole prompt would hide what is wrong."""
 
 
 class Documented(BaseModel):
-    """Options of which `help` shows what is said below each."""
+    """Options of which `help` shows each with its type, default, range, and what is said below it."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
+    told_by: ClassVar[tuple[type[BaseModel], ...]] = ()
+    """Whose fields of the same names tell of those that have no text of their own."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:  # noqa: ANN401 - as pydantic has it
+        for name, field in cls.model_fields.items():
+            for other in cls.told_by if field.description is None else ():
+                if name in other.model_fields:
+                    field.description = other.model_fields[name].description
+                    break
         own = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
-        told = {
-            name: " ".join(field.description.split()) for name, field in cls.model_fields.items() if field.description
-        }
         lines = [
-            textwrap.fill(f"{name}: {text}", 116, initial_indent="    ", subsequent_indent=" " * 8)
-            for name, text in told.items()
+            f"    {name}: {_declared(field)}\n"
+            + textwrap.fill(" ".join(field.description.split()), 116, initial_indent=_INDENT, subsequent_indent=_INDENT)
+            for name, field in cls.model_fields.items()
+            if field.description
         ]
         cls.__doc__ = own + _OPTIONS + "\n".join(lines) if lines else own
+
+
+def _declared(field: FieldInfo) -> str:
+    """The type of a field, its default and the range of its numbers, as one reads them."""
+    ranges = [f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in _SIGNS if hasattr(rule, key)]
+    within = f" ({', '.join(ranges)})" if ranges else ""
+    default = field.default
+    if field.is_required():
+        return f"{_type_text(field.annotation)}, required{within}"
+    if field.default_factory is not None:
+        return f"{_type_text(field.annotation)}, made anew{within}"
+    shown = f"{type(default).__name__}()" if isinstance(default, BaseModel) else repr(default)
+    return f"{_type_text(field.annotation)} = {shown}{within}"
+
+
+def _type_text(kind: Any) -> str:  # noqa: ANN401 - any type
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type_text(inner[0])
+    if origin is Literal:
+        return " | ".join(map(repr, inner))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_text, inner))
+    if kind in (None, NoneType, ...):
+        return "None" if kind is not ... else "..."
+    name = getattr(origin or kind, "__name__", str(kind))
+    return f"{name}[{', '.join(map(_type_text, inner))}]" if inner and origin is not Callable else name
 
 
 class Options(Documented):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest, NoDrafter, SamplingParams
-from copyspec_engine.adapters.options import Conversations, Talk
+from copyspec_engine.adapters.conversations import Conversations, Talk
 from copyspec_engine.testing import scripted_engine
 from tests.conftest import assert_all_slots_free
 

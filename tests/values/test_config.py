@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
+import copyspec_engine
 from copyspec_engine import (
     AdaptiveDrafter,
     ConfigError,
@@ -19,7 +22,9 @@ from copyspec_engine import (
     NoDrafter,
     SamplingParams,
 )
+from copyspec_engine.adapters.model import LocalModel
 from copyspec_engine.values import errors
+from copyspec_engine.values.options import Documented
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -138,11 +143,35 @@ def test_a_logit_bias_may_have_openais_form_and_stays_hashable() -> None:
     assert SamplingParams(**params.model_dump()) == params
 
 
-def test_help_shows_what_each_option_does() -> None:
-    for kind in (EngineConfig, SamplingParams):
-        told = kind.__doc__ or ""
-        assert all(f"\n    {name}: " in told for name in kind.model_fields)
-    assert "Longest prompt plus answer, in tokens; default and upper limit" in (EngineConfig.__doc__ or "")
+OPTIONS = [
+    kind
+    for name in copyspec_engine.__all__
+    if isinstance(kind := getattr(copyspec_engine, name), type) and issubclass(kind, Documented)
+]
+
+
+@pytest.mark.parametrize("kind", [*OPTIONS, LocalModel])
+def test_help_shows_of_each_option_its_type_its_default_and_what_it_does(kind: type[BaseModel]) -> None:
+    told = (kind.__doc__ or "").split("\nOptions:\n")[1]
+    entries = re.findall(r"^    (\w+): (\S.*)\n((?:        \S.*(?:\n|$))+)", told, flags=re.MULTILINE)
+    assert [name for name, _, _ in entries] == list(kind.model_fields)
+    for name, declared, text in entries:
+        field = kind.model_fields[name]
+        is_given = field.is_required() or field.default_factory is not None
+        assert re.match(r".+(, required|, made anew)" if is_given else r".+ = .+", declared), declared
+        assert " ".join(text.split()) == " ".join((field.description or "").split()) != "", name
+
+
+def test_help_reads_well() -> None:
+    told = EngineConfig.__doc__ or ""
+    assert "    max_model_len: int | None = None (>= 2)\n        Longest prompt plus answer, in tokens; " in told
+    assert "    dtype: 'auto' | 'float32' | 'bfloat16' | 'float16' = 'auto'\n" in told
+    assert "    step_cost: tuple[tuple[int, float], ...] | 'measured' | 'remeasure' = 'measured'\n" in told
+    assert "    draft: DraftModel | None = None\n" in told
+    assert (
+        "    drafter: AdaptiveDrafter | CopySpecDrafter | DraftModelDrafter | NoDrafter = AdaptiveDrafter()\n" in told
+    )
+    assert "    temperature: float = 0.0 (>= 0.0, <= 100.0)\n        0 is greedy" in (SamplingParams.__doc__ or "")
 
 
 def test_the_defaults_are_greedy_and_adaptive() -> None:

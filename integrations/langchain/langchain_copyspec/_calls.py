@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from copyspec_engine import Engine, GenerationRequest, RequestFailedError, StreamChunk
-from copyspec_engine.adapters.options import Talk
+from copyspec_engine.adapters.conversations import Talk
 from langchain_copyspec._options import CallOptions
 from langchain_copyspec.errors import RequestTimeoutError, langchain_errors
 

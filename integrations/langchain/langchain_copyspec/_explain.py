@@ -5,7 +5,7 @@ from __future__ import annotations
 from langchain_core.messages import AIMessage
 
 from copyspec_engine import ConfigError, Explanation
-from copyspec_engine.adapters.options import explain_metadata
+from copyspec_engine.adapters.answers import explain_metadata
 
 __all__ = ["explain"]
 

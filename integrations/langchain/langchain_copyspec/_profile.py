@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, cast
 
 from langchain_core.language_models.model_profile import ModelProfile
 
 from copyspec_engine import Engine, EngineConfig
-from copyspec_engine.adapters.options import model_facts
+from copyspec_engine.adapters.model import model_facts
+from copyspec_engine.adapters.tools import has_grammars
 
 __all__ = ["model_profile"]
 
@@ -19,7 +19,6 @@ def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
     if facts is None:
         return None
     name = engine.config.model if isinstance(engine, Engine) else engine.model
-    has_grammars = importlib.util.find_spec("llguidance") is not None
     written = facts.chat_format
     calls = written.takes_tools and any((written.calls, written.parts, written.own_template))
     profile = ModelProfile(
@@ -33,9 +32,9 @@ def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
         text_outputs=True,
         reasoning_output=facts.reasons,
         tool_calling=calls,
-        tool_choice=calls and written.calls is not None and has_grammars,
+        tool_choice=calls and written.calls is not None and has_grammars(),
         tool_call_streaming=calls,
-        structured_output=has_grammars,
+        structured_output=has_grammars(),
         attachment=False,
         temperature=True,
     )

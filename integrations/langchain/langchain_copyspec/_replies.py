@@ -24,7 +24,7 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters.options import (
+from copyspec_engine.adapters.answers import (
     answer_metadata,
     call_error,
     logprobs_metadata,

@@ -16,7 +16,8 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from typing_extensions import override
 
-from copyspec_engine.adapters.options import current_conversation, without_conversation
+from copyspec_engine.adapters.answers import without_conversation
+from copyspec_engine.adapters.conversations import current_conversation, first_named
 
 __all__ = ["ConversationalModel", "session_of", "with_session"]
 
@@ -29,18 +30,14 @@ def session_of(config: RunnableConfig | None) -> str | None:
     A config goes before the innermost `with conversation(...)`.
     """
     merged = ensure_config(config)
-    for source in (merged.get("configurable", {}), merged.get("metadata", {})):
-        for key in _SESSION_KEYS:
-            if source.get(key) not in (None, ""):
-                return str(source[key])
-    return current_conversation()
+    sources = (merged.get("configurable", {}), merged.get("metadata", {}))
+    named = (source.get(key) for source in sources for key in _SESSION_KEYS)
+    return first_named(*(str(value) for value in named if value not in (None, "")), current_conversation())
 
 
 def with_session(config: RunnableConfig | None, options: dict[str, Any]) -> dict[str, Any]:
     """`options` with the conversation that `config` names, unless they name one."""
-    if options.get("session_id") is not None:
-        return options
-    session_id = session_of(config)
+    session_id = first_named(options.get("session_id"), session_of(config))
     return options if session_id is None else {**options, "session_id": session_id}
 
 

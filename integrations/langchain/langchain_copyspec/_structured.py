@@ -19,7 +19,7 @@ from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.pydantic import TBaseModel, is_basemodel_subclass
 
-from copyspec_engine.adapters.options import cut_off, is_whole_json
+from copyspec_engine.adapters.answers import cut_off, is_whole_json
 
 __all__ = ["Method", "answer_parser", "call_parser", "with_raw"]
 

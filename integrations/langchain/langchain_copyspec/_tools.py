@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
-from copyspec_engine.adapters.options import check_nesting, clear_errors
+from copyspec_engine.adapters.options import clear_errors
+from copyspec_engine.adapters.tools import calls_grammar, check_nesting, closed, guides_calls, tool_choice_of
 
 __all__ = ["Tool", "ToolOptions", "convert_tools", "json_schema_of"]
 
@@ -86,14 +86,7 @@ class ToolOptions(BaseModel):
     @field_validator("tool_choice", mode="before")
     @classmethod
     def _one_form(cls, choice: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
-        """OpenAI's, Anthropic's and LangChain's ways to say it, in one."""
-        if isinstance(choice, Mapping):
-            function = choice.get("function")
-            name = function.get("name") if isinstance(function, Mapping) else choice.get("name")
-            choice = choice.get("type") if name is None else name
-        if isinstance(choice, bool):
-            return "required" if choice else "none"
-        return "required" if choice == "any" else choice
+        return tool_choice_of(choice)
 
     @field_validator("response_format", mode="before")
     @classmethod
@@ -133,17 +126,17 @@ class ToolOptions(BaseModel):
         forced = self.tool_choice != "auto"
         if not forced and answer is None and not self._guides(engine):
             return None
-        calls = engine.chat_format.grammar(tuple(tools), self.tool_choice, parallel=self.parallel_tool_calls)
+        parallel, strict = self.parallel_tool_calls, bool(self.strict)
+        calls = calls_grammar(engine, tools, self.tool_choice, parallel=parallel, strict=strict)
         if answer is not None and not forced and calls.tools is not None:
             either = calls.tools.model_copy(update={"answer_schema": answer.json_schema or {"type": "object"}})
             calls = calls.model_copy(update={"tools": either})
-        return calls.model_copy(update={"lenient": not self.strict, "closed": True})
+        return calls
 
     def _guides(self, engine: Engine) -> bool:
         """Whether calls that the model begins by itself are held to their schemas."""
         if self.strict is None:
-            known = engine.chat_format.calls is not None and importlib.util.find_spec("llguidance") is not None
-            return known or not self.parallel_tool_calls
+            return guides_calls(engine) or not self.parallel_tool_calls
         return self.strict or not self.parallel_tool_calls
 
     def _answer_grammar(self) -> Grammar | None:
@@ -153,4 +146,4 @@ class ToolOptions(BaseModel):
         if wanted is None or wanted.json_schema is None:
             return wanted
         strict = self.strict or self.response_format["json_schema"].get("strict")
-        return wanted.model_copy(update={"closed": True, "lenient": not strict})
+        return closed(wanted, strict=strict)

@@ -5,12 +5,11 @@ The engine's stream is the one primitive: `invoke` joins it, and the async metho
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput, ModelProfile
@@ -18,20 +17,18 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
-from typing_extensions import Self, override
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import override
 
 from copyspec_engine import (
     ConfigError,
     Engine,
-    EngineConfig,
     Explanation,
     GenerationRequest,
-    OnProgress,
     StreamChunk,
-    shared_engine,
 )
-from copyspec_engine.adapters.options import ENGINE_OPTIONS, Conversations, Talk, adopt_engine
+from copyspec_engine.adapters.conversations import Talk
+from copyspec_engine.adapters.model import LocalModel
 from langchain_copyspec._bound import BoundModel
 from langchain_copyspec._calls import Call, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_engine_messages
@@ -49,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["ChatCopySpec"]
 
 
-class ChatCopySpec(CallOptions, ConversationalModel):
+class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
     """Chat model on this machine that drafts answers by copying from the conversation and verifies every token.
 
     The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
@@ -83,47 +80,8 @@ class ChatCopySpec(CallOptions, ConversationalModel):
     called: ClassVar[str | None] = None
     beside: ClassVar[tuple[str, ...]] = ("stop_sequences",)
 
-    model: str = "smollm2"
-    """A decoder: "smollm2" (SmolLM2-135M-Instruct, fetched on first use), a name on the hub, a folder, a GGUF file, or
-    "bundled", the constructed copier that ships with the engine, for tests and machines without any network."""
-    device: str = "auto"
-    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
-    chat_template: str | None = None
-    """Jinja, or the path of a file with it, in place of the model's own chat template."""
-    tool_prompt: bool = True
-    """Where the chat template leaves out tools, calls or results, write them into the messages; False: refuse them."""
-    engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
-    """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
-    configuration only."""
-    on_progress: OnProgress | None = Field(default=None, exclude=True, repr=False)
-    """Told of the weights as they are loaded, in the thread that calls; what it raises ends the load. Default: a bar on
-    a terminal or in a notebook. It decides no answer: it is not serialised, pickled or part of a cache's key."""
     streaming: bool = False
     """True: `invoke` streams too, so that callbacks see each chunk. False, if given: nothing streams."""
-
-    _conversations: Conversations = PrivateAttr(default_factory=Conversations)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _adopt_engine(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return adopt_engine(options)
-
-    @model_validator(mode="after")
-    def _check_engine_config(self) -> ChatCopySpec:
-        self._engine_config()
-        return self
-
-    def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()
-        engine = None if self.engine is None else self._engine_config()
-        return {**state, "__dict__": {**state["__dict__"], "engine": engine, "on_progress": None}}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ChatCopySpec:
-        memo = {} if memo is None else memo
-        memo |= {id(kept): kept for kept in (self.engine, self.on_progress)}
-        return super().__deepcopy__(memo)
 
     # What LangChain asks about a model
 
@@ -138,7 +96,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
 
     @override
     def _resolve_model_profile(self) -> ModelProfile | None:
-        return model_profile(self.engine if isinstance(self.engine, Engine) else self._engine_config())
+        return model_profile(self._known)
 
     @override
     def _get_ls_params(self, stop: list[str] | None = None, **options: Any) -> LangSmithParams:
@@ -193,25 +151,6 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         asked = self._asked(messages, None, with_session(config, options))
         engine = self._get_engine(asked.model)
         return len(engine.tokenize(self._call(engine, asked).request))
-
-    # Loading
-
-    def load(self) -> Self:
-        """Load the weights now rather than at the first call, and give this model back.
-
-        Models with the same options of the engine share one that is loaded once, whatever thread asks first; then this
-        does nothing.
-
-        Raises:
-            ModelLoadError, UnsupportedModelError: as `Engine` does. What `on_progress` raises.
-        """
-        self._get_engine()
-        return self
-
-    async def aload(self) -> Self:
-        """As `load`, in a thread of its own, in which `on_progress` is told."""
-        await self._aget_engine(self.model)
-        return self
 
     # Tools and objects
 
@@ -321,10 +260,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         Raises:
             ConfigError: nothing names one.
         """
-        found = (session_of(config) or self.session_id) if session_id is None else session_id
-        if not found:
-            raise ConfigError("Got no conversation but expected its id: only one that is named keeps its texts")
-        return self._get_engine().memory(found)
+        return self._memory(self._session(session_id, session_of(config)))
 
     # Generation
 
@@ -399,9 +335,7 @@ class ChatCopySpec(CallOptions, ConversationalModel):
         model = options.pop("model", None)
         if model is not None and (not isinstance(model, str) or not model):
             raise ConfigError(f"Got model={model!r} but expected the name of a model or a folder")
-        session_id = options.pop("session_id", None)
-        if session_id is None:
-            session_id = session_of(None) or self.session_id
+        session_id = self._session(options.pop("session_id", None), session_of(None))
         chosen, tools = self.for_call(stop, {**options, "session_id": session_id})
         return _Asked(model or self.model, to_engine_messages(messages), chosen, tools)
 
@@ -417,27 +351,6 @@ class ChatCopySpec(CallOptions, ConversationalModel):
 
     def _writer(self, engine: Engine, call: Call, asked: _Asked) -> ReplyWriter:
         return ReplyWriter(engine, call, asked.model, blocks=self.output_version == "v1")
-
-    # Engine
-
-    def _engine_config(self, model: str | None = None) -> EngineConfig:
-        if model is not None and model != self.model:
-            return EngineConfig(model=model, device=self.device, dtype=self.dtype, tool_prompt=self.tool_prompt)
-        if isinstance(self.engine, Engine):
-            return self.engine.config
-        return self.engine or EngineConfig(**{name: getattr(self, name) for name in ENGINE_OPTIONS})
-
-    def _get_engine(self, model: str | None = None) -> Engine:
-        """The engine, or that of another model; loads the model if no one has."""
-        if isinstance(self.engine, Engine) and model in (None, self.model):
-            return self.engine
-        return shared_engine(self._engine_config(model), self.on_progress)
-
-    async def _aget_engine(self, model: str) -> Engine:
-        """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
-        if isinstance(self.engine, Engine) and model == self.model:
-            return self.engine
-        return await asyncio.to_thread(self._get_engine, model)
 
 
 @dataclass(frozen=True)

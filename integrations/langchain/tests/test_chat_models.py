@@ -222,7 +222,7 @@ async def test_the_event_loop_goes_on_while_the_model_loads(monkeypatch: pytest.
         time.sleep(0.5)
         return echo
 
-    monkeypatch.setattr("langchain_copyspec.chat_models.shared_engine", load_slowly)
+    monkeypatch.setattr("copyspec_engine.adapters.model.shared_engine", load_slowly)
     llm = ChatCopySpec()
     for call in (llm.ainvoke("hi"), llm.astream("hi").__anext__()):
         task = asyncio.ensure_future(call)

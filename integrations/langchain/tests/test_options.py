@@ -31,7 +31,7 @@ def _no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(config: EngineConfig, _on_progress: object) -> Engine:
         raise AssertionError(f"loaded {config.model}")
 
-    monkeypatch.setattr("langchain_copyspec.chat_models.shared_engine", load)
+    monkeypatch.setattr("copyspec_engine.adapters.model.shared_engine", load)
 
 
 @pytest.mark.usefixtures("_no_loading")
@@ -146,7 +146,7 @@ def test_another_model_of_a_call_is_loaded_as_by_its_own_constructor(
         asked.append(config)
         return other
 
-    monkeypatch.setattr("langchain_copyspec.chat_models.shared_engine", load)
+    monkeypatch.setattr("copyspec_engine.adapters.model.shared_engine", load)
     llm = ChatCopySpec(engine=engine, output_version="v0")
     assert llm.invoke("hi", model="scripted").text == "own"
     assert asked == []

@@ -17,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_snippets_run_as_they_stand(monkeypatch: pytest.MonkeyPatch, make_engine: MakeEngine) -> None:
     notes = "# Notes\n- Ann books the room\n- Bo brings the slides\n- Cy orders lunch\n"
     engine = make_engine(lambda prompt: notes)
-    monkeypatch.setattr("langchain_copyspec.chat_models.shared_engine", lambda *_: engine)
+    monkeypatch.setattr("copyspec_engine.adapters.model.shared_engine", lambda *_: engine)
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert len(snippets) >= 5
     names: dict[str, Any] = {}

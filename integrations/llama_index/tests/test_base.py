@@ -227,7 +227,7 @@ async def test_the_event_loop_goes_on_while_the_model_loads(
         assert may_go_on.wait(20), "the event loop stood still"
         return echo
 
-    monkeypatch.setattr("llama_index.llms.copyspec.base.shared_engine", load_slowly)
+    monkeypatch.setattr("copyspec_engine.adapters.model.shared_engine", load_slowly)
     llm = CopySpec()
 
     async def call() -> str:

@@ -22,7 +22,7 @@ def _no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(config: EngineConfig, _on_progress: object) -> Engine:
         raise AssertionError(f"loaded {config.model}")
 
-    monkeypatch.setattr("llama_index.llms.copyspec.base.shared_engine", load)
+    monkeypatch.setattr("copyspec_engine.adapters.model.shared_engine", load)
 
 
 @pytest.mark.usefixtures("_no_loading")

@@ -17,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LlamaIndex's workflows list pydantic's old names
 def test_the_snippets_run_as_they_stand(monkeypatch: pytest.MonkeyPatch, bundled: Engine) -> None:
-    monkeypatch.setattr("llama_index.llms.copyspec.base.shared_engine", lambda *_: bundled)
+    monkeypatch.setattr("copyspec_engine.adapters.model.shared_engine", lambda *_: bundled)
     monkeypatch.setattr("copyspec_engine.models.find._find_known", lambda known: find_model("bundled"))
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert len(snippets) >= 8

@@ -22,7 +22,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.tools.types import BaseTool
 
 from copyspec_engine import ConfigError
-from copyspec_engine.adapters.options import check_nesting
+from copyspec_engine.adapters.tools import check_nesting
 
 __all__ = ["to_engine_messages", "to_function_schemas"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +9,7 @@ from pydantic import BaseModel, field_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
 from copyspec_engine.adapters.options import AdapterOptions
+from copyspec_engine.adapters.tools import calls_grammar, guides_calls, tool_choice_of
 from llama_index.llms.copyspec._convert import to_function_schemas
 
 __all__ = ["Call", "CallOptions", "ToolUse", "take_tools"]
@@ -71,12 +70,9 @@ class ToolUse:
         Raises:
             ConfigError: calls are required of such a model.
         """
-        chat_format = engine.chat_format
-        if self.choice == "auto" and (chat_format.calls is None or importlib.util.find_spec("llguidance") is None):
+        if self.choice == "auto" and not guides_calls(engine):
             return None
-        tools = tuple(map(_spelled, self.tools))
-        calls = chat_format.grammar(tools, self.choice, parallel=self.parallel)
-        return calls.model_copy(update={"lenient": True, "closed": True})
+        return calls_grammar(engine, map(_spelled, self.tools), self.choice, parallel=self.parallel)
 
 
 def _spelled(tool: dict[str, Any]) -> dict[str, Any]:
@@ -164,11 +160,7 @@ def take_tools(options: dict[str, Any]) -> tuple[ToolUse | None, dict[str, Any]]
 
 
 def _choice(choice: object) -> str:
-    if choice is None:
-        return "auto"
-    if isinstance(choice, Mapping):  # OpenAI's form
-        function = choice.get("function")
-        choice = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(choice, str) or not choice:
+    chosen = "auto" if choice is None else tool_choice_of(choice)
+    if not isinstance(chosen, str) or not chosen:
         raise ConfigError(f"Got tool_choice={choice!r} but expected auto, none, required, or a function's name")
-    return "required" if choice == "any" else choice
+    return chosen

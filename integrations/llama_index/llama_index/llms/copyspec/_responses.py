@@ -35,8 +35,7 @@ from copyspec_engine import (
     StreamChunk,
     TokenLogprob,
 )
-from copyspec_engine.adapters.options import (
-    Talk,
+from copyspec_engine.adapters.answers import (
     answer_metadata,
     call_error,
     cut_off,
@@ -45,6 +44,7 @@ from copyspec_engine.adapters.options import (
     segment_metadata,
     tool_metadata,
 )
+from copyspec_engine.adapters.conversations import Talk
 from llama_index.llms.copyspec._convert import to_engine_messages
 from llama_index.llms.copyspec._options import Call
 

@@ -15,7 +15,7 @@ from llama_index.core.prompts import BasePromptTemplate
 from typing_extensions import override
 
 from copyspec_engine import ConfigError, Engine, EngineConfig
-from copyspec_engine.adapters.options import prompt_length
+from copyspec_engine.adapters.model import prompt_length
 from llama_index.llms.copyspec._options import Call
 
 __all__ = ["SHORT_CHATS", "PlainArguments", "tokens_around"]

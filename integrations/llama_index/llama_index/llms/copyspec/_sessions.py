@@ -13,7 +13,7 @@ from llama_index.core.workflow import Context, WorkflowRuntimeError
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from workflows.context.state_store import DictState
 
-from copyspec_engine.adapters.options import current_conversation
+from copyspec_engine.adapters.conversations import current_conversation, first_named
 
 __all__ = ["CONTEXT_KEY", "named_session", "step_session"]
 
@@ -24,7 +24,7 @@ CONTEXT_KEY = "copyspec_session_id"
 def named_session() -> str | None:
     """The conversation that the code around a call names; None if it names none."""
     tagged = active_instrument_tags.get().get("session_id")
-    return current_conversation() or (str(tagged) if tagged else None)
+    return first_named(current_conversation(), str(tagged) if tagged else None)
 
 
 async def step_session() -> str | None:

@@ -25,6 +25,7 @@ from pydantic_core import from_json
 from typing_extensions import override
 
 from copyspec_engine import ConfigError, Grammar
+from copyspec_engine.adapters.tools import closed
 from llama_index.llms.copyspec._room import PlainArguments
 
 __all__ = ["GrammarStructuredLLM"]
@@ -155,7 +156,7 @@ class GrammarStructuredLLM(PlainArguments):
         options = {**(llm_kwargs or {}), "object_class": output_cls}
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
             return options
-        form = Grammar(json_schema=output_cls.model_json_schema(), lenient=True, closed=True)
+        form = closed(Grammar(json_schema=output_cls.model_json_schema()))
         return {**options, "response_format": form}
 
     def _asking_for(

@@ -5,11 +5,10 @@ Every method makes one engine request; the async ones use the engine's async fro
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -29,27 +28,13 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import MessagesToPromptType, ToolSelection, default_completion_to_prompt
 from llama_index.core.tools.types import BaseTool
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
-from typing_extensions import Self, override
+from pydantic import ConfigDict, PrivateAttr, model_validator
+from typing_extensions import override
 
-from copyspec_engine import (
-    ConfigError,
-    Engine,
-    EngineConfig,
-    Explanation,
-    GenerationRequest,
-    OnProgress,
-    shared_engine,
-)
-from copyspec_engine.adapters.options import (
-    ENGINE_OPTIONS,
-    ChatFormat,
-    Conversations,
-    Talk,
-    adopt_engine,
-    explain_metadata,
-    model_facts,
-)
+from copyspec_engine import ConfigError, Engine, Explanation, GenerationRequest
+from copyspec_engine.adapters.answers import explain_metadata
+from copyspec_engine.adapters.conversations import Talk, first_named
+from copyspec_engine.adapters.model import ChatFormat, LocalModel, model_facts
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
 from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
 from llama_index.llms.copyspec._responses import Answer, refuse_cut_off
@@ -66,7 +51,7 @@ Response = TypeVar("Response", ChatResponse, CompletionResponse)
 Respond = Callable[[Answer], Response]
 
 
-class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
+class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM):
     """LLM on this machine that drafts answers by copying from the conversation and verifies every token.
 
     The answer is token for token that of plain decoding. Weights are loaded on first use, not by the constructor, and
@@ -103,52 +88,16 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     called: ClassVar[str | None] = None
     beside: ClassVar[tuple[str, ...]] = ()
 
-    model: str = "smollm2"
-    """A decoder: "smollm2" (SmolLM2-135M-Instruct, fetched on first use), a name on the hub, a folder, a GGUF file, or
-    "bundled", the constructed copier that ships with the engine, for tests and machines without any network."""
-    device: str = "auto"
-    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """"auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
-    chat_template: str | None = None
-    """Jinja, or the path of a file with it, in place of the model's own chat template."""
-    tool_prompt: bool = True
-    """Where the chat template leaves out tools, calls or results, write them into the messages; False: refuse them."""
-    engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
-    """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
-    configuration only."""
-
-    on_progress: OnProgress | None = Field(default=None, exclude=True, repr=False)
-    """Told of the weights as they are loaded, in the thread that calls; what it raises ends the load. Default: a bar on
-    a terminal or in a notebook. It decides no answer: it is not serialised, pickled or part of a cache's key."""
-
     _around: dict[Any, int] = PrivateAttr(default_factory=dict)
     """Tokens around the texts of a prompt, by what decides them."""
-    _conversations: Conversations = PrivateAttr(default_factory=Conversations)
 
     @model_validator(mode="before")
     @classmethod
-    def _adopt_engine(cls, options: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+    def _without_class_name(cls, options: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+        """LlamaIndex writes the name of the class beside the fields, and takes only the outermost one out again."""
         if not isinstance(options, dict):
             return options  # pydantic will say what is wrong
-        # LlamaIndex writes the name of the class beside the fields, and takes only the outermost one out again.
-        return adopt_engine({name: value for name, value in options.items() if name != "class_name"})
-
-    @model_validator(mode="after")
-    def _check_engine_config(self) -> CopySpec:
-        self._engine_config()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        if isinstance(self.engine, Engine) or self.on_progress is not None:
-            engine = None if self.engine is None else self._engine_config()
-            return self.model_copy(update={"engine": engine, "on_progress": None}).__getstate__()
-        return super().__getstate__()
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CopySpec:
-        memo = {} if memo is None else memo
-        memo |= {id(kept): kept for kept in (self.engine, self.on_progress)}
-        return super().__deepcopy__(memo)
+        return {name: value for name, value in options.items() if name != "class_name"}
 
     @classmethod
     @override
@@ -190,13 +139,12 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
             return min(DEFAULT_NUM_OUTPUTS, context // 4)
         decides = (self._engine_config(), repr(self.chat_template_kwargs), *formats)
         if decides not in self._around:
-            engine = self.engine if isinstance(self.engine, Engine) else self._engine_config()
-            self._around[decides] = tokens_around(engine, calls)
+            self._around[decides] = tokens_around(self._known, calls)
         return self.max_tokens + self._around[decides]
 
     def _facts(self) -> tuple[int, ChatFormat]:
         """The model's context in tokens, and what its chat template can do."""
-        facts = model_facts(self.engine if isinstance(self.engine, Engine) else self._engine_config())
+        facts = model_facts(self._known)
         if facts is None or facts.max_model_len is None:
             engine = self._get_engine()
             return engine.info.max_model_len, engine.chat_format
@@ -206,25 +154,6 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
     def to_payload(self) -> dict[str, Any]:
         """What traces say of this LLM: its options."""
         return {"class_name": self.class_name(), **self.model_dump(exclude={"class_name", "system_prompt"})}
-
-    # Loading
-
-    def load(self) -> Self:
-        """Load the weights now rather than at the first call, and give this model back.
-
-        Models with the same options of the engine share one that is loaded once, whatever thread asks first; then this
-        does nothing.
-
-        Raises:
-            ModelLoadError, UnsupportedModelError: as `Engine` does. What `on_progress` raises.
-        """
-        self._get_engine()
-        return self
-
-    async def aload(self) -> Self:
-        """As `load`, in a thread of its own, in which `on_progress` is told."""
-        await self._aget_engine()
-        return self
 
     # Tokens
 
@@ -299,10 +228,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         Raises:
             ConfigError: nothing names one.
         """
-        found = (named_session() or self.session_id) if session_id is None else session_id
-        if not found:
-            raise ConfigError("Got no conversation but expected its id: only one that is named keeps its texts")
-        return self._get_engine().memory(found)
+        return self._memory(self._session(session_id, named_session()))
 
     # Calls
 
@@ -410,10 +336,8 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
 
     async def _with_session(self, options: dict[str, Any]) -> dict[str, Any]:
         """`options` with the conversation of the workflow step around the call, if nothing else names one."""
-        if options.get("session_id") is not None or named_session() is not None:
-            return options
-        session_id = await step_session()
-        return options if session_id is None else {**options, "session_id": session_id}
+        named = first_named(options.get("session_id"), named_session())
+        return {**options, "session_id": await step_session()} if named is None else options
 
     def _chat_call(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Call:
         """A call that answers `messages`."""
@@ -439,10 +363,7 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
         return None if self.messages_to_prompt is messages_to_prompt else self.messages_to_prompt
 
     def _call(self, options: dict[str, Any], **asked: Any) -> Call:  # noqa: ANN401 - fields of `Call`
-        options = {
-            "session_id": named_session(),
-            **{name: value for name, value in options.items() if value is not None},
-        }
+        options = {**options, "session_id": self._session(options.get("session_id"), named_session())}
         object_class = options.pop("object_class", None)
         chosen = self.for_call(options)
         return Call(options=chosen, response_format=chosen.response_format, object_class=object_class, **asked)
@@ -481,20 +402,3 @@ class CopySpec(CallOptions, GrammarStructuredLLM, FunctionCallingLLM):
             async for chunk in chunks:
                 if answer.take(chunk):
                     yield respond(answer)
-
-    # Engine
-
-    def _engine_config(self) -> EngineConfig:
-        if isinstance(self.engine, Engine):
-            return self.engine.config
-        return self.engine or EngineConfig(**{name: getattr(self, name) for name in ENGINE_OPTIONS})
-
-    def _get_engine(self) -> Engine:
-        """The engine; loads the model if no one has."""
-        if isinstance(self.engine, Engine):
-            return self.engine
-        return shared_engine(self._engine_config(), self.on_progress)
-
-    async def _aget_engine(self) -> Engine:
-        """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
-        return self.engine if isinstance(self.engine, Engine) else await asyncio.to_thread(self._get_engine)

@@ -1,0 +1,176 @@
+"""A model of a framework that answers by an engine of this process: which engine, loaded when, shared with whom."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from typing_extensions import Self
+
+from copyspec_engine.adapters.conversations import Conversations, first_named
+from copyspec_engine.adapters.options import AdapterOptions
+from copyspec_engine.chat.formats import ChatFormat
+from copyspec_engine.engine.engine import Engine, shared_engine
+from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
+from copyspec_engine.values.config import EngineConfig, GenerationRequest, ModelOptions
+from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.progress import OnProgress
+
+if TYPE_CHECKING:
+    from copyspec_engine.chat.tokenizer import ChatTokenizer
+    from copyspec_engine.memory.view import ConversationMemory
+
+__all__ = ["ChatFormat", "LocalModel", "ModelFacts", "model_facts", "prompt_length"]
+
+
+class LocalModel(AdapterOptions, ModelOptions):
+    """What a framework's model has besides the framework's own: options, an engine, and the conversations it has had.
+
+    Constructing one loads no weights. Models with the same options of the engine share one, which is loaded once.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
+    """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
+    configuration only."""
+    on_progress: OnProgress | None = Field(default=None, exclude=True, repr=False)
+    """Told of the weights as they are loaded, in the thread that calls; what it raises ends the load. Default: a bar on
+    a terminal or in a notebook. It decides no answer: it is not serialised, pickled or part of a cache's key."""
+
+    _conversations: Conversations = PrivateAttr(default_factory=Conversations)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adopt_engine(cls, options: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+        return _with_options_of_engine(options) if isinstance(options, dict) else options
+
+    @model_validator(mode="after")
+    def _check_engine_config(self) -> Self:
+        self._engine_config()
+        return self
+
+    def __getstate__(self) -> dict[Any, Any]:
+        if isinstance(self.engine, Engine) or self.on_progress is not None:
+            engine = None if self.engine is None else self._engine_config()
+            return self.model_copy(update={"engine": engine, "on_progress": None}).__getstate__()
+        return super().__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        memo = {} if memo is None else memo
+        memo |= {id(kept): kept for kept in (self.engine, self.on_progress)}
+        return super().__deepcopy__(memo)
+
+    def load(self) -> Self:
+        """Load the weights now rather than at the first call, and give this model back.
+
+        Models with the same options of the engine share one that is loaded once, whatever thread asks first; then this
+        does nothing.
+
+        Raises:
+            ModelLoadError, UnsupportedModelError: as `Engine` does. What `on_progress` raises.
+        """
+        self._get_engine()
+        return self
+
+    async def aload(self) -> Self:
+        """As `load`, in a thread of its own, in which `on_progress` is told."""
+        await self._aget_engine()
+        return self
+
+    @property
+    def _known(self) -> Engine | EngineConfig:
+        """What tells of the model without loading it."""
+        return self.engine if isinstance(self.engine, Engine) else self._engine_config()
+
+    def _engine_config(self, model: str | None = None) -> EngineConfig:
+        """The configuration of the engine, or of that of another model."""
+        if model not in (None, self.model):
+            return EngineConfig(model=model, device=self.device, dtype=self.dtype, tool_prompt=self.tool_prompt)
+        if isinstance(self.engine, Engine):
+            return self.engine.config
+        return self.engine or EngineConfig(**{name: getattr(self, name) for name in ModelOptions.model_fields})
+
+    def _get_engine(self, model: str | None = None) -> Engine:
+        """The engine, or that of another model; loads the model if no one has."""
+        if isinstance(self.engine, Engine) and model in (None, self.model):
+            return self.engine
+        return shared_engine(self._engine_config(model), self.on_progress)
+
+    async def _aget_engine(self, model: str | None = None) -> Engine:
+        """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
+        if isinstance(self.engine, Engine) and model in (None, self.model):
+            return self.engine
+        return await asyncio.to_thread(self._get_engine, model)
+
+    def _session(self, said: str | None, around: str | None) -> str | None:
+        """The conversation of a call.
+
+        Args:
+            said: what the call says of it.
+            around: what the framework, or the code around the call, says of it.
+        """
+        return first_named(said, around, self.session_id)
+
+    def _memory(self, session_id: str | None) -> ConversationMemory:
+        """What a conversation remembers; loads the model if no one has.
+
+        Raises:
+            ConfigError: nothing names one.
+        """
+        if not session_id:
+            raise ConfigError("Got no conversation but expected its id: only one that is named keeps its texts")
+        return self._get_engine().memory(session_id)
+
+
+def _with_options_of_engine(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with those of the engine (or its config) in them that models have too, if there is one.
+
+    Raises:
+        ConfigError: one of them is given too and differs.
+    """
+    engine = options.get("engine")
+    config = engine.config if isinstance(engine, Engine) else engine
+    if not isinstance(config, EngineConfig):
+        return options
+    adopted = {name: getattr(config, name) for name in ModelOptions.model_fields}
+    for name, value in adopted.items():
+        if options.get(name, value) != value:
+            raise ConfigError(
+                f"Got {name}={options[name]!r} but the engine has {name}={value!r}: leave {name} out, or pass no engine"
+            )
+    return {**options, **adopted}
+
+
+def model_facts(engine: Engine | EngineConfig) -> ModelFacts | None:
+    """What is known of a model without loading it; None if it is not on this machine.
+
+    An engine knows its own context and chat format, whatever files there are.
+    """
+    if not isinstance(engine, Engine):
+        return read_model_facts(engine)
+    return ModelFacts(engine.info.max_model_len, engine.chat_format)
+
+
+def prompt_length(engine: Engine | EngineConfig, request: GenerationRequest) -> int:
+    """Tokens of the prompt of a request outside of any conversation; by a config, no weights are loaded for it.
+
+    Raises:
+        ConfigError: the chat template refuses the messages.
+        ModelLoadError: the tokenizer cannot be read.
+    """
+    if isinstance(engine, Engine):
+        return len(engine.tokenize(request.model_copy(update={"session_id": None})))
+    tokenizer = _tokenizer(engine)
+    if request.messages is None:
+        return len(tokenizer.encode(request.prompt or ""))
+    return len(tokenizer.render(request.messages, request.tools, request.chat_template_kwargs))
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(config: EngineConfig) -> ChatTokenizer:
+    from copyspec_engine.execution.runner import read_tokenizer
+
+    return read_tokenizer(config)
