@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,13 +56,13 @@ def test_an_option_takes_and_refuses_what_the_engines_takes_and_refuses(name: st
     beside |= {"max_tokens": 10} if name == "min_tokens" else {}
     values: list[Any] = [-1, 0, 1, 2, 1.5, "x", True, ["x"], [1], {1: 2}, {"1": -1}, float("nan")]
     for value in values:
-        engines = outcome(lambda: SamplingParams(**{name: value}, **beside), name)
-        ours = outcome(lambda: AdapterOptions(**{name: value}, **beside).sampling(), name)
-        assert engines == ours, value
+        given = {name: value, **beside}
+        assert outcome(SamplingParams, name, given) == outcome(AdapterOptions, name, given), value
 
 
-def outcome(make: Callable[[], SamplingParams], name: str) -> str:
+def outcome(kind: type[SamplingParams | AdapterOptions], name: str, given: dict[str, Any]) -> str:
     try:
-        return repr(getattr(make(), name))
+        made = kind(**given)
     except ConfigError:
         return "refused"
+    return repr(getattr(made if isinstance(made, SamplingParams) else made.sampling(), name))

@@ -168,9 +168,7 @@ def test_help_reads_well() -> None:
     assert "    dtype: 'auto' | 'float32' | 'bfloat16' | 'float16' = 'auto'\n" in told
     assert "    step_cost: tuple[tuple[int, float], ...] | 'measured' | 'remeasure' = 'measured'\n" in told
     assert "    draft: DraftModel | None = None\n" in told
-    assert (
-        "    drafter: AdaptiveDrafter | CopySpecDrafter | DraftModelDrafter | NoDrafter = AdaptiveDrafter()\n" in told
-    )
+    assert "    drafter: AdaptiveDrafter | CopySpecDrafter | DraftModelDrafter | NoDrafter = Adaptive" in told
     assert "    temperature: float = 0.0 (>= 0.0, <= 100.0)\n        0 is greedy" in (SamplingParams.__doc__ or "")
 
 
