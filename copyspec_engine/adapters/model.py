@@ -19,8 +19,8 @@ from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.progress import OnProgress
 
 if TYPE_CHECKING:
+    from copyspec_engine import ConversationMemory
     from copyspec_engine.chat.tokenizer import ChatTokenizer
-    from copyspec_engine.memory.view import ConversationMemory
 
 __all__ = ["ChatFormat", "LocalModel", "ModelFacts", "model_facts", "prompt_length"]
 
