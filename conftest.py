@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 # Set before anything imports transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,6 +46,21 @@ def _no_test_writes_to_the_users_cache(tmp_path_factory: pytest.TempPathFactory)
     os.environ["COPYSPEC_CACHE_DIR"] = str(cache)
     yield
     shutil.rmtree(cache / "models", ignore_errors=True)  # links, and the converted weights of 540 MB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_engines_end_with_their_module() -> Iterator[None]:
+    """Tests of a module share engines by their configs; kept for all later modules they would fill the memory."""
+    yield
+    if "copyspec_engine.engine.engine" in sys.modules:
+        from copyspec_engine.testing import close_shared_engines
+
+        close_shared_engines(keep=lambda config: config.model == SMOLLM2)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: some tests wait, for processes and for threads."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session")

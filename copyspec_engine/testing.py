@@ -23,7 +23,7 @@ from copyspec_engine.chat.formats import ChatFormat, find_chat_format
 from copyspec_engine.chat.known_ids import Spelling
 from copyspec_engine.chat.tokenizer import SpecialTokens, StoppingTextStream
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.engine.engine import Engine
+from copyspec_engine.engine.engine import Engine, close_shared_engines
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.loop.request import Sequence
 from copyspec_engine.loop.scheduler import ScheduledBatch
@@ -34,7 +34,7 @@ from copyspec_engine.values.tokens import Fingerprint
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-__all__ = ["ByteTokenizer", "ScriptedRunner", "scripted_engine"]
+__all__ = ["ByteTokenizer", "ScriptedRunner", "close_shared_engines", "scripted_engine"]
 
 _START, _END, _VOCABULARY = 256, 257, 258
 _MARKERS = {_START: "<|im_start|>", _END: "<|im_end|>"}

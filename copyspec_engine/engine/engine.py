@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
@@ -345,6 +345,14 @@ def shared_engine(config: EngineConfig | None = None, on_progress: OnProgress | 
             with _registry_lock:
                 _shared[config] = engine
         return engine
+
+
+def close_shared_engines(keep: Callable[[EngineConfig], bool] = lambda _: False) -> None:
+    """Close the shared engines of all configs but those to keep; whoever asks for one of them later gets a new one."""
+    with _registry_lock:
+        ending = [engine for config, engine in _shared.items() if not keep(config)]
+    for engine in ending:
+        engine.close()
 
 
 @atexit.register

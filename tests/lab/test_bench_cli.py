@@ -21,6 +21,8 @@ from copyspec_engine.lab.bench import drafts as bench_drafts
 from copyspec_engine.lab.bench import free_text as bench_free_text
 from copyspec_engine.lab.bench.drafts_tables import comparison
 from copyspec_engine.lab.contestants import INGREDIENTS, OURS, PEERS, installed
+from copyspec_engine.lab.recorded.shapes import SHAPES
+from tests.lab.test_bench_engine import TINY
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ROOT = Path(__file__).parents[2]
@@ -255,12 +257,14 @@ def test_propose_refuses_sizes_that_cannot_be_filled() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_guides_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand, in a folder that holds the files they name, but for sizes that take long to fill."""
+    """As they stand, in a folder that holds the files they name, but for sizes that take long to fill or to run."""
     monkeypatch.chdir(tmp_path)
     Path("tests/data").mkdir(parents=True)
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
         Path(name).write_bytes(gzip.compress(CHATS.read_bytes()))
     Path("tests/data/chats.jsonl").write_bytes(CHATS.read_bytes())
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    command = command.replace("--shape bundled", "--shape tiny").replace("--max-tokens 100", "--max-tokens 30")
     words = ["bundled" if word == "DIR" else word.replace("000", "00") for word in command.split()]
     result = bench(*words)
     assert result.exit_code == 0, result.output
@@ -292,19 +296,19 @@ def test_no_torch_is_loaded() -> None:
 
 def test_a_model_writes_freely_every_way(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    words = ("--cost-model", "gpu", "--temperature", 0, 0.8, "--max-tokens", 30, "--rounds", 1, "--json", out)
+    words = ("--cost-model", "gpu", "--temperature", 0, 0.8, "--max-tokens", 20, "--rounds", 1, "--json", out)
     result = bench("free-text", *words)
     assert result.exit_code == 0, result.output
     written = record(out)
     ways = ("plain", "copies", "copies and recycled")
     rows = {(row["temperature"], row["way"]): row for row in written["results"]}
     assert list(rows) == [(temperature, way) for temperature in (0.0, 0.8) for way in ways]
-    assert {row["tokens"] for row in rows.values()} == {6 * 30}
+    assert {row["tokens"] for row in rows.values()} == {6 * 20}
     for (temperature, way), row in rows.items():
         plain = rows[temperature, "plain"]
-        assert row["tokens_per_forward"] == pytest.approx(180 / row["forward_passes"], rel=1e-3)
+        assert row["tokens_per_forward"] == pytest.approx(120 / row["forward_passes"], rel=1e-3)
         assert row["over_plain"] == pytest.approx(plain["seconds"] / row["seconds"], rel=1e-2)
-        assert row["forward_passes"] == 180 if way == "plain" else row["forward_passes"] <= 180
+        assert row["forward_passes"] == 120 if way == "plain" else row["forward_passes"] <= 120
     assert rows[0.0, "copies"]["tokens_per_forward"] > 1.05
     assert {"identical": True, "cost_model": "gpu", "model": "bundled", "rounds": 1}.items() <= written.items()
     assert "bench free-text" in written["command"]

@@ -35,7 +35,7 @@ def echo(make_engine: MakeEngine) -> Engine:
     return make_engine(lambda prompt: prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0].upper())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bundled() -> Engine:
     """The model that ships with the engine."""
     return shared_engine(EngineConfig(model="bundled"))
