@@ -31,6 +31,7 @@ SOURCES = (
     "drafting/kernels/candidates.py",
     "drafting/kernels/growth.py",
     "drafting/live_cost.py",
+    "drafting/tree.py",
     "memory/acceptance.py",
     "memory/alternatives.py",
     "memory/index.py",

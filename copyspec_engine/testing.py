@@ -160,9 +160,7 @@ class ScriptedRunner:
     def _logits(self, sequence: Sequence, draft: DraftTree) -> torch.Tensor:
         script = self._script(sequence)
         written = sequence.token_ids[sequence.num_prompt_tokens :]
-        paths = [written]
-        for parent, token in zip(draft.parents, draft.tokens, strict=True):
-            paths.append([*paths[parent + 1], token])
+        paths = [[*written, *path] for path in draft.paths()]
         logits = torch.full((len(paths), _VOCABULARY), -1e4)
         for node, path in enumerate(paths):
             on_script = path == script[: len(path)] and len(path) < len(script)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.kernels.branch_points import PARENT, SOURCE, TOKEN, find_root, follow, make_call
 from copyspec_engine.drafting.kernels.growth import MARGIN, drawn_pace, grow, make_scratch, walk
-from copyspec_engine.drafting.tree import DRAFT_MODEL, RECYCLED, DraftTree
+from copyspec_engine.drafting.tree import DRAFT_MODEL, RECYCLED, DraftTree, best_nodes
 from copyspec_engine.memory.acceptance import (
     DECLARED,
     STARTED,
@@ -163,11 +163,7 @@ class DraftingPolicy:
         likely = np.concatenate([drafts[row].reach(drafts[row].probabilities) for row in rows])
         owners = np.repeat(rows, [len(drafts[row]) for row in rows])
         nodes = np.concatenate([np.arange(len(drafts[row])) for row in rows])
-        order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
-        seconds = self.cost.seconds(width, len(order) + 1)
-        pace = self.pace(drafters, width)
-        gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
-        chosen = order[: int(gains.argmax()) + 1 if gains.max() > 0 else 0]
+        chosen = best_nodes(likely, self.cost.seconds(width, len(likely) + 1), self.pace(drafters, width))
         shared = list(drafts)
         for row in rows:
             kept = np.sort(nodes[chosen[owners[chosen] == row]])

@@ -1,6 +1,6 @@
 """A draft: a tree of tokens that a sequence may go on with, and where each of them comes from.
 
-Not covered: which tokens are worth proposing (drafter.py), and which of them the model would have written
+Not covered: which tokens are proposed (drafter.py), and which of them the model would have written
 (sampling/verify.py).
 """
 
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from copyspec_engine.compiled import compiled
 from copyspec_engine.memory.index import Span
 
-__all__ = ["DRAFT_MODEL", "FORCED", "RECYCLED", "DraftTree", "Run"]
+__all__ = ["DRAFT_MODEL", "FORCED", "RECYCLED", "DraftTree", "Run", "best_nodes", "best_prefix"]
 
 FORCED = int(np.iinfo(np.int64).min)
 """The source of a token that a grammar leaves no choice about."""
@@ -78,12 +79,47 @@ class DraftTree:
             depths.append(1 if parent < 0 else depths[parent] + 1)
         return depths
 
+    def children(self) -> list[dict[int, int]]:
+        """The nodes behind the root, then those behind each node, by their tokens; length 1 + len.
+
+        Where two nodes of one parent hold the same token, it is the first one.
+        """
+        children: list[dict[int, int]] = [{} for _ in range(len(self) + 1)]
+        for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True)):
+            children[parent + 1].setdefault(token, node)
+        return children
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """The tokens down to the root, which are none, then those down to each node; length 1 + len."""
+        paths: list[tuple[int, ...]] = [()]
+        for parent, token in zip(self.parents, self.tokens, strict=True):
+            paths.append((*paths[parent + 1], token))
+        return paths
+
+    def visible(self, num_before: int) -> npt.NDArray[np.bool_]:
+        """Which tokens see which: `num_before` in a chain, at least 1, and the nodes behind the last one of them.
+
+        Returns:
+            Shape (num_before + len, num_before + len); row i: what token i sees, itself among it.
+
+        Example: behind one token, parents (-1, 0, -1): node 2 sees that token and itself, not nodes 0 and 1.
+        """
+        size = num_before + len(self)
+        if self.is_chain:
+            return np.tri(size, dtype=np.bool_)
+        seen = np.zeros((size, size), dtype=np.bool_)
+        seen[:num_before, :num_before] = np.tri(num_before, dtype=np.bool_)
+        for node, parent in enumerate(self.parents, num_before):
+            seen[node] = seen[num_before + parent]  # parent -1: the last token before the draft
+            seen[node, node] = True
+        return seen
+
     def kept(self, nodes: Seq[int]) -> DraftTree:
         """The tree of some nodes only, ascending; each one's parent must be among them."""
-        place = {-1: -1} | {node: i for i, node in enumerate(nodes)}
+        number = {-1: -1} | {node: i for i, node in enumerate(nodes)}
         return DraftTree(
             tuple(self.tokens[node] for node in nodes),
-            tuple(place[self.parents[node]] for node in nodes),
+            tuple(number[self.parents[node]] for node in nodes),
             self.probabilities[list(nodes)] if len(self.probabilities) else self.probabilities,
             self.sources[list(nodes)] if len(self.sources) else self.sources,
             self.cost,
@@ -105,14 +141,12 @@ class DraftTree:
         Nodes that are there already are not added again, but count as that likely; the chain is cut where the tree has
         `room` nodes.
         """
-        children = {
-            (parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
-        }
+        children = self.children()
         likely = float(self.probabilities[at]) if at >= 0 and len(self.probabilities) else 1.0
         new_tokens, new_parents = list(self.tokens), list(self.parents)
         known = []
         for token in tokens:
-            node = children.get((at, token))
+            node = children[at + 1].get(token) if at < len(self) else None
             if node is not None:
                 known.append(node)
             else:
@@ -145,16 +179,18 @@ class DraftTree:
             source: of its nodes, as in `sources`.
             cost: what it took to make.
         """
-        nodes = {place: node for node, place in enumerate(zip(self.parents, self.tokens, strict=True))}
-        new_tokens, new_parents, added, at = list(self.tokens), list(self.parents), [], [-1]
+        children = self.children()
+        new_tokens, new_parents, added = list(self.tokens), list(self.parents), []
+        numbers = [-1]  # of the other tree's root and nodes, in the new one
         for i, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-            place = (at[parent + 1], token)
-            if place not in nodes:
-                nodes[place] = len(new_tokens)
+            siblings = children[numbers[parent + 1] + 1]
+            if token not in siblings:
+                siblings[token] = len(new_tokens)
                 new_tokens.append(token)
-                new_parents.append(place[0])
+                new_parents.append(numbers[parent + 1])
+                children.append({})
                 added.append(i)
-            at.append(nodes[place])
+            numbers.append(siblings[token])
         likely, sources = self.probabilities, self.sources
         if len(likely) == len(self):
             likely = np.append(likely, np.asarray(probabilities, dtype=np.float64)[added])
@@ -179,3 +215,29 @@ class DraftTree:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+@compiled
+def best_prefix(likely: npt.NDArray[np.float64], seconds: npt.NDArray[np.float64], pace: float) -> int:
+    """How many nodes to verify of those in some order: as many as gain most over what their time gives otherwise.
+
+    Args:
+        likely: the probability of each to be accepted, shape (n,) or longer.
+        seconds: cost of a pass with none of them, with the first one, with the first two, ...; shape (n + 1,).
+        pace: tokens that are written anyway in a time of 1.
+    """
+    best, most, gain = 0, 0.0, 0.0
+    for i in range(len(seconds) - 1):
+        gain += likely[i]
+        if gain - pace * (seconds[i + 1] - seconds[0]) > most:
+            best, most = i + 1, gain - pace * (seconds[i + 1] - seconds[0])
+    return best
+
+
+def best_nodes(likely: npt.NDArray[np.float64], seconds: npt.NDArray[np.float64], pace: float) -> npt.NDArray[np.int64]:
+    """The nodes to verify of those whose probabilities are `likely`, most likely first; see `best_prefix`.
+
+    A node whose parent comes before it, and is as likely at least, is never among them without that one.
+    """
+    order = np.argsort(-likely, kind="stable")
+    return order[: best_prefix(likely[order], seconds, pace)]

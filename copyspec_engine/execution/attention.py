@@ -332,23 +332,6 @@ def _eager_attention(
     return (weights.view(kv_heads, -1, context) @ values).view(1, heads, new, -1)
 
 
-def visibility(parents: Sequence[int], num_before: int, device: torch.device) -> torch.Tensor:
-    """Which new tokens see which: `num_before` pending tokens in a chain, then the nodes of a draft tree.
-
-    Example: one pending token and parents (-1, 0, -1): node 2 sees the pending token and itself, not nodes 0 and 1.
-    """
-    size = num_before + len(parents)
-    seen = torch.zeros((size, size), dtype=torch.bool)
-    for row in range(size):
-        parent = row - 1 if row < num_before else num_before + parents[row - num_before]
-        if row >= num_before and parents[row - num_before] < 0:
-            parent = num_before - 1
-        if parent >= 0:
-            seen[row] = seen[parent]
-        seen[row, row] = True
-    return seen.to(device)
-
-
 def _window(*_args: object, config: Any, local_size: int | None = None, **_others: object) -> int | None:  # noqa: ANN401
     """The window of the mask that a model asks for, which not all models tell the attention; None if it is full.
 

@@ -184,17 +184,15 @@ def visibility_words(draft: DraftTree, num_new: int, words: int) -> Int32Array:
 
     Example: one pending token and parents (-1, 0, -1) give 0b1, 0b11, 0b111, 0b1001.
     """
-    if draft.is_chain:
-        return _chain_words(num_new, words)
-    pending = num_new - len(draft)
-    seen = [(2 << token) - 1 for token in range(pending)]
-    for node, parent in enumerate(draft.parents):
-        seen.append(seen[pending + parent] | 1 << pending + node)  # parent -1: the last pending token
-    packed = b"".join(bits.to_bytes(words * _BITS // 8, "little") for bits in seen)
-    return np.frombuffer(packed, dtype="<i4").astype(np.int32, copy=False).reshape(num_new, words)
+    return _chain_words(num_new, words) if draft.is_chain else _words(draft.visible(num_new - len(draft)), words)
 
 
 @lru_cache(maxsize=256)
 def _chain_words(num_new: int, words: int) -> Int32Array:
-    seen = np.arange(words * _BITS)[None, :] <= np.arange(num_new)[:, None]
-    return np.packbits(seen, axis=1, bitorder="little").view("<i4").astype(np.int32, copy=False)
+    return _words(DraftTree().visible(num_new), words)
+
+
+def _words(seen: npt.NDArray[np.bool_], words: int) -> Int32Array:
+    bits = np.zeros((len(seen), words * _BITS), dtype=np.bool_)
+    bits[:, : len(seen)] = seen
+    return np.packbits(bits, axis=1, bitorder="little").view("<i4").astype(np.int32, copy=False)

@@ -41,7 +41,6 @@ from copyspec_engine.execution.attention import (
     Slots,
     on_device,
     slots_of,
-    visibility,
 )
 from copyspec_engine.execution.checkpoint import (
     eos_token_ids,
@@ -208,12 +207,11 @@ class ModelRunner:
     def _row(self, piece: Piece, start: int) -> Row:
         if self._exact_widths is not None:
             return OrderedRow.of(piece, start, self._exact_widths[0], self._device)
-        new, draft = len(piece.ids), piece.draft
-        positions, visible = torch.arange(piece.context), None
+        new, draft, visible = len(piece.ids), piece.draft, None
+        positions = torch.arange(piece.context)
         if not draft.is_chain:
-            last = piece.context - len(draft) - 1
-            positions[last + 1 :] = last + torch.tensor(draft.depths())
-            visible = visibility(draft.parents, new - len(draft), self._device)
+            positions[piece.base :] = torch.from_numpy(piece.positions())
+            visible = torch.from_numpy(draft.visible(new - len(draft))).to(self._device)
         slots = self._index(piece.slots[: piece.context])
         return KVRow(start, new, slots, positions.to(self._device), visible)
 

@@ -163,11 +163,9 @@ class GrammarState:
             visit: is handed a node and its place; asks for masks only if there is a `fork`.
             fork: gives the place to go on from where there are several ways; at the root there is the answer's, too.
         """
-        children: list[list[int]] = [[] for _ in range(len(draft) + 1)]
-        for node, parent in enumerate(draft.parents):
-            children[parent + 1].append(node)
+        children = draft.children()
         path, left = [self._place], list[_Place]()  # the places down to a node, and those whose matchers moved there
-        waiting = [(1, child) for child in children[0]]
+        waiting = [(1, child) for child in children[0].values()]
         root_moved = False
         try:
             visit(-1, self._place)
@@ -184,7 +182,7 @@ class GrammarState:
                     path.append(place)
                     left.append(before)
                     visit(node, place)
-                    waiting += [(depth + 1, child) for child in children[node + 1]]
+                    waiting += [(depth + 1, child) for child in children[node + 1].values()]
         finally:
             while left:
                 _step_back(left.pop())

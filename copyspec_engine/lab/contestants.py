@@ -126,15 +126,7 @@ class _Ending:
         draft = self._drafter.propose(num_pending, room)
         if self._end not in draft.tokens:
             return draft
-        kept: dict[int, int] = {-1: -1}  # a node's number before, and now; none behind an end
-        tokens: list[int] = []
-        parents: list[int] = []
-        for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
-            if parent in kept and (parent < 0 or draft.tokens[parent] != self._end):
-                kept[node] = len(tokens)
-                tokens.append(token)
-                parents.append(kept[parent])
-        return DraftTree(tuple(tokens), tuple(parents))
+        return draft.kept([node for node, path in enumerate(draft.paths()[1:]) if self._end not in path[:-1]])
 
 
 class Session:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.tree import DRAFT_MODEL, DraftTree
+from copyspec_engine.drafting.tree import DRAFT_MODEL, DraftTree, best_nodes
 from copyspec_engine.memory.draft_acceptance import DraftSurvival, Place
 
 __all__ = ["DraftChain", "Guess", "masses"]
@@ -57,7 +57,7 @@ class DraftChain:
         """Probability of each of the places."""
         self._copies_likely = likely.tolist()
         self._masses = masses(copies, likely)
-        self._children = {way: node for node, way in enumerate(zip(copies.parents, copies.tokens, strict=True))}
+        self._children = copies.children()
         self._at: int | None = -1
         """The node of the copies that says the same so far."""
 
@@ -101,7 +101,7 @@ class DraftChain:
     def take(self, guess: Guess) -> None:
         """Add a token of the draft model."""
         if self._at is not None:
-            self._at = self._children.get((self._at, guess.token))
+            self._at = self._children[self._at + 1].get(guess.token)
         strength = self.strength(len(self.places) + 1)
         self.places.append(Place(guess.token, guess.probability, strength, self._at is not None))
         before = self._likely[-1] if self._likely else 1.0
@@ -114,11 +114,8 @@ class DraftChain:
         tree = self._copies.merged(tokens, parents, self._likely, DRAFT_MODEL, len(tokens) * pass_cost)
         if self.is_fixed or not len(tree):
             return tree
-        likely = np.array(self._posterior(tree))
-        order = np.argsort(-likely, kind="stable")  # a node never comes before its parent, which is as likely at least
-        seconds = cost.seconds(width, len(tree) + 1)
-        gains = np.cumsum(likely[order]) - pace * (seconds[1:] - seconds[0])
-        return tree.kept(np.sort(order[: int(gains.argmax()) + 1 if gains.max() > 0 else 0]).tolist())
+        chosen = best_nodes(np.array(self._posterior(tree)), cost.seconds(width, len(tree) + 1), pace)
+        return tree.kept(np.sort(chosen).tolist())
 
     def _posterior(self, tree: DraftTree) -> list[float]:
         """How likely each node of `tree` is, now that the draft model has spoken.
@@ -126,11 +123,11 @@ class DraftChain:
         Copies that say something else can only be right where it errs: what is left of their probability is what it
         leaves to others. Where both agree, what was learnt of such places holds.
         """
-        nodes = {way: node for node, way in enumerate(zip(tree.parents, tree.tokens, strict=True))}
+        children = tree.children()
         depths = {-1: 0}  # of the nodes that the draft model has written
         at = -1
         for place in self.places:
-            at = nodes[at, place.token]
+            at = children[at + 1][place.token]
             depths[at] = len(depths)
         chain, reach = list(depths), [1.0, *self._likely]
         own = [*self._copies_likely, *tree.probabilities[len(self._copies) :].tolist(), 1.0]

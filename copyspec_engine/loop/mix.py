@@ -141,8 +141,7 @@ class Combination:
         likely = likely_nodes(sequence.drafter, draft)
         if len(likely):
             strength = masses(draft, likely)[0]
-            first = (token for token, parent in zip(draft.tokens, draft.parents, strict=True) if parent < 0)
-            known.copies = strength, frozenset(first)
+            known.copies = strength, frozenset(draft.children()[0])
             likely = likely * known.survival.trust(strength)
         return _Writer(sequence, known, draft, likely, most)
 

@@ -319,6 +319,7 @@ def _use_everything() -> None:
         drafter = policy.begin(AdaptiveDrafter(recycle=True), memory, prompt, prediction_ids=range(50, 150))
         draft = drafter.propose(1, 64)
         likely_nodes(drafter, draft)
+        policy.share((drafter, drafter), (draft, draft), 1)
         drafter.observe(draft, (), (0,))
         drafter.finish()
         for size in (1, 1000) if wants_candidates(drafter) else ():  # until the table grows

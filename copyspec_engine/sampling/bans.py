@@ -69,7 +69,7 @@ class Bans:
             draft: nodes behind it.
         """
         self._read(token_ids)
-        found = [(row, token) for row, path in enumerate(_paths(draft)) for token in self._behind(token_ids, path)]
+        found = [(row, token) for row, path in enumerate(draft.paths()) for token in self._behind(token_ids, path)]
         places = np.array(found, dtype=np.int64).reshape(-1, 2)
         return Banned(self._everywhere, places[:, 0], places[:, 1])
 
@@ -106,11 +106,3 @@ class Bans:
         for at in range(max(self._num_read, before), len(token_ids)):
             self._followers[tuple(token_ids[at - before : at])].add(token_ids[at])
         self._num_read = len(token_ids)
-
-
-def _paths(draft: DraftTree) -> Iterator[tuple[int, ...]]:
-    """The tokens from the root to each row: none, then those down to each node."""
-    paths: list[tuple[int, ...]] = [()]
-    for token, parent in zip(draft.tokens, draft.parents, strict=True):
-        paths.append((*paths[parent + 1], token))
-    yield from paths

@@ -41,14 +41,11 @@ def verify(draft: DraftTree, sampled: Sequence[int]) -> Verdict:
     Example: a draft 5 6 7 with sampled 5 6 9 4 accepts nodes 0 and 1 and gives the tokens 5 6 9; the 4, sampled after
     a 7 that was never written, is dropped.
     """
-    children: dict[tuple[int, int], int] = {}
-    for node, (parent, token) in enumerate(zip(draft.parents, draft.tokens, strict=True)):
-        children.setdefault((parent, token), node)
+    children = draft.children()
     accepted: list[int] = []
-    at, token = -1, sampled[0]
-    tokens = [token]
-    while (child := children.get((at, token))) is not None:
+    node, tokens = -1, [sampled[0]]
+    while (child := children[node + 1].get(tokens[-1])) is not None:
         accepted.append(child)
-        at, token = child, sampled[child + 1]
-        tokens.append(token)
+        node = child
+        tokens.append(sampled[child + 1])
     return Verdict(tuple(accepted), tuple(tokens))

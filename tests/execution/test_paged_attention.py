@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution.attention import visibility
 from copyspec_engine.execution.packing import Bucket, Piece, pack, visibility_words
 from copyspec_engine.execution.paged_attention import PagedRows, attend, geometry, kernels, reference, write
 
@@ -182,7 +181,7 @@ def test_the_reference_is_plain_attention_row_by_row(window: int | None) -> None
     for piece in pieces:
         new = len(piece.ids)
         seen = torch.ones((new, piece.context), dtype=torch.bool)
-        seen[:, piece.base :] = visibility(piece.draft.parents, new - len(piece.draft), torch.device("cpu"))
+        seen[:, piece.base :] = torch.from_numpy(piece.draft.visible(new - len(piece.draft)))
         positions = torch.cat((torch.arange(piece.base), torch.from_numpy(piece.positions()).long()))
         if window is not None:
             seen &= positions[piece.base :, None] - positions < window
@@ -201,8 +200,8 @@ def test_words_say_what_the_matrix_of_visibility_says(pending: int, nodes: int) 
         words = visibility_words(draft, pending + nodes, 4)
         bits = np.unpackbits(words.astype("<i4").view(np.uint8), axis=1, bitorder="little")
         assert bits.shape == (pending + nodes, 128)
-        assert not bits[:, pending + nodes :].any() or draft.is_chain
-        seen = visibility(draft.parents, pending, torch.device("cpu")).numpy()
+        assert not bits[:, pending + nodes :].any()
+        seen = draft.visible(pending)
         assert (bits[:, : pending + nodes].astype(bool) == seen).all()
 
 

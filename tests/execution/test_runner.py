@@ -23,7 +23,7 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import checkpoint
 from copyspec_engine.execution import runner as model_runner
 from copyspec_engine.execution.accelerator import memory_of
-from copyspec_engine.execution.attention import KVStore, visibility
+from copyspec_engine.execution.attention import KVStore
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import ModelRunner, load_model, prepare
 from copyspec_engine.testing import ByteTokenizer
@@ -314,8 +314,8 @@ def test_another_size_type_or_thread_count_is_measured_by_itself(measured: list[
 
 
 def test_a_tree_node_sees_its_ancestors_only() -> None:
-    seen = visibility((-1, 0, -1, 2), num_before=2, device=torch.device("cpu"))
-    assert seen.int().tolist() == [
+    seen = DraftTree((5, 6, 7, 8), (-1, 0, -1, 2)).visible(2)
+    assert seen.astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],

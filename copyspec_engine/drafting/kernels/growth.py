@@ -33,7 +33,8 @@ from copyspec_engine.drafting.kernels.branch_points import (
     enter_root,
 )
 from copyspec_engine.drafting.kernels.candidates import FIRST_FEATURE, MOST_CANDIDATES, find_candidates
-from copyspec_engine.memory.acceptance import NUM_FEATURES, calibrated, learn_outcome, recycled_worth
+from copyspec_engine.drafting.tree import best_prefix
+from copyspec_engine.memory.acceptance import NUM_FEATURES, calibrated, calibrated_all, learn_outcome, recycled_worth
 from copyspec_engine.memory.index import MAX_MATCH_TOKENS
 
 __all__ = ["MARGIN", "Scratch", "drawn_pace", "grow", "make_scratch", "walk"]
@@ -174,8 +175,8 @@ def grow(
     tail, sizes, alignments, found, _ = call
     pace, worth = MARGIN * drawn_pace(paces), recycled_worth(counts)
     total, most = max(counted[0], 1), len(marginal)
-    slot = seen = size = best = 0
-    probability, gain, best_gain = 1.0, 0.0, 0.0
+    slot = seen = size = 0
+    probability = 1.0
     enter_root(nodes, pointers, found, sizes[1], alignments)
     while slot < most:
         least = pace * marginal[slot]
@@ -224,10 +225,7 @@ def grow(
         slot += 1
         enter(ring, bounds, nodes, pointers, waiting[row, 0], slot, waiting[row, 1])
         nodes[slot, SOURCE], probabilities[slot] = waiting[row, 2], probability
-        gain += calibrated(paths, probability)
-        if gain - pace * (seconds[slot] - seconds[0]) > best_gain:
-            best_gain, best = gain - pace * (seconds[slot] - seconds[0]), slot
-    return best
+    return best_prefix(calibrated_all(paths, probabilities[1 : slot + 1]), seconds[: slot + 1], pace)
 
 
 @compiled
