@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from copyspec_engine import LoadProgress
 from copyspec_engine.cli.exits import console, exit_with
@@ -39,7 +39,9 @@ def list_all(
 
 @models.command("rm")
 def remove(
-    name: Annotated[str, typer.Argument(help="As `copyspec models` lists it.")],
+    name: Annotated[
+        str, typer.Argument(help="As `copyspec models` lists it; of a converted file a beginning that no other has.")
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove a model that copyspec or the hub's client has fetched, or the converted weights of one."""
@@ -53,7 +55,8 @@ def _list(out: Console, as_json: bool) -> int:
     if as_json:
         out.print_json(json.dumps([asdict(model) for model in found]))
         return 0
-    table = Table("model", "size", "licence", "from", box=None, header_style="bold", pad_edge=False)
+    name = Column("model", overflow="fold")  # whole: `rm` takes it
+    table = Table(name, "size", "licence", "from", box=None, header_style="bold", pad_edge=False)
     for model in found:
         size = _megabytes(model.num_bytes)
         where = _SOURCES.get(model.source, f"not fetched: copyspec pull {model.name}")

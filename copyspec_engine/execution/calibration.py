@@ -9,21 +9,18 @@ Not covered: measuring itself (see `model_runner`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import platform
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from copyspec_engine.drafting.cost import Points
-from copyspec_engine.models.store import cache_dir
+from copyspec_engine.models.store import cache_dir, write_whole
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
 
@@ -93,19 +90,14 @@ def _still_holds(points: Points, check: Callable[[tuple[int, ...]], Points]) -> 
 
 
 def keep(facts: Mapping[str, str], points: Points) -> None:
-    """Write a curve, whole or not at all: a temporary file takes the name of the old one when it is complete."""
+    """Write a curve, whole or not at all."""
     path = _path(facts)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     content = {"format": _FORMAT, "facts": dict(facts), "measured_at": now, "points": points}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(content, indent=1))
     except OSError as error:
         logger.warning("Could not keep the measured cost curve in %s: %s", path, error)
-        with contextlib.suppress(OSError):  # where nothing can be written there is nothing to remove
-            temporary.unlink(missing_ok=True)
 
 
 def kept_curves() -> Iterator[KeptCurve]:

@@ -26,6 +26,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from copyspec_engine.chat.template import ChatTemplate, given_template
 from copyspec_engine.chat.tokenizer import ChatTokenizer, HFTokenizer
 from copyspec_engine.chat.vocabulary import refuse_other_vocabulary
 from copyspec_engine.drafting.cost import Points, undisturbed
@@ -365,6 +366,8 @@ def _note_origin(loaded: LoadedModel, read: _Read, config: EngineConfig) -> None
 
 
 def _read(config: EngineConfig, on_progress: OnProgress | None) -> _Read:
+    if config.chat_template is not None:
+        ChatTemplate(given_template(config.chat_template), {})  # refused before anything is fetched or read
     device, origin = resolve_device(config), _folder(config.model, on_progress)
     path = str(origin.path)
     with _load_failures(config, path):

@@ -14,8 +14,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from copyspec_engine.models.gguf_config import config_of
 from copyspec_engine.models.gguf_file import GgufFile, find_files, read_file
 from copyspec_engine.models.gguf_tokenizer import build_tokenizer, end_tokens
-from copyspec_engine.models.store import gguf_folder
+from copyspec_engine.models.store import converted_folders, gguf_folder, place, putting, ready, write_whole
 from copyspec_engine.values.errors import ModelLoadError
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
@@ -39,7 +37,6 @@ _FORMAT = 1
 """Goes up when the same file would be converted otherwise: what was kept before is then not used any more."""
 _NOTE = "copyspec.json"
 _CHUNK = 2**24
-_ABANDONED_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +64,24 @@ def convert(path: str, on_progress: OnProgress | None = None) -> Converted:
     root = gguf_folder()
     state = _state(paths)
     digest = _remembered(state, root)
-    kept = None if digest is None else _kept(_folder(paths, digest, root))
+    kept = None if digest is None else _kept(digest)
     if kept is not None:
         return kept
     tell("reading the header of")
     model = _Model.of(read_file(paths[0]))  # what can be refused is refused before gigabytes are read
+    ready(root)
     with _disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        if digest is None:
-            digest = _digest(paths, tell)
-        folder = _folder(paths, digest, root)
-        if _kept(folder) is None:
-            _make(model, folder, tell)
-        _remember(state, digest, root)
-        kept = _kept(folder)
+        digest = digest or _digest(paths, tell)
+        kept = _kept(digest)
+        if kept is None:
+            with putting(digest[:16], root, on_progress, phase="convert") as filling, _disk_errors(root):
+                if _kept(digest) is None:  # else another process was faster
+                    _write(model, filling, tell)
+                    place(filling / "model", _folder(paths, digest, root))
+            kept = _kept(digest)
+        write_whole(_memo(state, root), json.dumps({"state": state, "digest": digest}))
     if kept is None:
-        raise ModelLoadError(f"{folder} was made from {paths[0]} and is gone: try again")
+        raise ModelLoadError(f"A folder was made from {paths[0]} in {root} and is gone: try again")
     return kept
 
 
@@ -110,11 +109,14 @@ def _folder(paths: tuple[Path, ...], digest: str, root: Path) -> Path:
     return root / f"{stem}-{digest[:16]}-{_FORMAT}"
 
 
-def _kept(folder: Path) -> Converted | None:
-    try:
-        return Converted(folder, str(json.loads((folder / _NOTE).read_text(encoding="utf-8"))["quantization"]))
-    except FileNotFoundError:
-        return None
+def _kept(digest: str) -> Converted | None:
+    """What was made of a content, by whatever name its file had then."""
+    for folder in converted_folders(digest):
+        with contextlib.suppress(FileNotFoundError):
+            if folder.name.endswith(f"-{_FORMAT}"):
+                note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
+                return Converted(folder, str(note["quantization"]))
+    return None
 
 
 @contextlib.contextmanager
@@ -163,15 +165,6 @@ def _remembered(state: _State, root: Path) -> str | None:
         return None
 
 
-def _remember(state: _State, digest: str, root: Path) -> None:
-    memo = _memo(state, root)
-    memo.parent.mkdir(exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=memo.parent, suffix=".tmp")
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps({"state": state, "digest": digest}))
-    os.replace(temporary, memo)
-
-
 def _digest(paths: tuple[Path, ...], tell: _Teller) -> str:
     """The hash of the files' content."""
     total, done, digest = sum(path.stat().st_size for path in paths), 0, hashlib.sha256()
@@ -204,38 +197,16 @@ class _Model:
         return cls(file, config, build_tokenizer(file))
 
 
-def _make(model: _Model, folder: Path, tell: _Teller) -> None:
-    """Write the folder under another name, then give it its own."""
-    _remove_abandoned(folder)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        _write(model, temporary, tell)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if _kept(folder) is None:  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Folders of processes that ended in the middle: nothing was written to them for an hour."""
-    for other in folder.parent.glob(f".{folder.name}.*"):
-        with contextlib.suppress(FileNotFoundError):
-            latest = max(path.stat().st_mtime for path in (other, *other.iterdir()))
-            if time.time() - latest > _ABANDONED_S:
-                shutil.rmtree(other, ignore_errors=True)
-
-
-def _write(model: _Model, folder: Path, tell: _Teller) -> None:
-    """The whole model into an empty folder, until it is on the disk."""
+def _write(model: _Model, filling: Path, tell: _Teller) -> None:
+    """The whole model into "model" in an empty folder, until it is on the disk."""
     from copyspec_engine.models import gguf_weights
 
     file, config = model.file, model.config
     needed = gguf_weights.num_bytes(file)
-    if needed > _free(folder):
-        raise ModelLoadError(_no_room(folder.parent, needed))
+    if needed > _free(filling):
+        raise ModelLoadError(_no_room(filling.parent, needed))
+    folder = filling / "model"
+    folder.mkdir()
     gguf_weights.write_weights(
         file, config, folder, lambda done, total: tell("dequantising the weights of", done, total, "it")
     )

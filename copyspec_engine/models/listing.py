@@ -68,7 +68,8 @@ def plan_removal(name: str) -> Removal:
         raise ModelLoadError(f"Got {name!r}, which is a part of copyspec: `pip uninstall copyspec` removes both")
     folders = _own_folders(name)
     if folders:
-        what = f"{name} in {models_folder()}" + (", with its converted weights" if len(folders) > 1 else "")
+        called = name if name in KNOWN else folders[0].name
+        what = f"{called} in {models_folder()}" + (", with its converted weights" if len(folders) > 1 else "")
         return Removal(what, sum(map(_size, folders)), partial(_remove_folders, folders))
     repo = KNOWN[name].repo if name in KNOWN else "/".join(name.split("/")[:2])
     for cached in _hub_models():
@@ -146,7 +147,13 @@ def _own_folders(name: str) -> list[Path]:
         own = models_folder() / name
         made = converted_folders(KNOWN[name].package.file_sha256)
         return [folder for folder in (own, *made) if folder.is_dir()]
-    return [folder for folder in converted_folders() if folder.name == name]
+    made = converted_folders()
+    begun = [folder for folder in made if name and folder.name.startswith(name)]
+    exact = [folder for folder in made if folder.name == name]
+    if not exact and len(begun) > 1:
+        names = ", ".join(folder.name for folder in begun)
+        raise ModelLoadError(f"Got {name!r} but it begins several names: {names}. Give more of one")
+    return exact or begun
 
 
 def _remove_folders(folders: list[Path]) -> None:

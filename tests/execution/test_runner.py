@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
-from copyspec_engine import EngineConfig, ModelLoadError, UnsupportedModelError
+from copyspec_engine import ConfigError, EngineConfig, ModelLoadError, UnsupportedModelError
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import checkpoint
 from copyspec_engine.execution import runner as model_runner
@@ -144,6 +144,15 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelLoadError, match=r"lacks 1 weights .* model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(EngineConfig(model=str(tmp_path)))
+
+
+def test_a_broken_chat_template_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("looked for the model")
+
+    monkeypatch.setattr(model_runner, "locate_model", never)
+    with pytest.raises(ConfigError, match="Got a chat template that is not Jinja: line 1"):
+        load_model(EngineConfig(chat_template="{% if %}"))
 
 
 def test_models_may_be_loaded_from_several_threads(tmp_path: Path) -> None:

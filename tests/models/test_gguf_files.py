@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +174,11 @@ def gguf_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {f"{names.get_name(name[:-7])}.weight": weight for name, weight in model.state_dict().items()}
 
 
+def made(cache: Path) -> set[str]:
+    """What lies in the folder of converted files but for locks."""
+    return {path.name for path in cache.iterdir() if not path.name.endswith(".lock")}
+
+
 # ---- the folder that is kept -----------------------------------------------------------------------------------------
 
 
@@ -199,6 +203,25 @@ def test_a_model_is_converted_once_and_found_again_by_its_content(
     assert {progress.unit for progress in told} == {None, "B"}
 
 
+def test_a_file_under_another_name_is_not_converted_again(file: Path, cache: Path) -> None:
+    first = convert(str(file))
+    other = file.with_name("other.gguf")
+    shutil.copy(file, other)
+    assert convert(str(other)) == first
+    assert made(cache) == {"seen", first.folder.name}
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_file_is_read(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[LoadProgress] = []
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text("a file where a folder should be", encoding="utf-8")
+    with pytest.raises(ModelLoadError, match=f"Models are kept in {cache}, where this went wrong"):
+        convert(str(file), told.append)
+    assert not [progress for progress in told if progress.unit == "B"]
+
+
 def test_a_file_that_changed_is_converted_again(file: Path, model: PreTrainedModel) -> None:
     first = convert(str(file))
     write_model(file, model, Kind.F16)
@@ -214,7 +237,7 @@ def test_two_processes_at_once_make_one_folder(file: Path, cache: Path) -> None:
     folders = {process.communicate()[0].strip().splitlines()[-1] for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     assert folders == {str(convert(str(file)).folder)}
-    assert [path.name for path in cache.iterdir() if path.name != "seen"] == [Path(folders.pop()).name]
+    assert made(cache) == {"seen", Path(folders.pop()).name}
 
 
 def test_a_process_that_is_killed_in_the_middle_leaves_nothing_that_is_taken_for_the_model(
@@ -228,15 +251,11 @@ def test_a_process_that_is_killed_in_the_middle_leaves_nothing_that_is_taken_for
         f"convert({str(file)!r}, tell)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    left = [path for path in cache.iterdir() if path.name.startswith(".")]
-    assert len(left) == 1
+    (left,) = made(cache)
+    assert left.startswith(".")
     folder = convert(str(file)).folder
     assert len(weights_of(folder)) == 21
-    shutil.rmtree(folder)
-    for path in (*left[0].iterdir(), left[0]):
-        os.utime(path, (time.time() - 7200,) * 2)
-    convert(str(file))
-    assert not left[0].exists()
+    assert made(cache) == {"seen", folder.name}
 
 
 def test_a_disk_without_room_is_told_before_and_while_writing(
@@ -255,7 +274,7 @@ def test_a_disk_without_room_is_told_before_and_while_writing(
         patch.setattr("copyspec_engine.models.gguf._free", lambda _: 1000)
         with pytest.raises(ModelLoadError, match=r"no room in .* 0\.0 GB are needed and 0\.0 GB are free"):
             convert(str(file))
-    assert [path.name for path in cache.iterdir()] == []
+    assert not made(cache)
     assert convert(str(file)).folder.exists()
 
 

@@ -560,6 +560,19 @@ def test_only_what_was_fetched_is_removed(tmp_path: Path, cache: Path, monkeypat
             plan_removal(name)
 
 
+def test_a_converted_model_is_removed_by_a_beginning_that_no_other_has(cache: Path) -> None:
+    names = ["one-0123456789abcdef-1", "one-0123456789abcdef-12", "one-fedcba9876543210-1", "two-0123456789abcdef-1"]
+    for name in names:
+        (cache / "gguf" / name).mkdir(parents=True)
+    with pytest.raises(ModelLoadError, match=f"Got 'one' but it begins several names: {names[0]}, {names[1]}, "):
+        plan_removal("one")
+    plan = plan_removal("tw")
+    assert plan.what == f"two-0123456789abcdef-1 in {cache}"
+    plan.run()
+    plan_removal(names[0]).run()  # its whole name, with which another begins
+    assert sorted(path.name for path in (cache / "gguf").iterdir()) == names[1:3]
+
+
 def test_the_hubs_cache_without_its_folder_is_no_error() -> None:
     with pytest.raises(LocalEntryNotFoundError):
         huggingface_hub.snapshot_download(REPO, local_files_only=True)
