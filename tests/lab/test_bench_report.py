@@ -23,7 +23,7 @@ from copyspec_engine.lab.evaluation.records import RunFacts
 from copyspec_engine.lab.measuring import machine
 from copyspec_engine.lab.results import fill
 from copyspec_engine.lab.results.files import KINDS, load_results
-from copyspec_engine.lab.results.fill import BLOCK, BLOCKS, PLOTS
+from copyspec_engine.lab.results.fill import BLOCK, BLOCKS, COMMANDS, PLOTS
 
 ROOT = Path(__file__).parents[2]
 CPU = {"cpu_cores": 2, "cpu": "AMD EPYC"}
@@ -264,7 +264,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
     Path("benchmarks/results").mkdir(parents=True)
     for name, record in ALL.items():
         Path(f"benchmarks/results/{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    blocks = "\n".join(f"<!-- bench: begin {name} -->\n<!-- bench: end -->\n" for name in BLOCKS)
+    blocks = "\n".join(f"<!-- bench: begin {name} -->\n<!-- bench: end -->\n" for name in (*BLOCKS, COMMANDS))
     Path("README.md").write_text(EMPTY.format(blocks), encoding="utf-8")
 
     def run(*words: str) -> Result:
@@ -327,12 +327,24 @@ def test_recorded_answers_of_the_paper_and_of_ours_share_a_row(report: Callable[
 
 def test_each_table_says_where_its_figures_come_from(report: Callable[..., Result]) -> None:
     assert report().exit_code == 0
-    command = "`copyspec bench drafts --transcripts a ...(2 more) --cost-model gpu`"
-    assert f"2 CPU cores (AMD EPYC), date not recorded: `drafts_gpu.json` by {command}" in block_of("drafts")
-    on = "Bundled, float32, 2 CPU cores (AMD EPYC), 2026-11-20: `engine.json` by `copyspec bench engine`."
-    assert on in block_of("engine")
-    on = "Some/model, bfloat16, NVIDIA H200, 2026-11-21: `eval_gsm8k.json` by `copyspec eval gsm8k`,"
-    assert on in block_of("eval")
+    assert "2 CPU cores (AMD EPYC), date not recorded: `drafts_gpu.json`" in block_of("drafts")
+    assert "Bundled, float32, 2 CPU cores (AMD EPYC), 2026-11-20: `engine.json`." in block_of("engine")
+    assert "Some/model, bfloat16, NVIDIA H200, 2026-11-21: `eval_gsm8k.json`," in block_of("eval")
+    for name, command in (
+        ("drafts_gpu", "copyspec bench drafts --transcripts a b c --cost-model gpu --json out.json"),
+        ("engine", "copyspec bench engine --json out.json"),
+    ):
+        assert f"`{name}.json`\n\n```bash\n{command}\n```\n" in block_of(COMMANDS)
+
+
+def test_files_of_one_run_share_its_command(report: Callable[..., Result]) -> None:
+    command = f"copyspec bench lossless --seed {'1' * 60} --seed {'2' * 60}"
+    for name in ("twice_a", "twice_b"):
+        path = Path(f"benchmarks/results/{name}.json")
+        path.write_text(json.dumps({**ALL["lossless"], "command": command}), encoding="utf-8")
+    assert report().exit_code == 0
+    shown = command.replace(" --seed 2", " --seed \\\n  2")
+    assert f"`twice_a.json`, `twice_b.json`\n\n```bash\n{shown}\n```\n" in block_of(COMMANDS)
 
 
 def test_conversations_at_once_are_compared_to_one_by_one(report: Callable[..., Result]) -> None:
@@ -500,6 +512,8 @@ def test_the_readmes_and_plots_are_what_the_results_give(monkeypatch: pytest.Mon
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(app, ["bench", "report", "--check"])
     assert result.exit_code == 0, result.output
+    texts = [Path(name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/README.md")]
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 400
 
 
 def test_every_result_of_this_repository_is_shown() -> None:

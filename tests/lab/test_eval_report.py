@@ -227,6 +227,8 @@ def test_plots_need_matplotlib_and_a_folder(tmp_path: Path, monkeypatch: pytest.
         CopySpecError, match=re.escape('matplotlib is not installed. Run: pip install "copyspec[eval]"')
     ):
         write_plots(RunFolder(tmp_path), facts, records, figures_of(facts, records))
+    with pytest.raises(CopySpecError, match="matplotlib is not installed"):
+        reported([tmp_path], None, tmp_path / "out.html")
 
 
 def test_a_file_that_is_no_plot_has_no_data(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""What a plot shows, as numbers: bars and lines that matplotlib draws into files and svg.py into a page.
+"""What a plot shows, as numbers: bars and lines.
 
-Not covered: drawing (plots.py, svg.py).
+Not covered: drawing (plots.py).
 """
 
 from __future__ import annotations

@@ -1,27 +1,29 @@
-"""Plots as SVG and PNG files, drawn by matplotlib (extra `eval`).
+"""Plots as SVG and PNG files, and as elements of a page, drawn by matplotlib (extra `eval`).
 
 Lines and letters are of middling brightness on no background, so that a file can be read on a dark page and on a light
 one. A file holds its numbers in its description, which `drawn_data` reads.
-
-Not covered: charts inside a page (svg.py).
 """
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
+from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from copyspec_engine import ConfigError, missing_extra
 from copyspec_engine.lab.display.charts import Bars, Chart, Lines, Plot
+from copyspec_engine.lab.display.tables import figure as digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_installed", "drawn_data", "save"]
+__all__ = ["check_installed", "drawn_data", "element", "save"]
 
 INK = "#77808b"
 COLOURS = ("#2f9e58", "#4b83d6", "#c7722a", "#a667c5", "#8a929b", "#c24d6a", "#8f8a22")
@@ -37,6 +39,7 @@ SETTINGS: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
 }
+ELEMENT_INCHES = (6.0, 3.6)
 CAPTION_LETTERS = 165
 """Letters of a caption in a line, over the usual width."""
 DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
@@ -77,6 +80,49 @@ def save(plot: Plot, path: Path) -> Path:
     return path
 
 
+def element(chart: Chart, identifier: str) -> str:
+    """A chart as an `svg` element of a page, without its title; it says its figures in words too.
+
+    Args:
+        chart: what to draw.
+        identifier: no other chart of the page has it; every id of the element begins with it.
+
+    Raises:
+        CopySpecError: matplotlib is not installed.
+    """
+    check_installed()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**SETTINGS, "svg.fonttype": "none"}):
+        figure = Figure(figsize=ELEMENT_INCHES, layout="constrained")
+        axes = figure.subplots()
+        _draw(axes, chart, range(len(chart.series)))
+        if len(chart.series) > 1:
+            figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+        file = StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    parts = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    viewed = re.search(r'viewBox="([^"]*)"', parts)
+    body = parts[parts.index(">", parts.index("<svg")) + 1 :].replace("xlink:href", "href")
+    body = re.sub(r"""( id="|href="#|url\(#)""", rf"\g<1>{identifier}-", body)
+    body = body.replace("'DejaVu Sans'", "'DejaVu Sans', sans-serif")  # which not every reader has
+    title, words = f"{identifier}-title", f"{identifier}-desc"
+    return (
+        f'<svg viewBox="{viewed[1] if viewed else ""}" role="img" aria-labelledby="{title} {words}">'
+        f'<title id="{title}">{escape(chart.title)}</title><desc id="{words}">{escape(_in_words(chart))}</desc>{body}'
+    )
+
+
+def _in_words(chart: Chart) -> str:
+    parts = []
+    for name, values in chart.series:
+        points = zip(chart.groups, values, strict=True) if isinstance(chart, Bars) else filter(None, values)
+        said = [f"{x if isinstance(x, str) else f'{x:g}'} {digits(y)}" for x, y in points]
+        parts.append(f"{name}: {', '.join(said)}.")
+    return f"{chart.y_label}. {' '.join(parts)}"
+
+
 def drawn_data(path: Path) -> str:
     """`Plot.data` of the plot that an SVG file shows; "" if the file is not there or is no such plot."""
     try:
@@ -96,20 +142,16 @@ def _figure(plot: Plot) -> Figure:
     drawn = Figure(figsize=(10, height))
     drawn.set_layout_engine("constrained", rect=(0, below / height, 1, 1 - below / height))
     for axes, chart in zip(drawn.subplots(1, len(plot.charts), squeeze=False)[0], plot.charts, strict=True):
-        _style(axes, chart)
-        looks = [names.index(name) for name, _ in chart.series]
-        if isinstance(chart, Bars):
-            _bars(axes, chart, looks)
-        else:
-            _lines(axes, chart, looks)
+        _draw(axes, chart, [names.index(name) for name, _ in chart.series])
+        axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
         if len(chart.series) > 1:
             axes.legend(frameon=False, fontsize=9)
     drawn.text(0.01, 0.08 / height, "\n".join(lines), fontsize=8, va="bottom")
     return drawn
 
 
-def _style(axes: Axes, chart: Chart) -> None:
-    axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
+def _draw(axes: Axes, chart: Chart, looks: Sequence[int]) -> None:
+    """A chart without title and legend; `looks` are numbers of colours, hatches and markers, one for each series."""
     axes.set_ylabel(chart.y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
@@ -117,6 +159,10 @@ def _style(axes: Axes, chart: Chart) -> None:
     axes.patch.set_alpha(0)
     if chart.reference is not None:
         axes.axhline(chart.reference, color=INK, linewidth=1, linestyle="--")
+    if isinstance(chart, Bars):
+        _bars(axes, chart, looks)
+    else:
+        _lines(axes, chart, looks)
 
 
 def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
@@ -134,8 +180,13 @@ def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
             edgecolor="#ffffff66",
             linewidth=0,
         )
-    axes.set_xticks(range(len(chart.groups)), [_wrapped(group, 105 // len(chart.groups)) for group in chart.groups])
-    axes.tick_params(axis="x", labelsize=8.5 if len(chart.groups) > 5 else 10)
+    letters = round(10.5 * axes.figure.get_figwidth()) // len(chart.groups)
+    size = 8.5 if len(chart.groups) > 5 else 10
+    if max(len(part) for group in chart.groups for part in re.split(r"[ _-]", group)) <= letters:
+        axes.set_xticks(range(len(chart.groups)), [_wrapped(group, letters) for group in chart.groups], size=size)
+    else:  # a word has no room: slanting
+        slanting: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(chart.groups)), chart.groups, size=size, **slanting)
     if chart.shares:
         axes.yaxis.set_major_formatter("{x:.0%}")
     if chart.log:
@@ -144,7 +195,7 @@ def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
 
 def _wrapped(name: str, width: int) -> str:
     """A name in lines of so many letters, broken behind commas and underscores."""
-    parts = [textwrap.wrap(part.replace("_", "_ "), max(width, 4)) for part in name.split(", ")]
+    parts = [textwrap.wrap(part.replace("_", "_ "), width + 1) for part in name.split(", ")]
     return "\n".join(line.replace("_ ", "_") for lines in parts for line in lines)
 
 

@@ -1,11 +1,13 @@
 """Result files: which kind each one is, and where its figures come from, in words.
 
-A new kind of result gets an entry in `KINDS`, and a function in tables.py or plots.py that says what is shown of it.
+A new kind of result gets an entry in `KINDS`, and a module here that says what is shown of it.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,9 +16,12 @@ from typing import Any
 
 from copyspec_engine import ConfigError
 from copyspec_engine.lab.contestants import INGREDIENTS
-from copyspec_engine.lab.display.conditions import day, hardware, shortened
+from copyspec_engine.lab.display.conditions import day, hardware
 
-__all__ = ["Result", "Results", "conditions", "load_results", "notes"]
+__all__ = ["Result", "Results", "commands", "conditions", "load_results", "notes"]
+
+LINE = 120
+"""Characters of a line of Markdown, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +171,29 @@ def conditions(result: Result) -> str:
 
 
 def notes(results: Sequence[Result]) -> str:
-    """Where the figures of a table come from: conditions once for all files in a row that share them, then commands."""
-    parts: list[str] = []
+    """Where the figures of a table come from: conditions once for files in a row that share them."""
+    parts = []
     for said, files in groupby(results, conditions):
-        commands = [f"`{file.name}` by `{shortened(file.facts['command'])}`" for file in files]
-        parts.append(f"{said[:1].upper()}{said[1:]}: {', '.join(commands)}.")
-    return " ".join(parts)
+        names = ", ".join(f"`{file.name}`" for file in files)
+        parts.append(f"{said[:1].upper()}{said[1:]}: {names}.")
+    return _wrapped(" ".join(parts))
+
+
+def commands(results: Results) -> str:
+    """The commands that wrote the files, as a fenced block each; files of one run share theirs."""
+    files: dict[str, list[str]] = {}
+    for result in sorted((result for found in results.values() for result in found), key=lambda result: result.name):
+        files.setdefault(result.facts["command"], []).append(f"`{result.name}`")
+    return "\n".join(
+        f"{_wrapped(', '.join(names))}\n\n```bash\n{_continued(command)}\n```\n" for command, names in files.items()
+    )
+
+
+def _continued(command: str) -> str:
+    """A command in lines that a shell reads as one, no option apart from its value."""
+    together = re.sub(r"(--\S+) (?!--)", "\\1\0", command)
+    return _wrapped(together, LINE - 4).replace("\n", " \\\n  ").replace("\0", " ")
+
+
+def _wrapped(text: str, width: int = LINE) -> str:
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)

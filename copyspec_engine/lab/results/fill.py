@@ -1,6 +1,6 @@
 """`copyspec bench report`: puts the figures of result files into the READMEs and into plots, or finds what differs.
 
-A README says where: between `<!-- bench: begin NAME -->` and `<!-- bench: end -->`, NAME one of `BLOCKS`.
+A README says where: between `<!-- bench: begin NAME -->` and `<!-- bench: end -->`, NAME one of `BLOCKS` or "commands".
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from copyspec_engine.lab.results.evaluation import (
     reproduction_categories,
     reproduction_tables,
 )
-from copyspec_engine.lab.results.files import Results, load_results
+from copyspec_engine.lab.results.files import Results, commands, load_results
 from copyspec_engine.lab.results.free_text import free_text_tables
 from copyspec_engine.lab.results.lossless import lossless_tables
 
-__all__ = ["BLOCKS", "fill_readmes"]
+__all__ = ["BLOCKS", "COMMANDS", "fill_readmes"]
 
 BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "drafts": drafts_tables,
@@ -58,6 +58,8 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "reproduction-categories": reproduction_categories,
 }
 """The tables that a README may hold."""
+COMMANDS = "commands"
+"""The block of the commands that wrote the result files."""
 PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (drafts_plots, engine_plots, context_plots, eval_plots)
 BLOCK = re.compile(r"(<!-- bench: begin (.*?) -->\n)(.*?)(<!-- bench: end -->)", flags=re.DOTALL)
 
@@ -129,8 +131,10 @@ def _filled(text: str, path: Path, results: Results) -> str:
 
     def fill(block: re.Match[str]) -> str:
         name = block[2]
-        if name not in BLOCKS:
-            raise ConfigError(f"Got block {name!r} in {path} but expected one of {', '.join(BLOCKS)}")
+        if name not in (*BLOCKS, COMMANDS):
+            raise ConfigError(f"Got block {name!r} in {path} but expected one of {', '.join((*BLOCKS, COMMANDS))}")
+        if name == COMMANDS:
+            return f"{block[1]}{commands(results)}{block[4]}"
         tables = BLOCKS[name](results)
         titles = [f"*{table.title}*\n\n" if len(tables) > 1 else "" for table in tables]
         shown = [f"{title}{markdown(table, level=0)}" for title, table in zip(titles, tables, strict=True)]

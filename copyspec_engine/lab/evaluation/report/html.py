@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from html import escape
 
 from copyspec_engine.lab.display.charts import Chart
+from copyspec_engine.lab.display.plots import element
 from copyspec_engine.lab.display.tables import Table
-from copyspec_engine.lab.evaluation.svg import NUM_COLOURS, drawn
 
 __all__ = ["page"]
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --rule: #d1d9e0; --ground: #ffffff; --band: #f6f8fa;
-  --s0: #1a7f4b; --s1: #3b74c9; --s2: #b8611c; --s3: #8a4fb0; --s4: #b03a5b; --s5: #6f6a12; }
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --rule: #d1d9e0; --ground: #ffffff;
+  --link: #3b74c9; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9da7b3; --rule: #30363d; --ground: #0d1117; --band: #161b22;
-    --s0: #3fb96f; --s1: #6ea3f0; --s2: #e08b4a; --s3: #bd8be0; --s4: #e87a97; --s5: #bdb54a; } }
+  :root { --ink: #e6edf3; --soft: #9da7b3; --rule: #30363d; --ground: #0d1117; --link: #6ea3f0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -24,7 +23,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 1rem; }
 h2 { font-size: 1.15rem; line-height: 1.3; margin: 0 0 .6rem; }
 section { margin: 0 0 2.2rem; }
 .scroll { overflow-x: auto; }
-.scroll:focus-visible { outline: 2px solid var(--s1); outline-offset: 2px; }
+.scroll:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; font-weight: normal; }
 thead th { font-weight: 600; border-bottom: 1px solid var(--ink); }
@@ -36,22 +35,22 @@ tbody tr.same { border-bottom-color: transparent; }
 .words td { min-width: 11rem; max-width: 26rem; overflow-wrap: anywhere; }
 @media (max-width: 30rem) { table { font-size: .75rem; } th, td { padding-right: .45rem; } }
 p { margin: .5rem 0; color: var(--soft); font-size: .9rem; }
-.charts { display: grid; gap: 1.6rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.charts { display: grid; gap: 1.6rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; max-width: 34rem; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .4rem; }
 svg { display: block; width: 100%; height: auto; }
-svg text { font: 11.5px system-ui, sans-serif; fill: var(--ink); }
-.reference { stroke: var(--soft); stroke-dasharray: 3 3; fill: none; }
-.grid { stroke: var(--rule); fill: none; }
+svg text { fill: var(--ink) !important; }
 """
-COLOURS = "".join(f".s{place} {{ fill: var(--s{place}); stroke: var(--s{place}); }}\n" for place in range(NUM_COLOURS))
-AFTER = "rect { stroke: none; }\n.line { fill: none; stroke-width: 2; }\n"
 
 
 def page(title: str, tables: Sequence[Table], charts: Sequence[Chart]) -> str:
-    """The page; the first table stands above the charts, the others below them."""
+    """The page; the first table stands above the charts, the others below them.
+
+    Raises:
+        CopySpecError: matplotlib, which draws the charts, is not installed.
+    """
     figures = "".join(
-        f"<figure><figcaption>{escape(chart.title)}</figcaption>{drawn(chart, f'chart-{number}')}</figure>\n"
+        f"<figure><figcaption>{escape(chart.title)}</figcaption>{element(chart, f'chart-{number}')}</figure>\n"
         for number, chart in enumerate(charts, 1)
     )
     pictures = f'<section aria-label="Charts" class="charts">\n{figures}</section>\n' if charts else ""
@@ -59,7 +58,7 @@ def page(title: str, tables: Sequence[Table], charts: Sequence[Chart]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{COLOURS}{AFTER}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{escape(title)}</h1>\n{first}{pictures}{''.join(others)}</main>\n</body>\n</html>\n"
     )
 

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from copyspec_engine.cli.files import check_writable, write_text
+from copyspec_engine.lab.display.plots import check_installed
 from copyspec_engine.lab.display.tables import Table, markdown
 from copyspec_engine.lab.evaluation.command import ReportOptions
 from copyspec_engine.lab.evaluation.report.compare import charts, load_runs, tables
@@ -20,10 +21,13 @@ def run_eval_report(options: ReportOptions, console: Console) -> int:
     """Prints the tables and writes the files; returns the exit code 0.
 
     Raises:
+        CopySpecError: --html is given but matplotlib is not installed.
         ConfigError: a folder is given twice or holds no run, a file of it is broken, or a file cannot be written.
     """
     check_writable(options.markdown, "--markdown")
     check_writable(options.html, "--html")
+    if options.html:
+        check_installed()
     runs = load_runs(options.runs)
     found = tables(runs)
     for table in found:
