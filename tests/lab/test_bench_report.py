@@ -331,10 +331,11 @@ def test_each_table_says_where_its_figures_come_from(report: Callable[..., Resul
     assert "Bundled, float32, 2 CPU cores (AMD EPYC), 2026-11-20: `engine.json`." in block_of("engine")
     assert "Some/model, bfloat16, NVIDIA H200, 2026-11-21: `eval_gsm8k.json`," in block_of("eval")
     for name, command in (
-        ("drafts_gpu", "copyspec bench drafts --transcripts a b c --cost-model gpu --json out.json"),
-        ("engine", "copyspec bench engine --json out.json"),
+        ("drafts_gpu.json", "copyspec bench drafts --transcripts a b c --cost-model gpu --json out.json"),
+        ("eval_gsm8k.json", "copyspec eval gsm8k"),
     ):
-        assert f"`{name}.json`\n\n```bash\n{command}\n```\n" in block_of(COMMANDS)
+        files = next(part for part in block_of(COMMANDS).split("```\n\n") if f"`{name}`" in part)
+        assert files.removesuffix("```\n").splitlines()[-2:] == ["```bash", command]
 
 
 def test_files_of_one_run_share_its_command(report: Callable[..., Result]) -> None:
@@ -343,7 +344,7 @@ def test_files_of_one_run_share_its_command(report: Callable[..., Result]) -> No
         path = Path(f"benchmarks/results/{name}.json")
         path.write_text(json.dumps({**ALL["lossless"], "command": command}), encoding="utf-8")
     assert report().exit_code == 0
-    shown = command.replace(" --seed 2", " --seed \\\n  2")
+    shown = command.replace(" --seed 2", " \\\n  --seed 2")
     assert f"`twice_a.json`, `twice_b.json`\n\n```bash\n{shown}\n```\n" in block_of(COMMANDS)
 
 
@@ -449,7 +450,8 @@ def test_a_file_without_ours_has_nothing_to_show(report: Callable[..., Result]) 
     alone = engine((1, 5, {"generate": 0.2}), shape="other")
     Path("benchmarks/results/other.json").write_text(json.dumps(alone), encoding="utf-8")
     assert report().exit_code == 0
-    assert "other" not in Path("README.md").read_text(encoding="utf-8")
+    text = Path("README.md").read_text(encoding="utf-8").replace(block_of(COMMANDS), "")
+    assert "other" not in text
     assert not Path("docs/plots/context_other_cpu_float32.svg").exists()
 
 

@@ -116,10 +116,14 @@ def element(chart: Chart, identifier: str) -> str:
 
 def _in_words(chart: Chart) -> str:
     parts = []
-    for name, values in chart.series:
-        points = zip(chart.groups, values, strict=True) if isinstance(chart, Bars) else filter(None, values)
-        said = [f"{x if isinstance(x, str) else f'{x:g}'} {digits(y)}" for x, y in points]
-        parts.append(f"{name}: {', '.join(said)}.")
+    if isinstance(chart, Bars):
+        for name, values in chart.series:
+            said = [f"{group} {digits(value)}" for group, value in zip(chart.groups, values, strict=True)]
+            parts.append(f"{name}: {', '.join(said)}.")
+    else:
+        for name, points in chart.series:
+            said = [f"{point[0]:g}: {digits(point[1])}" for point in points if point is not None]
+            parts.append(f"{name}: {', '.join(said)}.")
     return f"{chart.y_label}. {' '.join(parts)}"
 
 
@@ -180,7 +184,7 @@ def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
             edgecolor="#ffffff66",
             linewidth=0,
         )
-    letters = round(10.5 * axes.figure.get_figwidth()) // len(chart.groups)
+    letters = round(10.5 * axes.figure.bbox.width / axes.figure.dpi) // len(chart.groups)
     size = 8.5 if len(chart.groups) > 5 else 10
     if max(len(part) for group in chart.groups for part in re.split(r"[ _-]", group)) <= letters:
         axes.set_xticks(range(len(chart.groups)), [_wrapped(group, letters) for group in chart.groups], size=size)
