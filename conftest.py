@@ -26,7 +26,7 @@ import pytest
 if TYPE_CHECKING:
     from copyspec_engine import Engine, GenerationOutput, StreamChunk
     from copyspec_engine.engine.handle import Sink
-    from copyspec_engine.loop.request import Sequence
+    from copyspec_engine.loop.request import Request
 
 SMOLLM2 = "smollm2"
 
@@ -91,7 +91,7 @@ def same_when_drafted(monkeypatch: pytest.MonkeyPatch) -> Compare:
     outputs: list[GenerationOutput] = []
     enqueue = EngineLoop.enqueue
 
-    def recorded(loop: EngineLoop, sequence: Sequence, sink: Sink) -> None:
+    def recorded(loop: EngineLoop, sequence: Request, sink: Sink) -> None:
         def take(item: StreamChunk | Exception) -> None:
             if not isinstance(item, Exception) and item.output is not None:
                 outputs.append(item.output)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +24,7 @@ from copyspec_engine.chat.tokenizer import SpecialTokens, StoppingTextStream
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.engine.engine import Engine, close_shared_engines
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
@@ -46,17 +45,17 @@ class ByteTokenizer:
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:  # noqa: ARG002 - it adds none
         return list(text.encode())
 
-    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if not skip_special_tokens:
             return _prompt_text(token_ids)
         return bytes(token for token in token_ids if token < _START).decode(errors="replace")
 
     def render(
         self,
-        messages: Seq[dict[str, Any]],
-        tools: Seq[dict[str, Any]] | None,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),  # noqa: ARG002 - it reads none
-        spellings: Seq[Spelling] = (),  # noqa: ARG002 - bytes spell each text in one way only
+        spellings: Sequence[Spelling] = (),  # noqa: ARG002 - bytes spell each text in one way only
     ) -> list[int]:
         ids: list[int] = []
         if tools:
@@ -69,8 +68,8 @@ class ByteTokenizer:
 
     def render_text(
         self,
-        messages: Seq[dict[str, Any]],
-        tools: Seq[dict[str, Any]] | None,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         return self.decode(self.render(messages, tools, template_kwargs), skip_special_tokens=False)
@@ -83,10 +82,10 @@ class ByteTokenizer:
 
     def text_stream(
         self,
-        stop: Seq[str],
+        stop: Sequence[str],
         *,
         special: SpecialTokens = "none",
-        behind: Seq[int] = (),  # noqa: ARG002 - bytes have the same text anywhere
+        behind: Sequence[int] = (),  # noqa: ARG002 - bytes have the same text anywhere
     ) -> TextStream:
         markers = _MARKERS if special == "all" else dict.fromkeys(_MARKERS, "")  # they mark no parts of an answer
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -96,7 +95,7 @@ class ByteTokenizer:
             stop,
         )
 
-    def special_ids(self, names: Seq[str]) -> frozenset[int]:
+    def special_ids(self, names: Sequence[str]) -> frozenset[int]:
         return frozenset(token for token, name in _MARKERS.items() if name in names)
 
     def vocabulary(self) -> dict[str, int]:
@@ -105,7 +104,7 @@ class ByteTokenizer:
     def fingerprint(self) -> Fingerprint:
         return Fingerprint.of("bytes and two turn markers", "ChatML-like")
 
-    def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Seq[int]) -> LLTokenizer:
+    def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         return LLTokenizer(TokenizerWrapper(_ByteVocabulary()), n_vocab=vocab_size, eos_token=list(eos_token_ids))
@@ -149,15 +148,15 @@ class ScriptedRunner:
         self._scripts: dict[str, list[int]] = {}
         self.num_forward_passes = 0
 
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
         self.num_forward_passes += 1
         rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
         return torch.cat([torch.empty((0, _VOCABULARY)), *(self._logits(row.sequence, draft) for row, draft in rows)])
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Request) -> None:
         self._scripts.pop(sequence.request.request_id, None)
 
-    def _logits(self, sequence: Sequence, draft: DraftTree) -> torch.Tensor:
+    def _logits(self, sequence: Request, draft: DraftTree) -> torch.Tensor:
         script = self._script(sequence)
         written = sequence.token_ids[sequence.num_prompt_tokens :]
         paths = [[*written, *path] for path in draft.paths()]
@@ -167,7 +166,7 @@ class ScriptedRunner:
             logits[node, script[len(path)] if on_script else _END] = 0.0
         return logits
 
-    def _script(self, sequence: Sequence) -> list[int]:
+    def _script(self, sequence: Request) -> list[int]:
         request_id = sequence.request.request_id
         if len(sequence.token_ids) == sequence.num_prompt_tokens:  # its first step
             prompt = sequence.token_ids[: sequence.num_prompt_tokens]
@@ -180,7 +179,7 @@ def _prompt_text(token_ids: Iterable[int]) -> str:
     return b"".join(pieces).decode(errors="replace")
 
 
-def scripted_engine(replies: Seq[str] | Callable[[str], str], config: EngineConfig | None = None) -> Engine:
+def scripted_engine(replies: Sequence[str] | Callable[[str], str], config: EngineConfig | None = None) -> Engine:
     """An engine whose model writes what it is told.
 
     Args:
@@ -208,7 +207,7 @@ def scripted_engine(replies: Seq[str] | Callable[[str], str], config: EngineConf
     return Engine(config, model=model)
 
 
-def _in_order(replies: Seq[str]) -> Callable[[str], str]:
+def _in_order(replies: Sequence[str]) -> Callable[[str], str]:
     remaining, lock = iter(replies), threading.Lock()
 
     def reply(_prompt: str) -> str:

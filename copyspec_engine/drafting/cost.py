@@ -5,7 +5,7 @@ Not covered: measuring it, which needs the model (see `model_runner`), and keepi
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ class CostCurve:
         points: see `Points`.
     """
 
-    def __init__(self, points: Seq[tuple[int, float]]) -> None:
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         self.points = tuple(points)
         self._end, self._end_seconds = points[-1]
         self._tail = max((self._end_seconds - seconds) / (self._end - width) for width, seconds in points[:-1])
@@ -90,7 +90,7 @@ def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
     return (end[1] - start[1]) / (end[0] - start[0])
 
 
-def undisturbed(points: Seq[tuple[int, float]]) -> Points:
+def undisturbed(points: Sequence[tuple[int, float]]) -> Points:
     """Measured (tokens, seconds) as they would be on a machine that does nothing else; other load only adds time.
 
     A wider pass does all the work of a narrower one: where it was quicker, the narrower one was disturbed. And more

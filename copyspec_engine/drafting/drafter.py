@@ -7,8 +7,7 @@ changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -60,7 +59,7 @@ class Drafter(Protocol):
             room: most nodes, and so the deepest level; at least 0.
         """
 
-    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+    def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         """Take in what a step gave.
 
         Args:
@@ -97,7 +96,7 @@ class DraftingPolicy:
         weights: what survival starts from; default: fitted to recorded conversations.
     """
 
-    def __init__(self, cost: CostCurve, weights: Seq[float] | None = None) -> None:
+    def __init__(self, cost: CostCurve, weights: Sequence[float] | None = None) -> None:
         unit = float(cost.seconds(1)[0])
         self.cost = CostCurve([(width, seconds / unit) for width, seconds in cost.points])
         self.survival = fresh_survival(weights)
@@ -107,9 +106,9 @@ class DraftingPolicy:
         self,
         options: DrafterConfig,
         memory: SessionMemory,
-        prompt_ids: Seq[int],
+        prompt_ids: Sequence[int],
         eos_token_ids: frozenset[int] = frozenset(),
-        prediction_ids: Seq[int] = (),
+        prediction_ids: Sequence[int] = (),
         ingredients: Ingredients | None = None,
     ) -> Drafter:
         """A drafter for one call.
@@ -137,7 +136,7 @@ class DraftingPolicy:
         seconds = self.cost.seconds(width, room + 1)
         return int(np.searchsorted(seconds, _MOST_DELAY * seconds[0], side="right")) - 1
 
-    def pace(self, drafters: Seq[Drafter | None], width: int) -> float:
+    def pace(self, drafters: Sequence[Drafter | None], width: int) -> float:
         """Tokens that anything has to gain in the time of a pass of one token, since all rows of a pass wait for it.
 
         Args:
@@ -146,7 +145,7 @@ class DraftingPolicy:
         """
         return MARGIN * sum(map(_pace, drafters)) / float(self.cost.seconds(width)[0])
 
-    def share(self, drafters: Seq[Drafter | None], drafts: Seq[DraftTree], width: int) -> list[DraftTree]:
+    def share(self, drafters: Sequence[Drafter | None], drafts: Sequence[DraftTree], width: int) -> list[DraftTree]:
         """Of the drafts for one pass what is worth its time when all of them are in it.
 
         A further node makes everybody wait, so with more requests in a pass each node has to earn more. Nodes are taken
@@ -180,9 +179,9 @@ class _AdaptiveDrafter:
         policy: DraftingPolicy,
         options: AdaptiveDrafter,
         memory: SessionMemory,
-        prompt_ids: Seq[int],
+        prompt_ids: Sequence[int],
         eos_token_ids: frozenset[int],
-        prediction_ids: Seq[int],
+        prediction_ids: Sequence[int],
         ingredients: Ingredients,
     ) -> None:
         self._policy, self._memory, self._index = policy, memory, memory.index
@@ -245,7 +244,7 @@ class _AdaptiveDrafter:
         worth = float(recycled_worth(self.survival.recycled))
         return bool(drawn_pace(self.survival.pace) * (drafted - alone) < _GAIN * worth)
 
-    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+    def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
         cost, survival = self._policy.cost, self.survival
         pace = survival.pace[0] / survival.pace[1]
@@ -296,7 +295,7 @@ class _BlockDrafter:
     """The published algorithm (arXiv 2502.08923, section 3), over this call's own tokens."""
 
     def __init__(
-        self, options: CopySpecDrafter, memory: SessionMemory, prompt_ids: Seq[int], eos_token_ids: frozenset[int]
+        self, options: CopySpecDrafter, memory: SessionMemory, prompt_ids: Sequence[int], eos_token_ids: frozenset[int]
     ) -> None:
         self._options, self._memory, self._eos = options, memory, eos_token_ids
         self._token_ids, self._num_prompt_tokens = list(prompt_ids), len(prompt_ids)
@@ -309,7 +308,7 @@ class _BlockDrafter:
         tokens = _until_end(self._token_ids[position : position + min(self._options.block, room)], self._eos)
         return DraftTree.chain(tokens, ~np.arange(position, position + len(tokens)))
 
-    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+    def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         self._token_ids += tokens
 
     def finish(self) -> None:
@@ -319,13 +318,13 @@ class _BlockDrafter:
 class _NoDrafter:
     """Plain decoding, which only remembers."""
 
-    def __init__(self, memory: SessionMemory, prompt_ids: Seq[int]) -> None:
+    def __init__(self, memory: SessionMemory, prompt_ids: Sequence[int]) -> None:
         self._memory, self._token_ids, self._num_prompt_tokens = memory, list(prompt_ids), len(prompt_ids)
 
     def propose(self, num_pending: int, room: int) -> DraftTree:
         return DraftTree()
 
-    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+    def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         self._token_ids += tokens
 
     def finish(self) -> None:

@@ -6,7 +6,7 @@ Not covered: which tokens are proposed (drafter.py), and which of them the model
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ class DraftTree:
     """What it took to make, in passes of one token, where that is not next to nothing."""
 
     @classmethod
-    def chain(cls, tokens: Seq[int], sources: npt.NDArray[np.int64] | None = None) -> DraftTree:
+    def chain(cls, tokens: Sequence[int], sources: npt.NDArray[np.int64] | None = None) -> DraftTree:
         parents = tuple(range(-1, len(tokens) - 1))
         return cls(tuple(tokens), parents) if sources is None else cls(tuple(tokens), parents, sources=sources)
 
@@ -114,7 +114,7 @@ class DraftTree:
             seen[node, node] = True
         return seen
 
-    def kept(self, nodes: Seq[int]) -> DraftTree:
+    def kept(self, nodes: Sequence[int]) -> DraftTree:
         """The tree of some nodes only, ascending; each one's parent must be among them."""
         number = {-1: -1} | {node: i for i, node in enumerate(nodes)}
         return DraftTree(
@@ -135,7 +135,7 @@ class DraftTree:
                 kept.add(node)
         return self.kept(sorted(kept)[1:])
 
-    def joined(self, at: int, tokens: Seq[int], room: int) -> DraftTree:
+    def joined(self, at: int, tokens: Sequence[int], room: int) -> DraftTree:
         """The tree with a chain of forced tokens below node `at` (-1: the root), as likely as the node itself.
 
         Nodes that are there already are not added again, but count as that likely; the chain is cut where the tree has
@@ -166,7 +166,12 @@ class DraftTree:
         return DraftTree(tuple(new_tokens), tuple(new_parents), probabilities, sources, self.cost)
 
     def merged(
-        self, tokens: Seq[int], parents: Seq[int], probabilities: npt.ArrayLike, source: int, cost: float = 0.0
+        self,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        probabilities: npt.ArrayLike,
+        source: int,
+        cost: float = 0.0,
     ) -> DraftTree:
         """The tree with the nodes of another one, whose root is the same.
 

@@ -16,8 +16,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
-from collections.abc import Sequence as Seq
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -35,7 +34,7 @@ from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 if TYPE_CHECKING:
     from copyspec_engine.execution.runner import LoadedModel
-    from copyspec_engine.loop.request import Sequence
+    from copyspec_engine.loop.request import Request
     from copyspec_engine.memory.view import ConversationMemory
 
 __all__ = ["Engine", "RequestHandle", "inspect_model", "shared_engine"]
@@ -105,7 +104,7 @@ class Engine:
         """Token ids of raw text, behind those special tokens that the tokenizer begins a text with, but once."""
         return self._model.tokenizer.encode(text, special_tokens=special_tokens)
 
-    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids, without special tokens or with their names in it."""
         return self._model.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
@@ -132,7 +131,7 @@ class Engine:
         self._loop.places.take(sequence.number)
         return self._begin(request, sequence)
 
-    def _begin(self, request: GenerationRequest, sequence: Sequence) -> RequestHandle:
+    def _begin(self, request: GenerationRequest, sequence: Request) -> RequestHandle:
         """Queue a request that has a place."""
         handle = RequestHandle(request.request_id)
         self._loop.enqueue(sequence, handle.sink)
@@ -259,12 +258,12 @@ class Engine:
 
     # ---- between the front doors and the loop ------------------------------------------------------------------
 
-    def _prepare(self, request: GenerationRequest) -> Sequence:
+    def _prepare(self, request: GenerationRequest) -> Request:
         """Tokenise and check a request."""
         self._loop.check_running()
         return self._preparation.sequence(request)
 
-    def _abandon(self, sequence: Sequence) -> None:
+    def _abandon(self, sequence: Request) -> None:
         """Nobody will read this request any more. Whoever holds its handle holds the engine by this."""
         self._loop.abandon(sequence)
 

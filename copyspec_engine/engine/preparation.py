@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 from copyspec_engine.chat.detokenizer import answer_stream
 from copyspec_engine.chat.known_ids import ExactTokens
 from copyspec_engine.chat.reply import Form, ReplyParser
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.grammar.state import GrammarCompiler
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.sampling.bans import Bans
 from copyspec_engine.values.config import (
     DrafterConfig,
@@ -77,13 +77,13 @@ class Preparation:
             )
         return ids
 
-    def _check_ids(self, name: str, ids: Seq[int]) -> None:
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         limit = self._model.runner.vocab_size - 1
         bad = next((token for token in ids if not 0 <= token <= limit), None)
         if bad is not None:
             raise ConfigError(f"Got {name} with {bad} but expected ids from 0 to {limit}")
 
-    def sequence(self, request: GenerationRequest) -> Sequence:
+    def sequence(self, request: GenerationRequest) -> Request:
         """Tokenise and check a request. Raises as `Engine.submit` does of its input."""
         model = self._model
         token_ids = self.token_ids(request)
@@ -105,7 +105,7 @@ class Preparation:
         drafter = self._drafter(request)
         ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | frozenset(params.stop_token_ids)
         ends |= model.tokenizer.special_ids(params.stop)  # which have no text in which they could be found
-        return Sequence(
+        return Request(
             request=request,
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
@@ -162,7 +162,7 @@ class Preparation:
             start_after = self.chat_format.reasoning[1]
         return grammar.model_copy(update={"start_after": start_after}) if start_after else grammar
 
-    def _reply_parser(self, request: GenerationRequest, prompt_ids: Seq[int]) -> ReplyParser:
+    def _reply_parser(self, request: GenerationRequest, prompt_ids: Sequence[int]) -> ReplyParser:
         prompt = self._model.tokenizer.decode(prompt_ids[-_PROMPT_END:], skip_special_tokens=False)
         grammar = request.grammar
         form: Form = "free"

@@ -25,7 +25,7 @@ from copyspec_engine.values.outputs import StreamChunk
 
 if TYPE_CHECKING:
     from copyspec_engine.execution.runner import LoadedModel
-    from copyspec_engine.loop.request import Sequence
+    from copyspec_engine.loop.request import Request
 
 __all__ = ["EngineLoop"]
 
@@ -56,10 +56,10 @@ class EngineLoop:
     ) -> None:
         # Reentrant: a forgotten handle is closed by the garbage collector, at any moment in any thread.
         self.lock = threading.RLock()
-        self.requests: dict[str, tuple[Sequence, Sink]] = {}
+        self.requests: dict[str, tuple[Request, Sink]] = {}
         """Those that run or wait, by their ids, with who reads them."""
         self.places = Admission(config.max_running + config.max_waiting)
-        """Of requests that run or wait, by `Sequence.number`."""
+        """Of requests that run or wait, by `Request.number`."""
         self._at_the_door: dict[str, int] = {}
         """Numbers of requests whose callers wait for a place, by their ids."""
         self._called_off: set[int] = set()
@@ -97,18 +97,18 @@ class EngineLoop:
         if self.is_over:
             raise EngineStoppedError(self._cause)
 
-    def wait(self, sequence: Sequence) -> None:
+    def wait(self, sequence: Request) -> None:
         """Wait for a place. Raises as `Admission.wait` does."""
         with self._waiting_at_the_door(sequence):
             self.places.wait(sequence.number, sequence.deadline_s)
 
-    async def wait_async(self, sequence: Sequence) -> None:
+    async def wait_async(self, sequence: Request) -> None:
         """As `wait`, for a task."""
         with self._waiting_at_the_door(sequence):
             await self.places.wait_async(sequence.number, sequence.deadline_s)
 
     @contextmanager
-    def _waiting_at_the_door(self, sequence: Sequence) -> Iterator[None]:
+    def _waiting_at_the_door(self, sequence: Request) -> Iterator[None]:
         request_id = sequence.request.request_id
         self._at_the_door[request_id] = sequence.number
         try:
@@ -119,7 +119,7 @@ class EngineLoop:
         finally:
             self._at_the_door.pop(request_id, None)
 
-    def enqueue(self, sequence: Sequence, sink: Sink) -> None:
+    def enqueue(self, sequence: Request, sink: Sink) -> None:
         """Hand over a request that has a place; one that is refused has none any more.
 
         Raises:
@@ -142,7 +142,7 @@ class EngineLoop:
         finally:
             self._called_off.discard(sequence.number)
 
-    def abandon(self, sequence: Sequence) -> None:
+    def abandon(self, sequence: Request) -> None:
         """Nobody will read this request any more: free its id and place now, and its slots at the next step."""
         if self._take_off(sequence) is not None:
             self._commands.put(partial(self._cancel, sequence))
@@ -190,7 +190,7 @@ class EngineLoop:
         self._closing = self._stopped = True
         self._cause = RuntimeError(FORKED)
 
-    def _take_off(self, sequence: Sequence) -> Sink | None:
+    def _take_off(self, sequence: Request) -> Sink | None:
         """Free a request's id and place; who reads it, None if nobody does."""
         request_id = sequence.request.request_id
         with self.lock:
@@ -231,12 +231,12 @@ class EngineLoop:
         while not self._commands.empty():
             self._commands.get()()
 
-    def _cancel(self, sequence: Sequence) -> None:
+    def _cancel(self, sequence: Request) -> None:
         item = self.core.cancel(sequence)
         if item is not None:
             self._deliver(sequence, item)
 
-    def _deliver(self, sequence: Sequence, item: StreamChunk | Exception) -> None:
+    def _deliver(self, sequence: Request, item: StreamChunk | Exception) -> None:
         """Give a request's reader an item, if it still has one."""
         last = isinstance(item, Exception) or item.is_last
         if last and isinstance(item, StreamChunk):
@@ -267,7 +267,7 @@ class EngineLoop:
             _hand(sink, sequence, EngineStoppedError(self._cause))
 
 
-def _hand(sink: Sink, sequence: Sequence, item: StreamChunk | Exception) -> bool:
+def _hand(sink: Sink, sequence: Request, item: StreamChunk | Exception) -> bool:
     """Give a request's reader an item; False if the reader is gone (its event loop was closed, say)."""
     try:
         sink(item)

@@ -13,8 +13,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -64,7 +63,7 @@ from copyspec_engine.execution.peft_adapter import base_of_adapter, merge_adapte
 from copyspec_engine.execution.self_check import Checked, check_equivalence
 from copyspec_engine.execution.stateful import StatefulRunner, check_state
 from copyspec_engine.execution.weight_counts import counting_weights
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.models import ModelFolder, locate_model
 from copyspec_engine.models.gguf import is_converted
@@ -94,7 +93,7 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
         """Logits after the last pending token of each row that samples, and after each node of its draft.
 
         Returns:
@@ -102,7 +101,7 @@ class Runner(Protocol):
         """
         ...
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Request) -> None:
         """A sequence is over: whatever is kept of it alone can go. It may be unknown here."""
         ...
 
@@ -147,7 +146,7 @@ class ModelRunner:
         """Why passes are not captured any more; None if they are, or never were."""
         return None if self._passes is None else self._passes.capture_error
 
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
         pieces = [_piece(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
         if self._exact_widths is None:
             logits = self.run(pieces)
@@ -155,11 +154,11 @@ class ModelRunner:
             logits = torch.cat([self.run(those) for those in _side_by_side(pieces, self._exact_widths[-1])])
         return logits if has_float64(self._device) else logits.cpu()  # in which tokens are drawn
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Request) -> None:
         """Nothing to do: the pool's slots are all that a sequence has, and the scheduler gives them back."""
 
     @torch.inference_mode()
-    def run(self, pieces: Seq[Piece]) -> torch.Tensor:
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Read all pieces in one pass; the logits they want, in order, shape (sum of num_logits, vocabulary).
 
         They are good until the next pass.
@@ -198,7 +197,7 @@ class ModelRunner:
         """Tokens of a pass that reads `count`."""
         return count if self._exact_widths is None else next(width for width in self._exact_widths if width >= count)
 
-    def _to_keep(self, wanted: Seq[int], width: int) -> torch.Tensor | int:
+    def _to_keep(self, wanted: Sequence[int], width: int) -> torch.Tensor | int:
         """Which of a pass's tokens the head reads, filled up as a pass is; 0: all `width` of them."""
         count = self._filled(len(wanted))
         if count == width:
@@ -220,7 +219,7 @@ class ModelRunner:
         return on_device(slots_of(slots), self._device)
 
     def measure_step_cost(
-        self, context: int, room: int, widths: Seq[int] = STEP_WIDTHS, budget_s: float = 1.0
+        self, context: int, room: int, widths: Sequence[int] = STEP_WIDTHS, budget_s: float = 1.0
     ) -> Points:
         """Least seconds of passes of `widths` tokens behind `context` others; uses the pool's first `room` slots.
 
@@ -264,7 +263,7 @@ def _piece(row: ScheduledRow, draft: DraftTree) -> Piece:
     return Piece(sequence.slots, base, ids, draft, (1 + len(draft)) * row.samples)
 
 
-def _side_by_side(pieces: Seq[Piece], most: int) -> Iterator[list[Piece]]:
+def _side_by_side(pieces: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
     """Pieces in passes of at most `most` tokens."""
     those: list[Piece] = []
     for piece in pieces:

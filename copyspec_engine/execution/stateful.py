@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.checkpoint import relative_difference, tolerance, vocab_size
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.values.errors import UnsupportedModelError
 
@@ -47,7 +47,7 @@ class _State:
         """After the last token, shape (1, vocabulary)."""
 
     @torch.inference_mode()
-    def read(self, ids: Seq[int]) -> torch.Tensor:
+    def read(self, ids: Sequence[int]) -> torch.Tensor:
         """Go on with `ids`, at least one; the logits after the last of them, shape (1, vocabulary).
 
         Raises:
@@ -84,7 +84,7 @@ class StatefulRunner:
 
     def __init__(self, model: PreTrainedModel, in_pieces: bool) -> None:
         self._model, self._in_pieces = model, in_pieces
-        self._states: dict[Sequence, _State] = {}
+        self._states: dict[Request, _State] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +95,7 @@ class StatefulRunner:
         """Sequences whose state is in memory."""
         return len(self._states)
 
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
         """As `Runner.forward`.
 
         Raises:
@@ -105,7 +105,7 @@ class StatefulRunner:
             raise ValueError("Got a draft but expected none: this model's state cannot be taken back")
         return torch.cat([self._forward_row(row) for row in batch.rows])
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Request) -> None:
         """Drop a sequence's state; if it goes on all the same, its text is read again."""
         self._states.pop(sequence, None)
 
@@ -115,7 +115,7 @@ class StatefulRunner:
         logits = self._read(row.sequence, row.sequence.num_computed + row.num_tokens)
         return logits if row.samples else logits[:0]
 
-    def _read(self, sequence: Sequence, end: int) -> torch.Tensor:
+    def _read(self, sequence: Request, end: int) -> torch.Tensor:
         """Bring a sequence's state up to token `end`, which may have happened before: a failed step is run again.
 
         Returns:

@@ -8,7 +8,7 @@ Not covered: when it is worth asking (mix.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.kv.prefix_cache import PrefixCache
 from copyspec_engine.kv.slots import KVPool
 from copyspec_engine.loop.draft_chain import Guess
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow, session_key, session_keys
 from copyspec_engine.values.config import NoDrafter
 
@@ -36,7 +36,7 @@ class UnknownTokenError(ValueError):
 class _Row:
     """How far the draft model has followed a request."""
 
-    own: Sequence
+    own: Request
     """The request as the draft model sees it: the text with its guesses behind, and its slots."""
     num_known: int = 0
     """Tokens of the text when it was last looked at; what stands behind them is guessed."""
@@ -60,7 +60,7 @@ class DraftModel:
         self.cache = PrefixCache(self.pool, max_rows)
         self._vocab_size = min(vocab_size, model.runner.vocab_size)
         self._max_prefill_tokens = max_prefill_tokens
-        self._rows: dict[Sequence, _Row] = {}
+        self._rows: dict[Request, _Row] = {}
         self.num_passes = self.num_tokens_read = 0
 
     @property
@@ -68,7 +68,7 @@ class DraftModel:
         """Requests that it follows."""
         return len(self._rows)
 
-    def follow(self, sequence: Sequence) -> int:
+    def follow(self, sequence: Request) -> int:
         """Look at what a request has written; how many of its tokens are still to be read, at least 1.
 
         Raises:
@@ -87,11 +87,11 @@ class DraftModel:
         row.num_known = len(text)
         return own.num_pending
 
-    def room(self, sequence: Sequence) -> int:
+    def room(self, sequence: Request) -> int:
         """Most tokens that it can guess behind a request's text before its context is full."""
         return max(self.model.max_model_len - len(sequence.token_ids), 0)
 
-    def guess(self, sequences: Seq[Sequence]) -> list[Guess | None]:
+    def guess(self, sequences: Sequence[Request]) -> list[Guess | None]:
         """One pass over requests that were looked at: the next token of each, which is read in the next pass.
 
         None: more than a pass may take is still to be read, a part of it was; or there are no slots for it.
@@ -118,7 +118,7 @@ class DraftModel:
             self._rows[sequence].has_read = True
         return [found.get(self._own(sequence)) for sequence in sequences]
 
-    def _run(self, rows: Seq[ScheduledRow]) -> list[Guess]:
+    def _run(self, rows: Sequence[ScheduledRow]) -> list[Guess]:
         """Read the rows' tokens; a guess for each row that samples."""
         self.num_passes += 1
         self.num_tokens_read += sum(row.num_tokens for row in rows)
@@ -130,7 +130,7 @@ class DraftModel:
         likely = scores.softmax(dim=-1).gather(-1, best[:, None]).squeeze(-1)
         return [Guess(token, chance) for token, chance in zip(best.tolist(), likely.tolist(), strict=True)]
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Request) -> None:
         """A request is over, or goes on without: keep what was computed for its session's next call, free the rest."""
         row = self._rows.pop(sequence, None)
         if row is None:
@@ -144,7 +144,7 @@ class DraftModel:
         tokens = np.array(own.token_ids[:computed], dtype=np.int64)
         self.cache.keep(owner, tokens, own.slots[:computed], sequence.cache_salt)
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: Request) -> None:
         """Forget all of a request."""
         row = self._rows.pop(sequence, None)
         if row is not None:
@@ -154,12 +154,12 @@ class DraftModel:
         """Let go of the KV that is kept for a session."""
         self.cache.drop(session_key(session_id))
 
-    def _begin(self, sequence: Sequence) -> _Row:
+    def _begin(self, sequence: Request) -> _Row:
         tokens = np.array(sequence.token_ids[:-1], dtype=np.int64)
         owners = session_keys(sequence.request)
         prefix = self.cache.match(tokens, owners, sequence.cache_salt)
         self.pool.share(prefix)
-        own = Sequence(
+        own = Request(
             request=sequence.request,
             token_ids=sequence.token_ids[: len(prefix)],
             num_prompt_tokens=sequence.num_prompt_tokens,
@@ -174,10 +174,10 @@ class DraftModel:
         self._rows[sequence] = row = _Row(own)
         return row
 
-    def _own(self, sequence: Sequence) -> Sequence:
+    def _own(self, sequence: Request) -> Request:
         return self._rows[sequence].own
 
-    def _secure(self, own: Sequence, count: int, asking: Seq[Sequence]) -> bool:
+    def _secure(self, own: Request, count: int, asking: Sequence[Request]) -> bool:
         """Slots for the next `count` tokens; rows that nobody asks for now give way."""
         missing = own.num_computed + count - len(own.slots)
         if missing <= 0:
@@ -196,7 +196,7 @@ class DraftModel:
         return True
 
 
-def _owner(sequence: Sequence) -> str | None:
+def _owner(sequence: Request) -> str | None:
     """Under which the KV of a finished request is kept, if it is."""
     session_id = sequence.request.session_id
     if session_id is None:

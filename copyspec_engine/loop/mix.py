@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from copyspec_engine.drafting.live_cost import LiveCost
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.draft_chain import DraftChain, Guess, masses
 from copyspec_engine.loop.draft_model import DraftModel, UnknownTokenError
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.memory.draft_acceptance import DraftSurvival, Place
 
 __all__ = ["Combination"]
@@ -59,7 +59,7 @@ class _Writer:
 
     def __init__(
         self,
-        sequence: Sequence,
+        sequence: Request,
         known: _Known,
         copies: DraftTree,
         likely: npt.NDArray[np.float64],
@@ -93,12 +93,14 @@ class Combination:
         """Time that the draft model has taken so far."""
         self._max_tokens = max_tokens
         self._survival = DraftSurvival()
-        self._known: dict[Sequence, _Known] = {}
+        self._known: dict[Request, _Known] = {}
         self._failures = 0
         self.error: str | None = None
         """Why the draft model is not asked any more."""
 
-    def extend(self, sequences: Seq[Sequence], drafts: Seq[DraftTree], rooms: Seq[int], width: int) -> list[DraftTree]:
+    def extend(
+        self, sequences: Sequence[Request], drafts: Sequence[DraftTree], rooms: Sequence[int], width: int
+    ) -> list[DraftTree]:
         """The drafts for one pass with what the draft model adds.
 
         Args:
@@ -125,7 +127,7 @@ class Combination:
             for writer, draft in zip(writers, drafts, strict=True)
         ]
 
-    def _writer(self, sequence: Sequence, draft: DraftTree, room: int) -> _Writer | None:
+    def _writer(self, sequence: Request, draft: DraftTree, room: int) -> _Writer | None:
         """A request that may ask the draft model, or None."""
         use = sequence.draft_model
         if use == "never" or not sequence.first_token_s or self.error is not None:
@@ -145,7 +147,7 @@ class Combination:
             likely = likely * known.survival.trust(strength)
         return _Writer(sequence, known, draft, likely, most)
 
-    def _begin(self, sequence: Sequence) -> _Known:
+    def _begin(self, sequence: Request) -> _Known:
         memory = sequence.memory
         survival = self._survival.copy() if memory is None or memory.draft_survival is None else memory.draft_survival
         if memory is not None:
@@ -153,7 +155,7 @@ class Combination:
         self._known[sequence] = known = _Known(survival)
         return known
 
-    def _write(self, writers: Seq[_Writer], width: int, pace: float) -> None:
+    def _write(self, writers: Sequence[_Writer], width: int, pace: float) -> None:
         """Ask the draft model, one pass after the other, as long as anybody has reason to."""
         gains = self._gains(writers, width, pace)
         active = [writer for writer in writers if self._begins(writer, gains.get(writer.sequence, 0.0), pace)]
@@ -167,7 +169,7 @@ class Combination:
             active = [writer for writer in going if writer.sequence in gains]
         self._failures = 0
 
-    def _guess(self, sequences: Seq[Sequence]) -> list[Guess | None]:
+    def _guess(self, sequences: Sequence[Request]) -> list[Guess | None]:
         before, start = self.draft_model.num_tokens_read, time.perf_counter()
         guesses = self.draft_model.guess(sequences)
         seconds, width = time.perf_counter() - start, self.draft_model.num_tokens_read - before
@@ -180,7 +182,7 @@ class Combination:
         """Cost of a pass of the draft model, in passes of one token of the model it drafts for."""
         return self._own_cost.passes(width, self._cost.unit)
 
-    def _gains(self, writers: Seq[_Writer], width: int, pace: float) -> dict[Sequence, float]:
+    def _gains(self, writers: Sequence[_Writer], width: int, pace: float) -> dict[Request, float]:
         """Those for whom asking on is worth its time if they share the passes, and what they are expected to gain."""
         going = list(writers)
         while going:
@@ -214,7 +216,7 @@ class Combination:
         known.survival.rest(writer.chain.strength(1))
         return False
 
-    def _write_apart(self, writers: Seq[_Writer], width: int, pace: float, error: Exception) -> None:
+    def _write_apart(self, writers: Sequence[_Writer], width: int, pace: float, error: Exception) -> None:
         """The draft model failed: ask it for one request at a time, and no more for those of which it fails."""
         for writer in writers:
             writer.start()
@@ -229,7 +231,7 @@ class Combination:
                     writer.start()
                     self._give_up(writer.sequence, own)
 
-    def _give_up(self, sequence: Sequence, error: Exception) -> None:
+    def _give_up(self, sequence: Request, error: Exception) -> None:
         if not isinstance(error, UnknownTokenError):  # that is the text's doing, and no reason to leave others without
             self._failures += 1
         logger.warning(
@@ -249,7 +251,7 @@ class Combination:
                 self.draft_model.drop(other)
             self._known.clear()
 
-    def observe(self, sequence: Sequence, written: Seq[int]) -> None:
+    def observe(self, sequence: Request, written: Sequence[int]) -> None:
         """A pass is over: what a request has written."""
         known = self._known.get(sequence)
         if known is not None:
@@ -258,7 +260,7 @@ class Combination:
                 known.survival.learn_copies(known.copies[0], written[0] in known.copies[1])
             known.places, known.copies = [], None
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Request) -> None:
         """A request is over."""
         known = self._known.pop(sequence, None)
         if known is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,7 +33,7 @@ from copyspec_engine.values.outputs import (
 from copyspec_engine.values.tokens import TokenArray
 
 __all__ = [
-    "Sequence",
+    "Request",
     "TextGrammar",
 ]
 
@@ -46,7 +46,7 @@ class TextGrammar(Protocol):
         """The answer is complete and cannot go on."""
         ...
 
-    def advance(self, tokens: Seq[int]) -> None:
+    def advance(self, tokens: Sequence[int]) -> None:
         """Take over tokens that were written."""
         ...
 
@@ -60,7 +60,7 @@ class ReplyReader(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class Request:
     """A request's state. Only the engine's loop thread touches it after `submit`."""
 
     request: GenerationRequest
@@ -74,7 +74,7 @@ class Sequence:
     drafting: DrafterConfig
     seed: int
     text: TextStream
-    prediction_ids: Seq[int] = ()
+    prediction_ids: Sequence[int] = ()
     """A text that the answer is expected to repeat."""
     deadline_s: float = math.inf
     """When it ends at the latest, on the clock `time.perf_counter`."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +21,7 @@ from copyspec_engine.drafting.drafter import Drafter, answer_texts
 from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.kv.prefix_cache import PrefixCache
 from copyspec_engine.kv.slots import KVPool
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.index import Span
 from copyspec_engine.memory.store import SessionStore
@@ -44,7 +43,7 @@ _AHEAD = 256
 class ScheduledRow:
     """A sequence's part in one step: its next `num_tokens` pending tokens."""
 
-    sequence: Sequence
+    sequence: Request
     num_tokens: int
     samples: bool
     """The row's last pending token is among them, so a token is sampled and a draft may follow."""
@@ -81,36 +80,36 @@ class Scheduler:
         sessions: SessionStore,
         max_running: int,
         max_prefill_tokens: int,
-        release: Callable[[Sequence], None],
+        release: Callable[[Request], None],
     ) -> None:
         self._pool, self._cache, self._sessions, self._release = pool, cache, sessions, release
         self._max_running, self._max_prefill_tokens = max_running, max_prefill_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
         """Admitted, and not over yet."""
         self.counts = Counts()
-        self._stuck: Sequence | None = None
+        self._stuck: Request | None = None
         """The first in the queue, once there were no slots for it."""
 
     def __bool__(self) -> bool:
         """Whether there is work."""
         return bool(self.waiting or self.running)
 
-    def holds(self, sequence: Sequence) -> bool:
+    def holds(self, sequence: Request) -> bool:
         """Whether a request is running or waiting."""
         return sequence in self.running or sequence in self.waiting
 
     @property
-    def in_flight(self) -> list[Sequence]:
+    def in_flight(self) -> list[Request]:
         """Running requests and waiting ones."""
         return [*self.running, *self.waiting]
 
-    def expired(self) -> list[Sequence]:
+    def expired(self) -> list[Request]:
         """Requests whose time is over."""
         now = time.perf_counter()
         return [sequence for sequence in self.in_flight if sequence.deadline_s <= now]
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Request) -> None:
         self.waiting.append(sequence)
 
     def admit(self) -> None:
@@ -146,7 +145,7 @@ class Scheduler:
             self._extend(sequence, min(needed - len(sequence.slots), self._pool.num_free))
         return draft.first(len(sequence.slots) - sequence.num_computed - row.num_tokens)
 
-    def _secure(self, sequence: Sequence, count: int) -> bool:
+    def _secure(self, sequence: Request, count: int) -> bool:
         """Slots for the next `count` tokens of a running request; False if it had to give way itself."""
         missing = sequence.num_computed + count - len(sequence.slots)
         if missing <= 0:
@@ -165,7 +164,7 @@ class Scheduler:
         self._extend(sequence, min(wanted, self._pool.num_free))
         return True
 
-    def _extend(self, sequence: Sequence, count: int) -> None:
+    def _extend(self, sequence: Request, count: int) -> None:
         """Take `count` slots more for a row, where it ends if they are free."""
         after = int(sequence.slots[-1]) if len(sequence.slots) else None
         sequence.slots = np.concatenate((sequence.slots, self._pool.allocate(count, after=after)))
@@ -181,7 +180,7 @@ class Scheduler:
             self._pool.release(sequence.slots[length:])
             sequence.slots = sequence.slots[:length]
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Request) -> None:
         """Make a running request wait again; what it has computed is kept as long as there is room for it."""
         self._stuck = None
         self.counts.num_preemptions += 1
@@ -194,7 +193,7 @@ class Scheduler:
         )
         sequence.slots, sequence.num_computed = sequence.slots[:0], 0
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: Request) -> bool:
         """Give a request the KV that is kept of its beginning, and slots for the rest of it; False: it has to wait."""
         # The last token is always computed: its logits choose the next one.
         tokens = _tokens(sequence, len(sequence.token_ids) - 1)
@@ -218,7 +217,7 @@ class Scheduler:
         self._extend(sequence, need)
         return True
 
-    def open_memory(self, sequence: Sequence) -> None:
+    def open_memory(self, sequence: Request) -> None:
         """Bind a request to its session and the memory that it copies from, unless it is already."""
         if sequence.memory is not None:
             return
@@ -229,7 +228,7 @@ class Scheduler:
         else:
             self._use(sequence, self._sessions.open_pool(request.memory_pool, _owner(request)))
 
-    def _use(self, sequence: Sequence, memory: SessionMemory) -> None:
+    def _use(self, sequence: Request, memory: SessionMemory) -> None:
         memory.begin_call()
         sequence.memory = memory
 
@@ -242,7 +241,7 @@ class Scheduler:
             return None
         return self._append(sequence, draft, verdict)
 
-    def _append(self, sequence: Sequence, draft: DraftTree, verdict: Verdict) -> StreamChunk:
+    def _append(self, sequence: Request, draft: DraftTree, verdict: Verdict) -> StreamChunk:
         """Add sampled tokens until one of them ends the answer; what lies behind it is dropped, as if never drafted."""
         now = time.perf_counter()
         sequence.first_token_s = sequence.first_token_s or now
@@ -277,7 +276,7 @@ class Scheduler:
             self.remove(sequence)
         return _chunk(sequence, tokens, segments, (verdict.logprobs or ())[:taken])
 
-    def _count(self, draft: DraftTree, runs: Seq[Run], num_tokens: int) -> None:
+    def _count(self, draft: DraftTree, runs: Sequence[Run], num_tokens: int) -> None:
         counts = self.counts
         counts.num_row_passes += 1
         counts.num_completion_tokens += num_tokens
@@ -285,14 +284,14 @@ class Scheduler:
         for run in runs:
             counts.accepted[run.kind] += run.num_tokens
 
-    def stop(self, sequence: Sequence, reason: FinishReason) -> StreamChunk:
+    def stop(self, sequence: Request, reason: FinishReason) -> StreamChunk:
         """End a waiting or running request early; what it has written so far is its answer."""
         sequence.finish_reason = reason
         segments = sequence.text.flush()
         self.remove(sequence)
         return _chunk(sequence, (), segments)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Request) -> None:
         """Take a request off; its texts and computed KV are kept for later calls, every other slot becomes free.
 
         Of one that failed (it has no finish_reason) nothing is kept, since that may be what failed it.
@@ -309,7 +308,7 @@ class Scheduler:
             self._release(sequence)
             self._hand_over_slots(sequence)
 
-    def detach(self, sequence: Sequence) -> None:
+    def detach(self, sequence: Request) -> None:
         """Take a request out of its memory, which is erased; it gets another one that ends with it."""
         memory = sequence.memory
         if memory is None:  # it waits, and has none yet
@@ -324,7 +323,7 @@ class Scheduler:
             memory.erase()
             self._use(sequence, self._sessions.open(None).memory)
 
-    def _stop_drafting(self, sequence: Sequence, *, keep: bool) -> None:
+    def _stop_drafting(self, sequence: Request, *, keep: bool) -> None:
         """Finish a request's drafter and save its texts, or take them out of the memory again.
 
         Whatever happens, nothing stays open there.
@@ -347,7 +346,7 @@ class Scheduler:
             memory.end_call()
             self._sessions.save(memory)
 
-    def _hand_over_slots(self, sequence: Sequence) -> None:
+    def _hand_over_slots(self, sequence: Request) -> None:
         """Keep the KV of a finished call, instead of that of its session's call before; free what is not kept."""
         computed, slots = sequence.num_computed, sequence.slots
         sequence.slots = slots[:0]
@@ -363,7 +362,7 @@ class Scheduler:
         self._cache.keep(owner, _tokens(sequence, computed), slots[:computed], sequence.cache_salt)
 
 
-def _make_out_copies(sequence: Sequence, memory: SessionMemory, drafter: Drafter | None) -> None:
+def _make_out_copies(sequence: Request, memory: SessionMemory, drafter: Drafter | None) -> None:
     sequence.trail.make_out(
         sequence.token_ids,
         sequence.num_prompt_tokens,
@@ -401,20 +400,20 @@ def session_keys(request: GenerationRequest) -> list[str]:
     return [session_key(name) for name in (request.session_id, request.continues) if name is not None]
 
 
-def _session_key(sequence: Sequence) -> str | None:
+def _session_key(sequence: Request) -> str | None:
     session_id = sequence.request.session_id
     return None if session_id is None else session_key(session_id)
 
 
-def _call_key(sequence: Sequence) -> str:
+def _call_key(sequence: Request) -> str:
     return f"call:{sequence.number}"
 
 
-def _tokens(sequence: Sequence, count: int) -> TokenArray:
+def _tokens(sequence: Request, count: int) -> TokenArray:
     return np.array(sequence.token_ids[:count], dtype=np.int64)
 
 
-def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
+def _finish_reason(sequence: Request, token: int) -> FinishReason | None:
     if token in sequence.eos_token_ids or sequence.text.stopped:
         return "stop"
     if sequence.grammar is not None and sequence.grammar.is_terminated:
@@ -422,7 +421,7 @@ def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
     return "length" if len(sequence.token_ids) >= sequence.max_total_tokens else None
 
 
-def _keep_nodes(sequence: Sequence, kept: Seq[int]) -> None:
+def _keep_nodes(sequence: Request, kept: Sequence[int]) -> None:
     """Make the slots of accepted draft nodes the next ones of the sequence.
 
     Draft nodes were written to the slots behind `num_computed` in node order. Listing the accepted ones first keeps
@@ -438,7 +437,7 @@ def _keep_nodes(sequence: Sequence, kept: Seq[int]) -> None:
 
 
 def _chunk(
-    sequence: Sequence, token_ids: tuple[int, ...], segments: list[Segment], logprobs: tuple[TokenLogprob, ...] = ()
+    sequence: Request, token_ids: tuple[int, ...], segments: list[Segment], logprobs: tuple[TokenLogprob, ...] = ()
 ) -> StreamChunk:
     """What the caller hears of a step, with the whole answer once it is finished."""
     sequence.segments += segments
@@ -455,13 +454,13 @@ def _chunk(
     )
 
 
-def _joined(segments: Seq[Segment]) -> tuple[Segment, ...]:
+def _joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """Neighbours of one kind as one segment."""
     groups = itertools.groupby(segments, key=lambda segment: segment.copied)
     return tuple(Segment("".join(segment.text for segment in group), copied) for copied, group in groups)
 
 
-def _output(sequence: Sequence, finish_reason: FinishReason, reply: Reply | None) -> GenerationOutput:
+def _output(sequence: Request, finish_reason: FinishReason, reply: Reply | None) -> GenerationOutput:
     text = "".join(segment.text for segment in sequence.segments)
     return GenerationOutput(
         request_id=sequence.request.request_id,

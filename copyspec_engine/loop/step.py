@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from copyspec_engine.kv.prefix_cache import PrefixCache
 from copyspec_engine.kv.slots import KVPool
 from copyspec_engine.loop.draft_model import DraftModel
 from copyspec_engine.loop.mix import Combination
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow, Scheduler, session_key
 from copyspec_engine.memory.alternatives import NUM_CANDIDATES, Candidates
 from copyspec_engine.memory.conversation import SessionMemory
@@ -77,7 +77,7 @@ class EngineCore:
         assert config.draft is not None
         return Combination(draft_model, self.policy, self._cost, config.draft.max_tokens)
 
-    def step(self) -> list[tuple[Sequence, StreamChunk | Exception]]:
+    def step(self) -> list[tuple[Request, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
         expired = [(sequence, self._end(sequence, "timeout")) for sequence in self.scheduler.expired()]
         self.scheduler.admit()
@@ -94,13 +94,13 @@ class EngineCore:
         """Seconds that a draft model has taken so far."""
         return 0.0 if self.combination is None else self.combination.seconds
 
-    def _learn_cost(self, results: Seq[tuple[ScheduledRow, _Result | Exception]], seconds: float) -> None:
+    def _learn_cost(self, results: Sequence[tuple[ScheduledRow, _Result | Exception]], seconds: float) -> None:
         """Take in what a step took, unless it was another kind of step: one that read of a prompt, or went wrong."""
         drafts = [result[0] for row, result in results if row.num_tokens == 1 and not isinstance(result, Exception)]
         if drafts and len(drafts) == len(results) and self._cost.observe(len(drafts) + sum(map(len, drafts)), seconds):
             self.policy.cost = self._cost.relative
 
-    def _begin_drafting(self, sequence: Sequence) -> Exception | None:
+    def _begin_drafting(self, sequence: Request) -> Exception | None:
         """Give a request that has none its drafter, or end the request if that fails."""
         if sequence.drafter is not None:
             return None
@@ -194,7 +194,7 @@ class EngineCore:
         return draft
 
     def _with_draft_model(
-        self, combination: Combination, rows: Seq[ScheduledRow], copies: Seq[DraftTree], width: int
+        self, combination: Combination, rows: Sequence[ScheduledRow], copies: Sequence[DraftTree], width: int
     ) -> list[DraftTree]:
         """The rows' copies and what the draft model adds to them."""
         rooms = [_room(row, self.model.exact_width) for row in rows]
@@ -216,17 +216,17 @@ class EngineCore:
         except Exception as error:
             return self._fail(row.sequence, error)
 
-    def cancel(self, sequence: Sequence) -> StreamChunk | Exception | None:
+    def cancel(self, sequence: Request) -> StreamChunk | Exception | None:
         """Stop a request; its last chunk, or None if it finished before."""
         return self._end(sequence, "cancelled") if self.scheduler.holds(sequence) else None
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> StreamChunk | Exception:
+    def _end(self, sequence: Request, reason: FinishReason) -> StreamChunk | Exception:
         try:
             return self.scheduler.stop(sequence, reason)
         except Exception as error:
             return self._fail(sequence, error)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Request) -> None:
         self.model.runner.release(sequence)
         if self.combination is not None:
             self.combination.release(sequence)
@@ -237,7 +237,7 @@ class EngineCore:
         self.exact_tokens.drop(session_id)
         return self.cache.drop(session_key(session_id))
 
-    def keep_tokens(self, sequence: Sequence) -> None:
+    def keep_tokens(self, sequence: Request) -> None:
         """Keep a finished request's token ids for its session's next prompt."""
         session, session_id = sequence.session, sequence.request.session_id
         if not self._keeps_token_ids:
@@ -273,13 +273,13 @@ class EngineCore:
                 self._detach(sequence)
         return self.sessions.forget_pool(name)
 
-    def _detach(self, sequence: Sequence) -> None:
+    def _detach(self, sequence: Request) -> None:
         try:
             self.scheduler.detach(sequence)
         except Exception:  # of a drafter that is gone now; the request gets a new one
             logger.exception("the drafter of request %s did not end well", sequence.request.request_id)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> RequestFailedError:
+    def _fail(self, sequence: Request, error: Exception) -> RequestFailedError:
         """Take a request off; only its own reader hears of the error."""
         try:
             sequence.finish_reason = None

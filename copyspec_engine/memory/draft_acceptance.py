@@ -9,7 +9,7 @@ Not covered: what is made of the estimates (loop/mix.py).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -101,7 +101,7 @@ class DraftSurvival:
         seen, right = self._chances[bucket].tolist()
         return float((right + _PRIOR * guess) / (seen + _PRIOR))
 
-    def learn(self, places: Seq[Place], written: Seq[int]) -> None:
+    def learn(self, places: Sequence[Place], written: Sequence[int]) -> None:
         """Learn from a chain of tokens of the draft model and what was written instead, or as it said."""
         for depth, (place, token) in enumerate(zip(places, written, strict=False), 1):
             right = place.token == token
@@ -122,7 +122,7 @@ def _bucket(place: Place) -> tuple[int, int, int]:
     return bisect_right(_STRENGTHS, place.strength), int(place.is_copied), bisect_right(_CHANCES, place.probability)
 
 
-def _count(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], seen: Seq[float]) -> None:
+def _count(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], seen: Sequence[float]) -> None:
     counts += seen
     if counts[0] > _MEMORY:
         counts /= 2

@@ -7,8 +7,7 @@ and behind the nodes of a draft.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +40,7 @@ class Bans:
     """
 
     def __init__(
-        self, params: SamplingParams, words: Collection[Seq[int]], ends: Collection[int], num_prompt_tokens: int
+        self, params: SamplingParams, words: Collection[Sequence[int]], ends: Collection[int], num_prompt_tokens: int
     ) -> None:
         alone = {word[0] for word in words if len(word) == 1 and word[0] not in ends}
         self._everywhere = np.array(sorted(alone.union(params.suppress_tokens)), dtype=np.int64)
@@ -61,7 +60,7 @@ class Bans:
         """Nothing is banned anywhere."""
         return not (len(self._everywhere) or self._first or self._ends or self._words or self._size)
 
-    def at(self, token_ids: Seq[int], draft: DraftTree) -> Banned:
+    def at(self, token_ids: Sequence[int], draft: DraftTree) -> Banned:
         """What may not come behind the text and behind each node of a draft.
 
         Args:
@@ -73,7 +72,7 @@ class Bans:
         places = np.array(found, dtype=np.int64).reshape(-1, 2)
         return Banned(self._everywhere, places[:, 0], places[:, 1])
 
-    def _behind(self, token_ids: Seq[int], path: Seq[int]) -> Iterator[int]:
+    def _behind(self, token_ids: Sequence[int], path: Sequence[int]) -> Iterator[int]:
         """What is banned behind the text and a path of draft tokens, besides `everywhere`."""
         written = len(token_ids) - self._num_prompt_tokens + len(path)
         if written == 0:
@@ -88,7 +87,7 @@ class Bans:
         if self._size and len(token_ids) + len(path) >= self._size - 1:
             yield from self._repeated(token_ids, path)
 
-    def _repeated(self, token_ids: Seq[int], path: Seq[int]) -> Iterator[int]:
+    def _repeated(self, token_ids: Sequence[int], path: Sequence[int]) -> Iterator[int]:
         """What would repeat a run of `no_repeat_ngram_size` tokens."""
         before = self._size - 1
         text = (*token_ids[len(token_ids) - before :], *path) if before else tuple(path)
@@ -98,7 +97,7 @@ class Bans:
             if text[i : i + before] == last:
                 yield path[i]
 
-    def _read(self, token_ids: Seq[int]) -> None:
+    def _read(self, token_ids: Sequence[int]) -> None:
         """Note which token followed each run of the text."""
         before = self._size - 1
         if before < 0:

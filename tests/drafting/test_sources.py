@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -116,5 +115,5 @@ def test_tokens_that_were_drafted_but_not_copied_do_not_count_as_copied(make_eng
     )
 
 
-def copied_characters(segments: Seq[Segment]) -> int:
+def copied_characters(segments: Sequence[Segment]) -> int:
     return sum(len(segment.text) for segment in segments if segment.copied)

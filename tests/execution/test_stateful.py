@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -93,7 +92,7 @@ def test_a_request_that_fails_leaves_no_state_and_the_others_in_peace(
     engine = make_engine("jamba")
     read = stateful_runner._State.read
 
-    def explode(state: Any, ids: Seq[int]) -> torch.Tensor:
+    def explode(state: Any, ids: Sequence[int]) -> torch.Tensor:
         if state.num_read + len(ids) > len(PROMPTS[1]) + 5:  # however it is read
             raise RuntimeError("boom")
         return read(state, ids)
@@ -116,7 +115,7 @@ def test_a_pass_that_fails_once_is_run_again_on_the_whole_text(
     engine = make_engine("jamba")
     read, failures = stateful_runner._State.read, [5, 9, 12]
 
-    def stumble(state: Any, ids: Seq[int]) -> torch.Tensor:
+    def stumble(state: Any, ids: Sequence[int]) -> torch.Tensor:
         logits = read(state, ids)
         if failures and state.num_read == len(PROMPTS[1]) + failures[0]:
             failures.pop(0)
@@ -140,7 +139,7 @@ def test_a_model_that_reads_only_the_first_tokens_at_once_gets_its_prompt_whole(
     assert "reads each prompt in one pass" in caplog.text
     read = stateful_runner._State.read
 
-    def noted(state: Any, ids: Seq[int]) -> torch.Tensor:
+    def noted(state: Any, ids: Sequence[int]) -> torch.Tensor:
         lengths.append(len(ids))
         return read(state, ids)
 

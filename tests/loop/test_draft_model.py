@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, u
     assert draft is not None
     forward = draft.runner.forward
 
-    def watched(batch: ScheduledBatch, trees: Seq[DraftTree]) -> torch.Tensor:
+    def watched(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> torch.Tensor:
         read.append(batch.num_tokens)
         return forward(batch, trees)
 
@@ -188,7 +187,7 @@ def watched_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Draf
     drafts: list[DraftTree] = []
     forward = engine._model.runner.forward
 
-    def watched(batch: ScheduledBatch, trees: Seq[DraftTree]) -> torch.Tensor:
+    def watched(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> torch.Tensor:
         drafts.extend(trees)
         return forward(batch, trees)
 
@@ -273,7 +272,7 @@ def crash_for(engine: Engine, monkeypatch: pytest.MonkeyPatch, culprits: set[str
     assert draft is not None
     forward, passes = draft.runner.forward, 0
 
-    def crashing(batch: ScheduledBatch, trees: Seq[DraftTree]) -> torch.Tensor:
+    def crashing(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> torch.Tensor:
         nonlocal passes
         passes += 1
         if passes > after and culprits & {row.sequence.request.request_id for row in batch.rows}:
@@ -361,7 +360,7 @@ def test_a_request_cancelled_in_the_middle_leaves_nothing(make_drafted: MakeDraf
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, model: PreTrainedModel, alphabet: Seq[str]) -> str:
+def save(folder: Path, model: PreTrainedModel, alphabet: Sequence[str]) -> str:
     """A model folder with a tokenizer of bytes, which have the ids of their places in `alphabet`."""
     model.save_pretrained(folder)
     bpe = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -96,8 +96,8 @@ def test_random_cases_drafting_on_equals_off(make_drafted: MakeDrafted, draft: s
 
 def answers(
     engine: Engine,
-    cases: Seq[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]],
-    cancelled: Seq[int] | set[int] = (),
+    cases: Sequence[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]],
+    cancelled: Sequence[int] | set[int] = (),
 ) -> list[GenerationOutput]:
     """Everything at once; some are cancelled, by turns at their first chunk and while they wait."""
     handles = [

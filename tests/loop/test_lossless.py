@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,7 +121,7 @@ def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftT
     drafts: list[DraftTree] = []
     forward = engine._model.runner.forward
 
-    def watched(batch: ScheduledBatch, trees: Seq[DraftTree]) -> list[torch.Tensor]:
+    def watched(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> list[torch.Tensor]:
         drafts.extend(trees)
         return forward(batch, trees)
 
@@ -184,7 +183,7 @@ class OracleTrees:
     def without_delay(self, _width: int, room: int) -> int:
         return room
 
-    def share(self, _: Seq[Drafter | None], drafts: Seq[DraftTree], width: int) -> list[DraftTree]:
+    def share(self, _: Sequence[Drafter | None], drafts: Sequence[DraftTree], width: int) -> list[DraftTree]:
         """As `DraftingPolicy.share`, but nothing is given up."""
         return list(drafts)
 
@@ -200,7 +199,7 @@ class OracleTrees:
             at = len(tokens) - 1
         return DraftTree(tuple(tokens), tuple(parents))
 
-    def observe(self, draft: DraftTree, accepted: Seq[int], tokens: Seq[int]) -> None:
+    def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         self._done += len(tokens)
 
     def finish(self) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationOutput, GenerationRequest, SamplingParams
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
@@ -198,12 +197,12 @@ class MarkovRunner:
     def __init__(self) -> None:
         self.logits = torch.randn((6, 6), generator=torch.Generator().manual_seed(12)) * 1.2
 
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
         rows = zip(batch.rows, drafts, strict=True)
         last = [[row.sequence.token_ids[-1], *draft.tokens] for row, draft in rows if row.samples]
         return self.logits[[token for tokens in last for token in tokens]]
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Request) -> None:
         """Nothing is kept."""
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.values.config import GenerationRequest, NoDrafter
 
@@ -62,9 +62,9 @@ def _batch(model: LoadedModel, rows: int, context: int) -> ScheduledBatch:
     )
 
 
-def _sequence(model: LoadedModel, context: int, first_slot: int, num_slots: int) -> Sequence:
+def _sequence(model: LoadedModel, context: int, first_slot: int, num_slots: int) -> Request:
     ids = [0] * (context + 1)
-    return Sequence(
+    return Request(
         request=GenerationRequest(prompt_token_ids=ids),
         token_ids=ids,
         num_prompt_tokens=len(ids),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -14,7 +13,7 @@ import torch
 
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.runner import Runner
-from copyspec_engine.loop.request import Sequence
+from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.sampling.gumbel import noise_keys
 
@@ -24,7 +23,7 @@ CERTAIN = 1e4
 """A logit that no random model reaches."""
 
 
-def next_tokens(answer: Seq[int], written: Seq[int]) -> list[int]:
+def next_tokens(answer: Sequence[int], written: Sequence[int]) -> list[int]:
     """The recorded token behind the first `written` ones, for each of `written`; behind the record its end token.
 
     What a draft node holds does not matter: the record's token at its depth is the right one where the path to it is
@@ -34,7 +33,7 @@ def next_tokens(answer: Seq[int], written: Seq[int]) -> list[int]:
     return [answer[min(count, last)] for count in written]
 
 
-def force(logits: torch.Tensor, tokens: Seq[int]) -> None:
+def force(logits: torch.Tensor, tokens: Sequence[int]) -> None:
     """Make `tokens` the likeliest ones, in place: one for each row of `logits`, shape (rows, vocabulary)."""
     logits.scatter_(1, torch.tensor(tokens)[:, None].to(logits.device), CERTAIN)
 
@@ -48,7 +47,7 @@ class RecordedRunner:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self.answers: dict[str, Seq[int]] = {}
+        self.answers: dict[str, Sequence[int]] = {}
         """The recorded answer of each request, by its id."""
         self.passes: Counter[str] = Counter()
         """Passes that gave a request a token, by its id."""
@@ -61,7 +60,7 @@ class RecordedRunner:
         return self._runner.vocab_size
 
     @torch.inference_mode()
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
         """See `Runner`."""
         logits = self._runner.forward(batch, drafts)
         rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
@@ -91,7 +90,7 @@ class RecordedDraftRunner:
         agreement: share of the places, above 0 and below 1.
     """
 
-    def __init__(self, runner: Runner, answers: Mapping[str, Seq[int]], agreement: float) -> None:
+    def __init__(self, runner: Runner, answers: Mapping[str, Sequence[int]], agreement: float) -> None:
         self._runner, self._answers, self._agreement = runner, answers, agreement
 
     @property
@@ -99,7 +98,7 @@ class RecordedDraftRunner:
         return self._runner.vocab_size
 
     @torch.inference_mode()
-    def forward(self, batch: ScheduledBatch, drafts: Seq[DraftTree]) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
         """See `Runner`."""
         logits = self._runner.forward(batch, drafts)
         tokens = [self._token(row.sequence) for row in batch.rows if row.samples]
@@ -108,10 +107,10 @@ class RecordedDraftRunner:
             logits.scatter_(1, torch.tensor(tokens)[:, None].to(logits.device), likely)
         return logits
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Request) -> None:
         self._runner.release(sequence)
 
-    def _token(self, sequence: Sequence) -> int:
+    def _token(self, sequence: Request) -> int:
         """What it says behind a text: the recorded token or, where it errs, the one with the next id."""
         answer, place = self._answers[sequence.request.request_id], len(sequence.token_ids)
         (token,) = next_tokens(answer, [place - sequence.num_prompt_tokens])
