@@ -23,9 +23,8 @@ from copyspec_engine.chat.known_ids import Spelling
 from copyspec_engine.chat.tokenizer import SpecialTokens, StoppingTextStream
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.engine.engine import Engine, close_shared_engines
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.loop.request import Request
-from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.tokens import Fingerprint
@@ -145,33 +144,28 @@ class ScriptedRunner:
 
     def __init__(self, reply: Callable[[str], str]) -> None:
         self._reply = reply
-        self._scripts: dict[str, list[int]] = {}
+        self._scripts: dict[str, tuple[int, list[int]]] = {}
+        """Tokens of the prompt, and the answer to it, by `Piece.key`."""
         self.num_forward_passes = 0
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         self.num_forward_passes += 1
-        rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
-        return torch.cat([torch.empty((0, _VOCABULARY)), *(self._logits(row.sequence, draft) for row, draft in rows)])
+        logits = [self._logits(piece.key, piece.text, piece.draft) for piece in pieces if piece.num_logits]
+        return torch.cat([torch.empty((0, _VOCABULARY)), *logits])
 
-    def release(self, sequence: Request) -> None:
-        self._scripts.pop(sequence.request.request_id, None)
+    def release(self, key: str) -> None:
+        self._scripts.pop(key, None)
 
-    def _logits(self, sequence: Request, draft: DraftTree) -> torch.Tensor:
-        script = self._script(sequence)
-        written = sequence.token_ids[sequence.num_prompt_tokens :]
-        paths = [[*written, *path] for path in draft.paths()]
+    def _logits(self, key: str, text: Sequence[int], draft: DraftTree) -> torch.Tensor:
+        if key not in self._scripts:  # its first step
+            self._scripts[key] = len(text), [*self._reply(_prompt_text(text)).encode(), _END]
+        num_prompt_tokens, script = self._scripts[key]
+        paths = [[*text[num_prompt_tokens:], *path] for path in draft.paths()]
         logits = torch.full((len(paths), _VOCABULARY), -1e4)
         for node, path in enumerate(paths):
             on_script = path == script[: len(path)] and len(path) < len(script)
             logits[node, script[len(path)] if on_script else _END] = 0.0
         return logits
-
-    def _script(self, sequence: Request) -> list[int]:
-        request_id = sequence.request.request_id
-        if len(sequence.token_ids) == sequence.num_prompt_tokens:  # its first step
-            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
-            self._scripts[request_id] = [*self._reply(_prompt_text(prompt)).encode(), _END]
-        return self._scripts[request_id]
 
 
 def _prompt_text(token_ids: Iterable[int]) -> str:

@@ -34,13 +34,16 @@ def main() -> None:
     codes: Counter[CodeType] = Counter()
     traced(codes)  # before the engine's thread begins
     from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
-    from langchain_copyspec import ChatCopySpec
+    from langchain_core.runnables import RunnableConfig
 
     import copyspec_engine.bundled
+    from langchain_copyspec import ChatCopySpec
 
     model = ChatCopySpec(model=str(Path(copyspec_engine.bundled.__file__).parent / "model"), temperature=0)
-    config = {"configurable": {"thread_id": "counted"}}
-    text = "Replace 'Anna' with 'Zoe'.\n\nAnna met Ben in room 12. Later Anna wrote to Ben about the budget of the launch."
+    config = RunnableConfig(configurable={"thread_id": "counted"})
+    text = (
+        "Replace 'Anna' with 'Zoe'.\n\nAnna met Ben in room 12. Later Anna wrote to Ben about the budget of the launch."
+    )
     asked: list[BaseMessage] = [HumanMessage(text)]
     answer = model.invoke(asked, config)
     asked += [AIMessage(answer.content), HumanMessage(text.replace("12", "13"))]

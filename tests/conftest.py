@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from copyspec_engine import Engine, EngineConfig
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import prepare
 from copyspec_engine.testing import ByteTokenizer
 from tests.execution.architectures import ARCHITECTURES, END, build_model
 
-__all__ = ["ARCHITECTURES", "END", "STEP_COST", "assert_all_slots_free", "build_model"]
+__all__ = ["ARCHITECTURES", "END", "STEP_COST", "Written", "assert_all_slots_free", "build_model"]
 
 STEP_COST = ((1, 1.0), (8, 1.1), (64, 1.6))
 """A fixed curve: drafts must not depend on how busy the test machine is."""
@@ -47,12 +48,23 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 def assert_all_slots_free(engine: Engine) -> None:
     """After every request is over, only rows that are kept for later calls use slots, each as often as it says."""
     core = engine._core
-    users = np.zeros(core.pool.num_slots, dtype=np.int32)
-    for row in core.cache._rows.values():
+    users = np.zeros(core.kv.pool.num_slots, dtype=np.int32)
+    for row in core.kv.cache._rows.values():
         assert len(row.slots) == len(row.token_ids) == len(np.unique(row.slots))
         users[row.slots] += 1
-    assert (users == core.pool.users).all()
-    assert (users == core.cache._kept).all()
-    assert core.pool.num_free == (users == 0).sum()
+    assert (users == core.kv.pool.users).all()
+    assert (users == core.kv.cache._kept).all()
+    assert core.kv.pool.num_free == (users == 0).sum()
     assert not core.scheduler
     assert not engine._loop.requests
+
+
+class Written:
+    """What requests have written before a pass, for a runner that is watched from their first pass on."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[str, int] = {}
+
+    def of(self, piece: Piece) -> list[int]:
+        prompt = self._prompts.setdefault(piece.key, len(piece.text))
+        return list(piece.text[prompt:])

@@ -19,7 +19,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["ExactTokens", "Speller", "Spelling"]
+__all__ = ["KnownIds", "Speller", "Spelling"]
 
 _PER_SESSION = 8
 _MAX_TOKENS = 1 << 23
@@ -37,7 +37,7 @@ class Spelling:
         """Those of an earlier call that this one begins with."""
 
 
-class ExactTokens:
+class KnownIds:
     """The last calls of each session. Thread-safe.
 
     Args:

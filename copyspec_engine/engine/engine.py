@@ -1,6 +1,6 @@
 """The engine: one loop in one thread, with sync and async front doors.
 
-Callers on any thread submit requests and read chunks; only the loop thread touches sequences, memory, the KV pool and
+Callers on any thread submit requests and read chunks; only the loop thread touches them, memory, the KV pool and
 the model. A request that fails takes nobody with it; an error that stops the loop reaches every caller.
 
 Importing this module is quick: torch, transformers and Numba are imported when a model is loaded, by the loop's thread.
@@ -80,7 +80,7 @@ class Engine:
         weakref.finalize(self, self._loop.end).atexit = False
         from copyspec_engine.engine.preparation import Preparation
 
-        self._preparation = Preparation(self._config, self._model, self._core.exact_tokens)
+        self._preparation = Preparation(self._config, self._model, self._core.known_ids)
         _open_engines.add(self)
 
     # ---- front doors, any thread -------------------------------------------------------------------------------
@@ -127,15 +127,15 @@ class Engine:
             EngineBusyError: too many requests wait already.
             EngineStoppedError: the engine takes no more requests.
         """
-        sequence = self._prepare(request)
-        self._loop.places.take(sequence.number)
-        return self._begin(request, sequence)
+        prepared = self._prepare(request)
+        self._loop.places.take(prepared.number)
+        return self._begin(request, prepared)
 
-    def _begin(self, request: GenerationRequest, sequence: Request) -> RequestHandle:
+    def _begin(self, request: GenerationRequest, prepared: Request) -> RequestHandle:
         """Queue a request that has a place."""
         handle = RequestHandle(request.request_id)
-        self._loop.enqueue(sequence, handle.sink)
-        handle.on_close(partial(self._abandon, sequence))
+        self._loop.enqueue(prepared, handle.sink)
+        handle.on_close(partial(self._abandon, prepared))
         if request.explain:
             handle.on_last(partial(self._explained, request))
         return handle
@@ -146,9 +146,9 @@ class Engine:
         Where too many requests wait already this waits too, for as long as the request's `timeout_s` allows. Raises as
         `submit` does, and EngineBusyError when that is over.
         """
-        sequence = self._prepare(request)
-        self._loop.wait(sequence)
-        return self._begin(request, sequence)
+        prepared = self._prepare(request)
+        self._loop.wait(prepared)
+        return self._begin(request, prepared)
 
     def generate(self, request: GenerationRequest) -> GenerationOutput:
         """The whole answer. Waits and raises as `stream` does."""
@@ -162,9 +162,9 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
-        sequence = await asyncio.to_thread(self._prepare, request)
-        await self._loop.wait_async(sequence)
-        self._loop.enqueue(sequence, partial(_put_threadsafe, loop, items))
+        prepared = await asyncio.to_thread(self._prepare, request)
+        await self._loop.wait_async(prepared)
+        self._loop.enqueue(prepared, partial(_put_threadsafe, loop, items))
         try:
             while True:
                 item = await items.get()
@@ -176,7 +176,7 @@ class Engine:
                 if item.is_last:
                     return
         finally:
-            self._loop.abandon(sequence)
+            self._loop.abandon(prepared)
 
     async def agenerate(self, request: GenerationRequest) -> GenerationOutput:
         """The whole answer, without blocking the event loop."""
@@ -261,11 +261,11 @@ class Engine:
     def _prepare(self, request: GenerationRequest) -> Request:
         """Tokenise and check a request."""
         self._loop.check_running()
-        return self._preparation.sequence(request)
+        return self._preparation.request(request)
 
-    def _abandon(self, sequence: Request) -> None:
+    def _abandon(self, prepared: Request) -> None:
         """Nobody will read this request any more. Whoever holds its handle holds the engine by this."""
-        self._loop.abandon(sequence)
+        self._loop.abandon(prepared)
 
 
 def inspect_model(config: EngineConfig | None = None, on_progress: OnProgress | None = None) -> EngineInfo:

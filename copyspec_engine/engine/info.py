@@ -31,7 +31,7 @@ def engine_info(
         load_seconds: what the phases of loading took.
         core: what serves it; None for a model that is only looked at.
     """
-    draft, combination = model.draft, None if core is None else core.combination
+    draft = model.draft
     device = torch.device(model.device)
     free, total = memory_of(device)
     return EngineInfo(
@@ -53,7 +53,7 @@ def engine_info(
         draft_model=None if draft is None else draft.name,
         draft_model_source="" if draft is None else draft.source,
         draft_model_step_cost=() if draft is None else draft.step_cost,
-        draft_model_error=None if combination is None else combination.error,
+        draft_model_error=None if core is None else core.draft_model_error,
         sampling_defaults=model.defaults.options,
         sampling_defaults_not_done=model.defaults.not_done,
         memory_path=config.memory_path if core is not None and core.file is not None else None,

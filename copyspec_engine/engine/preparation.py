@@ -11,11 +11,12 @@ import time
 from collections.abc import Sequence
 
 from copyspec_engine.chat.detokenizer import answer_stream
-from copyspec_engine.chat.known_ids import ExactTokens
+from copyspec_engine.chat.known_ids import KnownIds
 from copyspec_engine.chat.reply import Form, ReplyParser
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.grammar.state import GrammarCompiler
-from copyspec_engine.loop.request import Request
+from copyspec_engine.kv.rows import Row
+from copyspec_engine.loop.request import Answer, Asked, Drafting, Request
 from copyspec_engine.sampling.bans import Bans
 from copyspec_engine.values.config import (
     DrafterConfig,
@@ -35,23 +36,23 @@ _PROMPT_END = 64
 
 
 class Preparation:
-    """Makes sequences of requests to one model. Thread-safe.
+    """Makes what the loop works on of requests to one model. Thread-safe.
 
     Args:
         config: of the engine.
         model: its model.
-        exact_tokens: what the conversations' answers were sampled as.
+        known_ids: what the conversations' answers were sampled as.
     """
 
-    def __init__(self, config: EngineConfig, model: LoadedModel, exact_tokens: ExactTokens) -> None:
-        self._config, self._model, self._exact_tokens = config, model, exact_tokens
+    def __init__(self, config: EngineConfig, model: LoadedModel, known_ids: KnownIds) -> None:
+        self._config, self._model, self._known_ids = config, model, known_ids
         self._grammars = GrammarCompiler(model.tokenizer, model.runner.vocab_size, model.eos_token_ids)
         self.chat_format = model.tokenizer.chat_format()
 
     def token_ids(self, request: GenerationRequest) -> list[int]:
         """See `Engine.tokenize`."""
         if request.messages is not None:
-            kept = self._exact_tokens
+            kept = self._known_ids
             known = (*kept.of(request.session_id), *kept.of(request.continues))
             ids = self._model.tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
             return self._known_text("messages", ids)
@@ -83,47 +84,48 @@ class Preparation:
         if bad is not None:
             raise ConfigError(f"Got {name} with {bad} but expected ids from 0 to {limit}")
 
-    def sequence(self, request: GenerationRequest) -> Request:
+    def request(self, call: GenerationRequest) -> Request:
         """Tokenise and check a request. Raises as `Engine.submit` does of its input."""
         model = self._model
-        token_ids = self.token_ids(request)
+        token_ids = self.token_ids(call)
         if not token_ids:
             raise ConfigError("Got an empty prompt: the text gives no tokens")
-        self._check_ids("logit_bias", [token for token, _ in request.sampling.logit_bias])
+        self._check_ids("logit_bias", [token for token, _ in call.sampling.logit_bias])
         for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
-            self._check_ids(name, getattr(request.sampling, name))
+            self._check_ids(name, getattr(call.sampling, name))
         room = min(model.max_model_len, model.num_slots) - len(token_ids)
-        params = model.defaults.applied(request.sampling, len(token_ids), room)
-        request = request.model_copy(update={"sampling": params})
+        params = model.defaults.applied(call.sampling, len(token_ids), room)
+        call = call.model_copy(update={"sampling": params})
         wanted = len(token_ids) + (params.max_tokens or 1)
         if wanted > model.max_model_len:
             raise ContextOverflowError(wanted, model.max_model_len)
         if wanted > model.num_slots:
             raise ContextOverflowError(wanted, model.num_slots, "the KV pool (kv_cache_tokens)")
         limit = min(model.max_model_len, model.num_slots)
-        reply = self._reply_parser(request, token_ids) if request.parse_reply else None
-        drafter = self._drafter(request)
+        reply = self._reply_parser(call, token_ids) if call.parse_reply else None
+        drafter = self._drafter(call)
         ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | frozenset(params.stop_token_ids)
         ends |= model.tokenizer.special_ids(params.stop)  # which have no text in which they could be found
-        return Request(
-            request=request,
-            token_ids=token_ids,
+        asked = Asked(
+            call=call,
             num_prompt_tokens=len(token_ids),
             max_total_tokens=wanted if params.max_tokens else limit,
             eos_token_ids=ends,
-            drafting=drafter,
+            drafter=drafter,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            text=answer_stream(model.tokenizer, request, token_ids, params.stop),
-            reply=reply,
-            draft_model="never" if model.draft is None else drafter.draft_model,
             prediction_ids=self._known_text(
-                "prediction", self._model.tokenizer.encode(request.prediction or "", special_tokens=False)
+                "prediction", model.tokenizer.encode(call.prediction or "", special_tokens=False)
             ),
-            deadline_s=math.inf if request.timeout_s is None else time.perf_counter() + request.timeout_s,
-            cache_salt=request.cache_salt,
+            deadline_s=math.inf if call.timeout_s is None else time.perf_counter() + call.timeout_s,
+            cache_salt=call.cache_salt,
             bans=self._bans(params, ends, len(token_ids)),
-            grammar=None if request.grammar is None else self._grammars.begin(self._placed(request.grammar, reply)),
         )
+        answer = Answer(
+            answer_stream(model.tokenizer, call, token_ids, params.stop),
+            grammar=None if call.grammar is None else self._grammars.begin(self._placed(call.grammar, reply)),
+            reply=reply,
+        )
+        return Request(asked, Row(token_ids), answer, Drafting("never" if model.draft is None else drafter.draft_model))
 
     def _bans(self, params: SamplingParams, ends: frozenset[int], num_prompt_tokens: int) -> Bans | None:
         """What may not come in the answer to a request.

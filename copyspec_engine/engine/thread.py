@@ -1,6 +1,6 @@
 """The loop: one thread that loads a model and steps it, and the requests on their way to it and back.
 
-Only this thread touches sequences, memory, the KV pool and the model; others leave commands. It knows nothing of the
+Only this thread touches requests, memory, the KV pool and the model; others leave commands. It knows nothing of the
 engine in front of it, so that an engine that everybody has let go of can end it.
 """
 
@@ -97,55 +97,55 @@ class EngineLoop:
         if self.is_over:
             raise EngineStoppedError(self._cause)
 
-    def wait(self, sequence: Request) -> None:
+    def wait(self, request: Request) -> None:
         """Wait for a place. Raises as `Admission.wait` does."""
-        with self._waiting_at_the_door(sequence):
-            self.places.wait(sequence.number, sequence.deadline_s)
+        with self._waiting_at_the_door(request):
+            self.places.wait(request.number, request.asked.deadline_s)
 
-    async def wait_async(self, sequence: Request) -> None:
+    async def wait_async(self, request: Request) -> None:
         """As `wait`, for a task."""
-        with self._waiting_at_the_door(sequence):
-            await self.places.wait_async(sequence.number, sequence.deadline_s)
+        with self._waiting_at_the_door(request):
+            await self.places.wait_async(request.number, request.asked.deadline_s)
 
     @contextmanager
-    def _waiting_at_the_door(self, sequence: Request) -> Iterator[None]:
-        request_id = sequence.request.request_id
-        self._at_the_door[request_id] = sequence.number
+    def _waiting_at_the_door(self, request: Request) -> Iterator[None]:
+        request_id = request.id
+        self._at_the_door[request_id] = request.number
         try:
             yield
         except BaseException:
-            self._called_off.discard(sequence.number)
+            self._called_off.discard(request.number)
             raise
         finally:
             self._at_the_door.pop(request_id, None)
 
-    def enqueue(self, sequence: Request, sink: Sink) -> None:
+    def enqueue(self, request: Request, sink: Sink) -> None:
         """Hand over a request that has a place; one that is refused has none any more.
 
         Raises:
             ConfigError: its request_id is in use.
             EngineStoppedError: the loop takes no more requests.
         """
-        request_id = sequence.request.request_id
+        request_id = request.id
         try:
             with self.lock:
                 self.check_running()
                 if request_id in self.requests:
                     raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
-                self.requests[request_id] = (sequence, sink)
-                self._commands.put(partial(self.core.scheduler.add, sequence))
-                if sequence.number in self._called_off:
-                    self._commands.put(partial(self._cancel, sequence))
+                self.requests[request_id] = (request, sink)
+                self._commands.put(partial(self.core.add, request))
+                if request.number in self._called_off:
+                    self._commands.put(partial(self._cancel, request))
         except BaseException:
-            self.places.release(sequence.number)
+            self.places.release(request.number)
             raise
         finally:
-            self._called_off.discard(sequence.number)
+            self._called_off.discard(request.number)
 
-    def abandon(self, sequence: Request) -> None:
+    def abandon(self, request: Request) -> None:
         """Nobody will read this request any more: free its id and place now, and its slots at the next step."""
-        if self._take_off(sequence) is not None:
-            self._commands.put(partial(self._cancel, sequence))
+        if self._take_off(request) is not None:
+            self._commands.put(partial(self._cancel, request))
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request at the next step; its reader gets what was written. False if it is not running (any more)."""
@@ -190,15 +190,14 @@ class EngineLoop:
         self._closing = self._stopped = True
         self._cause = RuntimeError(FORKED)
 
-    def _take_off(self, sequence: Request) -> Sink | None:
+    def _take_off(self, request: Request) -> Sink | None:
         """Free a request's id and place; who reads it, None if nobody does."""
-        request_id = sequence.request.request_id
         with self.lock:
-            entry = self.requests.get(request_id)
-            if entry is None or entry[0] is not sequence:
+            entry = self.requests.get(request.id)
+            if entry is None or entry[0] is not request:
                 return None
-            del self.requests[request_id]
-        self.places.release(sequence.number)
+            del self.requests[request.id]
+        self.places.release(request.number)
         return entry[1]
 
     # ---- the thread --------------------------------------------------------------------------------------------
@@ -216,9 +215,9 @@ class EngineLoop:
         try:
             while not self._closing:
                 self._run_commands()
-                if self.core.scheduler:
-                    for sequence, item in self.core.step():
-                        self._deliver(sequence, item)
+                if self.core:
+                    for request, item in self.core.step():
+                        self._deliver(request, item)
         except BaseException as error:  # whatever it was, callers must not wait for ever
             logger.exception("the engine's loop failed")
             self._cause = error
@@ -226,29 +225,27 @@ class EngineLoop:
 
     def _run_commands(self) -> None:
         """Carry out what callers asked for; waits for something to do while nothing runs."""
-        if not self.core.scheduler:
+        if not self.core:
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
 
-    def _cancel(self, sequence: Request) -> None:
-        item = self.core.cancel(sequence)
+    def _cancel(self, request: Request) -> None:
+        item = self.core.cancel(request)
         if item is not None:
-            self._deliver(sequence, item)
+            self._deliver(request, item)
 
-    def _deliver(self, sequence: Request, item: StreamChunk | Exception) -> None:
+    def _deliver(self, request: Request, item: StreamChunk | Exception) -> None:
         """Give a request's reader an item, if it still has one."""
         last = isinstance(item, Exception) or item.is_last
-        if last and isinstance(item, StreamChunk):
-            self.core.keep_tokens(sequence)
         if last:
-            sink = self._take_off(sequence)
+            sink = self._take_off(request)
         else:
             with self.lock:
-                entry = self.requests.get(sequence.request.request_id)
-            sink = entry[1] if entry is not None and entry[0] is sequence else None
-        if sink is not None and not _hand(sink, sequence, item) and not last:
-            self.abandon(sequence)
+                entry = self.requests.get(request.id)
+            sink = entry[1] if entry is not None and entry[0] is request else None
+        if sink is not None and not _hand(sink, request, item) and not last:
+            self.abandon(request)
 
     def _stop(self) -> None:
         with self.lock:
@@ -263,16 +260,16 @@ class EngineLoop:
             self.core.close()
         except MemoryFileError:
             logger.exception("the memory file was not closed well")
-        for sequence, sink in waiting:
-            _hand(sink, sequence, EngineStoppedError(self._cause))
+        for request, sink in waiting:
+            _hand(sink, request, EngineStoppedError(self._cause))
 
 
-def _hand(sink: Sink, sequence: Request, item: StreamChunk | Exception) -> bool:
+def _hand(sink: Sink, request: Request, item: StreamChunk | Exception) -> bool:
     """Give a request's reader an item; False if the reader is gone (its event loop was closed, say)."""
     try:
         sink(item)
     except Exception:
-        logger.warning("nobody reads request %s any more", sequence.request.request_id, exc_info=True)
+        logger.warning("nobody reads request %s any more", request.id, exc_info=True)
         return False
     return True
 

@@ -32,14 +32,17 @@ _BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New tokens of one row, for one forward pass.
+    """What one row of a forward pass needs: its new tokens, and where its keys and values are.
 
     Args:
         slots: of the row's tokens, the new ones last, shape (context,) or longer.
-        base: tokens that the row has already.
+        base: tokens that the row has already, and so the position of its first new one.
         ids: the new tokens; a draft's nodes come last and sit at their depth.
         draft: see above.
         num_logits: how many of the last new tokens' logits are wanted.
+        key: whose row it is: the id of its request, by which a runner may keep what it needs until `Runner.release`.
+        text: the row's tokens from the first one on, without the draft; those behind the new ones are not to be read
+            yet. For runners that keep something else than KV.
     """
 
     slots: TokenArray
@@ -47,6 +50,8 @@ class Piece:
     ids: Sequence[int]
     draft: DraftTree
     num_logits: int
+    key: str = ""
+    text: Sequence[int] = ()
 
     @property
     def context(self) -> int:

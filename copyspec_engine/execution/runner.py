@@ -63,8 +63,6 @@ from copyspec_engine.execution.peft_adapter import base_of_adapter, merge_adapte
 from copyspec_engine.execution.self_check import Checked, check_equivalence
 from copyspec_engine.execution.stateful import StatefulRunner, check_state
 from copyspec_engine.execution.weight_counts import counting_weights
-from copyspec_engine.loop.request import Request
-from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.models import ModelFolder, locate_model
 from copyspec_engine.models.gguf import is_converted
 from copyspec_engine.values.config import EngineConfig
@@ -93,16 +91,12 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
-        """Logits after the last pending token of each row that samples, and after each node of its draft.
-
-        Returns:
-            Those of all such rows, in their order, shape (sum of 1 + len(draft), vocabulary).
-        """
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Read all pieces; the logits that they want, in order, shape (sum of num_logits, vocabulary)."""
         ...
 
-    def release(self, sequence: Request) -> None:
-        """A sequence is over: whatever is kept of it alone can go. It may be unknown here."""
+    def release(self, key: str) -> None:
+        """A row is over (`Piece.key`): whatever is kept of it alone can go. It may be unknown here."""
         ...
 
 
@@ -146,16 +140,15 @@ class ModelRunner:
         """Why passes are not captured any more; None if they are, or never were."""
         return None if self._passes is None else self._passes.capture_error
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
-        pieces = [_piece(row, draft) for row, draft in zip(batch.rows, drafts, strict=True)]
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         if self._exact_widths is None:
             logits = self.run(pieces)
         else:
             logits = torch.cat([self.run(those) for those in _side_by_side(pieces, self._exact_widths[-1])])
         return logits if has_float64(self._device) else logits.cpu()  # in which tokens are drawn
 
-    def release(self, sequence: Request) -> None:
-        """Nothing to do: the pool's slots are all that a sequence has, and the scheduler gives them back."""
+    def release(self, key: str) -> None:
+        """Nothing to do: the pool's slots are all that a row has, and whoever took them gives them back."""
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -255,12 +248,6 @@ class ModelRunner:
         begin = clock()
         self.run([Piece(slots, context, [0] * width, DraftTree(), num_logits=width)]).argmax(-1).tolist()
         return clock() - begin
-
-
-def _piece(row: ScheduledRow, draft: DraftTree) -> Piece:
-    sequence, base = row.sequence, row.sequence.num_computed
-    ids = [*sequence.token_ids[base : base + row.num_tokens], *draft.tokens]
-    return Piece(sequence.slots, base, ids, draft, (1 + len(draft)) * row.samples)
 
 
 def _side_by_side(pieces: Sequence[Piece], most: int) -> Iterator[list[Piece]]:

@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.checkpoint import relative_difference, tolerance, vocab_size
-from copyspec_engine.loop.request import Request
-from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.values.errors import UnsupportedModelError
 
 __all__ = ["StatefulRunner", "check_state"]
@@ -84,7 +82,7 @@ class StatefulRunner:
 
     def __init__(self, model: PreTrainedModel, in_pieces: bool) -> None:
         self._model, self._in_pieces = model, in_pieces
-        self._states: dict[Request, _State] = {}
+        self._states: dict[str, _State] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -92,44 +90,44 @@ class StatefulRunner:
 
     @property
     def num_states(self) -> int:
-        """Sequences whose state is in memory."""
+        """Rows whose state is in memory."""
         return len(self._states)
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """As `Runner.forward`.
 
         Raises:
             ValueError: there is a draft.
         """
-        if any(len(draft) for draft in drafts):
+        if any(len(piece.draft) for piece in pieces):
             raise ValueError("Got a draft but expected none: this model's state cannot be taken back")
-        return torch.cat([self._forward_row(row) for row in batch.rows])
+        return torch.cat([self._forward_row(piece) for piece in pieces])
 
-    def release(self, sequence: Request) -> None:
-        """Drop a sequence's state; if it goes on all the same, its text is read again."""
-        self._states.pop(sequence, None)
+    def release(self, key: str) -> None:
+        """Drop a row's state; if it goes on all the same, its text is read again."""
+        self._states.pop(key, None)
 
-    def _forward_row(self, row: ScheduledRow) -> torch.Tensor:
-        if not row.samples and not self._in_pieces:
+    def _forward_row(self, piece: Piece) -> torch.Tensor:
+        if not piece.num_logits and not self._in_pieces:
             return torch.empty((0, self.vocab_size), dtype=self._model.dtype, device=self._model.device)
-        logits = self._read(row.sequence, row.sequence.num_computed + row.num_tokens)
-        return logits if row.samples else logits[:0]
+        logits = self._read(piece)
+        return logits if piece.num_logits else logits[:0]
 
-    def _read(self, sequence: Request, end: int) -> torch.Tensor:
-        """Bring a sequence's state up to token `end`, which may have happened before: a failed step is run again.
+    def _read(self, piece: Piece) -> torch.Tensor:
+        """Bring a row's state up to the piece's last token, which may have happened before: a failed step is run again.
 
         Returns:
             The logits behind that token, shape (1, vocabulary).
         """
         # Taken out meanwhile: a pass that fails leaves half a state behind, and the next one has to start afresh.
-        state = self._states.pop(sequence, None) or _State(self._model)
-        ids = sequence.token_ids[state.num_read : end]
+        state = self._states.pop(piece.key, None) or _State(self._model)
+        ids = piece.text[state.num_read : piece.context]
         size = 1 if state.num_read and not self._in_pieces else max(len(ids), 1)
         for start in range(0, len(ids), size):
             state.read(ids[start : start + size])
-        self._states[sequence] = state
+        self._states[piece.key] = state
         if state.logits is None:
-            raise ValueError(f"Got end={end} but expected at least one token to read")
+            raise ValueError(f"Got a piece that ends at token {piece.context} but expected at least one token to read")
         return state.logits
 
 

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from copyspec_engine.kv.slots import KVPool
 from copyspec_engine.values.tokens import TokenArray, common_prefix_length
 
-__all__ = ["PrefixCache"]
+__all__ = ["Owner", "PrefixCache"]
+
+Owner: TypeAlias = str | int
+"""Whose a kept row is: a conversation's, by its id, or a single request's, by its number."""
 
 _MOST_SHARED = 4
 """Slots of all rows together, as a multiple of those there are."""
@@ -43,7 +46,7 @@ class PrefixCache:
 
     def __init__(self, pool: KVPool, max_rows: int) -> None:
         self._pool, self._max_rows = pool, max_rows
-        self._rows: OrderedDict[str, _Row] = OrderedDict()
+        self._rows: OrderedDict[Owner, _Row] = OrderedDict()
         self._kept = np.zeros(pool.num_slots, dtype=np.int32)
         """How many rows use each slot."""
 
@@ -55,7 +58,7 @@ class PrefixCache:
         """Slots that would be free if no row were kept."""
         return int(((self._kept > 0) & (self._kept == self._pool.users)).sum())
 
-    def match(self, token_ids: TokenArray, owners: Sequence[str], salt: str | None) -> TokenArray:
+    def match(self, token_ids: TokenArray, owners: Sequence[Owner], salt: str | None) -> TokenArray:
         """The slots of the longest kept beginning of a text, shape (n,), in the rows that its caller may use."""
         best, best_key = _NO_SLOTS, None
         for key, row in self._rows.items():
@@ -67,7 +70,7 @@ class PrefixCache:
             self._rows.move_to_end(best_key)
         return best
 
-    def keep(self, owner: str, token_ids: TokenArray, slots: TokenArray, salt: str | None) -> None:
+    def keep(self, owner: Owner, token_ids: TokenArray, slots: TokenArray, salt: str | None) -> None:
         """Keep a row instead of the one that its owner had; the caller's part in the slots passes to the cache."""
         self.drop(owner)
         self._rows[owner] = _Row(token_ids, slots, salt)
@@ -76,7 +79,7 @@ class PrefixCache:
         while len(self._rows) > self._max_rows or int(self._kept.sum()) > most:
             self.drop(next(iter(self._rows)))
 
-    def drop(self, owner: str) -> bool:
+    def drop(self, owner: Owner) -> bool:
         """Let go of an owner's row; False if there is none."""
         row = self._rows.pop(owner, None)
         if row is not None:

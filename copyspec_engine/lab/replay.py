@@ -373,5 +373,6 @@ def accept(draft: DraftTree, answer: Sequence[int], done: int) -> tuple[tuple[in
     """
     levels = (0, *draft.depths())
     sampled = [answer[done + level] if done + level < len(answer) else END_OF_RECORD for level in levels]
-    accepted, tokens = verify(draft, sampled)[:2]
-    return accepted, tokens[:-1] if tokens[-1] == END_OF_RECORD else tokens
+    verdict = verify(draft, sampled)
+    tokens = verdict.tokens
+    return verdict.accepted, tokens[:-1] if tokens[-1] == END_OF_RECORD else tokens

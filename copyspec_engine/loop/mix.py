@@ -59,19 +59,19 @@ class _Writer:
 
     def __init__(
         self,
-        sequence: Request,
+        request: Request,
         known: _Known,
         copies: DraftTree,
         likely: npt.NDArray[np.float64],
         most: int,
     ) -> None:
-        self.sequence, self.known = sequence, known
+        self.request, self.known = request, known
         self._copies, self._likely, self._most = copies, likely, most
         self.start()
 
     def start(self) -> None:
         """Nothing has been asked yet."""
-        is_fixed, eos = self.sequence.draft_model != "in-tree", self.sequence.eos_token_ids
+        is_fixed, eos = self.request.drafting.draft_model != "in-tree", self.request.asked.eos_token_ids
         self.chain = DraftChain(self._copies, self._likely, self._most, self.known.survival, eos, is_fixed=is_fixed)
 
 
@@ -99,22 +99,22 @@ class Combination:
         """Why the draft model is not asked any more."""
 
     def extend(
-        self, sequences: Sequence[Request], drafts: Sequence[DraftTree], rooms: Sequence[int], width: int
+        self, requests: Sequence[Request], drafts: Sequence[DraftTree], rooms: Sequence[int], width: int
     ) -> list[DraftTree]:
         """The drafts for one pass with what the draft model adds.
 
         Args:
-            sequences: that sample in it.
+            requests: that sample in it.
             drafts: the copies that they propose.
             rooms: most nodes of each draft.
             width: tokens that the pass reads without any draft.
         """
-        asking = zip(sequences, drafts, rooms, strict=True)
-        writers = [self._writer(sequence, draft, room) for sequence, draft, room in asking]
+        asking = zip(requests, drafts, rooms, strict=True)
+        writers = [self._writer(request, draft, room) for request, draft, room in asking]
         able = [writer for writer in writers if writer is not None]
         if not able:
             return list(drafts)
-        pace = self._policy.pace([sequence.drafter for sequence in sequences], width)
+        pace = self._policy.pace([request.drafting.drafter for request in requests], width)
         try:
             self._write(able, width, pace)
         except Exception as error:
@@ -127,51 +127,51 @@ class Combination:
             for writer, draft in zip(writers, drafts, strict=True)
         ]
 
-    def _writer(self, sequence: Request, draft: DraftTree, room: int) -> _Writer | None:
+    def _writer(self, request: Request, draft: DraftTree, room: int) -> _Writer | None:
         """A request that may ask the draft model, or None."""
-        use = sequence.draft_model
-        if use == "never" or not sequence.first_token_s or self.error is not None:
+        use = request.drafting.draft_model
+        if use == "never" or not request.progress.first_token_s or self.error is not None:
             return None
         guessed = draft.probabilities
         if use == "after-copies" and len(guessed) and masses(draft, draft.reach(guessed))[0] < _MATCH:
             draft = DraftTree()
         can_share = use == "in-tree" and len(draft.probabilities)
-        most = min(self._max_tokens, room - len(draft), self.draft_model.room(sequence))
+        most = min(self._max_tokens, room - len(draft), self.draft_model.room(request))
         if most <= 0 or (len(draft) and not can_share):
             return None
-        known = self._known.get(sequence) or self._begin(sequence)
-        likely = likely_nodes(sequence.drafter, draft)
+        known = self._known.get(request) or self._begin(request)
+        likely = likely_nodes(request.drafting.drafter, draft)
         if len(likely):
             strength = masses(draft, likely)[0]
             known.copies = strength, frozenset(draft.children()[0])
             likely = likely * known.survival.trust(strength)
-        return _Writer(sequence, known, draft, likely, most)
+        return _Writer(request, known, draft, likely, most)
 
-    def _begin(self, sequence: Request) -> _Known:
-        memory = sequence.memory
+    def _begin(self, request: Request) -> _Known:
+        memory = request.drafting.memory
         survival = self._survival.copy() if memory is None or memory.draft_survival is None else memory.draft_survival
         if memory is not None:
             memory.draft_survival = survival
-        self._known[sequence] = known = _Known(survival)
+        self._known[request] = known = _Known(survival)
         return known
 
     def _write(self, writers: Sequence[_Writer], width: int, pace: float) -> None:
         """Ask the draft model, one pass after the other, as long as anybody has reason to."""
         gains = self._gains(writers, width, pace)
-        active = [writer for writer in writers if self._begins(writer, gains.get(writer.sequence, 0.0), pace)]
+        active = [writer for writer in writers if self._begins(writer, gains.get(writer.request, 0.0), pace)]
         while active:
-            guesses = self._guess([writer.sequence for writer in active])
+            guesses = self._guess([writer.request for writer in active])
             pairs = [(writer, guess) for writer, guess in zip(active, guesses, strict=True) if guess is not None]
             for writer, guess in pairs:
                 writer.chain.take(guess)
             going = [writer for writer, _ in pairs if not writer.chain.is_done]
             gains = self._gains(going, width, pace)
-            active = [writer for writer in going if writer.sequence in gains]
+            active = [writer for writer in going if writer.request in gains]
         self._failures = 0
 
-    def _guess(self, sequences: Sequence[Request]) -> list[Guess | None]:
+    def _guess(self, requests: Sequence[Request]) -> list[Guess | None]:
         before, start = self.draft_model.num_tokens_read, time.perf_counter()
-        guesses = self.draft_model.guess(sequences)
+        guesses = self.draft_model.guess(requests)
         seconds, width = time.perf_counter() - start, self.draft_model.num_tokens_read - before
         self.seconds += seconds
         if width:
@@ -188,12 +188,12 @@ class Combination:
         while going:
             pass_cost = self._passes(len(going)) / len(going)
             gains = {
-                writer.sequence: 0.0
+                writer.request: 0.0
                 if writer.chain.is_fixed
                 else writer.chain.gain(pass_cost, self._policy.cost, width, pace)
                 for writer in going
             }
-            left = [writer for writer in going if writer.chain.is_fixed or gains[writer.sequence] > 0]
+            left = [writer for writer in going if writer.chain.is_fixed or gains[writer.request] > 0]
             if len(left) == len(going):
                 return gains
             going = left
@@ -201,14 +201,14 @@ class Combination:
 
     def _begins(self, writer: _Writer, gain: float, pace: float) -> bool:
         """Whether a request asks the draft model at all before this pass, with all that it has to read for that."""
-        sequence, known = writer.sequence, writer.known
+        request, known = writer.request, writer.known
         if writer.chain.is_fixed:
-            self.draft_model.follow(sequence)
+            self.draft_model.follow(request)
             return True
         if gain > 0:
-            missing = self.draft_model.follow(sequence)
+            missing = self.draft_model.follow(request)
             reading = pace * (self._passes(missing) - self._passes(1))
-            left = sequence.max_total_tokens - len(sequence.token_ids)
+            left = request.asked.max_total_tokens - len(request.row.token_ids)
             if known.lost + min(known.lost + _HORIZON * gain, left * gain) >= reading:
                 known.lost = 0.0
                 return True
@@ -221,7 +221,7 @@ class Combination:
         for writer in writers:
             writer.start()
         if len(writers) == 1:
-            self._give_up(writers[0].sequence, error)
+            self._give_up(writers[0].request, error)
             return
         for writer in writers:
             if self.error is None:
@@ -229,21 +229,21 @@ class Combination:
                     self._write([writer], width, pace)
                 except Exception as own:
                     writer.start()
-                    self._give_up(writer.sequence, own)
+                    self._give_up(writer.request, own)
 
-    def _give_up(self, sequence: Request, error: Exception) -> None:
+    def _give_up(self, request: Request, error: Exception) -> None:
         if not isinstance(error, UnknownTokenError):  # that is the text's doing, and no reason to leave others without
             self._failures += 1
         logger.warning(
             "The draft model failed and request %s goes on without it: %s: %s",
-            sequence.request.request_id,
+            request.id,
             type(error).__name__,
             error,
             exc_info=error,
         )
-        sequence.draft_model = "never"
-        self._known.pop(sequence, None)
-        self.draft_model.drop(sequence)
+        request.drafting.draft_model = "never"
+        self._known.pop(request, None)
+        self.draft_model.drop(request)
         if self._failures >= _MOST_FAILURES:
             self.error = f"{type(error).__name__}: {error}"
             logger.error("The draft model is not asked any more: it failed %d times in a row", self._failures)
@@ -251,18 +251,18 @@ class Combination:
                 self.draft_model.drop(other)
             self._known.clear()
 
-    def observe(self, sequence: Request, written: Sequence[int]) -> None:
+    def observe(self, request: Request, written: Sequence[int]) -> None:
         """A pass is over: what a request has written."""
-        known = self._known.get(sequence)
+        known = self._known.get(request)
         if known is not None:
             known.survival.learn(known.places, written)
             if known.copies is not None:
                 known.survival.learn_copies(known.copies[0], written[0] in known.copies[1])
             known.places, known.copies = [], None
 
-    def release(self, sequence: Request) -> None:
+    def release(self, request: Request) -> None:
         """A request is over."""
-        known = self._known.pop(sequence, None)
+        known = self._known.pop(request, None)
         if known is not None:
             self._survival.blend(known.survival, _SHARED)
-        self.draft_model.release(sequence)
+        self.draft_model.release(request)

@@ -4,47 +4,44 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 
-from copyspec_engine.chat.known_ids import ExactTokens
+from copyspec_engine.chat.known_ids import KnownIds
 from copyspec_engine.compiled import counting_compilations
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes, wants_candidates
 from copyspec_engine.drafting.live_cost import LiveCost
 from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.grammar.state import GrammarState
-from copyspec_engine.kv.prefix_cache import PrefixCache
-from copyspec_engine.kv.slots import KVPool
+from copyspec_engine.kv.rows import KVRows
+from copyspec_engine.loop.conversation import Conversations
 from copyspec_engine.loop.draft_model import DraftModel
 from copyspec_engine.loop.mix import Combination
 from copyspec_engine.loop.request import Request
-from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow, Scheduler, session_key
+from copyspec_engine.loop.scheduler import Scheduler, StepRow
 from copyspec_engine.memory.alternatives import NUM_CANDIDATES, Candidates
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile
-from copyspec_engine.memory.store import SessionStore
-from copyspec_engine.memory.view import Snapshot, snapshot
+from copyspec_engine.memory.view import Snapshot
 from copyspec_engine.provenance.trail import find_around, trace
-from copyspec_engine.sampling.alternatives import with_candidates
+from copyspec_engine.sampling.alternatives import add_candidates
 from copyspec_engine.sampling.gumbel import warm_up_noise
-from copyspec_engine.sampling.logprobs import with_logprobs
+from copyspec_engine.sampling.logprobs import add_logprobs
 from copyspec_engine.sampling.sampler import SampleRow, sample
 from copyspec_engine.sampling.verify import Verdict, verify
 from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
-from copyspec_engine.values.metrics import EngineMetrics
+from copyspec_engine.values.metrics import Counts, EngineMetrics
 from copyspec_engine.values.outputs import FinishReason, StreamChunk
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 __all__ = ["EngineCore", "warm_up"]
 
 logger = logging.getLogger(__name__)
-
-_Result = tuple[DraftTree, Verdict | None]
-"""A row's draft and what became of it; no verdict for a piece of the prompt."""
 
 _PER_SESSION = 2
 """Rows of KV that are kept for each session: its own, and one of a call without a session."""
@@ -53,109 +50,257 @@ _UNMEASURED = ((1, 1.0), (2, 2.0))
 
 
 class EngineCore:
-    """A model with its KV pool, memory, queue and drafting, and the step that moves every running request on."""
+    """A model with its KV, conversations, queue and drafting, and the step that moves every running request on."""
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
-        self.pool = KVPool(model.num_slots)
         self.file, self.memory_error = _open_memory(config.memory_path, model)
         is_stateful = model.drafting_error is not None  # nothing of a text can be read without all before it
-        self.cache = PrefixCache(self.pool, 0 if is_stateful else _PER_SESSION * config.max_sessions)
-        self.exact_tokens = ExactTokens()
-        self._keeps_token_ids = config.keep_token_ids
-        self.sessions = SessionStore(config, self._drop_kv, self.file, model.runner.vocab_size)
-        prefill = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
-        self.scheduler = Scheduler(self.pool, self.cache, self.sessions, config.max_running, prefill, self._release)
+        max_kept = 0 if is_stateful else _PER_SESSION * config.max_sessions
+        self.kv = KVRows(model.num_slots, max_kept)
+        draft_kv = None if model.draft is None else KVRows(model.draft.num_slots, max_kept)
+        vocab_size = model.runner.vocab_size
+        self.conversations = Conversations(config, self.kv, draft_kv, self.file, vocab_size)
+        self.counts = Counts()
+        most_read = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
+        self.scheduler = Scheduler(self.kv, config.max_running, most_read, self.counts)
         self._cost = LiveCost(model.step_cost or _UNMEASURED, is_fixed=not model.cost_is_measured)
         self.policy = DraftingPolicy(self._cost.relative)
-        self.combination = None if model.draft is None else self._combination(model.draft, config)
+        self.combination: Combination | None = None
+        if model.draft is not None and draft_kv is not None and config.draft is not None:
+            draft_model = DraftModel(model.draft, draft_kv, vocab_size, config.max_prefill_tokens)
+            self.combination = Combination(draft_model, self.policy, self._cost, config.draft.max_tokens)
 
-    def _combination(self, draft: LoadedModel, config: EngineConfig) -> Combination:
-        draft_model = DraftModel(
-            draft, self.model.runner.vocab_size, _PER_SESSION * config.max_sessions, config.max_prefill_tokens
-        )
-        assert config.draft is not None
-        return Combination(draft_model, self.policy, self._cost, config.draft.max_tokens)
+    # ---- one step --------------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[Request, StreamChunk | Exception]]:
         """One forward pass for every running request; what each reader is to hear of it."""
-        expired = [(sequence, self._end(sequence, "timeout")) for sequence in self.scheduler.expired()]
+        heard = self._expire()
         self.scheduler.admit()
-        begun = [(sequence, self._begin_drafting(sequence)) for sequence in list(self.scheduler.running)]
-        batch = self.scheduler.schedule()
+        heard += self._begin_drafting()
+        rows = self.scheduler.schedule()
+        with self._learning_cost(rows):
+            for group in _attempts(rows):
+                with _noting_errors(group):
+                    self._draft(group)
+                    logits = self._run(group)
+                    self._verify(group, logits)
+            heard += self._commit(rows)
+        return heard
+
+    def _expire(self) -> list[tuple[Request, StreamChunk | Exception]]:
+        """End the requests whose time is over."""
+        return [(request, self._stop(request, "timeout")) for request in self.scheduler.expired()]
+
+    def _begin_drafting(self) -> list[tuple[Request, StreamChunk | Exception]]:
+        """Give requests that have none their drafters, or end those of which that fails."""
+        failed: list[tuple[Request, StreamChunk | Exception]] = []
+        for request in [request for request in self.scheduler.running if request.drafting.drafter is None]:
+            asked, drafting = request.asked, request.drafting
+            try:
+                self.conversations.open(request)
+                assert drafting.memory is not None
+                with drafting.memory.noting(drafting.texts):
+                    drafting.drafter = self.policy.begin(
+                        asked.drafter,
+                        drafting.memory,
+                        request.row.token_ids,
+                        asked.eos_token_ids,
+                        asked.prediction_ids,
+                    )
+            except Exception as error:
+                failed.append((request, self._fail(request, error)))
+        return failed
+
+    def _draft(self, rows: Sequence[StepRow]) -> None:
+        """What to verify behind each row's last token; nothing behind a piece of a prompt. Can be done again."""
+        width = sum(row.num_tokens for row in rows)
+        sampling = [row for row in rows if row.samples]
+        for row in sampling:
+            row.draft = self._copies(row, width)
+        if self.combination is not None:
+            self._ask_draft_model(self.combination, sampling, width)
+        drafters = [row.request.drafting.drafter for row in sampling]
+        shared = self.policy.share(drafters, [row.draft for row in sampling], width)
+        known = self.model.runner.vocab_size  # a tokenizer may hold more, and a grammar force it
+        for row, draft in zip(sampling, shared, strict=True):
+            row.draft = self.scheduler.fit(row, draft.below(known))
+
+    def _copies(self, row: StepRow, width: int) -> DraftTree:
+        """What a row would like to verify in a pass that reads `width` tokens anyway."""
+        request, room = row.request, self._room(row)
+        if isinstance(request.asked.drafter, AdaptiveDrafter) and not request.progress.first_token_s:
+            room = self.policy.without_delay(width, room)
+        drafter, grammar = request.drafting.drafter, request.answer.grammar
+        draft = DraftTree() if drafter is None else drafter.propose(width, room)
+        return draft if grammar is None else grammar.prune(draft, room)
+
+    def _ask_draft_model(self, combination: Combination, rows: Sequence[StepRow], width: int) -> None:
+        """Add to the rows' copies what the draft model writes."""
+        copies, rooms = [row.draft for row in rows], [self._room(row) for row in rows]
+        extended = combination.extend([row.request for row in rows], copies, rooms, width)
+        for row, room, draft in zip(rows, rooms, extended, strict=True):
+            grammar = row.request.answer.grammar
+            row.draft = draft if draft is row.draft or grammar is None else grammar.prune(draft, room)
+
+    def _room(self, row: StepRow) -> int:
+        """Most draft nodes behind the pending tokens of a request."""
+        drafter, exact_width = row.request.asked.drafter, self.model.exact_width
+        if isinstance(drafter, NoDrafter):
+            return 0
+        room = row.request.max_draft_tokens
+        if isinstance(drafter, AdaptiveDrafter):
+            room = min(room, drafter.max_draft_tokens)
+        return room if exact_width is None else min(room, exact_width - row.num_tokens)
+
+    def _run(self, rows: Sequence[StepRow]) -> torch.Tensor:
+        """The step's forward pass; shape (sum of 1 + len(draft) over the rows that sample, vocabulary)."""
+        logits = self.model.runner.forward([row.piece for row in rows])
+        self.counts.num_steps += 1
+        return logits
+
+    def _verify(self, rows: Sequence[StepRow], logits: torch.Tensor) -> None:
+        """Sample at every node and compare. Changes no request, so that a step can be repeated."""
+        sampling = [row for row in rows if row.samples]
+        if not sampling:
+            return
+        sampled = [_sample_row(row) for row in sampling]
+        verdicts = [verify(row.draft, tokens) for row, tokens in zip(sampling, sample(logits, sampled), strict=True)]
+        add_candidates(logits, sampled, verdicts)
+        add_logprobs(logits, sampled, verdicts)
+        for row, verdict in zip(sampling, verdicts, strict=True):
+            verdict.runs = _runs(row, verdict)
+            row.verdict = verdict
+
+    def _commit(self, rows: Sequence[StepRow]) -> list[tuple[Request, StreamChunk | Exception]]:
+        """Take over what the pass gave each row, or end its request if that failed."""
+        heard: list[tuple[Request, StreamChunk | Exception]] = []
+        for row in rows:
+            try:
+                if row.error is not None:
+                    raise row.error
+                chunk: StreamChunk | Exception | None = self._take(row)
+            except Exception as error:
+                chunk = self._fail(row.request, error)
+            if chunk is not None:
+                heard.append((row.request, chunk))
+        return heard
+
+    def _take(self, row: StepRow) -> StreamChunk | None:
+        """Write down what a row has sampled; one that only read prompt tokens has nothing to tell."""
+        request, verdict = row.request, row.verdict
+        request.row.num_computed += row.num_tokens
+        if verdict is None:
+            request.progress.num_prefill_passes += 1
+            return None
+        if self.combination is not None:
+            self.combination.observe(request, verdict.tokens)
+        segments = request.write(verdict)
+        request.row.keep_nodes(verdict.accepted)
+        request.progress.draft_lengths.append(len(row.draft))
+        request.progress.accepted_lengths.append(len(verdict.accepted))
+        self.counts.note(len(row.draft), len(verdict.tokens), [(run.num_tokens, run.kind) for run in verdict.runs])
+        request.drafting.observe(row.draft, verdict)
+        if request.answer.finish_reason is not None:
+            self._end(request)
+        return request.chunk(segments, verdict.tokens, (verdict.logprobs or ())[: len(verdict.tokens)])
+
+    @contextmanager
+    def _learning_cost(self, rows: Sequence[StepRow]) -> Iterator[None]:
+        """Take in what a step takes, unless it is another kind of step: one that reads of a prompt, or goes wrong."""
         start, drafting = time.perf_counter(), self._drafting_s
-        results = self._results(batch) if batch.rows else []
-        done = [(row.sequence, self._commit(row, result)) for row, result in results]
-        self._learn_cost(results, time.perf_counter() - start - (self._drafting_s - drafting))
-        return [(sequence, item) for sequence, item in (*expired, *begun, *done) if item is not None]
+        yield
+        if rows and all(row.num_tokens == 1 and row.error is None for row in rows):
+            seconds = time.perf_counter() - start - (self._drafting_s - drafting)
+            if self._cost.observe(len(rows) + sum(len(row.draft) for row in rows), seconds):
+                self.policy.cost = self._cost.relative
 
     @property
     def _drafting_s(self) -> float:
         """Seconds that a draft model has taken so far."""
         return 0.0 if self.combination is None else self.combination.seconds
 
-    def _learn_cost(self, results: Sequence[tuple[ScheduledRow, _Result | Exception]], seconds: float) -> None:
-        """Take in what a step took, unless it was another kind of step: one that read of a prompt, or went wrong."""
-        drafts = [result[0] for row, result in results if row.num_tokens == 1 and not isinstance(result, Exception)]
-        if drafts and len(drafts) == len(results) and self._cost.observe(len(drafts) + sum(map(len, drafts)), seconds):
-            self.policy.cost = self._cost.relative
+    # ---- requests that come and go ---------------------------------------------------------------------------------
 
-    def _begin_drafting(self, sequence: Request) -> Exception | None:
-        """Give a request that has none its drafter, or end the request if that fails."""
-        if sequence.drafter is not None:
-            return None
+    def __bool__(self) -> bool:
+        """Whether there is work for a step."""
+        return bool(self.scheduler)
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.scheduler.add(request)
+
+    def cancel(self, request: Request) -> StreamChunk | Exception | None:
+        """Stop a request; its last chunk, or None if it finished before."""
+        return self._stop(request, "cancelled") if self.scheduler.holds(request) else None
+
+    def _stop(self, request: Request, reason: FinishReason) -> StreamChunk | Exception:
+        """End a waiting or running request early; what it has written so far is its answer."""
         try:
-            self.scheduler.open_memory(sequence)
-            assert sequence.memory is not None
-            with sequence.memory.noting(sequence.texts):
-                sequence.drafter = self.policy.begin(
-                    sequence.drafting,
-                    sequence.memory,
-                    sequence.token_ids,
-                    sequence.eos_token_ids,
-                    sequence.prediction_ids,
-                )
+            request.answer.finish_reason = reason
+            segments = request.answer.text.flush()
+            self._end(request)
+            return request.chunk(segments)
         except Exception as error:
-            return self._fail(sequence, error)
-        return None
+            return self._fail(request, error)
 
-    def _results(self, batch: ScheduledBatch) -> list[tuple[ScheduledRow, _Result | Exception]]:
-        """What each row's pass gives. If the step fails its rows are run one by one, so that only the culprit fails."""
+    def _fail(self, request: Request, error: Exception) -> RequestFailedError:
+        """Take a request off; only its own reader hears of the error."""
         try:
-            return list(zip(batch.rows, self._verify(batch), strict=True))
-        except Exception as error:
-            if len(batch.rows) <= 1:
-                return [(row, error) for row in batch.rows]
-            logger.warning("a step of %d requests failed and is run again one by one", len(batch.rows), exc_info=True)
-            return [result for row in batch.rows for result in self._results(ScheduledBatch((row,)))]
+            request.answer.finish_reason = None
+            if self.scheduler.holds(request):
+                self._end(request)
+        except Exception:
+            logger.exception("request %s failed, and so did its drafter's end", request.id)
+        failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
 
-    def _verify(self, batch: ScheduledBatch) -> list[_Result]:
-        """Draft, run the model, sample, compare. Changes no request, so that it can be repeated."""
-        drafts = self._propose(batch)
-        logits = self.model.runner.forward(batch, drafts)
-        self.scheduler.counts.num_steps += 1
-        rows = [_sample_row(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
-        if not rows:
-            return [(draft, None) for draft in drafts]
-        verdicts = [verify(row.draft, tokens) for row, tokens in zip(rows, sample(logits, rows), strict=True)]
-        verdicts = with_candidates(logits, rows, verdicts, [_ending(row) for row in batch.rows if row.samples])
-        found = iter(with_logprobs(logits, rows, verdicts))
-        return [
-            (draft, _traced(row, draft, next(found)) if row.samples else None)
-            for row, draft in zip(batch.rows, drafts, strict=True)
-        ]
+    def _end(self, request: Request) -> None:
+        """A request is over: its conversation keeps what it may, everything else becomes free."""
+        self.scheduler.remove(request)
+        self.counts.finished[request.answer.finish_reason or "failed"] += 1
+        try:
+            self.conversations.keep(request)
+        finally:
+            self.model.runner.release(request.id)
+            if self.combination is not None:
+                self.combination.release(request)
+
+    # ---- for the front door ----------------------------------------------------------------------------------------
+
+    @property
+    def known_ids(self) -> KnownIds:
+        """What conversations were written with; for any thread."""
+        return self.conversations.known_ids
+
+    @property
+    def draft_model_error(self) -> str | None:
+        """Why the draft model is not asked any more; None if it is, or there is none."""
+        return None if self.combination is None else self.combination.error
+
+    def look(self, session_id: str) -> Snapshot:
+        """What a conversation remembers."""
+        return self.conversations.look(session_id)
+
+    def forget(self, session_id: str) -> bool:
+        """Erase a conversation; calls of it in flight go on and keep nothing."""
+        return self.conversations.forget(session_id, self.scheduler.in_flight)
+
+    def forget_pool(self, name: str) -> bool:
+        """Erase a shared pool, as `forget` does a conversation."""
+        return self.conversations.forget_pool(name, self.scheduler.in_flight)
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of what runs, and all counts."""
-        counts, scheduler = self.scheduler.counts, self.scheduler
-        cached = self.cache.num_idle_slots
+        counts, pool, cached = self.counts, self.kv.pool, self.kv.cache.num_idle_slots
         return EngineMetrics(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_kv_slots=self.pool.num_slots,
-            num_kv_slots_running=self.pool.num_slots - self.pool.num_free - cached,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_kv_slots=pool.num_slots,
+            num_kv_slots_running=pool.num_slots - pool.num_free - cached,
             num_kv_slots_cached=cached,
-            num_sessions=len(self.sessions),
+            num_sessions=len(self.conversations),
             num_steps=counts.num_steps,
             num_preemptions=counts.num_preemptions,
             prompt_tokens=counts.num_prompt_tokens,
@@ -169,127 +314,31 @@ class EngineCore:
             step_cost=self._cost.points if self.model.step_cost else (),
         )
 
-    def _propose(self, batch: ScheduledBatch) -> list[DraftTree]:
-        """What to verify behind each row's last token; nothing behind a piece of a prompt."""
-        width = batch.num_tokens
-        rows = [row for row in batch.rows if row.samples]
-        drafts = [self._draft(row, width) for row in rows]
-        if self.combination is not None:
-            drafts = self._with_draft_model(self.combination, rows, drafts, width)
-        shared = iter(self.policy.share([row.sequence.drafter for row in rows], drafts, width))
-        known = self.model.runner.vocab_size  # a tokenizer may hold more, and a grammar force it
-        return [
-            self.scheduler.fit(row, next(shared).below(known)) if row.samples else DraftTree() for row in batch.rows
-        ]
-
-    def _draft(self, row: ScheduledRow, width: int) -> DraftTree:
-        """What a row would like to verify in a pass that reads `width` tokens anyway."""
-        sequence, exact_width = row.sequence, self.model.exact_width
-        room = _room(row, exact_width)
-        if isinstance(sequence.drafting, AdaptiveDrafter) and not sequence.first_token_s:
-            room = self.policy.without_delay(width, room)
-        draft = DraftTree() if sequence.drafter is None else sequence.drafter.propose(width, room)
-        if isinstance(sequence.grammar, GrammarState):
-            draft = sequence.grammar.prune(draft, room)
-        return draft
-
-    def _with_draft_model(
-        self, combination: Combination, rows: Sequence[ScheduledRow], copies: Sequence[DraftTree], width: int
-    ) -> list[DraftTree]:
-        """The rows' copies and what the draft model adds to them."""
-        rooms = [_room(row, self.model.exact_width) for row in rows]
-        drafts = combination.extend([row.sequence for row in rows], copies, rooms, width)
-        for i, (row, before) in enumerate(zip(rows, copies, strict=True)):
-            grammar = row.sequence.grammar
-            if drafts[i] is not before and isinstance(grammar, GrammarState):
-                drafts[i] = grammar.prune(drafts[i], rooms[i])
-        return drafts
-
-    def _commit(self, row: ScheduledRow, result: _Result | Exception) -> StreamChunk | Exception | None:
-        """Take over a row's result, or end its request if the row failed."""
-        try:
-            if isinstance(result, Exception):
-                raise result
-            if self.combination is not None and result[1] is not None:
-                self.combination.observe(row.sequence, result[1].tokens)
-            return self.scheduler.commit(row, *result)
-        except Exception as error:
-            return self._fail(row.sequence, error)
-
-    def cancel(self, sequence: Request) -> StreamChunk | Exception | None:
-        """Stop a request; its last chunk, or None if it finished before."""
-        return self._end(sequence, "cancelled") if self.scheduler.holds(sequence) else None
-
-    def _end(self, sequence: Request, reason: FinishReason) -> StreamChunk | Exception:
-        try:
-            return self.scheduler.stop(sequence, reason)
-        except Exception as error:
-            return self._fail(sequence, error)
-
-    def _release(self, sequence: Request) -> None:
-        self.model.runner.release(sequence)
-        if self.combination is not None:
-            self.combination.release(sequence)
-
-    def _drop_kv(self, session_id: str) -> bool:
-        if self.combination is not None:
-            self.combination.draft_model.forget(session_id)
-        self.exact_tokens.drop(session_id)
-        return self.cache.drop(session_key(session_id))
-
-    def keep_tokens(self, sequence: Request) -> None:
-        """Keep a finished request's token ids for its session's next prompt."""
-        session, session_id = sequence.session, sequence.request.session_id
-        if not self._keeps_token_ids:
-            return
-        if session is not None and session.is_kept and session_id is not None and sequence.request.messages is not None:
-            self.exact_tokens.keep(session_id, sequence.token_ids)
-
     def close(self) -> None:
         """Let go of the memory file; no step may follow."""
         if self.file is not None:
             self.file.close()
 
-    def look(self, session_id: str) -> Snapshot:
-        """What a session remembers."""
-        return snapshot(self.sessions.peek(session_id))
 
-    def forget(self, session_id: str) -> bool:
-        """Erase a session (see `SessionStore.forget`); calls of it in flight go on and keep nothing."""
-        for sequence in self.scheduler.in_flight:
-            if sequence.request.session_id != session_id:
-                continue
-            if sequence.session is None or sequence.request.keep_texts:
-                self._detach(sequence)
-            else:  # what it copies from is not the session's
-                sequence.session.is_kept = False
-        had_kv = self._drop_kv(session_id)  # also that of one that keeps no texts
-        return self.sessions.forget(session_id) or had_kv
+def _attempts(rows: list[StepRow]) -> Iterator[list[StepRow]]:
+    """All rows together; if that fails each on its own, so that only the culprit fails."""
+    if rows:
+        yield rows
+    if len(rows) > 1 and (error := rows[0].error) is not None:
+        logger.warning("a step of %d requests failed and is run again one by one", len(rows), exc_info=error)
+        for row in rows:
+            row.error = None
+            yield [row]
 
-    def forget_pool(self, name: str) -> bool:
-        """Erase a shared pool, as `forget` does a session."""
-        for sequence in self.scheduler.in_flight:
-            if sequence.request.memory_pool == name:
-                self._detach(sequence)
-        return self.sessions.forget_pool(name)
 
-    def _detach(self, sequence: Request) -> None:
-        try:
-            self.scheduler.detach(sequence)
-        except Exception:  # of a drafter that is gone now; the request gets a new one
-            logger.exception("the drafter of request %s did not end well", sequence.request.request_id)
-
-    def _fail(self, sequence: Request, error: Exception) -> RequestFailedError:
-        """Take a request off; only its own reader hears of the error."""
-        try:
-            sequence.finish_reason = None
-            if self.scheduler.holds(sequence):
-                self.scheduler.remove(sequence)
-        except Exception:
-            logger.exception("request %s failed, and so did its drafter's end", sequence.request.request_id)
-        failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
-        failure.__cause__ = error
-        return failure
+@contextmanager
+def _noting_errors(rows: Sequence[StepRow]) -> Iterator[None]:
+    """An error meanwhile is the error of all these rows."""
+    try:
+        yield
+    except Exception as error:
+        for row in rows:
+            row.error = error
 
 
 def warm_up(on_progress: OnProgress = lambda _: None) -> None:
@@ -343,40 +392,34 @@ def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | Non
         return None, str(error)
 
 
-def _traced(row: ScheduledRow, draft: DraftTree, verdict: Verdict) -> Verdict:
-    """A verdict that says where its accepted nodes came from; to be asked before any row is written."""
-    memory, accepted = row.sequence.memory, list(verdict.accepted)
+def _runs(row: StepRow, verdict: Verdict) -> Sequence[Run]:
+    """Where a row's accepted nodes came from; to be asked before any row is written."""
+    memory, accepted, sources = row.request.drafting.memory, list(verdict.accepted), row.draft.sources
     if not accepted:
-        return verdict
-    if memory is None or not len(draft.sources):
-        return verdict._replace(runs=(Run(len(accepted), "frequent"),))
-    return verdict._replace(runs=tuple(trace(memory.index, draft.sources[accepted].tolist())))
+        return ()
+    if memory is None or not len(sources):
+        return (Run(len(accepted), "frequent"),)
+    return trace(memory.index, sources[accepted].tolist())
 
 
-def _ending(row: ScheduledRow) -> tuple[int, int] | None:
-    """The last two tokens of a row whose drafter wants to know what the pass holds likely."""
-    token_ids = row.sequence.token_ids
-    if not wants_candidates(row.sequence.drafter):
-        return None
-    return token_ids[-2] if len(token_ids) > 1 else -1, token_ids[-1]
-
-
-def _room(row: ScheduledRow, exact_width: int | None) -> int:
-    """Most draft nodes behind the pending tokens of a request."""
-    sequence = row.sequence
-    if isinstance(sequence.drafting, NoDrafter):
-        return 0
-    room = sequence.max_draft_tokens
-    if isinstance(sequence.drafting, AdaptiveDrafter):
-        room = min(room, sequence.drafting.max_draft_tokens)
-    return room if exact_width is None else min(room, exact_width - row.num_tokens)
-
-
-def _sample_row(row: ScheduledRow, draft: DraftTree) -> SampleRow:
+def _sample_row(row: StepRow) -> SampleRow:
     """What decides the tokens behind a row's last token and behind each node of its draft."""
-    sequence, params = row.sequence, row.sequence.request.sampling
+    asked, answer, draft, token_ids = row.request.asked, row.request.answer, row.draft, row.request.row.token_ids
+    params = asked.call.sampling
     if params.has_penalties:
-        sequence.counts.update(sequence.token_ids, sequence.num_prompt_tokens)
-    allowed = sequence.grammar.masks(draft) if isinstance(sequence.grammar, GrammarState) else None
-    banned = None if sequence.bans is None else sequence.bans.at(sequence.token_ids, draft)
-    return SampleRow(params, sequence.seed, len(sequence.token_ids), draft, sequence.counts, allowed, banned)
+        answer.counts.update(token_ids, asked.num_prompt_tokens)
+    return SampleRow(
+        params,
+        asked.seed,
+        len(token_ids),
+        draft,
+        answer.counts,
+        allowed=None if answer.grammar is None else answer.grammar.masks(draft),
+        banned=None if asked.bans is None else asked.bans.at(token_ids, draft),
+        ending=_ending(token_ids) if wants_candidates(row.request.drafting.drafter) else None,
+    )
+
+
+def _ending(token_ids: Sequence[int]) -> tuple[int, int]:
+    """The last two tokens of a text; -1 where there is none."""
+    return token_ids[-2] if len(token_ids) > 1 else -1, token_ids[-1]

@@ -169,7 +169,7 @@ class CopyTrail:
             self._runs.append((start, run))
             start += run.num_tokens
 
-    def make_out(
+    def resolve(
         self,
         token_ids: Sequence[int],
         num_prompt_tokens: int,

@@ -11,19 +11,18 @@ from copyspec_engine.memory.alternatives import NUM_CANDIDATES, Candidates, chan
 from copyspec_engine.sampling.sampler import SampleRow
 from copyspec_engine.sampling.verify import Verdict
 
-__all__ = ["with_candidates"]
+__all__ = ["add_candidates"]
 
 _MOST, _MOST_ON_CPU = 32, 8
 """Places that are looked at in one pass, of all rows together: each takes the time and room of a row of logits."""
 
 
-def with_candidates(
+def add_candidates(
     logits: torch.Tensor,
     rows: Sequence[SampleRow],
     verdicts: Sequence[Verdict],
-    endings: Sequence[tuple[int, int] | None],
-) -> list[Verdict]:
-    """The verdicts, with the candidates at some places of those rows that want them.
+) -> None:
+    """Note in the verdicts the candidates at some places of those rows that want them (`SampleRow.ending`).
 
     The candidates are the model's own, of the logits as it gave them.
 
@@ -31,30 +30,27 @@ def with_candidates(
         logits: as for `sample`.
         rows: of one step.
         verdicts: one for each row.
-        endings: the last two tokens of each row's text; None for one that wants no candidates.
     """
     first, chosen = 0, []
     nodes: list[list[int]] = []
     most = _MOST_ON_CPU if logits.device.type == "cpu" else _MOST
-    most = max(most // max(len(rows) - endings.count(None), 1), 1)
-    for row, verdict, ending in zip(rows, verdicts, endings, strict=True):
-        nodes.append([] if ending is None else _places(verdict, len(row.draft), most))
+    most = max(most // max(sum(row.ending is not None for row in rows), 1), 1)
+    for row, verdict in zip(rows, verdicts, strict=True):
+        nodes.append([] if row.ending is None else _places(verdict, len(row.draft), most))
         chosen += [first + 1 + node for node in nodes[-1]]
         first += row.num_nodes
     if not chosen:
-        return list(verdicts)
+        return
     if chosen != list(range(len(logits))):
         logits = logits.index_select(0, torch.tensor(chosen, device=logits.device))
     tokens, chances = _likeliest(logits)
-    kept, start = [], 0
-    for row, verdict, ending, places in zip(rows, verdicts, endings, nodes, strict=True):
+    start = 0
+    for row, verdict, places in zip(rows, verdicts, nodes, strict=True):
         part = slice(start, start + len(places))
         start = part.stop
-        if ending is not None:
-            contexts = contexts_of(ending, row.draft.tokens, row.draft.parents, places)
-            verdict = verdict._replace(candidates=Candidates(contexts, tokens[part], chances[part]))
-        kept.append(verdict)
-    return kept
+        if row.ending is not None:
+            contexts = contexts_of(row.ending, row.draft.tokens, row.draft.parents, places)
+            verdict.candidates = Candidates(contexts, tokens[part], chances[part])
 
 
 def _places(verdict: Verdict, num_nodes: int, most: int) -> list[int]:

@@ -13,11 +13,11 @@ from copyspec_engine.sampling.sampler import SampleRow
 from copyspec_engine.sampling.verify import Verdict
 from copyspec_engine.values.outputs import TokenLogprob
 
-__all__ = ["with_logprobs"]
+__all__ = ["add_logprobs"]
 
 
-def with_logprobs(logits: torch.Tensor, rows: Sequence[SampleRow], verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """The verdicts, with log-probabilities in those whose rows asked for them: of accepted nodes only.
+def add_logprobs(logits: torch.Tensor, rows: Sequence[SampleRow], verdicts: Sequence[Verdict]) -> None:
+    """Note log-probabilities in the verdicts of those rows that asked for them: of accepted nodes only.
 
     Args:
         logits: as for `sample`.
@@ -33,14 +33,11 @@ def with_logprobs(logits: torch.Tensor, rows: Sequence[SampleRow], verdicts: Seq
             tokens += verdict.tokens
         first += row.num_nodes
     if not nodes:
-        return list(verdicts)
+        return
     found = iter(_measure(logits[nodes], tokens, max(row.params.top_logprobs for row in rows if row.params.logprobs)))
-    return [
-        verdict._replace(logprobs=tuple(_cut(next(found), row.params.top_logprobs) for _ in verdict.tokens))
-        if row.params.logprobs
-        else verdict
-        for row, verdict in zip(rows, verdicts, strict=True)
-    ]
+    for row, verdict in zip(rows, verdicts, strict=True):
+        if row.params.logprobs:
+            verdict.logprobs = tuple(_cut(next(found), row.params.top_logprobs) for _ in verdict.tokens)
 
 
 def _measure(logits: torch.Tensor, tokens: list[int], most: int) -> list[TokenLogprob]:

@@ -46,6 +46,8 @@ class SampleRow:
     """Tokens that may follow at each node, see `mask_tokens`; None: all."""
     banned: Banned | None = None
     """Tokens that may not; None: all may."""
+    ending: tuple[int, int] | None = None
+    """The sequence's last two tokens (-1: there is none), if its drafter asks what else is likely; else None."""
 
     @property
     def num_nodes(self) -> int:

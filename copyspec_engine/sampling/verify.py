@@ -7,7 +7,7 @@ agrees gives exactly the target's distribution: no rejection step is needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.memory.alternatives import Candidates
@@ -16,8 +16,9 @@ from copyspec_engine.values.outputs import TokenLogprob
 __all__ = ["Verdict", "verify"]
 
 
-class Verdict(NamedTuple):
-    """The longest agreeing path."""
+@dataclass(slots=True)
+class Verdict:
+    """The longest agreeing path, and what else is known of it as a step goes on."""
 
     accepted: tuple[int, ...]
     """Draft nodes on the path, from the root down."""
@@ -25,7 +26,7 @@ class Verdict(NamedTuple):
     """Their tokens and then the bonus token, sampled where the path ends."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `tokens`, if the request asked for them."""
-    runs: tuple[Run, ...] = ()
+    runs: Sequence[Run] = ()
     """Where the accepted nodes came from, one after the other."""
     candidates: Candidates | None = None
     """What was likely at places of the draft, if the drafter wants to know."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 __all__ = ["Counts", "EngineMetrics"]
@@ -26,6 +27,20 @@ class Counts:
     """Accepted draft tokens by where they came from."""
     finished: Counter[str] = field(default_factory=Counter)
     """Requests that are over, by finish reason, or "failed"."""
+
+    def note(self, num_draft_tokens: int, num_tokens: int, accepted: Iterable[tuple[int, str]]) -> None:
+        """A request's part in a pass that sampled it a token.
+
+        Args:
+            num_draft_tokens: that were verified.
+            num_tokens: that were written.
+            accepted: how many of the draft's, and where they came from.
+        """
+        self.num_row_passes += 1
+        self.num_completion_tokens += num_tokens
+        self.num_draft_tokens += num_draft_tokens
+        for count, kind in accepted:
+            self.accepted[kind] += count
 
 
 @dataclass(frozen=True, slots=True)

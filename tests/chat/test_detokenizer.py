@@ -17,8 +17,9 @@ from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingPar
 from copyspec_engine.chat.detokenizer import answer_stream
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.loop.scheduler import ScheduledBatch
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.testing import scripted_engine
+from tests.conftest import Written
 
 SPACE = "\u2581"
 KINDS = ("legacy", "first", "always", "never")
@@ -185,10 +186,11 @@ class _Script:
     def __init__(self, answer: Sequence[int], vocab_size: int) -> None:
         self._answer, self.vocab_size = [*answer, 2], vocab_size
         self.num_forward_passes = 0
+        self._written = Written()
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
-        rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
-        logits = [self._logits(row.sequence.token_ids[row.sequence.num_prompt_tokens :], draft) for row, draft in rows]
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        rows = [(self._written.of(piece), piece) for piece in pieces]
+        logits = [self._logits(written, piece.draft) for written, piece in rows if piece.num_logits]
         return torch.cat([torch.empty((0, self.vocab_size)), *logits])
 
     def _logits(self, written: list[int], draft: DraftTree) -> torch.Tensor:
@@ -200,7 +202,7 @@ class _Script:
             logits[node, self._answer[min(depth, len(self._answer) - 1)]] = 100.0
         return logits
 
-    def release(self, sequence: object) -> None:
+    def release(self, key: str) -> None:
         """Nothing is kept."""
 
 

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest, NoDrafter, SamplingParams
-from copyspec_engine.chat.known_ids import ExactTokens, Spelling
+from copyspec_engine.chat.known_ids import KnownIds, Spelling
 from copyspec_engine.chat.tokenizer import HFTokenizer
-from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.loop.scheduler import ScheduledBatch
+from copyspec_engine.execution.packing import Piece
+from tests.conftest import Written
 
 TEMPLATE = (
     "{{- '<|s|>system\n' -}}{% for m in messages %}{{- '<|s|>' + m.role + '\n' -}}"
@@ -159,7 +159,7 @@ def test_what_is_known_of_a_long_prompt_is_not_tokenised_again(
 
 
 def test_what_is_kept_is_bounded_and_apart() -> None:
-    store = ExactTokens(max_tokens=100)
+    store = KnownIds(max_tokens=100)
     for i in range(20):
         store.keep("a", [i, 1, 2])
     assert [spelling.token_ids[0] for spelling in store.of("a")] == [*range(19, 11, -1)]
@@ -179,7 +179,7 @@ def test_what_is_kept_is_bounded_and_apart() -> None:
 
 
 def test_a_longer_call_knows_the_texts_of_the_one_it_begins_with(tokenizer: HFTokenizer) -> None:
-    store, texts = ExactTokens(), ["hi", ANSWER, "and?", ANSWER, "so?"]
+    store, texts = KnownIds(), ["hi", ANSWER, "and?", ANSWER, "so?"]
     for end in (1, 3):
         ids = tokenizer.render(chat(*texts[:end]), None, {}, store.of("a"))
         store.keep("a", [*ids, *letters(tokenizer, ANSWER), *tokenizer.encode("<|e|>")])
@@ -193,7 +193,7 @@ def test_a_longer_call_knows_the_texts_of_the_one_it_begins_with(tokenizer: HFTo
 
 
 def test_it_may_be_used_from_many_threads() -> None:
-    store = ExactTokens(max_tokens=500)
+    store = KnownIds(max_tokens=500)
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
@@ -232,11 +232,13 @@ def first_turn(engine: Engine, session_id: str) -> GenerationOutput:
     script = [*(engine.encode(letter)[0] for letter in ANSWER), engine.encode("<|im_end|>")[0]]
     runner = engine._core.model.runner
 
-    def forward(batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
-        logits = type(runner).forward(runner, batch, drafts).clone()
-        for i, row in enumerate(row for row in batch.rows if row.samples):
-            written = len(row.sequence.token_ids) - row.sequence.num_prompt_tokens
-            logits[i, script[written]] = 1e9
+    written = Written()
+
+    def forward(pieces: Sequence[Piece]) -> torch.Tensor:
+        logits = type(runner).forward(runner, pieces).clone()
+        rows = [(written.of(piece), piece) for piece in pieces]
+        for i, so_far in enumerate(so_far for so_far, piece in rows if piece.num_logits):
+            logits[i, script[len(so_far)]] = 1e9
         return logits
 
     with pytest.MonkeyPatch.context() as patch:
@@ -260,7 +262,7 @@ def test_the_next_turn_reuses_the_whole_first_one(engine: Engine, monkeypatch: p
     assert ids != engine.tokenize(GenerationRequest(messages=FOLLOW_UP, session_id="other"))
     fresh = engine.generate(GenerationRequest(prompt_token_ids=ids, session_id="fresh", sampling=SHORT))
     assert fresh.token_ids == second.token_ids
-    monkeypatch.setattr(ExactTokens, "of", lambda *_: ())
+    monkeypatch.setattr(KnownIds, "of", lambda *_: ())
     first = first_turn(engine, "off")
     assert ask(engine, FOLLOW_UP, "off", sampling=SHORT).usage.cached_tokens < first.usage.prompt_tokens + 2
 
@@ -274,7 +276,7 @@ def test_without_kept_ids_the_same_messages_are_the_same_tokens_in_every_session
         assert again.prompt_token_ids == fresh.prompt_token_ids
         assert again.token_ids == fresh.token_ids
         assert 0 < again.usage.cached_tokens < first.usage.prompt_tokens + 2  # up to what was spelled otherwise
-        assert engine._core.exact_tokens.num_tokens == 0
+        assert engine._core.known_ids.num_tokens == 0
 
 
 def test_a_forgotten_session_and_others_know_nothing_of_it(engine: Engine) -> None:
@@ -295,12 +297,12 @@ def test_a_call_that_is_forgotten_while_it_runs_keeps_nothing(engine: Engine) ->
         next(iter(handle))
         engine.forget("gone")
         handle.result()
-    assert engine._core.exact_tokens.of("gone") == ()
+    assert engine._core.known_ids.of("gone") == ()
 
 
 def test_sessions_that_are_dropped_for_want_of_room_are_dropped_here_too() -> None:
     with Engine(EngineConfig(model="bundled", max_sessions=2)) as engine:
         for session_id in "abc":
             ask(engine, [USER], session_id, sampling=SamplingParams(max_tokens=2))
-        kept = engine._core.exact_tokens
+        kept = engine._core.known_ids
         assert [bool(kept.of(session_id)) for session_id in "abc"] == [False, True, True]

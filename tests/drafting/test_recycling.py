@@ -26,7 +26,7 @@ from copyspec_engine.memory.acceptance import (
 from copyspec_engine.memory.alternatives import NUM_CANDIDATES, Candidates, chance_buckets
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.store import SessionStore
-from copyspec_engine.sampling.alternatives import with_candidates
+from copyspec_engine.sampling.alternatives import add_candidates
 from copyspec_engine.sampling.sampler import SampleRow
 from copyspec_engine.sampling.verify import verify
 from copyspec_engine.testing import scripted_engine
@@ -55,7 +55,7 @@ def engine_for(make_engine: MakeEngine, source: str, name: str = "llama", **opti
     engine = make_engine(name, step_cost=CHEAP, **options)
     runner = engine._model.runner
     forward = runner.forward
-    runner.forward = lambda batch, drafts: 30.0 * forward(batch, drafts)  # type: ignore[method-assign]
+    runner.forward = lambda pieces: 30.0 * forward(pieces)  # type: ignore[method-assign]
     weights = engine._core.policy.survival.weights
     if source == "recycled":
         weights[:BY_RECYCLED] = -8.0
@@ -214,7 +214,7 @@ def test_forgetting_a_session_erases_its_candidates(make_engine: MakeEngine) -> 
     engine = engine_for(make_engine, "recycled")
     shared = engine._core.policy.survival.copy()
     first = run(engine, FRESH, ON, session="a", max_tokens=80)
-    memory = engine._core.sessions.peek("a")
+    memory = engine._core.conversations.texts.peek("a")
     assert memory is not None
     assert kept_tokens(memory)
     assert engine.memory("a").num_bytes > memory.index.num_bytes
@@ -231,7 +231,7 @@ def test_forgetting_while_an_answer_is_written_erases_its_candidates(make_engine
     )
     stream = engine.stream(request)
     next(stream)
-    memory = engine._core.sessions.peek("a")
+    memory = engine._core.conversations.texts.peek("a")
     engine.forget("a")
     assert same_answer(plain, stream.result())
     assert memory is not None
@@ -245,7 +245,7 @@ def test_nothing_is_kept_where_nobody_wants_it(make_engine: MakeEngine) -> None:
     engine = make_engine("llama", step_cost=CHEAP)
     for drafter in (OFF, "none", "copyspec"):
         run(engine, PROMPT, drafter, session="s")
-    memory = engine._core.sessions.peek("s")
+    memory = engine._core.conversations.texts.peek("s")
     assert memory is not None
     assert not kept_tokens(memory)
     assert not recycled(engine)
@@ -254,7 +254,7 @@ def test_nothing_is_kept_where_nobody_wants_it(make_engine: MakeEngine) -> None:
 def test_nothing_is_kept_where_verifying_is_expensive(make_engine: MakeEngine) -> None:
     engine = make_engine("llama", step_cost=((1, 1.0), (2, 1.9), (64, 60.0)))
     output = run(engine, PROMPT, ON, session="s")
-    memory = engine._core.sessions.peek("s")
+    memory = engine._core.conversations.texts.peek("s")
     assert memory is not None
     assert not kept_tokens(memory)
     assert output.tokens_per_forward < 1.2
@@ -266,7 +266,7 @@ def test_the_engine_and_each_request_switch_it() -> None:
         for drafter, wanted in ((None, False), (ON, True), (OFF, False)):
             session = f"{drafter}"
             engine.generate(GenerationRequest(prompt="x", drafter=drafter, session_id=session))
-            memory = engine._core.sessions.peek(session)
+            memory = engine._core.conversations.texts.peek(session)
             assert memory is not None
             assert bool(kept_tokens(memory)) == wanted
 
@@ -385,9 +385,10 @@ def test_candidates_are_the_likeliest_tokens_with_their_probabilities(dtype: tor
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(9, 500, generator=generator) * 4).to(dtype)
     drafts = [DraftTree((5, 6, 7), (-1, 0, 0)), DraftTree((1, 2), (-1, -1)), DraftTree()]
-    rows = [SampleRow(SamplingParams(), 0, 10, draft) for draft in drafts]
-    verdicts = [verify(draft, [0] * (1 + len(draft))) for draft in drafts]
-    first, second, third = with_candidates(logits[:8], rows, verdicts, [(3, 4), None, (-1, 4)])
+    endings = [(3, 4), None, (-1, 4)]
+    rows = [SampleRow(SamplingParams(), 0, 10, draft, ending=at) for draft, at in zip(drafts, endings, strict=True)]
+    first, second, third = verdicts = [verify(draft, [0] * (1 + len(draft))) for draft in drafts]
+    add_candidates(logits[:8], rows, verdicts)
     assert second.candidates is None
     assert first.candidates is not None
     assert third.candidates is not None
@@ -409,7 +410,8 @@ def test_odd_logits_give_candidates_that_can_be_kept() -> None:
     logits[2] = torch.nan
     logits[3, 1:] = -torch.inf
     draft = DraftTree.chain([1, 2, 3])
-    (verdict,) = with_candidates(logits, [SampleRow(SamplingParams(), 0, 9, draft)], [verify(draft, [0] * 4)], [(1, 1)])
+    verdict = verify(draft, [0] * 4)
+    add_candidates(logits, [SampleRow(SamplingParams(), 0, 9, draft, ending=(1, 1))], [verdict])
     assert verdict.candidates is not None
     tokens, chances = verdict.candidates.tokens, verdict.candidates.chances
     assert sorted(tokens[0].tolist()) == [-1, -1, -1, 0, 1, 2, 3, 4]
@@ -422,7 +424,6 @@ def test_of_a_long_draft_the_end_of_the_path_and_the_likeliest_others_are_looked
     draft = DraftTree(tuple(range(100)), (*range(-1, 79), *[-1] * 20))
     verdict = verify(draft, [*range(70), 999, *[999] * 30])
     assert len(verdict.accepted) == 70
-    rows = [SampleRow(SamplingParams(), 0, 9, draft)]
-    (found,) = with_candidates(torch.randn(101, 50), rows, [verdict], [(7, 8)])
-    assert found.candidates is not None
-    assert found.candidates.contexts[:, 1].tolist() == list(range(62, 70))
+    add_candidates(torch.randn(101, 50), [SampleRow(SamplingParams(), 0, 9, draft, ending=(7, 8))], [verdict])
+    assert verdict.candidates is not None
+    assert verdict.candidates.contexts[:, 1].tolist() == list(range(62, 70))

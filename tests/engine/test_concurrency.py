@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,7 +20,7 @@ from copyspec_engine import (
     RequestHandle,
     SamplingParams,
 )
-from copyspec_engine.loop.scheduler import ScheduledBatch
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.testing import scripted_engine
 from tests.conftest import assert_all_slots_free
 from tests.loop.test_lossless import PROMPT, ids_of, random_case, run, same_answer
@@ -40,9 +40,9 @@ def batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
     seen: list[list[tuple[str, int]]] = []
     forward = engine._model.runner.forward
 
-    def watched(batch: ScheduledBatch, drafts: Any) -> Any:
-        seen.append([(row.sequence.request.request_id, row.num_tokens) for row in batch.rows])
-        return forward(batch, drafts)
+    def watched(pieces: Sequence[Piece]) -> Any:
+        seen.append([(piece.key, len(piece.ids) - len(piece.draft)) for piece in pieces])
+        return forward(pieces)
 
     monkeypatch.setattr(engine._model.runner, "forward", watched)
     return seen
@@ -109,13 +109,13 @@ def test_parallel_branches_share_their_beginning(make_engine: MakeEngine) -> Non
     first = run(engine, PROMPT, "none", None, {"cache_salt": "app"})
     endings = [ids_of(f" and {i}") for i in range(5)]
     alone = [run(engine, (*PROMPT, *ending), "none", None, {"cache_salt": "fresh"}) for ending in endings]
-    used = engine._core.pool.num_slots - engine._core.pool.num_free
+    used = engine._core.kv.pool.num_slots - engine._core.kv.pool.num_free
     options: dict[str, Any] = {"cache_salt": "app", "sampling": {"max_tokens": 48}}
     handles = [submit(engine, (*PROMPT, *ending), "adaptive", **options) for ending in endings]
     outputs = [handle.result() for handle in handles]
     assert all(same_answer(a, b) for a, b in zip(alone, outputs, strict=True))
     assert all(output.usage.cached_tokens >= len(PROMPT) - 1 for output in outputs)
-    assert engine._core.pool.num_slots - engine._core.pool.num_free - used < 5 * (len(PROMPT) // 2)
+    assert engine._core.kv.pool.num_slots - engine._core.kv.pool.num_free - used < 5 * (len(PROMPT) // 2)
     assert len(first.token_ids) == 48
     assert_all_slots_free(engine)
 

@@ -29,7 +29,7 @@ from copyspec_engine import (
 )
 from copyspec_engine.drafting.drafter import Drafter
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.loop.scheduler import ScheduledBatch
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.testing import ScriptedRunner, scripted_engine
 from tests.conftest import assert_all_slots_free
@@ -233,11 +233,11 @@ def test_the_event_loop_goes_on_while_tokens_are_made(endless: Engine) -> None:
 @pytest.mark.parametrize("drafter", ["adaptive", "none"])
 def test_a_request_that_fails_takes_nobody_with_it(drafter: str) -> None:
     class Moody(ScriptedRunner):
-        def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
-            for row in batch.rows:
-                if row.sequence.request.request_id == "bad" and len(row.sequence.token_ids) > 40:
+        def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+            for piece in pieces:
+                if piece.key == "bad" and len(piece.text) > 40:
                     raise torch.OutOfMemoryError("no memory left on the device")
-            return super().forward(batch, drafts)
+            return super().forward(pieces)
 
     with scripted_engine(lambda _: DOCUMENT, EngineConfig(drafter=drafter)) as engine:
         engine._model.runner = Moody(lambda _: DOCUMENT)
@@ -296,7 +296,7 @@ def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> l
 
 
 def open_spans(engine: Engine) -> list[Any]:
-    sessions = [session for session in engine._core.sessions._sessions.values() if session is not None]
+    sessions = [session for session in engine._core.conversations.texts._sessions.values() if session is not None]
     return [span for session in sessions for span in session.memory.index.spans if span.is_open]
 
 
@@ -503,7 +503,7 @@ def test_forgetting_a_session_erases_texts_and_kv() -> None:
         engine.generate(ask("x", session_id="s"))
         assert engine.forget("s")
         assert not engine.forget("s")
-        assert engine._core.pool.num_free == engine._core.pool.num_slots
+        assert engine._core.kv.pool.num_free == engine._core.kv.pool.num_slots
         assert engine.generate(ask("x", session_id="s")).usage.cached_tokens == 0
 
 

@@ -22,7 +22,7 @@ from copyspec_engine import (
 )
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.checkpoint import refuse_unreadable_tokens
-from copyspec_engine.loop.scheduler import ScheduledBatch
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.testing import ScriptedRunner, scripted_engine
 from tests.conftest import STEP_COST, assert_all_slots_free
 from tests.execution.architectures import build_model
@@ -92,7 +92,7 @@ def test_a_saved_text_with_ids_that_the_model_lacks_is_left_out(tmp_path: Path) 
         for prompt in ("a plain prompt", "an extra prompt"):
             engine.generate(GenerationRequest(prompt=prompt, session_id="s"))
     with scripted_engine([], config) as engine:
-        engine._core.sessions._vocab_size = ord("x")  # as a smaller model would
+        engine._core.conversations.texts._vocab_size = ord("x")  # as a smaller model would
         assert [text.text for text in engine.memory("s").texts()] == ["a plain prompt"]
     with scripted_engine([], config) as engine:
         assert [text.text for text in engine.memory("s").texts()] == ["a plain prompt"]
@@ -120,13 +120,10 @@ def test_a_model_that_could_write_what_it_cannot_read_is_refused() -> None:
 @pytest.mark.parametrize("pool", [None, "team"])
 def test_a_call_that_failed_leaves_nothing_behind(tmp_path: Path, drafter: str, pool: str | None) -> None:
     class Picky(ScriptedRunner):
-        def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
-            if any(
-                ord("!") in (*row.sequence.token_ids[-4:], *draft.tokens)
-                for row, draft in zip(batch.rows, drafts, strict=True)
-            ):
+        def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+            if any(ord("!") in (*piece.text[-4:], *piece.draft.tokens) for piece in pieces):
                 raise IndexError("index out of range in self")
-            return super().forward(batch, drafts)
+            return super().forward(pieces)
 
     def reply(prompt: str) -> str:
         return "all is well" + ("!" if "bad" in prompt else "")
@@ -140,7 +137,11 @@ def test_a_call_that_failed_leaves_nothing_behind(tmp_path: Path, drafter: str, 
         with pytest.raises(RequestFailedError, match="IndexError"):
             engine.generate(GenerationRequest(prompt="a bad one", prediction="all is well! so be it", **options))
         assert engine.generate(GenerationRequest(prompt="a good one", **options)).text == good.text
-        held = engine._core.sessions._pools["team"].index if pool else engine._core.sessions._sessions["s"].memory.index
+        held = (
+            engine._core.conversations.texts._pools["team"].index
+            if pool
+            else engine._core.conversations.texts._sessions["s"].memory.index
+        )
         stored = [engine.decode(held.tokens_of(span).tolist()) for span in held.spans]
         assert stored
         assert not any("bad" in text or "!" in text for text in stored)

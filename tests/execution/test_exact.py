@@ -19,7 +19,6 @@ from copyspec_engine.execution import runner as model_runner
 from copyspec_engine.execution.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel, ModelRunner, prepare
-from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST
 from tests.execution.architectures import build_model
@@ -138,14 +137,15 @@ class Bits:
         self._forward = engine._model.runner.forward
         monkeypatch.setattr(engine._model.runner, "forward", self._watched)
 
-    def _watched(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
-        logits = self._forward(batch, drafts)
+    def _watched(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        logits = self._forward(pieces)
         rows = iter(logits)
-        for row, draft in zip(batch.rows, drafts, strict=True):
-            if not row.samples:
+        for piece in pieces:
+            if not piece.num_logits:
                 continue
+            draft = piece.draft
             self.num_branches += not draft.is_chain
-            texts = [tuple(row.sequence.token_ids)]
+            texts = [tuple(piece.text)]
             for token, parent in zip(draft.tokens, draft.parents, strict=True):
                 texts.append((*texts[parent + 1], token))
             for text, found in zip(texts, rows, strict=False):

@@ -76,8 +76,9 @@ def test_a_cancelled_request_leaves_no_state(make_engine: MakeEngine) -> None:
     stream = engine.stream(request)
     next(stream)
     held: list[int] = []
-    release = engine._core.scheduler._release
-    engine._core.scheduler._release = lambda sequence: (held.append(states(engine)), release(sequence))  # type: ignore[assignment, func-returns-value]
+    runner = engine._model.runner
+    release = runner.release
+    runner.release = lambda key: (held.append(states(engine)), release(key))  # type: ignore[assignment, method-assign, func-returns-value]
     engine.cancel(request.request_id)
     assert stream.result().finish_reason == "cancelled"
     assert held == [1]

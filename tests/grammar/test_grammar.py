@@ -34,7 +34,7 @@ from copyspec_engine.drafting.tree import FORCED, DraftTree
 from copyspec_engine.grammar.state import GrammarCompiler, GrammarState
 from copyspec_engine.sampling.processors import _unpacked, _unpacked_octets, mask_tokens
 from copyspec_engine.testing import ByteTokenizer, scripted_engine
-from tests.conftest import END, assert_all_slots_free
+from tests.conftest import END, Written, assert_all_slots_free
 from tests.loop.test_lossless import OracleTrees, ids_of, same_answer
 
 MakeEngine = Callable[..., Engine]
@@ -179,10 +179,11 @@ def watch_verified(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tupl
     verified: list[tuple[list[int], DraftTree]] = []
     forward = engine._model.runner.forward
 
-    def watched(batch: Any, drafts: Any) -> Any:
-        for row, draft in zip(batch.rows, drafts, strict=True):
-            verified.append((row.sequence.token_ids[row.sequence.num_prompt_tokens :], draft))
-        return forward(batch, drafts)
+    written = Written()
+
+    def watched(pieces: Any) -> Any:
+        verified.extend((written.of(piece), piece.draft) for piece in pieces)
+        return forward(pieces)
 
     monkeypatch.setattr(engine._model.runner, "forward", watched)
     return verified

@@ -209,8 +209,8 @@ def test_recorded_answers_through_a_shape(recorded: Path, tmp_path: Path) -> Non
 def test_a_shape_that_writes_anything_else_is_an_error(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = RecordedRunner._tokens
 
-    def wrong(self: RecordedRunner, row: Any, draft: Any) -> list[int]:
-        return [token ^ (len(row.sequence.token_ids) % 7 == 0) for token in honest(self, row, draft)]
+    def wrong(self: RecordedRunner, piece: Any) -> list[int]:
+        return [token ^ (len(piece.text) % 7 == 0) for token in honest(self, piece)]
 
     monkeypatch.setattr(RecordedRunner, "_tokens", wrong)
     result = run("mt-redundant", "--replay", recorded, "--shape", "tiny", "--limit", "1")

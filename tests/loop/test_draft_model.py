@@ -31,8 +31,8 @@ from copyspec_engine import (
 )
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import runner as model_runner_module
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import load_model, prepare
-from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.testing import ByteTokenizer
 from copyspec_engine.values.config import DraftModelUse
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
@@ -84,11 +84,11 @@ def assert_no_draft_rows_left(engine: Engine) -> None:
     combination = engine._core.combination
     assert combination is not None
     draft = combination.draft_model
-    users = np.zeros(draft.pool.num_slots, dtype=np.int32)
-    for row in draft.cache._rows.values():
+    users = np.zeros(draft.kv.pool.num_slots, dtype=np.int32)
+    for row in draft.kv.cache._rows.values():
         assert len(row.slots) == len(row.token_ids) == len(np.unique(row.slots))
         users[row.slots] += 1
-    assert (users == draft.pool.users).all()
+    assert (users == draft.kv.pool.users).all()
     assert draft.num_rows == len(combination._known) == 0
     assert_all_slots_free(engine)
 
@@ -122,9 +122,9 @@ def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, u
     assert draft is not None
     forward = draft.runner.forward
 
-    def watched(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> torch.Tensor:
-        read.append(batch.num_tokens)
-        return forward(batch, trees)
+    def watched(pieces: Sequence[Piece]) -> torch.Tensor:
+        read.append(sum(len(piece.ids) for piece in pieces))
+        return forward(pieces)
 
     draft.runner.forward = watched  # type: ignore[method-assign]
     prompt = PROMPT
@@ -142,7 +142,7 @@ def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, u
     engine.forget("chat")
     assert_no_draft_rows_left(engine)
     assert engine._core.combination is not None
-    assert len(engine._core.combination.draft_model.cache) == 0
+    assert len(engine._core.combination.draft_model.kv.cache) == 0
 
 
 def test_exact_mode_goes_on_working(make_drafted: MakeDrafted) -> None:
@@ -187,9 +187,9 @@ def watched_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Draf
     drafts: list[DraftTree] = []
     forward = engine._model.runner.forward
 
-    def watched(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> torch.Tensor:
-        drafts.extend(trees)
-        return forward(batch, trees)
+    def watched(pieces: Sequence[Piece]) -> torch.Tensor:
+        drafts.extend(piece.draft for piece in pieces)
+        return forward(pieces)
 
     monkeypatch.setattr(engine._model.runner, "forward", watched)
     return drafts
@@ -252,7 +252,7 @@ def test_slots_that_run_out_only_cost_drafts(make_drafted: MakeDrafted) -> None:
     engine = make_drafted()
     combination = engine._core.combination
     assert combination is not None
-    pool = combination.draft_model.pool
+    pool = combination.draft_model.kv.pool
     taken = pool.allocate(pool.num_free - 20)
     plain = run(engine, PROMPT, "none")
     drafted = run(engine, PROMPT, "draft-model")
@@ -272,12 +272,12 @@ def crash_for(engine: Engine, monkeypatch: pytest.MonkeyPatch, culprits: set[str
     assert draft is not None
     forward, passes = draft.runner.forward, 0
 
-    def crashing(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> torch.Tensor:
+    def crashing(pieces: Sequence[Piece]) -> torch.Tensor:
         nonlocal passes
         passes += 1
-        if passes > after and culprits & {row.sequence.request.request_id for row in batch.rows}:
+        if passes > after and culprits & {piece.key for piece in pieces}:
             raise RuntimeError("no more memory")
-        return forward(batch, trees)
+        return forward(pieces)
 
     monkeypatch.setattr(draft.runner, "forward", crashing)
 

@@ -22,9 +22,9 @@ from copyspec_engine import (
 )
 from copyspec_engine.drafting.drafter import Drafter
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import prepare
 from copyspec_engine.lab.bench.lossless_rounds import crowded, rounds
-from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import END, assert_all_slots_free, build_model
 
@@ -121,9 +121,9 @@ def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftT
     drafts: list[DraftTree] = []
     forward = engine._model.runner.forward
 
-    def watched(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> list[torch.Tensor]:
-        drafts.extend(trees)
-        return forward(batch, trees)
+    def watched(pieces: Sequence[Piece]) -> torch.Tensor:
+        drafts.extend(piece.draft for piece in pieces)
+        return forward(pieces)
 
     monkeypatch.setattr(engine._model.runner, "forward", watched)
     return drafts
@@ -226,11 +226,11 @@ def test_scattered_slots_give_the_plain_tokens(make_engine: MakeEngine, architec
     engine = make_engine(architecture, kv_cache_tokens=1024)
     plain = run(engine, PROMPT, "none")
     taken = np.random.default_rng(0).permutation(1024)[:700]
-    engine._core.pool._users[taken] = 1
-    engine._core.pool._num_free -= len(taken)
-    assert engine._core.pool._find_run(len(PROMPT)) is None
+    engine._core.kv.pool._users[taken] = 1
+    engine._core.kv.pool._num_free -= len(taken)
+    assert engine._core.kv.pool._find_run(len(PROMPT)) is None
     assert same_answer(plain, run(engine, PROMPT, "adaptive"))
-    engine._core.pool.release(taken)
+    engine._core.kv.pool.release(taken)
     assert_all_slots_free(engine)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from copyspec_engine import Engine, EngineConfig, EngineStoppedError, GenerationRequest, MemoryFileError, SamplingParams
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.loop.scheduler import ScheduledBatch
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.memory import store
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile, SavedSegment
@@ -73,10 +73,10 @@ def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
     drafts: dict[str, list[DraftTree]] = {}
     forward = engine._model.runner.forward
 
-    def watched(batch: ScheduledBatch, trees: Sequence[DraftTree]) -> list[torch.Tensor]:
-        for row, tree in zip(batch.rows, trees, strict=True):
-            drafts.setdefault(row.sequence.request.request_id, []).append(tree)
-        return forward(batch, trees)
+    def watched(pieces: Sequence[Piece]) -> torch.Tensor:
+        for piece in pieces:
+            drafts.setdefault(piece.key, []).append(piece.draft)
+        return forward(pieces)
 
     monkeypatch.setattr(engine._model.runner, "forward", watched)
     return drafts
@@ -138,7 +138,7 @@ def test_a_session_keeps_its_kv_and_what_it_has_learnt_when_it_uses_a_pool(make_
     engine.generate(ask("hello", session_id="a", memory_pool="team"))
     assert engine.generate(ask("hello", session_id="a", memory_pool="team")).usage.cached_tokens > 20
     assert engine.generate(ask("hello", session_id="b", memory_pool="team")).usage.cached_tokens == 0
-    pool = engine._core.sessions._pools["team"]
+    pool = engine._core.conversations.texts._pools["team"]
     assert pool is not None
     first, second = pool.memories["a"], pool.memories["b"]
     assert first.index is second.index
@@ -180,7 +180,7 @@ def test_the_record_of_who_wrote_into_a_pool_does_not_grow_for_ever(make_engine:
     engine = make_engine(memory_tokens=4096, max_sessions=3)
     for i in range(60):
         engine.generate(ask(f"{i} " * 300, session_id=f"s{i}", memory_pool="team"))
-    pool = engine._core.sessions._pools["team"]
+    pool = engine._core.conversations.texts._pools["team"]
     assert pool is not None
     assert len(pool.memories) < 30
     assert len(pool.index) <= 4 * 4096 + 2048
@@ -203,7 +203,7 @@ def test_a_forgotten_session_is_gone_from_its_pools_too(make_engine: MakeEngine)
         assert passes(engine, session_id="c", memory_pool=pool, sampling=SamplingParams(seed=1)) > 100
         engine.forget("c")
     assert not engine.forget("a")
-    pool = engine._core.sessions._pools["one"]
+    pool = engine._core.conversations.texts._pools["one"]
     assert pool is not None
     assert b"hello from b" in tokens_in(pool.index)
     assert TEXT.encode()[:20] not in tokens_in(pool.index)
@@ -263,7 +263,7 @@ def test_two_calls_of_a_session_in_flight_are_both_forgotten(make_engine: MakeEn
         next(stream)
     assert engine.forget("a")
     assert [stream.result().text for stream in streams] == [TEXT, TEXT]
-    pool = engine._core.sessions._pools["team"]
+    pool = engine._core.conversations.texts._pools["team"]
     assert pool is not None
     assert tokens_in(pool.index) == b""
     assert pool.memories == {}
@@ -553,7 +553,7 @@ def test_a_session_that_is_not_erased_on_disk_is_said_to_be_there(
     passes(engine, session_id="a")
     with FullDisk(monkeypatch, "delete"), pytest.raises(MemoryFileError, match="the disk is full"):
         engine.forget("a")
-    assert engine._core.pool.num_free == engine._core.pool.num_slots
+    assert engine._core.kv.pool.num_free == engine._core.kv.pool.num_slots
     assert TEXT[:30].encode() in bytes_on_disk(path.parent)
     assert engine.forget("a")
     assert TEXT[:30].encode() not in bytes_on_disk(path.parent)

@@ -21,7 +21,7 @@ from transformers import (
 from copyspec_engine import SamplingParams
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.sampling.gumbel import noise_keys
-from copyspec_engine.sampling.logprobs import with_logprobs
+from copyspec_engine.sampling.logprobs import add_logprobs
 from copyspec_engine.sampling.processors import mask_tokens, penalise
 from copyspec_engine.sampling.sampler import SampleRow, filtered, sample
 from copyspec_engine.sampling.token_counts import TokenCounts
@@ -318,10 +318,10 @@ def test_logprobs_are_those_of_the_untouched_logits_at_accepted_nodes() -> None:
         SampleRow(SamplingParams(), 1, 5, chain(2)),
         SampleRow(params, 1, 5, draft),
     ]
-    verdicts = [Verdict((), (3,)), Verdict((0,), (0, 1)), Verdict((1, 2), (6, 7, 4))]
-    first, second, third = with_logprobs(logits, rows, verdicts)
+    first, second, third = verdicts = [Verdict((), (3,)), Verdict((0,), (0, 1)), Verdict((1, 2), (6, 7, 4))]
+    add_logprobs(logits, rows, verdicts)
     exact = logits.log_softmax(-1)
-    assert second == verdicts[1]
+    assert second == Verdict((0,), (0, 1))
     assert first.logprobs is not None
     assert [(found.token_id, found.top) for found in first.logprobs] == [(3, ())]
     assert first.logprobs[0].logprob == pytest.approx(float(exact[0, 3]))

@@ -12,9 +12,8 @@ import torch
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationOutput, GenerationRequest, SamplingParams
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.loop.request import Request
-from copyspec_engine.loop.scheduler import ScheduledBatch
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
 from tests.loop.test_lossless import PROMPT, OracleTrees, run, same_answer
@@ -197,12 +196,11 @@ class MarkovRunner:
     def __init__(self) -> None:
         self.logits = torch.randn((6, 6), generator=torch.Generator().manual_seed(12)) * 1.2
 
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
-        rows = zip(batch.rows, drafts, strict=True)
-        last = [[row.sequence.token_ids[-1], *draft.tokens] for row, draft in rows if row.samples]
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        last = [[piece.text[-1], *piece.draft.tokens] for piece in pieces if piece.num_logits]
         return self.logits[[token for tokens in last for token in tokens]]
 
-    def release(self, sequence: Request) -> None:
+    def release(self, key: str) -> None:
         """Nothing is kept."""
 
 

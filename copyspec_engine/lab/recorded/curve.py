@@ -11,10 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.loop.request import Request
-from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
-from copyspec_engine.values.config import GenerationRequest, NoDrafter
 
 __all__ = ["CONTEXTS", "NODES", "ROWS", "measure_curve", "measure_limit"]
 
@@ -37,12 +35,11 @@ def measure_curve(model: LoadedModel, budget_s: float) -> list[dict[str, float]]
             break
         if rows * (context + nodes) > model.num_slots or context + nodes > model.max_model_len:
             continue
-        batch = _batch(model, rows, context)
-        drafts = [DraftTree((0,) * (nodes - 1), tuple(range(-1, nodes - 2)))] * rows
-        seconds = _time_pass(model, batch, drafts)
+        pieces = _pieces(model.num_slots, rows, context, nodes)
+        seconds = _time_pass(model, pieces)
         for _ in range(4):  # a shape's first pass pays for set-up
             if time.perf_counter() + seconds < deadline:
-                seconds = min(seconds, _time_pass(model, batch, drafts))
+                seconds = min(seconds, _time_pass(model, pieces))
         points.append({"rows": rows, "nodes": nodes, "context": context, "seconds": round(seconds, 7)})
     return sorted(points, key=lambda point: (point["rows"], point["context"], point["nodes"]))
 
@@ -54,33 +51,16 @@ def _cases() -> Iterator[tuple[int, int, int]]:
                 yield rows, context, nodes
 
 
-def _batch(model: LoadedModel, rows: int, context: int) -> ScheduledBatch:
-    """Rows whose last token is to be read, each on slots of its own."""
-    each = model.num_slots // rows
-    return ScheduledBatch(
-        tuple(ScheduledRow(_sequence(model, context, row * each, each), 1, samples=True) for row in range(rows))
-    )
+def _pieces(num_slots: int, rows: int, context: int, nodes: int) -> list[Piece]:
+    """Rows whose last token is to be read with a draft behind it, each on slots of its own."""
+    draft = DraftTree.chain((0,) * (nodes - 1))
+    each = np.arange(num_slots, dtype=np.int64)[: num_slots // rows * rows].reshape(rows, -1)
+    return [Piece(slots, context, [0] * nodes, draft, nodes) for slots in each]
 
 
-def _sequence(model: LoadedModel, context: int, first_slot: int, num_slots: int) -> Request:
-    ids = [0] * (context + 1)
-    return Request(
-        request=GenerationRequest(prompt_token_ids=ids),
-        token_ids=ids,
-        num_prompt_tokens=len(ids),
-        max_total_tokens=num_slots,
-        eos_token_ids=frozenset(),
-        drafting=NoDrafter(),
-        seed=0,
-        text=model.tokenizer.text_stream(()),
-        slots=np.arange(first_slot, first_slot + num_slots, dtype=np.int64),
-        num_computed=context,
-    )
-
-
-def _time_pass(model: LoadedModel, batch: ScheduledBatch, drafts: list[DraftTree]) -> float:
+def _time_pass(model: LoadedModel, pieces: list[Piece]) -> float:
     begin = time.perf_counter()
-    model.runner.forward(batch, drafts).argmax(-1).tolist()
+    model.runner.forward(pieces).argmax(-1).tolist()
     return time.perf_counter() - begin
 
 

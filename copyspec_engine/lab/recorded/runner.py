@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
 
-from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import Runner
-from copyspec_engine.loop.request import Request
-from copyspec_engine.loop.scheduler import ScheduledBatch, ScheduledRow
 from copyspec_engine.sampling.gumbel import noise_keys
 
 __all__ = ["CERTAIN", "RecordedDraftRunner", "RecordedRunner", "force", "next_tokens"]
@@ -51,6 +49,8 @@ class RecordedRunner:
         """The recorded answer of each request, by its id."""
         self.passes: Counter[str] = Counter()
         """Passes that gave a request a token, by its id."""
+        self._prompts: dict[str, int] = {}
+        """How long each request's prompt is, by its id."""
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever else the runner has
         return getattr(self._runner, name)
@@ -60,21 +60,29 @@ class RecordedRunner:
         return self._runner.vocab_size
 
     @torch.inference_mode()
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """See `Runner`."""
-        logits = self._runner.forward(batch, drafts)
-        rows = [(row, draft) for row, draft in zip(batch.rows, drafts, strict=True) if row.samples]
-        self.passes.update(row.sequence.request.request_id for row, _ in rows)
+        for piece in pieces:
+            self._prompts.setdefault(piece.key, len(piece.text))
+        logits = self._runner.forward(pieces)
+        rows = [piece for piece in pieces if piece.num_logits]
+        self.passes.update(piece.key for piece in rows)
         if rows:
-            force(logits, [token for row, draft in rows for token in self._tokens(row, draft)])
+            force(logits, [token for piece in rows for token in self._tokens(piece)])
         return logits
 
-    def _tokens(self, row: ScheduledRow, draft: DraftTree) -> list[int]:
+    def release(self, key: str) -> None:
+        self._prompts.pop(key, None)
+        self._runner.release(key)
+
+    def num_written(self, piece: Piece) -> int:
+        """Tokens of its answer that a row holds."""
+        return len(piece.text) - self._prompts[piece.key]
+
+    def _tokens(self, piece: Piece) -> list[int]:
         """What is recorded behind a row's last token and behind each node of its draft."""
-        sequence = row.sequence
-        done = len(sequence.token_ids) - sequence.num_prompt_tokens
-        answer = self.answers[sequence.request.request_id]
-        return next_tokens(answer, [done + depth for depth in (0, *draft.depths())])
+        done = self.num_written(piece)
+        return next_tokens(self.answers[piece.key], [done + depth for depth in (0, *piece.draft.depths())])
 
 
 class RecordedDraftRunner:
@@ -86,34 +94,34 @@ class RecordedDraftRunner:
 
     Args:
         runner: what computes them.
-        answers: the recorded answer of each request, by its id.
+        target: the runner of the model that it drafts for, which knows what is recorded.
         agreement: share of the places, above 0 and below 1.
     """
 
-    def __init__(self, runner: Runner, answers: Mapping[str, Sequence[int]], agreement: float) -> None:
-        self._runner, self._answers, self._agreement = runner, answers, agreement
+    def __init__(self, runner: Runner, target: RecordedRunner, agreement: float) -> None:
+        self._runner, self._target, self._agreement = runner, target, agreement
 
     @property
     def vocab_size(self) -> int:
         return self._runner.vocab_size
 
     @torch.inference_mode()
-    def forward(self, batch: ScheduledBatch, drafts: Sequence[DraftTree]) -> torch.Tensor:
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """See `Runner`."""
-        logits = self._runner.forward(batch, drafts)
-        tokens = [self._token(row.sequence) for row in batch.rows if row.samples]
+        logits = self._runner.forward(pieces)
+        tokens = [self._token(piece) for piece in pieces if piece.num_logits]
         if tokens:
             likely = logits.logsumexp(dim=-1, keepdim=True) + math.log(self._agreement / (1 - self._agreement))
             logits.scatter_(1, torch.tensor(tokens)[:, None].to(logits.device), likely)
         return logits
 
-    def release(self, sequence: Request) -> None:
-        self._runner.release(sequence)
+    def release(self, key: str) -> None:
+        self._runner.release(key)
 
-    def _token(self, sequence: Request) -> int:
+    def _token(self, piece: Piece) -> int:
         """What it says behind a text: the recorded token or, where it errs, the one with the next id."""
-        answer, place = self._answers[sequence.request.request_id], len(sequence.token_ids)
-        (token,) = next_tokens(answer, [place - sequence.num_prompt_tokens])
-        (chance,) = noise_keys(crc32(np.array(answer).tobytes()), [place])[:, 0] / 2.0**64
+        answer = self._target.answers[piece.key]
+        (token,) = next_tokens(answer, [self._target.num_written(piece)])
+        (chance,) = noise_keys(crc32(np.array(answer).tobytes()), [len(piece.text)])[:, 0] / 2.0**64
         errs = bool(chance >= self._agreement)
         return (token + errs) % self.vocab_size

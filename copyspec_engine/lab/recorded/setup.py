@@ -145,7 +145,7 @@ def open_setup(
     facts = _measured(model, loaded, options.curve_s)
     loaded.runner = runner = RecordedRunner(loaded.runner)
     if draft is not None and loaded.draft is not None:
-        loaded.draft.runner = RecordedDraftRunner(loaded.draft.runner, runner.answers, draft.agreement)
+        loaded.draft.runner = RecordedDraftRunner(loaded.draft.runner, runner, draft.agreement)
     with Engine(config, model=loaded) as engine:
         entries = [entry for name in names for entry in _entries(name, options.concurrency, engine, runner, theirs)]
         entries, left_out = _warmed_up(entries, _beginning(conversations[0][0]))
