@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import self_check as equivalence
+from copyspec_engine.execution import self_check
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.cuda_graphs import StaticPasses, compile_layers, undo_compile
 from copyspec_engine.execution.packing import Piece
@@ -140,7 +140,7 @@ class Failing(ModelRunner):
 
 def choose(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, runner_class: Any = ModelRunner) -> Any:
     """What `check_equivalence` finds if it may try everything; on a CPU all of it runs without graphs."""
-    monkeypatch.setattr(equivalence, "_candidates", lambda *_: (("compiled", "graphs"), None))
+    monkeypatch.setattr(self_check, "_candidates", lambda *_: (("compiled", "graphs"), None))
 
     def make(num_slots: int, execution: Any = "eager") -> ModelRunner:
         runner: ModelRunner = runner_class(model, num_slots, execution="eager" if execution == "eager" else "paged")
@@ -150,7 +150,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, runner_class
 
 
 def with_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    monkeypatch.setattr(equivalence, "compile_layers", lambda model: compile_layers(model, backend))
+    monkeypatch.setattr(self_check, "compile_layers", lambda model: compile_layers(model, backend))
 
 
 def test_compiled_layers_are_taken_where_they_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import runner as model_runner
+from copyspec_engine.execution import runner
 from copyspec_engine.execution.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel, ModelRunner, prepare
@@ -222,7 +222,7 @@ def test_widths_that_were_found_to_agree_are_kept_beside_the_cost(
         tried.append(name)
         return (8, 64)
 
-    monkeypatch.setattr(model_runner, "agreeing_widths", try_widths)
+    monkeypatch.setattr(runner, "agreeing_widths", try_widths)
 
     def load(name: str, **options: Any) -> tuple[int, ...] | None:
         return prepare(build_model(name), ByteTokenizer(), EngineConfig(model=name, **options)).exact_widths

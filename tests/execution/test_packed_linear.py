@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams
-from copyspec_engine.execution import packed_linear
-from copyspec_engine.execution import self_check as equivalence
+from copyspec_engine.execution import packed_linear, self_check
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.packed_linear import PackedLinear, pack_linears, unpack_linears, why_not_packed
 from copyspec_engine.execution.runner import ModelRunner, prepare
@@ -96,7 +95,7 @@ def test_packing_that_goes_wrong_is_undone_and_said(
 
 
 def test_a_model_that_cannot_be_packed_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equivalence, "why_not_packed", lambda _: "this build of torch has no oneDNN")
+    monkeypatch.setattr(self_check, "why_not_packed", lambda _: "this build of torch has no oneDNN")
     loaded = prepare(build_model("llama"), ByteTokenizer(), CONFIG)
     assert (loaded.execution, loaded.execution_error) == ("eager", "this build of torch has no oneDNN")
     monkeypatch.setattr(packed_linear.torch.backends.mkldnn, "is_available", lambda: False)

@@ -20,8 +20,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, 
 
 from copyspec_engine import ConfigError, EngineConfig, ModelLoadError, UnsupportedModelError
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import checkpoint
-from copyspec_engine.execution import runner as model_runner
+from copyspec_engine.execution import checkpoint, runner
 from copyspec_engine.execution.accelerator import memory_of
 from copyspec_engine.execution.attention import KVStore
 from copyspec_engine.execution.packing import Piece
@@ -119,10 +118,10 @@ def test_the_end_of_sequence_ids_are_those_of_generate() -> None:
 
 
 def test_the_pool_never_takes_more_than_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "memory_of", lambda _device: (4_096_000, 4_096_000))
-    assert model_runner._num_slots(None, 8192, 1000, torch.device("cpu")) == 1024
-    assert model_runner._num_slots(None, 100, 10, torch.device("cpu")) == 400
-    assert model_runner._num_slots(5000, 8192, 500, torch.device("cpu")) == 5000
+    monkeypatch.setattr(runner, "memory_of", lambda _device: (4_096_000, 4_096_000))
+    assert runner._num_slots(None, 8192, 1000, torch.device("cpu")) == 1024
+    assert runner._num_slots(None, 100, 10, torch.device("cpu")) == 400
+    assert runner._num_slots(5000, 8192, 500, torch.device("cpu")) == 5000
 
 
 def test_a_pool_larger_than_the_memory_is_refused() -> None:
@@ -216,7 +215,7 @@ class SlowPasses:
         self.widths: list[int] = []
         self._seconds = seconds
         monkeypatch.setattr(ModelRunner, "_time_pass", lambda _runner, _slots, _context, width: self._pass(width))
-        monkeypatch.setattr(model_runner, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def _pass(self, width: int) -> float:
         seconds = self._seconds(width)

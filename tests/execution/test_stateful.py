@@ -17,7 +17,7 @@ from copyspec_engine import (
     SamplingParams,
     UnsupportedModelError,
 )
-from copyspec_engine.execution import stateful as stateful_runner
+from copyspec_engine.execution import stateful
 from copyspec_engine.execution.runner import prepare
 from copyspec_engine.execution.stateful import StatefulRunner
 from copyspec_engine.testing import ByteTokenizer
@@ -91,14 +91,14 @@ def test_a_request_that_fails_leaves_no_state_and_the_others_in_peace(
 ) -> None:
     """The failed step is run again row by row: rows that had read their tokens must not read them twice."""
     engine = make_engine("jamba")
-    read = stateful_runner._State.read
+    read = stateful._State.read
 
     def explode(state: Any, ids: Sequence[int]) -> torch.Tensor:
         if state.num_read + len(ids) > len(PROMPTS[1]) + 5:  # however it is read
             raise RuntimeError("boom")
         return read(state, ids)
 
-    monkeypatch.setattr(stateful_runner._State, "read", explode)
+    monkeypatch.setattr(stateful._State, "read", explode)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     handles = [engine.submit(GenerationRequest(prompt_token_ids=prompt, sampling=params)) for prompt in PROMPTS[:3]]
     for index in (0, 2):
@@ -114,7 +114,7 @@ def test_a_pass_that_fails_once_is_run_again_on_the_whole_text(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine("jamba")
-    read, failures = stateful_runner._State.read, [5, 9, 12]
+    read, failures = stateful._State.read, [5, 9, 12]
 
     def stumble(state: Any, ids: Sequence[int]) -> torch.Tensor:
         logits = read(state, ids)
@@ -123,7 +123,7 @@ def test_a_pass_that_fails_once_is_run_again_on_the_whole_text(
             raise RuntimeError("after the state has changed")
         return logits
 
-    monkeypatch.setattr(stateful_runner._State, "read", stumble)
+    monkeypatch.setattr(stateful._State, "read", stumble)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     handles = [engine.submit(GenerationRequest(prompt_token_ids=prompt, sampling=params)) for prompt in PROMPTS[:3]]
     for prompt, handle in zip(PROMPTS, handles, strict=False):
@@ -138,13 +138,13 @@ def test_a_model_that_reads_only_the_first_tokens_at_once_gets_its_prompt_whole(
     lengths: list[int] = []
     engine = make_engine("mamba", max_prefill_tokens=10)
     assert "reads each prompt in one pass" in caplog.text
-    read = stateful_runner._State.read
+    read = stateful._State.read
 
     def noted(state: Any, ids: Sequence[int]) -> torch.Tensor:
         lengths.append(len(ids))
         return read(state, ids)
 
-    monkeypatch.setattr(stateful_runner._State, "read", noted)
+    monkeypatch.setattr(stateful._State, "read", noted)
     run(engine, PROMPT, "none", max_tokens=4, ignore_eos=True)
     assert lengths == [len(PROMPT), 1, 1, 1]
 

@@ -9,8 +9,8 @@ from operator import add
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.chat_history import InMemoryChatMessageHistory
-from langchain_core.kv.caches import InMemoryCache
 from langchain_core.messages import AIMessage, HumanMessage, messages_from_dict, messages_to_dict, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
