@@ -27,6 +27,7 @@ from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.outputs import EngineInfo
 from copyspec_engine.values.tokens import Fingerprint
 
 if TYPE_CHECKING:
@@ -183,20 +184,23 @@ def scripted_engine(replies: Sequence[str] | Callable[[str], str], config: Engin
     """
     config = config or EngineConfig(model="scripted")
     limit = config.max_model_len or 8192
-    num_slots = config.kv_cache_tokens or 8 * limit
     model = LoadedModel(
         runner=ScriptedRunner(replies if callable(replies) else _in_order(replies)),
         tokenizer=ByteTokenizer(),
-        name=config.model,
-        architecture="ScriptedModel",
-        device="cpu",
-        dtype="float32",
-        max_model_len=limit,
+        info=EngineInfo(
+            model=config.model,
+            architecture="ScriptedModel",
+            device="cpu",
+            dtype="float32",
+            max_model_len=limit,
+            num_parameters=0,
+            num_kv_slots=config.kv_cache_tokens or 8 * limit,
+            kv_bytes_per_token=0,
+            step_cost=config.points or ((1, 1.0), (256, 1.5)),
+            exact=config.exact,
+            tool_calling=ByteTokenizer().chat_format().tool_calling,
+        ),
         eos_token_ids=frozenset({_END}),
-        num_parameters=0,
-        num_slots=num_slots,
-        kv_bytes_per_token=0,
-        step_cost=config.points or ((1, 1.0), (256, 1.5)),
     )
     return Engine(config, model=model)
 

@@ -181,7 +181,7 @@ def _turns(
     compiled: bool,
 ) -> Iterator[tuple[list[int], list[int], int]]:
     from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
-    from copyspec_engine.execution.runner import prepare
+    from copyspec_engine.execution.loading import prepare
     from copyspec_engine.testing import ByteTokenizer
     from tests.conftest import STEP_COST, build_model
 

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from copyspec_engine import EngineConfig
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Bucket, Piece, pack
 from copyspec_engine.execution.paged_attention import PagedRows, attend
-from copyspec_engine.execution.runner import prepare
 from copyspec_engine.lab.bench.command import EngineOptions
 from copyspec_engine.lab.bench.engine import measure_engine
 from copyspec_engine.lab.measuring import recorded
@@ -106,18 +106,18 @@ def step_times(shape: str, device: str, out_dir: Path, budget_s: float, *, compi
     loaded = prepare(model, ByteTokenizer(), config)
     ready = time.perf_counter()
     points = curve.measure_curve(loaded, budget_s)
-    limit = curve.measure_limit(model, loaded.kv_bytes_per_token)
+    limit = curve.measure_limit(model, loaded.info.kv_bytes_per_token)
     report: Report = {
         "ok": True,
-        "execution": loaded.execution,
-        "execution_error": loaded.execution_error,
+        "execution": loaded.info.execution,
+        "execution_error": loaded.info.execution_error,
         "build_s": round(built - start, 2),
         "prepare_s": round(ready - built, 2),
         "limit": limit,
         "curve": points,
         "targets": _targets(points, limit),
     }
-    report["plot"] = _plot(points, limit, out_dir / f"steps_{shape}_{loaded.execution}.svg")
+    report["plot"] = _plot(points, limit, out_dir / f"steps_{shape}_{loaded.info.execution}.svg")
     print(_table(points, limit), flush=True)
     for name, target in report["targets"].items():
         print(f"    {name}: {target['value']} (at most {target['wanted']} wanted)", flush=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from copyspec_engine import Engine, EngineConfig
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.execution.runner import prepare
 from copyspec_engine.testing import ByteTokenizer
 from tests.execution.architectures import ARCHITECTURES, END, build_model
 

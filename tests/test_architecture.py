@@ -68,6 +68,8 @@ MAY_IMPORT_TRANSFORMERS = {
     "execution/float32_head.py",
     "execution/ordered_experts.py",
     "execution/peft_adapter.py",
+    "execution/loading.py",
+    "execution/pass_cost.py",
     "execution/runner.py",
     "execution/self_check.py",
     "execution/stateful.py",

@@ -301,9 +301,9 @@ def _load(config: EngineConfig, model: LoadedModel | None, reports: Reports) -> 
 
 
 def _read(config: EngineConfig, reports: Reports) -> LoadedModel:
-    if "copyspec_engine.execution.runner" not in sys.modules:
+    if "copyspec_engine.execution.loading" not in sys.modules:
         reports(LoadProgress("read", "importing PyTorch and transformers"))
-    from copyspec_engine.execution.runner import load_model
+    from copyspec_engine.execution.loading import load_model
 
     return load_model(config, reports)
 

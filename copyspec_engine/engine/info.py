@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -31,35 +32,13 @@ def engine_info(
         load_seconds: what the phases of loading took.
         core: what serves it; None for a model that is only looked at.
     """
-    draft = model.draft
-    device = torch.device(model.device)
+    device = torch.device(model.info.device)
     free, total = memory_of(device)
-    return EngineInfo(
-        model=model.name,
-        architecture=model.architecture,
-        device=model.device,
-        dtype=model.dtype,
-        max_model_len=model.max_model_len,
-        num_parameters=model.num_parameters,
-        num_kv_slots=model.num_slots,
-        kv_bytes_per_token=model.kv_bytes_per_token,
-        step_cost=model.step_cost,
-        quantization=model.quantization,
-        model_source=model.source,
-        exact=config.exact,
-        drafting_error=model.drafting_error,
-        execution=model.execution,
-        execution_error=model.execution_error,
-        draft_model=None if draft is None else draft.name,
-        draft_model_source="" if draft is None else draft.source,
-        draft_model_step_cost=() if draft is None else draft.step_cost,
+    return replace(
+        model.info,
         draft_model_error=None if core is None else core.draft_model_error,
-        sampling_defaults=model.defaults.options,
-        sampling_defaults_not_done=model.defaults.not_done,
         memory_path=config.memory_path if core is not None and core.file is not None else None,
         memory_error=None if core is None else core.memory_error,
-        tool_calling=model.tokenizer.chat_format().tool_calling,
-        check_difference=model.check_difference,
         load_seconds={str(phase): round(seconds, 3) for phase, seconds in load_seconds.items()},
         device_name=device_name(device),
         device_memory=(free, total),

@@ -93,15 +93,14 @@ class Preparation:
         self._check_ids("logit_bias", [token for token, _ in call.sampling.logit_bias])
         for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
             self._check_ids(name, getattr(call.sampling, name))
-        room = min(model.max_model_len, model.num_slots) - len(token_ids)
-        params = model.defaults.applied(call.sampling, len(token_ids), room)
+        limit = min(model.info.max_model_len, model.info.num_kv_slots)
+        params = model.defaults.applied(call.sampling, len(token_ids), limit - len(token_ids))
         call = call.model_copy(update={"sampling": params})
         wanted = len(token_ids) + (params.max_tokens or 1)
-        if wanted > model.max_model_len:
-            raise ContextOverflowError(wanted, model.max_model_len)
-        if wanted > model.num_slots:
-            raise ContextOverflowError(wanted, model.num_slots, "the KV pool (kv_cache_tokens)")
-        limit = min(model.max_model_len, model.num_slots)
+        if wanted > model.info.max_model_len:
+            raise ContextOverflowError(wanted, model.info.max_model_len)
+        if wanted > model.info.num_kv_slots:
+            raise ContextOverflowError(wanted, model.info.num_kv_slots, "the KV pool (kv_cache_tokens)")
         reply = self._reply_parser(call, token_ids) if call.parse_reply else None
         drafter = self._drafter(call)
         ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | frozenset(params.stop_token_ids)
@@ -147,7 +146,7 @@ class Preparation:
 
     def _drafter(self, request: GenerationRequest) -> DrafterConfig:
         """Where a request's drafts come from."""
-        if self._model.drafting_error is not None:
+        if self._model.info.drafting_error is not None:
             return NoDrafter()
         drafter = request.drafter or self._config.drafter
         if isinstance(drafter, DraftModelDrafter) and self._model.draft is None:

@@ -81,7 +81,7 @@ class DraftModel:
 
     def room(self, request: Request) -> int:
         """Most tokens that it can guess behind a request's text before its context is full."""
-        return max(self.model.max_model_len - len(request.row.token_ids), 0)
+        return max(self.model.info.max_model_len - len(request.row.token_ids), 0)
 
     def guess(self, requests: Sequence[Request]) -> list[Guess | None]:
         """One pass over requests that were looked at: the next token of each, which is read in the next pass.

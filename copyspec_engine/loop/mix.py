@@ -88,7 +88,7 @@ class Combination:
     def __init__(self, draft_model: DraftModel, policy: DraftingPolicy, cost: LiveCost, max_tokens: int) -> None:
         self.draft_model, self._policy = draft_model, policy
         model = draft_model.model
-        self._cost, self._own_cost = cost, LiveCost(model.step_cost, is_fixed=not model.cost_is_measured)
+        self._cost, self._own_cost = cost, LiveCost(model.info.step_cost, is_fixed=not model.cost_is_measured)
         self.seconds = 0.0
         """Time that the draft model has taken so far."""
         self._max_tokens = max_tokens

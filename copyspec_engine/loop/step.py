@@ -55,16 +55,16 @@ class EngineCore:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.file, self.memory_error = _open_memory(config.memory_path, model)
-        is_stateful = model.drafting_error is not None  # nothing of a text can be read without all before it
+        is_stateful = model.info.drafting_error is not None  # nothing of a text can be read without all before it
         max_kept = 0 if is_stateful else _PER_SESSION * config.max_sessions
-        self.kv = KVRows(model.num_slots, max_kept)
-        draft_kv = None if model.draft is None else KVRows(model.draft.num_slots, max_kept)
+        self.kv = KVRows(model.info.num_kv_slots, max_kept)
+        draft_kv = None if model.draft is None else KVRows(model.draft.info.num_kv_slots, max_kept)
         vocab_size = model.runner.vocab_size
         self.conversations = Conversations(config, self.kv, draft_kv, self.file, vocab_size)
         self.counts = Counts()
         most_read = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
         self.scheduler = Scheduler(self.kv, config.max_running, most_read, self.counts)
-        self._cost = LiveCost(model.step_cost or _UNMEASURED, is_fixed=not model.cost_is_measured)
+        self._cost = LiveCost(model.info.step_cost or _UNMEASURED, is_fixed=not model.cost_is_measured)
         self.policy = DraftingPolicy(self._cost.relative)
         self.combination: Combination | None = None
         if model.draft is not None and draft_kv is not None and config.draft is not None:
@@ -311,7 +311,7 @@ class EngineCore:
             tokens_per_forward=counts.num_completion_tokens / max(counts.num_row_passes, 1),
             accepted_by_source={source: count for source, count in counts.accepted.items() if count},
             finished=dict(counts.finished),
-            step_cost=self._cost.points if self.model.step_cost else (),
+            step_cost=self._cost.points if self.model.info.step_cost else (),
         )
 
     def close(self) -> None:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner, Result
 
 from copyspec_engine import EngineConfig
 from copyspec_engine.cli.main import app
+from copyspec_engine.execution import pass_cost
 from copyspec_engine.execution.calibration import kept_curves
-from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.lab.replay import load_cost_curve
 
 CURVE = ((1, 0.004), (2, 0.005), (64, 0.02))
@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """run("calibrate", ...) -> the command's result on the bundled model, whose passes cost what `CURVE` says."""
     assert not cache.exists()
-    monkeypatch.setattr(ModelRunner, "measure_step_cost", lambda *_args, **_options: CURVE)
+    monkeypatch.setattr(pass_cost, "measure_pass_cost", lambda *_args, **_options: CURVE)
 
     def invoke(command: str, *words: str) -> Result:
         named = () if "--model" in words else ("--model", "bundled")
@@ -57,7 +57,7 @@ def test_it_keeps_the_curve_and_says_where(run: Callable[..., Result]) -> None:
 def test_it_measures_anew_what_was_kept(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     run("calibrate")
     other = tuple((width, 2 * seconds) for width, seconds in CURVE)
-    monkeypatch.setattr(ModelRunner, "measure_step_cost", lambda *_args, **_options: other)
+    monkeypatch.setattr(pass_cost, "measure_pass_cost", lambda *_args, **_options: other)
     run("calibrate")
     (curve,) = kept_curves()
     assert curve.points == other

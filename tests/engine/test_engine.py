@@ -388,8 +388,8 @@ def test_even_an_exit_inside_the_loop_reaches_the_callers(caplog: pytest.LogCapt
 def test_an_error_while_cancelling_stays_with_its_request(endless: Engine) -> None:
     good, bad = endless.submit(ask("a", request_id="good")), endless.submit(ask("b", request_id="bad"))
     next(bad)
-    sequence = endless._loop.requests["bad"][0]
-    sequence.text.flush = None  # type: ignore[method-assign,assignment]
+    request = endless._loop.requests["bad"][0]
+    request.answer.text.flush = None  # type: ignore[method-assign,assignment]
     endless.cancel("bad")
     with pytest.raises(RequestFailedError, match="TypeError"):
         bad.result()

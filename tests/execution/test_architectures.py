@@ -8,7 +8,8 @@ import pytest
 
 from copyspec_engine import Engine, EngineConfig, UnsupportedModelError
 from copyspec_engine.execution.attention import KVRow
-from copyspec_engine.execution.runner import ModelRunner, prepare
+from copyspec_engine.execution.loading import prepare
+from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, assert_all_slots_free
 from tests.execution.architectures import MORE, REFUSED, build_model

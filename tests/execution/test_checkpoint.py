@@ -20,7 +20,7 @@ from copyspec_engine.execution import checkpoint
 from copyspec_engine.execution.attention import KVBatch, KVRow, KVStore
 from copyspec_engine.execution.checkpoint import load_failure, read_model
 from copyspec_engine.execution.config_checks import refuse_impossible
-from copyspec_engine.execution.runner import load_model
+from copyspec_engine.execution.loading import load_model
 from tests.conftest import STEP_COST
 from tests.execution.architectures import build_model
 from tests.execution.test_runner import write_tokenizer

@@ -14,8 +14,9 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import self_check
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.cuda_graphs import StaticPasses, compile_layers, undo_compile
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.execution.runner import ModelRunner, prepare
+from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.execution.self_check import check_equivalence
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, build_model
@@ -93,7 +94,7 @@ def paged_engine(name: str, **options: Any) -> Engine:
     config = EngineConfig(model=f"tiny-{name}", step_cost=STEP_COST, max_prefill_tokens=37, **options)
     model = build_model(name)
     loaded = prepare(model, ByteTokenizer(), config)
-    loaded.runner = ModelRunner(model, loaded.num_slots, execution="paged")
+    loaded.runner = ModelRunner(model, loaded.info.num_kv_slots, execution="paged")
     return Engine(config, model=loaded)
 
 

@@ -15,10 +15,12 @@ import torch
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams, UnsupportedModelError
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import runner
+from copyspec_engine.execution import loading
 from copyspec_engine.execution.exact_passes import EXACT_WIDTHS, agreeing_widths
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.execution.runner import LoadedModel, ModelRunner, prepare
+from copyspec_engine.execution.pass_cost import measure_pass_cost
+from copyspec_engine.execution.runner import LoadedModel, ModelRunner
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST
 from tests.execution.architectures import build_model
@@ -222,7 +224,7 @@ def test_widths_that_were_found_to_agree_are_kept_beside_the_cost(
         tried.append(name)
         return (8, 64)
 
-    monkeypatch.setattr(runner, "agreeing_widths", try_widths)
+    monkeypatch.setattr(loading, "agreeing_widths", try_widths)
 
     def load(name: str, **options: Any) -> tuple[int, ...] | None:
         return prepare(build_model(name), ByteTokenizer(), EngineConfig(model=name, **options)).exact_widths
@@ -255,7 +257,7 @@ def test_the_cost_of_a_pass_is_a_stair_where_passes_are_filled_up() -> None:
     runner, widths = model.runner, model.exact_widths
     assert isinstance(runner, ModelRunner)
     assert widths
-    cost = CostCurve(runner.measure_step_cost(64, 200, budget_s=0.3))
+    cost = CostCurve(measure_pass_cost(runner, 64, 200, budget_s=0.3))
     for below, wide in pairwise((0, *widths)):
         seconds = cost.seconds(below + 1, wide - below)
         assert seconds[-1] <= seconds[0] * (1 if below else 3), "a draft up to the width is free"

@@ -14,8 +14,9 @@ from copyspec_engine.execution.attention import KVStore
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.cuda_graphs import StaticPasses
 from copyspec_engine.execution.float32_head import InFloat32, decide_in_float32
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.execution.runner import ModelRunner, prepare
+from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST
 from tests.execution.architectures import build_model
@@ -119,7 +120,7 @@ def test_passes_of_all_kinds_give_float32_logits(name: str) -> None:
     model = build_model(name).bfloat16()
     loaded = prepare(model, ByteTokenizer(), CONFIG)
     assert isinstance(loaded.runner, ModelRunner)
-    assert loaded.dtype == "bfloat16"
+    assert loaded.info.dtype == "bfloat16"
     slots = torch.arange(30).numpy()
     piece = Piece(slots, 0, IDS[0].tolist(), DraftTree(), 30)
     expected = loaded.runner.run([piece])
@@ -133,7 +134,7 @@ def test_passes_of_all_kinds_give_float32_logits(name: str) -> None:
 def test_a_recurrent_model_decides_in_float32_too() -> None:
     model = build_model("mamba").bfloat16()
     loaded = prepare(model, ByteTokenizer(), CONFIG)
-    assert loaded.drafting_error is not None
+    assert loaded.info.drafting_error is not None
     assert wrapped(model) == ["backbone.norm_f", "lm_head"]
 
 

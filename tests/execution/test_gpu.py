@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
-from copyspec_engine.execution.runner import prepare
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, build_model
 

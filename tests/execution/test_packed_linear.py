@@ -12,8 +12,9 @@ from torch import nn
 from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams
 from copyspec_engine.execution import packed_linear, self_check
 from copyspec_engine.execution.checkpoint import relative_difference
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packed_linear import PackedLinear, pack_linears, unpack_linears, why_not_packed
-from copyspec_engine.execution.runner import ModelRunner, prepare
+from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.execution.self_check import check_equivalence
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, build_model
@@ -76,7 +77,7 @@ def test_a_model_on_a_cpu_is_served_packed_and_others_keep_their_weights(make_en
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     loaded = prepare(model, ByteTokenizer(), CONFIG)
     assert any(isinstance(module, PackedLinear) for module in model.modules())
-    assert loaded.num_parameters == twin.num_parameters()
+    assert loaded.info.num_parameters == twin.num_parameters()
     assert loaded.runner.vocab_size == twin.config.vocab_size
     assert all(torch.equal(tensor, before[name]) for name, tensor in twin.named_parameters())
 
@@ -97,7 +98,7 @@ def test_packing_that_goes_wrong_is_undone_and_said(
 def test_a_model_that_cannot_be_packed_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "why_not_packed", lambda _: "this build of torch has no oneDNN")
     loaded = prepare(build_model("llama"), ByteTokenizer(), CONFIG)
-    assert (loaded.execution, loaded.execution_error) == ("eager", "this build of torch has no oneDNN")
+    assert (loaded.info.execution, loaded.info.execution_error) == ("eager", "this build of torch has no oneDNN")
     monkeypatch.setattr(packed_linear.torch.backends.mkldnn, "is_available", lambda: False)
     assert why_not_packed(nn.Linear(2, 2)) == "this build of torch has no oneDNN"
 

@@ -20,11 +20,13 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, 
 
 from copyspec_engine import ConfigError, EngineConfig, ModelLoadError, UnsupportedModelError
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import checkpoint, runner
+from copyspec_engine.execution import checkpoint, loading, pass_cost
 from copyspec_engine.execution.accelerator import memory_of
 from copyspec_engine.execution.attention import KVStore
+from copyspec_engine.execution.loading import load_model, prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.execution.runner import ModelRunner, load_model, prepare
+from copyspec_engine.execution.pass_cost import measure_pass_cost
+from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, build_model
 
@@ -118,10 +120,10 @@ def test_the_end_of_sequence_ids_are_those_of_generate() -> None:
 
 
 def test_the_pool_never_takes_more_than_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "memory_of", lambda _device: (4_096_000, 4_096_000))
-    assert runner._num_slots(None, 8192, 1000, torch.device("cpu")) == 1024
-    assert runner._num_slots(None, 100, 10, torch.device("cpu")) == 400
-    assert runner._num_slots(5000, 8192, 500, torch.device("cpu")) == 5000
+    monkeypatch.setattr(loading, "memory_of", lambda _device: (4_096_000, 4_096_000))
+    assert loading._num_slots(None, 8192, 1000, torch.device("cpu")) == 1024
+    assert loading._num_slots(None, 100, 10, torch.device("cpu")) == 400
+    assert loading._num_slots(5000, 8192, 500, torch.device("cpu")) == 5000
 
 
 def test_a_pool_larger_than_the_memory_is_refused() -> None:
@@ -149,7 +151,7 @@ def test_a_broken_chat_template_is_refused_before_anything_is_read(monkeypatch: 
     def never(*_: object) -> None:
         raise AssertionError("looked for the model")
 
-    monkeypatch.setattr(model_runner, "locate_model", never)
+    monkeypatch.setattr(loading, "locate_model", never)
     with pytest.raises(ConfigError, match="Got a chat template that is not Jinja: line 1"):
         load_model(EngineConfig(chat_template="{% if %}"))
 
@@ -201,10 +203,10 @@ def test_long_rope_models_stay_below_the_switch_of_their_factors(caplog: pytest.
 
 def test_costs_are_measured_from_one_token_up() -> None:
     loaded = prepare(build_model("llama"), ByteTokenizer(), EngineConfig(model="m", max_model_len=300))
-    widths = [width for width, _ in loaded.step_cost]
+    widths = [width for width, _ in loaded.info.step_cost]
     assert widths[:4] == [1, 2, 4, 8]
     assert widths[-1] <= 150  # a pass never reaches beyond the context
-    assert all(seconds > 0 for _, seconds in loaded.step_cost)
+    assert all(seconds > 0 for _, seconds in loaded.info.step_cost)
 
 
 class SlowPasses:
@@ -214,8 +216,8 @@ class SlowPasses:
         self.now = 0.0
         self.widths: list[int] = []
         self._seconds = seconds
-        monkeypatch.setattr(ModelRunner, "_time_pass", lambda _runner, _slots, _context, width: self._pass(width))
-        monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(pass_cost, "_time_pass", lambda _runner, _slots, _context, width: self._pass(width))
+        monkeypatch.setattr(pass_cost, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def _pass(self, width: int) -> float:
         seconds = self._seconds(width)
@@ -231,14 +233,14 @@ def bare_runner() -> ModelRunner:
 def test_a_slow_model_is_measured_at_a_few_widths_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past regression: a slope between passes of one and two tokens said nothing about drafts of dozens."""
     passes = SlowPasses(lambda width: 1.0 + 0.1 * width, monkeypatch)
-    points = bare_runner().measure_step_cost(context=200, room=512)
+    points = measure_pass_cost(bare_runner(), context=200, room=512)
     assert [width for width, _ in points] == [1, 2, 4, 16]
     assert passes.widths == [1, 1, 2, 16, 4], "nothing slow is run twice"
 
 
 def test_a_quick_model_is_measured_over_and_over_for_as_long_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = SlowPasses(lambda width: 0.001 + 0.0001 * width, monkeypatch)
-    points = bare_runner().measure_step_cost(context=200, room=512, budget_s=0.5)
+    points = measure_pass_cost(bare_runner(), context=200, room=512, budget_s=0.5)
     assert points == tuple((width, 0.001 + 0.0001 * width) for width in (1, 2, 4, 8, 16, 32, 64, 128, 256))
     assert 0.4 < passes.now < 0.51
     assert passes.widths.count(128) > 5
@@ -247,7 +249,7 @@ def test_a_quick_model_is_measured_over_and_over_for_as_long_as_allowed(monkeypa
 def test_the_least_of_several_passes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     SlowPasses(lambda width: 0.01 * (1 + 0.01 * width) * rng.choice([1.0, 1.0, 3.0]), monkeypatch)
-    points = bare_runner().measure_step_cost(context=200, room=512, budget_s=5.0)
+    points = measure_pass_cost(bare_runner(), context=200, room=512, budget_s=5.0)
     assert dict(points) == pytest.approx({width: 0.01 * (1 + 0.01 * width) for width, _ in points})
 
 
@@ -261,7 +263,7 @@ def test_time_that_other_programs_take_is_not_counted(monkeypatch: pytest.Monkey
         return run(runner, *args, **options)
 
     monkeypatch.setattr(ModelRunner, "run", interrupted)
-    points = bare_runner().measure_step_cost(context=200, room=512, widths=(1, 2), budget_s=0.0)
+    points = measure_pass_cost(bare_runner(), context=200, room=512, widths=(1, 2), budget_s=0.0)
     assert all(0 < seconds < 0.05 for _, seconds in points)
 
 
@@ -277,7 +279,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
         budgets.append(budget_s)
         return tuple((width, 0.01 * len(budgets) * (1 + 0.01 * width)) for width in widths)
 
-    monkeypatch.setattr(ModelRunner, "measure_step_cost", measure)
+    monkeypatch.setattr(pass_cost, "measure_pass_cost", measure)
     return budgets
 
 

@@ -18,7 +18,7 @@ from copyspec_engine import (
     UnsupportedModelError,
 )
 from copyspec_engine.execution import stateful
-from copyspec_engine.execution.runner import prepare
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.stateful import StatefulRunner
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import assert_all_slots_free

@@ -31,8 +31,8 @@ from copyspec_engine import (
 )
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import runner as model_runner_module
+from copyspec_engine.execution.loading import load_model, prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.execution.runner import load_model, prepare
 from copyspec_engine.testing import ByteTokenizer
 from copyspec_engine.values.config import DraftModelUse
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
@@ -430,7 +430,7 @@ def test_both_pools_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = prepare(build_model("llama"), ByteTokenizer(), config, draft=(build_model("llama"), ByteTokenizer()))
     assert pair.draft is not None
     assert alone.num_slots * alone.kv_bytes_per_token <= 1_000_000
-    assert pair.draft.num_slots == pair.num_slots == alone.num_slots // 2
+    assert pair.draft.info.num_kv_slots == pair.info.num_kv_slots == alone.info.num_kv_slots // 2
 
 
 def test_a_draft_model_that_cannot_forget_is_refused(make_drafted: MakeDrafted) -> None:

@@ -22,8 +22,8 @@ from copyspec_engine import (
 )
 from copyspec_engine.drafting.drafter import Drafter
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.execution.runner import prepare
 from copyspec_engine.lab.bench.lossless_rounds import crowded, rounds
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import END, assert_all_slots_free, build_model

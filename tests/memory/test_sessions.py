@@ -236,7 +236,7 @@ def test_a_call_goes_on_when_it_is_forgotten_and_keeps_nothing(
     text = next(stream).text + next(stream).text
     assert engine.forget("a") if what == "session" else engine.forget_pool("team")
     num_before = len(drafts[request.request_id])
-    memory = engine._loop.requests[request.request_id][0].memory
+    memory = engine._loop.requests[request.request_id][0].drafting.memory
     text += "".join(chunk.text for chunk in stream)
     assert text == TEXT
     assert stream.result().finish_reason == "stop"

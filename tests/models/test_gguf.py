@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from copyspec_engine import DraftModel, Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
 from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
-from copyspec_engine.execution.runner import read_tokenizer
+from copyspec_engine.execution.loading import read_tokenizer
 from copyspec_engine.models.gguf import convert
 from copyspec_engine.models.gguf_file import read_file
 from copyspec_engine.models.gguf_tokenizer import build_tokenizer

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationOutput, GenerationRequest, SamplingParams
+from copyspec_engine import (
+    ConfigError,
+    Engine,
+    EngineConfig,
+    EngineInfo,
+    GenerationOutput,
+    GenerationRequest,
+    SamplingParams,
+)
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
@@ -234,16 +242,18 @@ def test_answers_over_many_seeds_follow_the_exact_probabilities(drafter: str) ->
     model = LoadedModel(
         runner=MarkovRunner(),
         tokenizer=ByteTokenizer(),
-        name="markov",
-        architecture="MarkovModel",
-        device="cpu",
-        dtype="float32",
-        max_model_len=16,
+        info=EngineInfo(
+            model="markov",
+            architecture="MarkovModel",
+            device="cpu",
+            dtype="float32",
+            max_model_len=16,
+            num_parameters=0,
+            num_kv_slots=1024,
+            kv_bytes_per_token=0,
+            step_cost=STEP_COST,
+        ),
         eos_token_ids=frozenset(),
-        num_parameters=0,
-        num_slots=1024,
-        kv_bytes_per_token=0,
-        step_cost=STEP_COST,
     )
     count, num_accepted, rng = 2000, 0, random.Random(1)
     odds = exact_odds(model.runner.logits, 1, 0.8)  # type: ignore[attr-defined]

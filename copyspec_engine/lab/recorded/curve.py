@@ -33,9 +33,9 @@ def measure_curve(model: LoadedModel, budget_s: float) -> list[dict[str, float]]
     for rows, context, nodes in _cases():
         if points and time.perf_counter() > deadline:
             break
-        if rows * (context + nodes) > model.num_slots or context + nodes > model.max_model_len:
+        if rows * (context + nodes) > model.info.num_kv_slots or context + nodes > model.info.max_model_len:
             continue
-        pieces = _pieces(model.num_slots, rows, context, nodes)
+        pieces = _pieces(model.info.num_kv_slots, rows, context, nodes)
         seconds = _time_pass(model, pieces)
         for _ in range(4):  # a shape's first pass pays for set-up
             if time.perf_counter() + seconds < deadline:

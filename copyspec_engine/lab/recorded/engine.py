@@ -12,7 +12,7 @@ from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.drafting.cost import Points
 from copyspec_engine.engine.engine import Engine
-from copyspec_engine.execution.runner import prepare
+from copyspec_engine.execution.loading import prepare
 from copyspec_engine.lab.recorded.records import RecordMismatchError
 from copyspec_engine.lab.recorded.runner import RecordedRunner
 from copyspec_engine.lab.recorded.shapes import random_model, shape_config

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.drafting.cost import Points
 from copyspec_engine.engine.engine import Engine
-from copyspec_engine.execution.runner import LoadedModel, prepare
+from copyspec_engine.execution.loading import prepare
+from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.lab.recorded.curve import CONTEXTS, NODES, ROWS, measure_curve, measure_limit
 from copyspec_engine.lab.recorded.generate import GENERATE_PEERS, GeneratePeer
 from copyspec_engine.lab.recorded.ours import DRAFT_PEERS, OUR_PEERS, OurPeer
@@ -169,13 +170,13 @@ def _config(options: SetupOptions, longest: int) -> EngineConfig:
 def _measured(model: PreTrainedModel, loaded: LoadedModel, curve_s: float) -> Facts:
     return Facts(
         curve=measure_curve(loaded, curve_s),
-        limit=measure_limit(model, loaded.kv_bytes_per_token),
-        step_cost=loaded.step_cost,
-        draft_step_cost=() if loaded.draft is None else loaded.draft.step_cost,
-        device=loaded.device,
-        dtype=loaded.dtype,
-        num_parameters=loaded.num_parameters,
-        kv_cache_tokens=loaded.num_slots,
+        limit=measure_limit(model, loaded.info.kv_bytes_per_token),
+        step_cost=loaded.info.step_cost,
+        draft_step_cost=() if loaded.draft is None else loaded.draft.info.step_cost,
+        device=loaded.info.device,
+        dtype=loaded.info.dtype,
+        num_parameters=loaded.info.num_parameters,
+        kv_cache_tokens=loaded.info.num_kv_slots,
     )
 
 
