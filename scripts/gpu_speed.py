@@ -22,7 +22,7 @@ from copyspec_engine import EngineConfig
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Bucket, Piece, pack
-from copyspec_engine.execution.paged_attention import PagedRows, attend
+from copyspec_engine.execution.paged_attention import PagedRows, Scoring, attend
 from copyspec_engine.lab.bench.command import EngineOptions
 from copyspec_engine.lab.bench.engine import measure_engine
 from copyspec_engine.lab.measuring import recorded
@@ -55,7 +55,7 @@ def attention_times(device: str, shapes: Sequence[tuple[int, int, int]]) -> Repo
         paged = PagedRows(**{field.name: parts[field.name] for field in fields(PagedRows)})
         query = torch.randn((HEADS, bucket.tokens, DIM), dtype=dtype, device=device)
         keys, values = torch.randn((2, KV_HEADS, num_slots + 1, DIM), dtype=dtype, device=device)
-        seconds = _median_seconds(lambda q=query, k=keys, v=values, p=paged: attend(q, k, v, p), device)  # type: ignore[misc]
+        seconds = _median_seconds(lambda q=query, k=keys, v=values, p=paged: attend(q, k, v, p, Scoring()), device)  # type: ignore[misc]
         read = 2 * KV_HEADS * num_slots * DIM * keys.element_size()
         points.append(
             {"rows": rows, "new": new, "before": base, "seconds": seconds, "kv_bytes_per_s": round(read / seconds)}

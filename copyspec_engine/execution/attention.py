@@ -8,7 +8,7 @@ place by the kernels of paged_attention.py where the batch says where its rows a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,11 +19,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from copyspec_engine.execution import paged_attention
-from copyspec_engine.execution.paged_attention import PagedRows
+from copyspec_engine.execution.paged_attention import PagedRows, Scoring
 from copyspec_engine.values.errors import UnsupportedModelError
 from copyspec_engine.values.tokens import TokenArray
 
-__all__ = ["ATTENTION_NAME", "KVBatch", "KVRow", "KVStore", "Scoring"]
+__all__ = ["ATTENTION_NAME", "KVBatch", "KVRow", "KVStore"]
 
 ATTENTION_NAME = "copyspec"
 
@@ -72,23 +72,6 @@ class KVStore:
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         # Zeros rather than uninitialised memory: a masked slot's NaN would still spoil a softmax sum.
         return torch.zeros((like.shape[0], self.num_slots + 1, like.shape[2]), dtype=like.dtype, device=like.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """What becomes of the products of queries and keys.
-
-    Args:
-        scaling: what they are multiplied by; None: one over the root of the keys' size.
-        window: positions that a token sees, its own among them; None: all before it.
-        softcap: what scores are bent to stay below (Gemma 2).
-        sinks: a learnt score per head that takes part in the softmax and has no value (gpt-oss), shape (heads,).
-    """
-
-    scaling: float | None = None
-    window: int | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
 
 
 class Row(Protocol):
@@ -246,40 +229,22 @@ def _attend(
     attention_mask: torch.Tensor | int | None = None,
     *,
     kv_batch: KVBatch | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    **others: object,
+    **options: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of each row's new tokens over its slots; refuses what it does not know rather than ignore it.
 
     In place of a mask the model hands on what `_window` said.
     """
-    masked = isinstance(attention_mask, torch.Tensor)
-    window = attention_mask if isinstance(attention_mask, int) else sliding_window
-    if kv_batch is None or masked or dropout or is_causal is False or (sliding_window or window) != window:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} asks for attention that this engine does not serve "
-            f"(kv_batch={kv_batch is not None}, mask={masked}, {dropout=}, {is_causal=}, {sliding_window=}, {window=})"
-        )
+    scoring = _scoring(type(module).__name__, attention_mask, kv_batch is not None, options)
+    assert kv_batch is not None
     kv_batch = kv_batch.on(query.device)
-    unknown = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
-    if unknown:
-        raise UnsupportedModelError(f"{type(module).__name__} passes unknown attention options: {', '.join(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
     if kv_batch.paged is not None:
         keys, values = kv_batch.store.layer(layer, key[0], value[0])
         paged_attention.write(key[0], value[0], keys, values, kv_batch.paged.write)
-        out = paged_attention.attend(
-            query[0], keys, values, kv_batch.paged, scaling=scaling, window=window, softcap=softcap, sinks=s_aux
-        )
-        return out[None], None
+        return paged_attention.attend(query[0], keys, values, kv_batch.paged, scoring)[None], None
     written = kv_batch.written
     keys, values = kv_batch.store.write(layer, kv_batch.write, key[0, :, :written], value[0, :, :written])
-    scoring = Scoring(scaling, window, softcap, s_aux)
     parts = [row.attend(query[:, :, row.start : row.stop], keys, values, scoring) for row in kv_batch.rows]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     if out.shape[2] < query.shape[2]:  # padding reads nothing
@@ -287,10 +252,37 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None  # (1, new, heads, head_dim)
 
 
-_HARMLESS = frozenset(
-    {"cache_position", "output_attentions", "output_router_logits", "position_embeddings", "position_ids", "use_cache"}
-)
+def _scoring(name: str, mask: object, has_batch: bool, options: Mapping[str, Any]) -> Scoring:
+    """What a model of class `name` asks for by the options of its attention.
+
+    Raises:
+        UnsupportedModelError: this engine does not serve that.
+    """
+    sliding_window, dropout, is_causal = (options.get(name) for name in ("sliding_window", "dropout", "is_causal"))
+    masked = isinstance(mask, torch.Tensor)
+    window = mask if isinstance(mask, int) else sliding_window
+    if not has_batch or masked or dropout or is_causal is False or (sliding_window or window) != window:
+        raise UnsupportedModelError(
+            f"{name} asks for attention that this engine does not serve "
+            f"(kv_batch={has_batch}, mask={masked}, {dropout=}, {is_causal=}, {sliding_window=}, {window=})"
+        )
+    unknown = sorted(option for option, given in options.items() if given is not None and option not in _KNOWN)
+    if unknown:
+        raise UnsupportedModelError(f"{name} passes unknown attention options: {', '.join(unknown)}")
+    return Scoring(options.get("scaling"), window, options.get("softcap"), options.get("s_aux"))
+
+
+_READ = {"scaling", "sliding_window", "softcap", "s_aux", "dropout", "is_causal"}
+_HARMLESS = {
+    "cache_position",
+    "output_attentions",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "use_cache",
+}
 """Keywords that do not change the scores: positions are in the rotated keys already, the rest asks for more outputs."""
+_KNOWN = _READ | _HARMLESS
 
 
 def _fused_attention(
@@ -319,7 +311,7 @@ def _eager_attention(
     heads, new, dim = query.shape
     kv_heads, context, _ = keys.shape
     packed = query.reshape(kv_heads, -1, dim)  # (kv_heads, heads / kv_heads * new, head_dim)
-    scores = packed @ keys.transpose(1, 2) * (dim**-0.5 if scoring.scaling is None else scoring.scaling)
+    scores = packed @ keys.transpose(1, 2) * scoring.factor(dim)
     scores = scores.view(heads, new, context)
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 
-from copyspec_engine.execution.attention import Scoring, Slots, on_device, read, slots_of
+from copyspec_engine.execution.attention import Slots, on_device, read, slots_of
 from copyspec_engine.execution.packing import Piece
+from copyspec_engine.execution.paged_attention import Scoring
 from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["OrderedRow"]
@@ -151,7 +152,7 @@ class OrderedRow:
 
     def _weights(self, scores: torch.Tensor, scoring: Scoring, dim: int) -> torch.Tensor:
         """The softmax of scores, shape (kv_heads, new, group, columns), which are changed."""
-        scores *= dim**-0.5 if scoring.scaling is None else scoring.scaling
+        scores *= scoring.factor(dim)
         if scoring.softcap is not None:
             scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
         scores.masked_fill_(self._hides(scoring.window), -torch.inf)

@@ -17,11 +17,32 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["PagedRows", "attend", "geometry", "kernels", "reference", "write"]
+__all__ = ["PagedRows", "Scoring", "attend", "geometry", "kernels", "reference", "write"]
 
 _MAX_SPLITS = 64
 _ASSUMED_PROCESSORS = 16
 """Of a device that does not say, such as Triton's interpreter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What becomes of the products of queries and keys.
+
+    Args:
+        scaling: what they are multiplied by; None: one over the root of the keys' size.
+        window: positions that a token sees, its own among them; None: all before it.
+        softcap: what scores are bent to stay below (Gemma 2).
+        sinks: a learnt score per head that takes part in the softmax and has no value (gpt-oss), shape (heads,).
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def factor(self, key_dim: int) -> float:
+        """What products of vectors of this size are multiplied by."""
+        return float(key_dim**-0.5) if self.scaling is None else self.scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +172,7 @@ def attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     rows: PagedRows,
-    *,
-    scaling: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scoring: Scoring,
     splits: int | None = None,
 ) -> torch.Tensor:
     """Attention of new tokens whose keys and values are in their slots already.
@@ -165,19 +182,16 @@ def attend(
         keys: the pool's, shape (kv_heads, slots, key_dim), contiguous.
         values: the pool's, shape (kv_heads, slots, value_dim), contiguous.
         rows: where the rows are.
-        scaling: of the scores; default: key_dim ** -0.5.
-        window: tokens that far away by position, or farther, are not seen.
-        softcap: scores s become softcap * tanh(s / softcap).
-        sinks: a score for each head that takes its share of the weights and has no value, shape (heads,).
+        scoring: what becomes of the products of queries and keys.
         splits: parts of the columns, a power of two; default: enough to keep the device busy.
 
     Returns:
         Shape (tokens, heads, value_dim), contiguous; 0 for padding.
     """
-    scaling = query.shape[2] ** -0.5 if scaling is None else scaling
     module = kernels()
     if module is None or not _uses_kernels(query):
-        return reference(query, keys, values, rows, scaling, window, softcap, sinks)
+        return reference(query, keys, values, rows, scoring)
+    window, softcap, sinks = scoring.window, scoring.softcap, scoring.sinks
     query = _rows_contiguous(query)
     heads, tokens, key_dim = query.shape
     kv_heads, num_slots, value_dim = values.shape
@@ -195,7 +209,7 @@ def attend(
         query, keys, values, out, partial, tops, weights, out if sinks is None else sinks,
         rows.slots, rows.slot_start, rows.context, rows.start, rows.num_new, rows.positions, rows.visible,
         query.stride(0), query.stride(1), num_slots, rows.visible.shape[1],
-        scaling, softcap or 1.0, window or 0,
+        scoring.factor(key_dim), softcap or 1.0, window or 0,
         num_rows, _power_of_two(num_rows), group, _power_of_two(group),
         key_dim, value_dim, key_pad, value_pad, cut.tokens, cut.block_m, cut.block_n, splits,
         softcap is not None, sinks is not None, window is not None,
@@ -217,17 +231,11 @@ def _processors(device: torch.device) -> int:
 
 
 def reference(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    rows: PagedRows,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: PagedRows, scoring: Scoring
 ) -> torch.Tensor:
     """What `attend` computes, row by row, in the type of its arguments, or in float32 where that is wider."""
     heads, tokens, _ = query.shape
+    window, softcap, sinks = scoring.window, scoring.softcap, scoring.sinks
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros((tokens, heads, values.shape[2]))
     for row in range(len(rows.context)):
@@ -246,7 +254,7 @@ def reference(
             seen &= positions[:, None] - there[None, :] < window
         group = heads // keys.shape[0]
         row_keys, row_values = (pool[:, slots].to(wide).repeat_interleave(group, 0) for pool in (keys, values))
-        scores = query[:, start : start + new].to(wide) @ row_keys.transpose(1, 2) * scaling
+        scores = query[:, start : start + new].to(wide) @ row_keys.transpose(1, 2) * scoring.factor(query.shape[2])
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~seen, -torch.inf)

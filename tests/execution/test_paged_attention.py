@@ -6,7 +6,6 @@ import importlib.util
 import os
 import random
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Bucket, Piece, pack, visibility_words
-from copyspec_engine.execution.paged_attention import PagedRows, attend, geometry, kernels, reference, write
+from copyspec_engine.execution.paged_attention import PagedRows, Scoring, attend, geometry, kernels, reference, write
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
@@ -125,11 +124,10 @@ def check(case: Case) -> float:
     expected_keys[:, rows.write.long()[:size]] = made["key"][:, :size]
     torch.testing.assert_close(keys[:, :NUM_SLOTS], expected_keys[:, :NUM_SLOTS], rtol=0, atol=0)
     sinks = torch.randn(case.heads, generator=torch.Generator().manual_seed(1)).to(DEVICE) if case.sinks else None
-    options: dict[str, Any] = {"window": case.window, "softcap": case.softcap, "sinks": sinks}
-    got = attend(made["query"], keys, values, rows, scaling=case.scaling, splits=case.splits, **options)
-    scaling = case.key_dim**-0.5 if case.scaling is None else case.scaling
+    scoring = Scoring(case.scaling, case.window, case.softcap, sinks)
+    got = attend(made["query"], keys, values, rows, scoring, case.splits)
     wide = [tensor.double() for tensor in (made["query"], keys, values)]
-    expected = reference(*wide, rows, scaling, **options)
+    expected = reference(*wide, rows, scoring)
     assert got.shape == (bucket.tokens, case.heads, case.value_dim)
     assert (got[size:] == 0).all()
     return float((got.double() - expected).norm() / expected.norm())
@@ -172,11 +170,10 @@ def test_random_cases() -> None:
 def test_the_reference_is_plain_attention_row_by_row(window: int | None) -> None:
     pieces = pieces_of((11, 1, 6), (0, 4, 0))
     rows = rows_of(pieces, Bucket.around(pieces), "cpu")
-    case = Case((), heads=2, kv_heads=2)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn((2, 16, 16), generator=generator).double()
     keys, values = torch.randn((2, 2, NUM_SLOTS + 1, 16), generator=generator).double()
-    got = reference(query, keys, values, rows, case.key_dim**-0.5, window)
+    got = reference(query, keys, values, rows, Scoring(window=window))
     start = 0
     for piece in pieces:
         new = len(piece.ids)
