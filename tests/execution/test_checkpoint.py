@@ -62,7 +62,7 @@ def test_a_checkpoint_that_is_quantized_is_served_as_it_is(folder: str) -> None:
         assert torch.equal(rounded(ids).logits, loaded(ids).logits)
         difference = (loaded(ids).logits - build_model("llama")(ids).logits).abs().max()
     assert 0 < difference < 0.1
-    assert load_model(EngineConfig(model=folder + "-int8", step_cost=STEP_COST)).num_parameters > 0
+    assert load_model(EngineConfig(model=folder + "-int8", step_cost=STEP_COST)).info.num_parameters > 0
     with pytest.raises(ModelLoadError, match=r"quantization='int8' but the weights of .* are quantized already"):
         read_model(folder + "-int8", CPU, EngineConfig(model=folder + "-int8", quantization="int8"))
 

@@ -162,7 +162,9 @@ def test_models_may_be_loaded_from_several_threads(tmp_path: Path) -> None:
     config = EngineConfig(model=str(tmp_path), step_cost=STEP_COST)
     with ThreadPoolExecutor(4) as threads:
         loaded = list(threads.map(load_model, [config] * 4))
-    assert {model.num_parameters for model in loaded} == {sum(p.numel() for p in build_model("llama").parameters())}
+    assert {model.info.num_parameters for model in loaded} == {
+        sum(p.numel() for p in build_model("llama").parameters())
+    }
 
 
 def test_a_model_that_gives_the_logits_of_every_token_is_served_right() -> None:
@@ -285,7 +287,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def step_cost(model: PreTrainedModel | None = None, **options: Any) -> tuple[tuple[int, float], ...]:
     config = EngineConfig(**{"model": "m", **options})
-    return prepare(model or build_model("llama"), ByteTokenizer(), config).step_cost
+    return prepare(model or build_model("llama"), ByteTokenizer(), config).info.step_cost
 
 
 def test_costs_are_measured_at_the_first_load_and_checked_at_later_ones(measured: list[float]) -> None:
@@ -361,4 +363,4 @@ def test_a_position_beyond_the_context_is_never_allowed() -> None:
     model = build_model("llama")
     assert isinstance(model.config, LlamaConfig)
     config = EngineConfig(model="m", max_model_len=4096, step_cost=STEP_COST)
-    assert prepare(model, ByteTokenizer(), config).max_model_len == 512
+    assert prepare(model, ByteTokenizer(), config).info.max_model_len == 512

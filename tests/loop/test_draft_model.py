@@ -30,7 +30,7 @@ from copyspec_engine import (
     UnsupportedModelError,
 )
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import runner as model_runner_module
+from copyspec_engine.execution import loading
 from copyspec_engine.execution.loading import load_model, prepare
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.testing import ByteTokenizer
@@ -383,7 +383,7 @@ def test_both_models_are_loaded_from_folders(tmp_path: Path) -> None:
         assert f"reading the weights of {small}" in map(str, said)
         draft = engine._model.draft
         assert draft is not None
-        assert (draft.num_slots, draft.device) == (engine.info.num_kv_slots, "cpu")
+        assert (draft.info.num_kv_slots, draft.info.device) == (engine.info.num_kv_slots, "cpu")
         plain = run(engine, PROMPT, "none")
         assert same_answer(plain, run(engine, PROMPT, "draft-model"))
 
@@ -420,16 +420,16 @@ def test_a_draft_model_has_a_device_of_its_own(tmp_path: Path) -> None:
     draft = DraftModel(own, device="cpu", step_cost=CHEAP)
     loaded = load_model(EngineConfig(model=own, draft=draft, step_cost=STEP_COST))
     assert loaded.draft is not None
-    assert loaded.draft.device == "cpu"
+    assert loaded.draft.info.device == "cpu"
 
 
 def test_both_pools_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner_module, "memory_of", lambda _device: (4_000_000, 4_000_000))
+    monkeypatch.setattr(loading, "memory_of", lambda _device: (4_000_000, 4_000_000))
     config = EngineConfig(model="m", draft=DraftModel("d", step_cost=CHEAP), step_cost=STEP_COST)
     alone = prepare(build_model("llama"), ByteTokenizer(), EngineConfig(model="m", step_cost=STEP_COST))
     pair = prepare(build_model("llama"), ByteTokenizer(), config, draft=(build_model("llama"), ByteTokenizer()))
     assert pair.draft is not None
-    assert alone.num_slots * alone.kv_bytes_per_token <= 1_000_000
+    assert alone.info.num_kv_slots * alone.info.kv_bytes_per_token <= 1_000_000
     assert pair.draft.info.num_kv_slots == pair.info.num_kv_slots == alone.info.num_kv_slots // 2
 
 
