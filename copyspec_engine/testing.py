@@ -27,13 +27,14 @@ from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.metrics import Held
 from copyspec_engine.values.outputs import EngineInfo
 from copyspec_engine.values.tokens import Fingerprint
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-__all__ = ["ByteTokenizer", "ScriptedRunner", "close_shared_engines", "scripted_engine"]
+__all__ = ["ByteTokenizer", "ScriptedRunner", "close_shared_engines", "held_by", "scripted_engine"]
 
 _START, _END, _VOCABULARY = 256, 257, 258
 _MARKERS = {_START: "<|im_start|>", _END: "<|im_end|>"}
@@ -154,6 +155,10 @@ class ScriptedRunner:
         logits = [self._logits(piece.key, piece.text, piece.draft) for piece in pieces if piece.num_logits]
         return torch.cat([torch.empty((0, _VOCABULARY)), *logits])
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._scripts)
+
     def release(self, key: str) -> None:
         self._scripts.pop(key, None)
 
@@ -203,6 +208,15 @@ def scripted_engine(replies: Sequence[str] | Callable[[str], str], config: Engin
         eos_token_ids=frozenset({_END}),
     )
     return Engine(config, model=model)
+
+
+def held_by(engine: Engine) -> Held:
+    """What requests hold of an engine between two steps: `not any(held_by(engine))` once all of them are over.
+
+    Raises:
+        EngineStoppedError: the engine was closed.
+    """
+    return engine._loop.call(engine._loop.held)
 
 
 def _in_order(replies: Sequence[str]) -> Callable[[str], str]:

@@ -171,6 +171,6 @@ def prompt_length(engine: Engine | EngineConfig, request: GenerationRequest) -> 
 
 @lru_cache(maxsize=8)
 def _tokenizer(config: EngineConfig) -> ChatTokenizer:
-    from copyspec_engine.execution.runner import read_tokenizer
+    from copyspec_engine.execution.loading import read_tokenizer
 
     return read_tokenizer(config)

@@ -28,6 +28,10 @@ class Admission:
         self._waiting: dict[int, Future[None]] = {}
         self._error: Exception | None = None
 
+    def __len__(self) -> int:
+        """Places that are taken."""
+        return len(self._taken)
+
     def take(self, number: int) -> None:
         """A place at once.
 

@@ -1,6 +1,6 @@
 """The engine: one loop in one thread, with sync and async front doors.
 
-Callers on any thread submit requests and read chunks; only the loop thread touches them, memory, the KV pool and
+Callers on any thread ask and read chunks; only the loop thread touches requests, memory, the KV pool and
 the model. A request that fails takes nobody with it; an error that stops the loop reaches every caller.
 
 Importing this module is quick: torch, transformers and Numba are imported when a model is loaded, by the loop's thread.
@@ -116,8 +116,15 @@ class Engine:
         """
         return self._preparation.token_ids(request)
 
-    def submit(self, request: GenerationRequest) -> RequestHandle:
-        """Queue a request; tokenising and checks happen here, in the caller's thread. Never waits for a place.
+    def stream(self, request: GenerationRequest, *, wait: bool = True) -> RequestHandle:
+        """Begin a request: its chunks as they are decoded, or its whole answer; closing or dropping the handle cancels.
+
+        Tokenising and checks happen here, in the caller's thread.
+
+        Args:
+            request: what is asked.
+            wait: where too many requests wait already this waits too, for as long as the request's `timeout_s` allows;
+                if False it never waits for a place.
 
         Raises:
             ConfigError: the input cannot be tokenised, a token id is not in the vocabulary, its grammar is not one, or
@@ -128,27 +135,16 @@ class Engine:
             EngineStoppedError: the engine takes no more requests.
         """
         prepared = self._prepare(request)
-        self._loop.places.take(prepared.number)
-        return self._begin(request, prepared)
-
-    def _begin(self, request: GenerationRequest, prepared: Request) -> RequestHandle:
-        """Queue a request that has a place."""
+        if wait:
+            self._loop.wait(prepared)
+        else:
+            self._loop.places.take(prepared.number)
         handle = RequestHandle(request.request_id)
         self._loop.enqueue(prepared, handle.sink)
         handle.on_close(partial(self._abandon, prepared))
         if request.explain:
             handle.on_last(partial(self._explained, request))
         return handle
-
-    def stream(self, request: GenerationRequest) -> RequestHandle:
-        """Chunks as they are decoded; closing or dropping the iterator cancels.
-
-        Where too many requests wait already this waits too, for as long as the request's `timeout_s` allows. Raises as
-        `submit` does, and EngineBusyError when that is over.
-        """
-        prepared = self._prepare(request)
-        self._loop.wait(prepared)
-        return self._begin(request, prepared)
 
     def generate(self, request: GenerationRequest) -> GenerationOutput:
         """The whole answer. Waits and raises as `stream` does."""

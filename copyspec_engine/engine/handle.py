@@ -1,4 +1,4 @@
-"""A submitted request as its caller sees it."""
+"""A request as its caller sees it."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Preparation:
             raise ConfigError(f"Got {name} with {bad} but expected ids from 0 to {limit}")
 
     def request(self, call: GenerationRequest) -> Request:
-        """Tokenise and check a request. Raises as `Engine.submit` does of its input."""
+        """Tokenise and check a request. Raises as `Engine.stream` does of its input."""
         model = self._model
         token_ids = self.token_ids(call)
         if not token_ids:

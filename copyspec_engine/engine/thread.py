@@ -21,6 +21,7 @@ from copyspec_engine.engine.handle import FORKED, Sink
 from copyspec_engine.engine.reports import Reports
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError, EngineStoppedError, MemoryFileError
+from copyspec_engine.values.metrics import Held
 from copyspec_engine.values.outputs import StreamChunk
 
 if TYPE_CHECKING:
@@ -171,6 +172,10 @@ class EngineLoop:
             self.check_running()
             self._commands.put(partial(_fulfil, done, work))
         return done.result()
+
+    def held(self) -> Held:
+        """What requests hold; in this thread, between two steps."""
+        return self.core.held()._replace(places=max(len(self.requests), len(self.places)))
 
     def end(self) -> None:
         """Stop after the step that runs; unfinished requests raise EngineStoppedError. Does not wait for that."""

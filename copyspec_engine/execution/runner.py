@@ -44,6 +44,11 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def num_rows(self) -> int:
+        """Rows for which something is kept until `release`."""
+        ...
+
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Read all pieces; the logits that they want, in order, shape (sum of num_logits, vocabulary)."""
         ...
@@ -83,6 +88,11 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
+
+    @property
+    def num_rows(self) -> int:
+        """None: the pool's slots are all that a row has."""
+        return 0
 
     @property
     def store(self) -> KVStore:

@@ -89,7 +89,7 @@ class StatefulRunner:
         return vocab_size(self._model)
 
     @property
-    def num_states(self) -> int:
+    def num_rows(self) -> int:
         """Rows whose state is in memory."""
         return len(self._states)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from copyspec_engine.kv.slots import KVPool
 from copyspec_engine.values.tokens import TokenArray, common_prefix_length
@@ -48,10 +49,15 @@ class PrefixCache:
         self._pool, self._max_rows = pool, max_rows
         self._rows: OrderedDict[Owner, _Row] = OrderedDict()
         self._kept = np.zeros(pool.num_slots, dtype=np.int32)
-        """How many rows use each slot."""
+        """See `users`."""
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def users(self) -> npt.NDArray[np.int32]:
+        """How many kept rows use each slot, shape (num_slots,); not to be changed."""
+        return self._kept
 
     @property
     def num_idle_slots(self) -> int:

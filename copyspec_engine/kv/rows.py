@@ -66,6 +66,11 @@ class KVRows:
         """Slots that are free, or would be if no row were kept."""
         return self.pool.num_free + self.cache.num_idle_slots
 
+    @property
+    def num_held(self) -> int:
+        """Uses of slots that no kept row accounts for: those of rows that are read, or lost."""
+        return int(np.abs(self.pool.users - self.cache.users).sum())
+
     def begin(self, token_ids: Sequence[int], owners: Sequence[Owner], salt: str | None) -> TokenArray:
         """The slots of the longest kept beginning of a text, of which the caller is one more user now; shape (n,).
 

@@ -98,6 +98,11 @@ class Combination:
         self.error: str | None = None
         """Why the draft model is not asked any more."""
 
+    @property
+    def num_requests(self) -> int:
+        """Requests of which anything is kept."""
+        return max(len(self._known), self.draft_model.num_rows)
+
     def extend(
         self, requests: Sequence[Request], drafts: Sequence[DraftTree], rooms: Sequence[int], width: int
     ) -> list[DraftTree]:

@@ -127,7 +127,7 @@ class Progress:
     num_prefill_passes: int = 0
     draft_lengths: list[int] = field(default_factory=list)
     accepted_lengths: list[int] = field(default_factory=list)
-    submitted_s: float = field(default_factory=time.perf_counter)
+    asked_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
     """Of its first admission; 0: it waits for it."""
     first_token_s: float = 0.0
@@ -147,12 +147,12 @@ class Progress:
         if not self.started_s:
             return Timing()
         first, last = self.first_token_s or self.started_s, self.last_token_s or self.started_s
-        return Timing(self.started_s - self.submitted_s, first - self.submitted_s, last - self.submitted_s)
+        return Timing(self.started_s - self.asked_s, first - self.asked_s, last - self.asked_s)
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request's state. Only the engine's loop thread touches it after `submit`."""
+    """A request's state. Only the engine's loop thread touches it once it is queued."""
 
     asked: Asked
     row: Row

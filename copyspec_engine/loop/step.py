@@ -35,7 +35,7 @@ from copyspec_engine.sampling.sampler import SampleRow, sample
 from copyspec_engine.sampling.verify import Verdict, verify
 from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
-from copyspec_engine.values.metrics import Counts, EngineMetrics
+from copyspec_engine.values.metrics import Counts, EngineMetrics, Held
 from copyspec_engine.values.outputs import FinishReason, StreamChunk
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
@@ -312,6 +312,18 @@ class EngineCore:
             accepted_by_source={source: count for source, count in counts.accepted.items() if count},
             finished=dict(counts.finished),
             step_cost=self._cost.points if self.model.info.step_cost else (),
+        )
+
+    def held(self) -> Held:
+        """What requests hold."""
+        return Held(
+            places=0,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            slots=self.kv.num_held,
+            rows=self.model.runner.num_rows,
+            draft_slots=0 if self.combination is None else self.combination.draft_model.kv.num_held,
+            draft_rows=0 if self.combination is None else self.combination.num_requests,
         )
 
     def close(self) -> None:

@@ -249,7 +249,7 @@ class EngineConfig(ModelOptions, _Options):
     """Requests that are decoded together, in one forward pass; later ones wait."""
     max_waiting: int = Field(default=1024, ge=0)
     """Requests that may wait in the engine. The caller of one more waits until there is room, up to its `timeout_s`, or
-    is refused with `EngineBusyError` if it used `Engine.submit`."""
+    is refused with `EngineBusyError` if it used `Engine.stream(..., wait=False)`."""
     max_prefill_tokens: int = Field(default=512, ge=1)
     """Prompt tokens read in one forward pass, of all requests together, so that a long prompt does not stall others."""
     exact: bool = False

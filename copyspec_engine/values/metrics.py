@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-__all__ = ["Counts", "EngineMetrics"]
+__all__ = ["Counts", "EngineMetrics", "Held"]
 
 
 @dataclass(slots=True)
@@ -41,6 +42,23 @@ class Counts:
         self.num_draft_tokens += num_draft_tokens
         for count, kind in accepted:
             self.accepted[kind] += count
+
+
+class Held(NamedTuple):
+    """What requests hold of an engine; all of it is 0 once they are over. Rows that are kept for later do not count."""
+
+    places: int
+    """Of requests that run or wait, by the front door's book."""
+    running: int
+    waiting: int
+    slots: int
+    """Uses of KV slots that no kept row accounts for."""
+    rows: int
+    """What the model's runner keeps for requests besides KV."""
+    draft_slots: int
+    """As `slots`, of the draft model."""
+    draft_rows: int
+    """Requests that the draft model follows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ class DraftStats:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Wall-clock seconds of one call, from `submit`."""
+    """Wall-clock seconds of one call, from `Engine.stream` on."""
 
     queue_s: float = 0.0
     """Until the first forward pass began."""

@@ -186,7 +186,7 @@ class _Script:
     def __init__(self, answer: Sequence[int], vocab_size: int) -> None:
         self._answer, self.vocab_size = [*answer, 2], vocab_size
         self.num_forward_passes = 0
-        self._written = Written()
+        self._written, self.num_rows = Written(), 0
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         rows = [(self._written.of(piece), piece) for piece in pieces]

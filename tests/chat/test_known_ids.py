@@ -293,7 +293,7 @@ def test_a_call_that_is_forgotten_while_it_runs_keeps_nothing(engine: Engine) ->
     request = GenerationRequest(
         messages=[USER], session_id="gone", sampling=SamplingParams(max_tokens=40, ignore_eos=True)
     )
-    with engine.submit(request) as handle:
+    with engine.stream(request) as handle:
         next(iter(handle))
         engine.forget("gone")
         handle.result()

@@ -99,7 +99,7 @@ def test_requests_in_flight_together_answer_as_if_alone(make_engine: MakeEngine,
     cases = [random_case(rng)[:2] for _ in range(30)]
     alone = [run(engine, prompt, "none", **sampling) for prompt, sampling in cases]
     handles = [
-        engine.submit(
+        engine.stream(
             GenerationRequest(
                 prompt_token_ids=prompt,
                 drafter=ON,

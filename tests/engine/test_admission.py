@@ -48,7 +48,7 @@ def gate() -> Iterator[Gate]:
 def full(gate: Gate) -> Iterator[Engine]:
     """An engine with all places taken, until the gate is opened."""
     with scripted_engine(gate.reply, SMALL) as engine:
-        handles = [engine.submit(ask("first")), engine.submit(ask("second"))]
+        handles = [engine.stream(ask("first")), engine.stream(ask("second"))]
         yield engine
         gate.event.set()
         if not engine._loop.is_over:
@@ -71,7 +71,7 @@ def test_threads_wait_for_a_place_and_all_are_served(full: Engine, gate: Gate) -
         streams = [pool.submit(lambda i=i: list(full.stream(ask(f"s{i}")))) for i in range(5)]
         assert num_waiting(full, 25)
         with pytest.raises(EngineBusyError, match="2 run or wait"):
-            full.submit(ask())
+            full.stream(ask(), wait=False)
         gate.event.set()
         assert [future.result().text for future in done] == [f"N{i}" for i in range(20)]
         assert all(future.result()[-1].output is not None for future in streams)
@@ -180,7 +180,7 @@ def test_closing_tells_those_who_wait(gate: Gate, full: Engine) -> None:
 def test_a_request_that_is_refused_after_its_wait_gives_its_place_back() -> None:
     gate = Gate()
     with scripted_engine(gate.reply, SMALL) as engine:
-        first = engine.submit(ask("a", request_id="same"))
+        first = engine.stream(ask("a", request_id="same"))
         with pytest.raises(ConfigError, match="request_id='same'"):
             engine.generate(ask("b", request_id="same"))
         assert len(engine._loop.places._taken) == 1
@@ -227,7 +227,7 @@ def test_an_engine_that_everybody_has_let_go_of_ends_its_thread_and_frees_its_mo
 
 
 def test_a_handle_keeps_its_engine_until_the_answer_is_read() -> None:
-    handle = scripted_engine(lambda prompt: prompt * 50, SMALL).submit(ask("abc"))
+    handle = scripted_engine(lambda prompt: prompt * 50, SMALL).stream(ask("abc"))
     gc.collect()
     assert handle.result().text == "abc" * 50
 
@@ -240,11 +240,12 @@ gate = threading.Event()
 config = EngineConfig(model="scripted", max_running=1, max_waiting=1)
 engine = scripted_engine(lambda prompt: gate.wait(30) and "done", config)
 ask = lambda: GenerationRequest(prompt="x")
-handles = [engine.submit(ask()), engine.submit(ask())]
+handles = [engine.stream(ask()), engine.stream(ask())]
 async def last():
     return await engine.agenerate(ask())
 ways = [handles[0].result, lambda: next(handles[1]), lambda: engine.generate(ask()), lambda: engine.stream(ask()),
-        lambda: engine.submit(ask()), lambda: asyncio.run(last()), engine.metrics, lambda: engine.forget("s")]
+        lambda: engine.stream(ask(), wait=False), lambda: asyncio.run(last()), engine.metrics,
+        lambda: engine.forget("s")]
 child = os.fork()
 if not child:
     signal.alarm(30)

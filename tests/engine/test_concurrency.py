@@ -21,7 +21,7 @@ from copyspec_engine import (
     SamplingParams,
 )
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.testing import scripted_engine
+from copyspec_engine.testing import held_by, scripted_engine
 from tests.conftest import assert_all_slots_free
 from tests.loop.test_lossless import PROMPT, ids_of, random_case, run, same_answer
 
@@ -30,7 +30,7 @@ MakeEngine = Callable[..., Engine]
 
 def submit(engine: Engine, prompt: tuple[int, ...], drafter: Any = None, **options: Any) -> RequestHandle:
     sampling = options.pop("sampling", {"max_tokens": 40})
-    return engine.submit(
+    return engine.stream(
         GenerationRequest(prompt_token_ids=prompt, drafter=drafter, sampling=SamplingParams(**sampling), **options)
     )
 
@@ -143,9 +143,9 @@ def test_a_full_queue_is_said_at_once_and_harms_nobody() -> None:
         return "done"
 
     with scripted_engine(reply, EngineConfig(max_running=1, max_waiting=2)) as engine:
-        handles = [engine.submit(GenerationRequest(prompt=f"{i}")) for i in range(3)]
+        handles = [engine.stream(GenerationRequest(prompt=f"{i}")) for i in range(3)]
         with pytest.raises(EngineBusyError, match="3 run or wait") as caught:
-            engine.submit(GenerationRequest(prompt="x"))
+            engine.stream(GenerationRequest(prompt="x"))
         assert caught.value.num_requests == 3
         gate.set()
         assert [handle.result().text for handle in handles] == ["done"] * 3
@@ -175,7 +175,7 @@ def test_a_batch_drafts_less_than_its_rows_would_alone() -> None:
 
     def drafted(count: int) -> float:
         with scripted_engine(lambda _: text, config) as engine:
-            handles = [engine.submit(GenerationRequest(prompt=text)) for _ in range(count)]
+            handles = [engine.stream(GenerationRequest(prompt=text)) for _ in range(count)]
             outputs = [handle.result() for handle in handles]
             assert all(output.text == text for output in outputs)
             return sum(max(output.draft_stats.accepted_lengths) for output in outputs) / count
@@ -230,4 +230,17 @@ def soak(engine: Engine, num_threads: int, seconds: float) -> None:
     deadline = time.monotonic() + 10
     while (engine._loop.requests or engine._core.scheduler) and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert_all_slots_free(engine)
+
+
+def test_what_requests_hold_is_told_and_nothing_is_left_of_it(make_engine: MakeEngine) -> None:
+    engine = make_engine("llama", max_running=2)
+    handles = [started(submit(engine, PROMPT, sampling={"max_tokens": 60, "ignore_eos": True})) for _ in range(2)]
+    handles.append(submit(engine, PROMPT, sampling={"max_tokens": 4}))
+    held = held_by(engine)
+    assert (held.places, held.running, held.waiting) == (3, 2, 1)
+    assert held.slots >= 2 * len(PROMPT)
+    for handle in handles:
+        handle.close()
+    assert not any(held_by(engine))
     assert_all_slots_free(engine)

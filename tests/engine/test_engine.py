@@ -159,7 +159,7 @@ def test_a_stream_that_was_never_read_is_cancelled(endless: Engine, how: str) ->
 
 
 def test_a_result_may_be_asked_for_again(echo: Engine) -> None:
-    handle = echo.submit(ask("hello"))
+    handle = echo.stream(ask("hello"))
     chunks = list(handle)
     assert handle.result() is handle.result() is chunks[-1].output
     assert list(handle) == []
@@ -167,14 +167,14 @@ def test_a_result_may_be_asked_for_again(echo: Engine) -> None:
 
 def test_the_garbage_collector_may_close_a_handle_while_the_lock_is_held(endless: Engine) -> None:
     """Past regression: an abandoned stream in a reference cycle deadlocked the thread that collected it."""
-    handle = endless.submit(ask("go"))
+    handle = endless.stream(ask("go"))
     with endless._loop.lock:
         handle.close()
     assert wait_until_idle(endless)
 
 
 def test_cancel_keeps_what_was_written_and_frees_every_slot(endless: Engine) -> None:
-    handle = endless.submit(ask("go", request_id="r", session_id="s"))
+    handle = endless.stream(ask("go", request_id="r", session_id="s"))
     chunks = iter(handle)
     text = next(chunks).text + next(chunks).text
     assert endless.cancel("r")
@@ -189,8 +189,8 @@ def test_cancel_keeps_what_was_written_and_frees_every_slot(endless: Engine) -> 
 
 def test_a_waiting_request_can_be_cancelled() -> None:
     with scripted_engine(lambda _: "x" * 3000, EngineConfig(max_running=1, drafter="none")) as engine:
-        first = engine.submit(ask("a", request_id="first"))
-        second = engine.submit(ask("b", request_id="second"))
+        first = engine.stream(ask("a", request_id="first"))
+        second = engine.stream(ask("b", request_id="second"))
         assert engine.cancel("second")
         output = second.result()
         assert (output.finish_reason, output.text) == ("cancelled", "")
@@ -241,9 +241,9 @@ def test_a_request_that_fails_takes_nobody_with_it(drafter: str) -> None:
 
     with scripted_engine(lambda _: DOCUMENT, EngineConfig(drafter=drafter)) as engine:
         engine._model.runner = Moody(lambda _: DOCUMENT)
-        good = [engine.submit(ask("x", request_id=f"good{i}")) for i in range(2)]
-        bad = engine.submit(ask("x", request_id="bad"))
-        late = engine.submit(ask("x", request_id="late"))
+        good = [engine.stream(ask("x", request_id=f"good{i}")) for i in range(2)]
+        bad = engine.stream(ask("x", request_id="bad"))
+        late = engine.stream(ask("x", request_id="late"))
         with pytest.raises(RequestFailedError, match="no memory left") as caught:
             bad.result()
         assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
@@ -329,8 +329,8 @@ def test_a_drafter_is_finished_once_when_its_request_is_cancelled_or_dropped(
 ) -> None:
     watched = watch(endless, monkeypatch)
     for session in ("a", "b"):
-        first = endless.submit(ask("go", request_id="first", session_id=session, drafter="adaptive"))
-        second = endless.submit(ask("go", session_id=session))
+        first = endless.stream(ask("go", request_id="first", session_id=session, drafter="adaptive"))
+        second = endless.stream(ask("go", session_id=session))
         next(first)
         next(second)
         assert len(open_spans(endless)) >= 1
@@ -347,9 +347,9 @@ def test_a_drafter_that_fails_ends_its_own_request_alone(
     echo: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
     watched = watch(echo, monkeypatch, fails=method)
-    good = [echo.submit(ask(f"{DOCUMENT} {i}", session_id=f"good{i}")) for i in range(2)]
-    bad = echo.submit(ask("bad", session_id="s"))
-    late = echo.submit(ask(DOCUMENT, session_id="s"))
+    good = [echo.stream(ask(f"{DOCUMENT} {i}", session_id=f"good{i}")) for i in range(2)]
+    bad = echo.stream(ask("bad", session_id="s"))
+    late = echo.stream(ask(DOCUMENT, session_id="s"))
     with pytest.raises(RequestFailedError, match=f"from {method}") as caught:
         bad.result()
     assert isinstance(caught.value.__cause__, ArithmeticError)
@@ -362,7 +362,7 @@ def test_a_drafter_that_fails_ends_its_own_request_alone(
 
 def test_an_error_that_stops_the_loop_reaches_current_and_later_callers(caplog: pytest.LogCaptureFixture) -> None:
     with scripted_engine(lambda _: "x" * 500, EngineConfig(drafter="none")) as engine:
-        handle = engine.submit(ask("go"))
+        handle = engine.stream(ask("go"))
         next(iter(handle))
         engine._core.scheduler.schedule = None  # type: ignore[method-assign,assignment]
         with pytest.raises(EngineStoppedError, match="its loop failed with TypeError") as caught:
@@ -386,7 +386,7 @@ def test_even_an_exit_inside_the_loop_reaches_the_callers(caplog: pytest.LogCapt
 
 
 def test_an_error_while_cancelling_stays_with_its_request(endless: Engine) -> None:
-    good, bad = endless.submit(ask("a", request_id="good")), endless.submit(ask("b", request_id="bad"))
+    good, bad = endless.stream(ask("a", request_id="good")), endless.stream(ask("b", request_id="bad"))
     next(bad)
     request = endless._loop.requests["bad"][0]
     request.answer.text.flush = None  # type: ignore[method-assign,assignment]
@@ -436,7 +436,7 @@ raise SystemExit(os.waitstatus_to_exitcode(status))
 
 
 def test_closing_ends_unfinished_requests_and_refuses_new_ones(endless: Engine) -> None:
-    handle = endless.submit(ask("go"))
+    handle = endless.stream(ask("go"))
     next(iter(handle))
     endless.close()
     with pytest.raises(EngineStoppedError, match="it was closed"):
@@ -461,7 +461,7 @@ def test_a_request_that_cannot_fit_is_refused_before_any_work(
 ) -> None:
     with scripted_engine(["never"], EngineConfig(**options)) as engine:
         with pytest.raises(ContextOverflowError, match=says) as caught:
-            engine.submit(ask("hello", sampling=SamplingParams(**sampling)))
+            engine.stream(ask("hello", sampling=SamplingParams(**sampling)))
         assert caught.value.num_tokens > caught.value.max_tokens
         assert engine._model.runner.num_forward_passes == 0  # type: ignore[attr-defined]
 
@@ -476,7 +476,7 @@ def test_an_answer_ends_where_the_context_ends() -> None:
 def test_requests_wait_for_slots_and_old_sessions_make_room() -> None:
     with scripted_engine(lambda _: "y" * 30, EngineConfig(kv_cache_tokens=200, max_model_len=150)) as engine:
         handles = [
-            engine.submit(ask("go", session_id=f"s{i}", sampling=SamplingParams(max_tokens=60))) for i in range(8)
+            engine.stream(ask("go", session_id=f"s{i}", sampling=SamplingParams(max_tokens=60))) for i in range(8)
         ]
         assert [handle.result().text for handle in handles] == ["y" * 30] * 8
         assert_all_slots_free(engine)
@@ -485,15 +485,15 @@ def test_requests_wait_for_slots_and_old_sessions_make_room() -> None:
 def test_bad_input_is_refused_by_name() -> None:
     with scripted_engine(["a"]) as engine:
         with pytest.raises(ConfigError, match="prompt_token_ids with 999 but expected ids from 0 to 257"):
-            engine.submit(GenerationRequest(prompt_token_ids=(1, 999)))
+            engine.stream(GenerationRequest(prompt_token_ids=(1, 999)))
         with pytest.raises(ConfigError, match="a message"):
-            engine.submit(GenerationRequest(messages=({"content": "no role"},)))
+            engine.stream(GenerationRequest(messages=({"content": "no role"},)))
 
 
 def test_a_request_id_that_is_running_is_refused(endless: Engine) -> None:
-    handle = endless.submit(ask("x", request_id="twice"))
+    handle = endless.stream(ask("x", request_id="twice"))
     with pytest.raises(ConfigError, match="request_id='twice'"):
-        endless.submit(ask("x", request_id="twice"))
+        endless.stream(ask("x", request_id="twice"))
     endless.cancel("twice")
     handle.result()
 

@@ -109,7 +109,7 @@ def answers(engine: Engine, drafter: str) -> list[tuple[int, ...]]:
         )
         for place in range(4)
     ]
-    first = [handle.result().token_ids for handle in [engine.submit(request) for request in requests]]
+    first = [handle.result().token_ids for handle in [engine.stream(request) for request in requests]]
     again = GenerationRequest(
         prompt_token_ids=(*PROMPT, *first[0], *PROMPT),
         sampling=SamplingParams(max_tokens=24),

@@ -176,7 +176,7 @@ def test_drafts_batches_reuse_and_preemption_leave_the_bits_as_they_are(
         engine._core.policy = policy
     for drafter in ("none", "adaptive"):
         handles = [
-            engine.submit(
+            engine.stream(
                 GenerationRequest(prompt_token_ids=prompt, sampling=SamplingParams(**option), drafter=drafter)
             )
             for prompt, option in cases

@@ -73,7 +73,7 @@ def test_what_runs_beside_a_request_changes_no_token_on_a_gpu() -> None:
         alone = [
             engine.generate(request.model_copy(update={"request_id": f"a{i}"})) for i, request in enumerate(requests)
         ]
-        handles = [engine.submit(request) for request in requests]
+        handles = [engine.stream(request) for request in requests]
         assert [handle.result().token_ids for handle in handles] == [output.token_ids for output in alone]
 
 

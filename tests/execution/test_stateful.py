@@ -36,7 +36,7 @@ def runner_of(engine: Engine) -> StatefulRunner:
 
 
 def states(engine: Engine) -> int:
-    return runner_of(engine).num_states
+    return runner_of(engine).num_rows
 
 
 @pytest.mark.parametrize("name", sorted(STATEFUL))
@@ -63,7 +63,7 @@ def test_tokens_equal_generate_over_turns_and_nothing_is_drafted(
 def test_requests_in_flight_together_answer_as_if_alone(make_engine: MakeEngine, name: str) -> None:
     engine = make_engine(name, max_running=4, max_prefill_tokens=16)
     requests = [GenerationRequest(prompt_token_ids=p, sampling=SamplingParams(max_tokens=20)) for p in PROMPTS]
-    handles = [engine.submit(request) for request in requests]
+    handles = [engine.stream(request) for request in requests]
     for prompt, handle in zip(PROMPTS, handles, strict=True):
         assert list(handle.result().token_ids) == generate(name, prompt, 20)
     assert states(engine) == 0
@@ -100,7 +100,7 @@ def test_a_request_that_fails_leaves_no_state_and_the_others_in_peace(
 
     monkeypatch.setattr(stateful._State, "read", explode)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
-    handles = [engine.submit(GenerationRequest(prompt_token_ids=prompt, sampling=params)) for prompt in PROMPTS[:3]]
+    handles = [engine.stream(GenerationRequest(prompt_token_ids=prompt, sampling=params)) for prompt in PROMPTS[:3]]
     for index in (0, 2):
         expected = generate("jamba", PROMPTS[index], 20)
         assert list(handles[index].result().token_ids)[: len(expected)] == expected
@@ -125,7 +125,7 @@ def test_a_pass_that_fails_once_is_run_again_on_the_whole_text(
 
     monkeypatch.setattr(stateful._State, "read", stumble)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
-    handles = [engine.submit(GenerationRequest(prompt_token_ids=prompt, sampling=params)) for prompt in PROMPTS[:3]]
+    handles = [engine.stream(GenerationRequest(prompt_token_ids=prompt, sampling=params)) for prompt in PROMPTS[:3]]
     for prompt, handle in zip(PROMPTS, handles, strict=False):
         expected = generate("jamba", prompt, 20)
         assert list(handle.result().token_ids)[: len(expected)] == expected

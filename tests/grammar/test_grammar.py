@@ -299,7 +299,7 @@ def test_grammars_and_free_answers_run_together_and_over_sessions(make_engine: M
     grammars = [None, *(grammar for grammar, _ in VALID)] * 2
     alone = [ask(engine, grammar, "none", temperature=0.9, seed=n, max_tokens=60) for n, grammar in enumerate(grammars)]
     handles = [
-        engine.submit(
+        engine.stream(
             GenerationRequest(
                 prompt_token_ids=PROMPT,
                 grammar=grammar,
@@ -366,7 +366,7 @@ def test_an_error_in_one_grammar_fails_that_request_alone(
 
     monkeypatch.setattr(GrammarCompiler, "begin", breaking)
     handles = [
-        engine.submit(
+        engine.stream(
             GenerationRequest(prompt_token_ids=PROMPT, grammar=grammar, sampling=SamplingParams(max_tokens=200))
         )
         for grammar in (RECORD, Grammar(regex="[ab]{50}"), RECORD)
@@ -581,7 +581,7 @@ def test_openai_formats_are_understood(bundled: Engine) -> None:
 )
 def test_a_grammar_that_cannot_be_read_fails_at_submit(make_engine: MakeEngine, grammar: Grammar, message: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){message}"):
-        make_engine("llama").submit(GenerationRequest(prompt="x", grammar=grammar))
+        make_engine("llama").stream(GenerationRequest(prompt="x", grammar=grammar))
 
 
 @pytest.mark.parametrize(
@@ -622,7 +622,7 @@ def test_without_llguidance_the_error_says_what_to_install(
     engine = make_engine("llama")
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(CopySpecError, match=r'pip install "copyspec\[grammar\]"'):
-        engine.submit(GenerationRequest(prompt="x", grammar=RECORD))
+        engine.stream(GenerationRequest(prompt="x", grammar=RECORD))
 
 
 def test_a_model_without_an_end_token_takes_no_grammar() -> None:

@@ -292,7 +292,7 @@ def test_a_crash_costs_a_request_its_draft_model_and_nobody_else(
     sampling = SamplingParams(max_tokens=80, ignore_eos=True)
     with caplog.at_level(logging.WARNING):
         handles = [
-            engine.submit(
+            engine.stream(
                 GenerationRequest(prompt_token_ids=PROMPT, drafter=USES[use], request_id=name, sampling=sampling)
             )
             for name in "abc"
@@ -348,7 +348,7 @@ def test_a_request_cancelled_in_the_middle_leaves_nothing(make_drafted: MakeDraf
                 session_id=session,
                 drafter=USES[use],
             )
-            with engine.submit(request) as handle:
+            with engine.stream(request) as handle:
                 for _ in range(4):
                     next(handle)
                 engine.cancel(handle.request_id)

@@ -101,7 +101,7 @@ def answers(
 ) -> list[GenerationOutput]:
     """Everything at once; some are cancelled, by turns at their first chunk and while they wait."""
     handles = [
-        engine.submit(GenerationRequest(**options, **extra, sampling=SamplingParams(**sampling)))
+        engine.stream(GenerationRequest(**options, **extra, sampling=SamplingParams(**sampling)))
         for options, sampling, extra in cases
     ]
     for turn, i in enumerate(sorted(cancelled)):

@@ -240,7 +240,7 @@ def test_requests_in_flight_together_answer_as_if_alone(make_engine: MakeEngine)
     cases = [random_case(rng) for _ in range(24)]
     alone = [run(engine, prompt, "none", **sampling) for prompt, sampling, _ in cases]
     handles = [
-        engine.submit(
+        engine.stream(
             GenerationRequest(
                 prompt_token_ids=prompt,
                 drafter=drafter,

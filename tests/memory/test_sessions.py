@@ -102,7 +102,7 @@ def test_every_drafted_token_of_a_session_stands_in_its_own_texts(
                 " ".join(words * 5), session_id=session_id, request_id=f"{session_id}-{turn}", drafter=drafter
             )
             allowed[request.request_id] = template | set(f"{alphabet} ".encode())
-            handles.append(engine.submit(request))
+            handles.append(engine.stream(request))
     for handle in handles:
         handle.result()
     for request_id, tokens in allowed.items():
@@ -159,7 +159,7 @@ def test_a_session_without_texts_keeps_its_kv_and_copies_from_its_prompts_only(m
 def test_a_session_without_texts_that_is_forgotten_while_it_runs_keeps_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine()
     others = passes(engine, session_id="other", memory_pool="p")
-    with engine.submit(ask("the numbers please", session_id="s", keep_texts=False, memory_pool="p")) as handle:
+    with engine.stream(ask("the numbers please", session_id="s", keep_texts=False, memory_pool="p")) as handle:
         next(iter(handle))
         engine.forget("s")
         assert handle.result().text == TEXT

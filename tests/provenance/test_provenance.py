@@ -262,7 +262,7 @@ def test_streams_and_batches_say_the_same() -> None:
     with scripted_engine(reply) as engine:
         alone = [engine.generate(GenerationRequest(messages=messages(text))) for text in questions]
     with scripted_engine(reply) as engine:
-        handles = [engine.submit(GenerationRequest(messages=messages(text))) for text in questions]
+        handles = [engine.stream(GenerationRequest(messages=messages(text))) for text in questions]
         together = [list(handle)[-1].output for handle in handles]
     for one, other in zip(alone, together, strict=True):
         assert other is not None
@@ -295,7 +295,7 @@ def test_places_hold_while_calls_share_a_small_memory_that_forgets() -> None:
                 )
                 for i in range(6)
             ]
-            for request, handle in [(request, engine.submit(request)) for request in requests]:
+            for request, handle in [(request, engine.stream(request)) for request in requests]:
                 output = handle.result()
                 calls_own = [copy for copy in output.copies if copy.source in ("prompt", "answer", "prediction")]
                 for copy in calls_own:
@@ -325,7 +325,7 @@ def test_an_explanation_that_fails_costs_no_answer(
 
     with scripted_engine([DOCUMENT]) as engine:
         monkeypatch.setattr(engine, "explain", fail)
-        with engine.submit(GenerationRequest(messages=messages(DOCUMENT), explain=True)) as handle:
+        with engine.stream(GenerationRequest(messages=messages(DOCUMENT), explain=True)) as handle:
             output = handle.result()
             assert (output.text, output.explanation) == (DOCUMENT, None)
             assert handle.result() == output
@@ -344,7 +344,7 @@ def test_erased_texts_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
             return forward(*args)
 
         monkeypatch.setattr(engine._model.runner, "forward", held)
-        handle = engine.submit(GenerationRequest(messages=messages("Say it."), session_id="s"))
+        handle = engine.stream(GenerationRequest(messages=messages("Say it."), session_id="s"))
         next(handle)
         done = threading.Thread(target=engine.forget, args=("s",))
         done.start()

@@ -96,7 +96,7 @@ def test_requests_with_different_options_answer_as_if_alone(make_engine: MakeEng
     cases = [{**case, "max_tokens": 16, "logprobs": i % 3 == 0} for i, case in enumerate(CASES)]
     alone = [run(engine, PROMPT, "none", **case) for case in cases]
     handles = [
-        engine.submit(
+        engine.stream(
             GenerationRequest(prompt_token_ids=PROMPT, session_id=f"{i % 4}", sampling=SamplingParams(**case))
         )
         for i, case in enumerate(cases)
@@ -199,7 +199,7 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(make_engine: MakeEngine,
 class MarkovRunner:
     """A model of six tokens, each of which depends on the last one alone, so that answers' exact odds are known."""
 
-    vocab_size = 6
+    vocab_size, num_rows = 6, 0
 
     def __init__(self) -> None:
         self.logits = torch.randn((6, 6), generator=torch.Generator().manual_seed(12)) * 1.2
@@ -263,7 +263,7 @@ def test_answers_over_many_seeds_follow_the_exact_probabilities(drafter: str) ->
             engine._core.policy = RandomTrees((), 5)  # type: ignore[assignment]
         options: dict[str, Any] = {"temperature": 1.0, "top_k": 4, "presence_penalty": 0.8, "max_tokens": 3}
         handles = [
-            engine.submit(
+            engine.stream(
                 GenerationRequest(
                     prompt_token_ids=(0, 1),
                     drafter=drafter,

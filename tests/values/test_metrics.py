@@ -49,7 +49,7 @@ def test_counts_are_those_of_the_answers(make_engine: Callable[..., Engine]) -> 
 def test_running_and_waiting_requests_are_seen(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine("llama", max_running=1)
     endless = SamplingParams(max_tokens=400, ignore_eos=True)
-    handles = [engine.submit(GenerationRequest(prompt="the cat", sampling=endless)) for _ in range(3)]
+    handles = [engine.stream(GenerationRequest(prompt="the cat", sampling=endless)) for _ in range(3)]
     next(handles[0])
     now = engine.metrics()
     assert (now.num_running, now.num_waiting) == (1, 2)

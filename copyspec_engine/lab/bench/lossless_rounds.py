@@ -178,7 +178,7 @@ def _plain(engine: Engine, conversation: Conversation, turn: Turn) -> Generation
 
 def _together(engine: Engine, turns: Sequence[Turn]) -> list[GenerationOutput | RequestFailedError]:
     """The answers with drafting of turns that run at the same time."""
-    handles = [engine.submit(turn.drafted) for turn in turns]
+    handles = [engine.stream(turn.drafted) for turn in turns]
     for turn, handle in sorted(zip(turns, handles, strict=True), key=lambda pair: pair[0].cancel_after or 0):
         if turn.cancel_after is not None:
             _cancel_after(engine, handle, turn.cancel_after)

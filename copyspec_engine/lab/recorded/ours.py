@@ -62,7 +62,7 @@ class OurPeer:
         self._sessions.clear()
 
     def _write_all(self, turns: Sequence[Turn]) -> list[Written]:
-        handles = [self._engine.submit(self._request(turn)) for turn in turns]
+        handles = [self._engine.stream(self._request(turn)) for turn in turns]
         outputs = [handle.result() for handle in handles]
         return [self._written(output, output.timing.total_s) for output in outputs]
 

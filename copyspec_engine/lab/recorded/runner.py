@@ -71,6 +71,10 @@ class RecordedRunner:
             force(logits, [token for piece in rows for token in self._tokens(piece)])
         return logits
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._prompts)
+
     def release(self, key: str) -> None:
         self._prompts.pop(key, None)
         self._runner.release(key)
@@ -104,6 +108,10 @@ class RecordedDraftRunner:
     @property
     def vocab_size(self) -> int:
         return self._runner.vocab_size
+
+    @property
+    def num_rows(self) -> int:
+        return self._runner.num_rows
 
     @torch.inference_mode()
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
