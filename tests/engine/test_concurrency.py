@@ -145,7 +145,7 @@ def test_a_full_queue_is_said_at_once_and_harms_nobody() -> None:
     with scripted_engine(reply, EngineConfig(max_running=1, max_waiting=2)) as engine:
         handles = [engine.stream(GenerationRequest(prompt=f"{i}")) for i in range(3)]
         with pytest.raises(EngineBusyError, match="3 run or wait") as caught:
-            engine.stream(GenerationRequest(prompt="x"))
+            engine.stream(GenerationRequest(prompt="x"), wait=False)
         assert caught.value.num_requests == 3
         gate.set()
         assert [handle.result().text for handle in handles] == ["done"] * 3
