@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,24 +22,9 @@ from typing import Any, TypeVar, cast
 from numba import njit
 from numba.core.event import Event, Listener, install_listener
 
-__all__ = ["SOURCES", "compiled", "counting_compilations"]
+__all__ = ["compiled", "counting_compilations", "inlined", "sources"]
 
 logger = logging.getLogger(__name__)
-
-SOURCES = (
-    "compiled.py",
-    "drafting/kernels/branch_points.py",
-    "drafting/kernels/candidates.py",
-    "drafting/kernels/growth.py",
-    "drafting/live_cost.py",
-    "drafting/tree.py",
-    "memory/acceptance.py",
-    "memory/alternatives.py",
-    "memory/index.py",
-    "provenance/trail.py",
-    "sampling/gumbel.py",
-)
-"""Files with compiled functions."""
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -57,11 +43,21 @@ def compiled(function: _Function) -> _Function:
     return cast(_Function, kept)
 
 
+def inlined(function: _Function) -> _Function:
+    """Write a function out wherever compiled code calls it, which costs compilation but no time to hand on tuples."""
+    return cast(_Function, njit(nogil=True, inline="always")(function))
+
+
+def sources() -> list[Path]:
+    """The files with compiled functions, and this one."""
+    files = ((path, path.read_bytes()) for path in sorted(Path(__file__).parent.rglob("*.py")))
+    return [path for path, text in files if re.search(rb"^@(compiled|inlined)$|^def compiled\(", text, re.MULTILINE)]
+
+
 @cache
 def _stamp() -> str:
     """Digest of all files with compiled functions."""
-    folder = Path(__file__).parent
-    return hashlib.blake2b(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()
+    return hashlib.blake2b(b"".join(path.read_bytes() for path in sources())).hexdigest()
 
 
 @contextmanager

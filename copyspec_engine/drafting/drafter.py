@@ -15,8 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.kernels.branch_points import PARENT, SOURCE, TOKEN, find_root, follow, make_call
-from copyspec_engine.drafting.kernels.growth import MARGIN, drawn_pace, grow, make_scratch, walk
+from copyspec_engine.drafting.kernels.branch_points import (
+    ANSWER_END,
+    NUM_STARTS,
+    PARENT,
+    SOURCE,
+    TAIL_SIZE,
+    TOKEN,
+    find_root,
+    follow,
+    make_call,
+)
+from copyspec_engine.drafting.kernels.candidates import Tables
+from copyspec_engine.drafting.kernels.growth import MARGIN, damped_pace, grow, make_scratch, walk
 from copyspec_engine.drafting.tree import DRAFT_MODEL, RECYCLED, DraftTree, best_nodes
 from copyspec_engine.memory.acceptance import (
     DECLARED,
@@ -187,12 +198,13 @@ class _AdaptiveDrafter:
         self._policy, self._memory, self._index = policy, memory, memory.index
         self._recycled, self._recycles = memory.recycled, options.recycle
         self._most = options.max_draft_tokens
-        self._eos = np.array(sorted(eos_token_ids), dtype=np.int64)
-        self._ingredients = np.array([getattr(ingredients, part.name) for part in fields(ingredients)], dtype=np.bool_)
         if memory.survival is None:
             memory.survival = policy.survival.copy()
         self.survival = memory.survival
-        self._call = make_call()
+        self._call = make_call(
+            np.array(sorted(eos_token_ids), dtype=np.int64),
+            np.array([getattr(ingredients, part.name) for part in fields(ingredients)], dtype=np.bool_),
+        )
         starts = memory.add_prompt(prompt_ids)
         hypotheses = [(position, STARTED) for position in starts]
         if len(prediction_ids):
@@ -201,38 +213,38 @@ class _AdaptiveDrafter:
         room = len(self._call.starts)
         for row, hypothesis in enumerate(hypotheses[:room]):
             self._call.starts[row] = hypothesis
-        self._call.sizes[2] = len(hypotheses[:room])
+        self._call.sizes[NUM_STARTS] = len(hypotheses[:room])
         follow(self._index.arrays, self._call, np.asarray(prompt_ids[-len(self._call.tail) :], dtype=np.int64))
         if len(prediction_ids):
             self._call.alignments[0] = predicted, 0, 0
         self._length = len(prompt_ids)
         self.answer_texts: dict[Span, int] = {}
         self._first = self._answer = self._open(_REGION)
-        self._call.sizes[3] = self._answer.stop
-        find_root(self._index.arrays, self._call, self._ingredients, True)
+        self._call.sizes[ANSWER_END] = self._answer.stop
+        find_root(self._index.arrays, self._call, True)
 
     def propose(self, num_pending: int, room: int) -> DraftTree:
         most = min(self._most, room)
         if most <= 0:
             return DraftTree()
         cost, scratch = self._policy.cost, self._policy.scratch
-        count = grow(
-            tuple(self._index.arrays),
-            tuple(self._recycled.arrays if self._recycles else NOT_RECYCLED),
-            tuple(self.survival),
-            tuple(scratch),
-            tuple(self._call),
-            cost.marginal(num_pending, most),
-            cost.seconds(num_pending, most + 1),
-            self._eos,
-            self._ingredients,
-        )
+        count = grow(self._tables(), cost.marginal(num_pending, most), cost.seconds(num_pending, most + 1))
         nodes = scratch.nodes[1 : count + 1]
         return DraftTree(
             tuple(nodes[:, TOKEN].tolist()),
             tuple(nodes[:, PARENT].tolist()),
             scratch.probabilities[1 : count + 1].copy(),
             nodes[:, SOURCE].copy(),
+        )
+
+    def _tables(self) -> Tables:
+        alternatives = self._recycled.arrays if self._recycles else NOT_RECYCLED
+        return (
+            tuple(self._index.arrays),
+            tuple(alternatives),
+            tuple(self.survival),
+            tuple(self._call),
+            tuple(self._policy.scratch),
         )
 
     @property
@@ -242,24 +254,14 @@ class _AdaptiveDrafter:
             return False
         alone, drafted = self._policy.cost.seconds(1, _FEW + 1)[[0, -1]].tolist()
         worth = float(recycled_worth(self.survival.recycled))
-        return bool(drawn_pace(self.survival.pace) * (drafted - alone) < _GAIN * worth)
+        return bool(damped_pace(self.survival.pace) * (drafted - alone) < _GAIN * worth)
 
     def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
         cost, survival = self._policy.cost, self.survival
         pace = survival.pace[0] / survival.pace[1]
         least = pace * float(cost.marginal(1, 1)[0])
-        walk(
-            tuple(self._index.arrays),
-            tuple(self._recycled.arrays if self._recycles else NOT_RECYCLED),
-            tuple(survival),
-            tuple(self._policy.scratch),
-            tuple(self._call),
-            written,
-            draft.probabilities[nodes],
-            least,
-            self._ingredients,
-        )
+        walk(self._tables(), written, draft.probabilities[nodes], least)
         learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]) + draft.cost)
         if len(draft):
             copied, accepted_copies = _copied_nodes(draft, nodes)
@@ -275,8 +277,8 @@ class _AdaptiveDrafter:
         follow(self._index.arrays, self._call, written)
         self._index.write(self._answer, written)
         self._length += len(written)
-        self._call.sizes[3] = self._answer.stop
-        find_root(self._index.arrays, self._call, self._ingredients, False)
+        self._call.sizes[ANSWER_END] = self._answer.stop
+        find_root(self._index.arrays, self._call, False)
 
     def finish(self) -> None:
         self._index.close(self._answer)
@@ -286,7 +288,7 @@ class _AdaptiveDrafter:
     def _open(self, size: int) -> Span:
         """A part of the memory for the answer, or for what comes now of it."""
         span = self._memory.open_answer(size)
-        self._index.write(span, self._call.tail[: min(OVERLAP, int(self._call.sizes[0]))][::-1], context=True)
+        self._index.write(span, self._call.tail[: min(OVERLAP, int(self._call.sizes[TAIL_SIZE]))][::-1], context=True)
         self.answer_texts[span] = self._length
         return span
 
@@ -359,7 +361,7 @@ def answer_texts(drafter: Drafter | None) -> Mapping[Span, int]:
 
 def _pace(drafter: Drafter | None) -> float:
     """Tokens that a request would write in the time of a pass of one token."""
-    return float(drawn_pace(drafter.survival.pace)) if isinstance(drafter, _AdaptiveDrafter) else 1.0
+    return float(damped_pace(drafter.survival.pace)) if isinstance(drafter, _AdaptiveDrafter) else 1.0
 
 
 def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> list[int]:

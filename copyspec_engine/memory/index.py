@@ -15,7 +15,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,9 @@ _KNOWN_RUN = 64
 
 _KNOWN_STEPS = 8
 """Entries of one hash chain looked at for such a run."""
+
+POSITION, LENGTH = 0, 1
+"""Columns of a table of matches."""
 
 _GONE = 0
 """The position of what was forgotten, and a link that points nowhere; the first token is at position 1."""
@@ -182,7 +185,11 @@ def _count(arrays: IndexArrays, tokens: npt.NDArray[np.int64]) -> None:
 
 @compiled
 def match_length(
-    ring: npt.NDArray[np.int32], begin: int, position: int, suffix: npt.NDArray[np.int64], most: int
+    ring: npt.NDArray[np.int32],  # (capacity,)
+    begin: int,
+    position: int,
+    suffix: npt.NDArray[np.int64],  # (most,) or longer
+    most: int,
 ) -> int:
     """How many tokens before `position`, from `begin` on, equal `suffix` (last token first), up to `most`."""
     mask = len(ring) - 1
@@ -195,7 +202,7 @@ def match_length(
 
 @compiled
 def _is_found(matches: npt.NDArray[np.int64], found: int, position: int) -> bool:
-    for match in matches[:found, 0]:
+    for match in matches[:found, POSITION]:
         if match == position:
             return True
     return False
@@ -203,10 +210,7 @@ def _is_found(matches: npt.NDArray[np.int64], found: int, position: int) -> bool
 
 @compiled
 def find_matches(
-    ring: npt.NDArray[np.int32],
-    heads: npt.NDArray[np.int32],
-    previous: npt.NDArray[np.int32],
-    bounds: npt.NDArray[np.int64],
+    chains: tuple[npt.NDArray[Any], ...],
     suffix: npt.NDArray[np.int64],
     suffix_length: int,
     matches: npt.NDArray[np.int64],
@@ -217,13 +221,11 @@ def find_matches(
     """Add occurrences of a suffix, longest orders first and the most recent first, to those found already.
 
     Args:
-        ring: the index's arrays, as in `IndexArrays`: compiled code is several times faster on arrays than on tuples.
-        heads: the same.
-        previous: the same.
-        bounds: the same.
-        suffix: tokens before the place to be continued, last one first; longer than `suffix_length` is allowed.
+        chains: the first four of `IndexArrays`.
+        suffix: the tokens whose occurrences are looked for, last one first, shape (suffix_length,) or longer.
         suffix_length: how many of them there are.
-        matches: where each occurrence goes on and the tokens that match before it, shape (>= most, >= 2).
+        matches: the POSITION where each occurrence goes on and the LENGTH in tokens that match before it, shape
+            (>= most, >= 2).
         found: occurrences in `matches` already; they are not added again.
         most: occurrences to stop at.
         steps: entries of one hash chain to look at.
@@ -231,6 +233,7 @@ def find_matches(
     Returns:
         The number of occurrences now.
     """
+    ring, heads, previous, bounds = chains
     mask, begin, end = len(ring) - 1, bounds[0], bounds[1]
     buckets = np.empty(len(ORDERS), np.int64)
     value, depth, first_row = np.uint64(0), 0, len(ORDERS)
@@ -254,7 +257,7 @@ def find_matches(
                 if length >= ORDERS[row]:
                     if found >= most:
                         return found
-                    matches[found, 0], matches[found, 1] = position, length
+                    matches[found, POSITION], matches[found, LENGTH] = position, length
                     found += 1
             position = np.int64(previous[row, position & mask])
     return found
@@ -468,8 +471,7 @@ class CopyIndex:
         """
         suffix = np.asarray(query[-MAX_MATCH_TOKENS:], dtype=np.int64)[::-1].copy()
         matches = np.empty((most, 2), dtype=np.int64)
-        ring, heads, previous, bounds = self.arrays[:4]
-        found = find_matches(ring, heads, previous, bounds, suffix, len(suffix), matches, 0, most, steps)
+        found = find_matches(self.arrays[:4], suffix, len(suffix), matches, 0, most, steps)
         return [CopyMatch(*match) for match in matches[:found].tolist()]
 
     def longest_match(self, query: Sequence[int] | TokenArray) -> CopyMatch | None:

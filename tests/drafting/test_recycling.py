@@ -13,7 +13,7 @@ import torch
 from copyspec_engine import AdaptiveDrafter, Engine, GenerationRequest, Grammar, SamplingParams
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.drafter import DraftingPolicy, wants_candidates
-from copyspec_engine.drafting.kernels.growth import drawn_pace
+from copyspec_engine.drafting.kernels.growth import damped_pace
 from copyspec_engine.drafting.tree import RECYCLED, DraftTree
 from copyspec_engine.memory.acceptance import (
     BY_RECYCLED,
@@ -353,8 +353,8 @@ def test_what_came_of_candidates_says_what_they_are_worth() -> None:
 
 def test_drafting_that_gains_nothing_does_not_make_drafts_seem_cheap() -> None:
     """A step without a draft writes a token in the time of one, whatever came of the drafts."""
-    assert drawn_pace(np.array([1.1, 3.0, 50.0])) == 1.0
-    assert drawn_pace(np.array([3.0, 1.5, 50.0])) > 1.5
+    assert damped_pace(np.array([1.1, 3.0, 50.0])) == 1.0
+    assert damped_pace(np.array([3.0, 1.5, 50.0])) > 1.5
 
 
 def test_copies_learn_nothing_from_candidates_where_none_are_kept() -> None:
