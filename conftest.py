@@ -5,6 +5,7 @@ Tests marked `real_model` share one engine over SmolLM2-135M-Instruct, and run f
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import sys
@@ -18,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # workers that spin make tests crawl where cores are shared
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -74,6 +75,50 @@ def smollm2() -> Engine:
             model=SMOLLM2, device="cpu", generation_config="ignore", step_cost=step_cost, kv_cache_tokens=16_384
         )
     )
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., Engine]]:
+    """make_engine(replies, **options) -> a scripted engine; closed after the test."""
+    from copyspec_engine import EngineConfig
+    from copyspec_engine.testing import scripted_engine
+
+    engines: list[Engine] = []
+
+    def make(replies: list[str] | Callable[[str], str], **config: object) -> Engine:
+        engines.append(scripted_engine(replies, EngineConfig(**{"model": "scripted", **config})))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def echo(make_engine: Callable[..., Engine]) -> Engine:
+    """Answers with the last user message, upper-cased."""
+    return make_engine(lambda prompt: prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0].upper())
+
+
+@pytest.fixture
+def slow(make_engine: Callable[..., Engine]) -> Engine:
+    """Would take many seconds to answer."""
+    return make_engine(lambda prompt: "word " * 1500, drafter="none")
+
+
+@pytest.fixture
+def stopped_early() -> Callable[[Engine], Awaitable[bool]]:
+    """Whether an engine is idle within two seconds and has not written an answer of `slow` to its end."""
+
+    async def stopped_early(engine: Engine) -> bool:
+        await asyncio.to_thread(engine.forget, "nobody")  # answered once all that was asked for before is carried out
+        for _ in range(200):
+            if not engine._loop.requests and not engine._core.scheduler:
+                return bool(engine._model.runner.num_forward_passes < 7000)
+            await asyncio.sleep(0.01)
+        return False
+
+    return stopped_early
 
 
 Scenario = Callable[[str], Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import langchain_core.exceptions
@@ -20,6 +20,7 @@ from copyspec_engine import ConfigError, Engine, EngineConfig, RequestFailedErro
 from langchain_copyspec import ChatCopySpec, ContextOverflowError, RequestTimeoutError
 
 MakeEngine = Callable[..., Engine]
+Stopped = Callable[[Engine], Awaitable[bool]]
 
 DOCUMENT = "".join(f"- item {number}: all work and no play makes a dull list\n" for number in range(12))
 
@@ -240,37 +241,21 @@ async def longest_pause_until(task: asyncio.Future[Any]) -> float:
     return longest
 
 
-async def stopped_early(engine: Engine) -> bool:
-    """Whether the engine is idle within two seconds and has not written an answer of `slow` to its end."""
-    await asyncio.to_thread(engine.forget, "nobody")  # answered once everything asked for before has been carried out
-    for _ in range(200):
-        if not engine._loop.requests and not engine._core.scheduler:
-            return engine._model.runner.num_forward_passes < 7000  # type: ignore[attr-defined]
-        await asyncio.sleep(0.01)
-    return False
-
-
-@pytest.fixture
-def slow(make_engine: MakeEngine) -> Engine:
-    """Would take many seconds to answer."""
-    return make_engine(lambda prompt: "word " * 1500, drafter="none")
-
-
-async def test_closing_a_stream_cancels_its_request(slow: Engine) -> None:
+async def test_closing_a_stream_cancels_its_request(slow: Engine, stopped_early: Stopped) -> None:
     chunks = ChatCopySpec(engine=slow).stream("go")
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
     assert await stopped_early(slow)
 
 
-async def test_leaving_an_async_stream_cancels_its_request(slow: Engine) -> None:
+async def test_leaving_an_async_stream_cancels_its_request(slow: Engine, stopped_early: Stopped) -> None:
     async for _ in ChatCopySpec(engine=slow).astream("go"):
         break
     assert await stopped_early(slow)
 
 
 @pytest.mark.parametrize("how", ["ainvoke", "astream", "abatch", "chain"])
-async def test_cancelling_the_task_cancels_its_request(slow: Engine, how: str) -> None:
+async def test_cancelling_the_task_cancels_its_request(slow: Engine, stopped_early: Stopped, how: str) -> None:
     llm = ChatCopySpec(engine=slow)
 
     async def read() -> list[Any]:
@@ -293,7 +278,7 @@ async def test_cancelling_the_task_cancels_its_request(slow: Engine, how: str) -
 # Time limits and retries
 
 
-async def test_a_call_beyond_its_timeout_ends_in_the_engine_and_raises(slow: Engine) -> None:
+async def test_a_call_beyond_its_timeout_ends_in_the_engine_and_raises(slow: Engine, stopped_early: Stopped) -> None:
     llm = ChatCopySpec(engine=slow, timeout=0.1)
     with pytest.raises(RequestTimeoutError, match=r"timeout=0\.1"):
         llm.invoke("go")

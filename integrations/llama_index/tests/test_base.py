@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from copyspec_engine import AdaptiveDrafter, ConfigError, ContextOverflowError, 
 from llama_index.llms.copyspec import CopySpec, CopySpecCompletion, conversation
 
 MakeEngine = Callable[..., Engine]
+Stopped = Callable[[Engine], Awaitable[bool]]
 Response = ChatResponse | CompletionResponse
 
 DOCUMENT = "".join(f"- item {number}: all work and no play makes a dull list\n" for number in range(12))
@@ -241,37 +242,21 @@ async def test_the_event_loop_goes_on_while_the_model_loads(
     assert await task == "HI"
 
 
-async def stopped_early(engine: Engine) -> bool:
-    """Whether the engine is idle within two seconds and has not written an answer of `slow` to its end."""
-    await asyncio.to_thread(engine.forget, "nobody")  # answered once everything asked for before has been carried out
-    for _ in range(200):
-        if not engine._loop.requests and not engine._core.scheduler:
-            return engine._model.runner.num_forward_passes < 7000  # type: ignore[attr-defined]
-        await asyncio.sleep(0.01)
-    return False
-
-
-@pytest.fixture
-def slow(make_engine: MakeEngine) -> Engine:
-    """Would take many seconds to answer."""
-    return make_engine(lambda prompt: "word " * 1500, drafter="none")
-
-
-async def test_closing_a_stream_cancels_its_request(slow: Engine) -> None:
+async def test_closing_a_stream_cancels_its_request(slow: Engine, stopped_early: Stopped) -> None:
     responses = CopySpec(engine=slow).stream_complete("go")
     next(responses)
     responses.close()
     assert await stopped_early(slow)
 
 
-async def test_leaving_an_async_stream_cancels_its_request(slow: Engine) -> None:
+async def test_leaving_an_async_stream_cancels_its_request(slow: Engine, stopped_early: Stopped) -> None:
     async for _ in await CopySpec(engine=slow).astream_complete("go"):
         break
     assert await stopped_early(slow)
 
 
 @pytest.mark.parametrize("how", ["acomplete", "astream_complete"])
-async def test_cancelling_the_task_cancels_its_request(slow: Engine, how: str) -> None:
+async def test_cancelling_the_task_cancels_its_request(slow: Engine, stopped_early: Stopped, how: str) -> None:
     llm = CopySpec(engine=slow)
 
     async def call() -> None:
