@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from copyspec_engine.chat.formats import REASONING_FIELDS, ChatFormat
 from copyspec_engine.chat.reply_template import PartsParser, answer_template, begun_by
-from copyspec_engine.chat.tool_calls import Call, CallsReader
+from copyspec_engine.chat.tool_calls import CallsReader, PartialCall
 from copyspec_engine.values.grammar import CallLayout
 from copyspec_engine.values.outputs import InvalidToolCall, Reply, ReplyDelta, ToolCall
 
@@ -101,7 +101,7 @@ class ReplyParser:
         self._anchors = chat_format.assistant
         self._loose: list[str] = []
         """Text in no part, where a template has a part for each."""
-        self._calls: list[Call] = []
+        self._calls: list[PartialCall] = []
         self._reader: CallsReader | None = None
         self._in_calls = False
         """The mark that ends calls has not come."""
@@ -257,7 +257,7 @@ class ReplyParser:
         self._begin_other()
         deltas: list[ReplyDelta] = []
         for one in values:
-            call = Call(len(self._calls))
+            call = PartialCall(len(self._calls))
             call.raw = self._raw
             self._calls.append(call)
             deltas += _read_value(call, _function(one))
@@ -271,7 +271,7 @@ def _function(value: object) -> dict[str, Any] | None:
     return function if isinstance(function, dict) and is_named else None
 
 
-def _read_value(call: Call, function: dict[str, Any] | None) -> list[ReplyDelta]:
+def _read_value(call: PartialCall, function: dict[str, Any] | None) -> list[ReplyDelta]:
     if function is None:
         call.error = "no 'name' in the call"
         return []

@@ -16,7 +16,7 @@ from typing import Any
 from copyspec_engine.values.grammar import CallLayout
 from copyspec_engine.values.outputs import InvalidToolCall, ReplyDelta, ToolCall
 
-__all__ = ["Call", "CallsReader"]
+__all__ = ["CallsReader", "PartialCall"]
 
 _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 9
@@ -33,7 +33,7 @@ _ARGUMENT_KEYS = ("arguments", "parameters")
 """Models take one for the other."""
 
 
-class Call:
+class PartialCall:
     """One call as far as it is written.
 
     Args:
@@ -106,7 +106,7 @@ class CallsReader:
         calls: the answer's calls so far; new ones are added.
     """
 
-    def __init__(self, layout: CallLayout, calls: list[Call]) -> None:
+    def __init__(self, layout: CallLayout, calls: list[PartialCall]) -> None:
         self._layout, self._calls, self._first = layout, calls, len(calls)
         self._held = ""
         """A short text that is not understood yet."""
@@ -140,8 +140,8 @@ class CallsReader:
             call.error = "not JSON: no arguments" if self._is_named else None
         return True
 
-    def _open(self) -> Call:
-        self._calls.append(Call(len(self._calls), self._layout))
+    def _open(self) -> PartialCall:
+        self._calls.append(PartialCall(len(self._calls), self._layout))
         return self._calls[-1]
 
     # ---- states: each takes text and gives back what it leaves of it ---------------------------------------------

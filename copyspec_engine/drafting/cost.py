@@ -39,6 +39,11 @@ class CostCurve:
         self._grid = self._at(np.arange(_MAX_WIDTH + 1))
         self._hulls: dict[int, npt.NDArray[np.float64]] = {}
 
+    def relative(self) -> CostCurve:
+        """The same in passes of one token."""
+        unit = self.points[0][1]
+        return CostCurve([(width, seconds / unit) for width, seconds in self.points])
+
     def seconds(self, width: int, count: int = 1) -> npt.NDArray[np.float64]:
         """Cost of passes of `width`, `width` + 1, ... tokens, shape (count,), read-only."""
         if width + count > len(self._grid):

@@ -28,32 +28,32 @@ from copyspec_engine.drafting.kernels.branch_points import (
 )
 from copyspec_engine.drafting.kernels.candidates import Tables
 from copyspec_engine.drafting.kernels.growth import MARGIN, damped_pace, grow, make_scratch, walk
-from copyspec_engine.drafting.tree import DRAFT_MODEL, RECYCLED, DraftTree, best_nodes
+from copyspec_engine.drafting.tree import ALTERNATIVE, DRAFT_MODEL, DraftTree, best_nodes
 from copyspec_engine.memory.acceptance import (
     DECLARED,
     STARTED,
+    alternatives_worth,
     blend,
     calibrated_all,
-    fresh_survival,
+    fresh_acceptance,
+    learn_alternatives,
     learn_pace,
     learn_paths,
-    learn_recycled,
-    recycled_worth,
 )
-from copyspec_engine.memory.alternatives import NOT_RECYCLED
+from copyspec_engine.memory.alternatives import NO_ALTERNATIVES
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.index import OVERLAP, EarliestIndex, Span
 from copyspec_engine.values.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig
 
-__all__ = ["Drafter", "DraftingPolicy", "Ingredients", "answer_texts", "likely_nodes", "wants_candidates"]
+__all__ = ["Drafter", "DraftingPolicy", "Ingredients", "answer_texts", "likely_nodes", "wants_alternatives"]
 
 _MAX_NODES = 1024
 _REGION = 2048
 """Tokens of memory that a call in flight holds for its answer at a time."""
 _MOST_DELAY = 1.05
 """How much longer the pass that gives an answer's first token may take with a draft in it than without."""
-_FEW, _GAIN = 16, 0.5
-"""What so many recycled candidates gain in a pass at most, in tokens: where verifying them costs more, even keeping
+_NUM_ALTERNATIVES, _MOST_GAIN = 16, 0.5
+"""What so many alternatives gain in a pass at most, in tokens: where verifying them costs more, even keeping
 them costs more than it gives."""
 _SHARED = 0.05
 """How far what a call has learnt moves what later conversations start from."""
@@ -92,7 +92,7 @@ class Ingredients:
     agreement: bool = True
     """Off: nothing is made of other matches that go on with the same token or with another one."""
     tree: bool = True
-    """Off: one candidate at each place."""
+    """Off: one candidate at each branch point."""
     resync: bool = True
     """Off: a source is not followed over an edit."""
     start: bool = True
@@ -100,17 +100,16 @@ class Ingredients:
 
 
 class DraftingPolicy:
-    """Begins drafters; holds what all conversations share: the cost of a pass, and what survival starts from.
+    """Begins drafters; holds what all conversations share: the cost of a pass, and what acceptance starts from.
 
     Args:
-        cost: cost of a forward pass by its tokens.
-        weights: what survival starts from; default: fitted to recorded conversations.
+        cost: cost of a forward pass by its tokens, in passes of one token.
+        weights: what acceptance starts from; default: fitted to recorded conversations.
     """
 
     def __init__(self, cost: CostCurve, weights: Sequence[float] | None = None) -> None:
-        unit = float(cost.seconds(1)[0])
-        self.cost = CostCurve([(width, seconds / unit) for width, seconds in cost.points])
-        self.survival = fresh_survival(weights)
+        self.cost = cost
+        self.acceptance = fresh_acceptance(weights)
         self.scratch = make_scratch(_MAX_NODES)
 
     def begin(
@@ -196,11 +195,11 @@ class _AdaptiveDrafter:
         ingredients: Ingredients,
     ) -> None:
         self._policy, self._memory, self._index = policy, memory, memory.index
-        self._recycled, self._recycles = memory.recycled, options.recycle
+        self._alternatives, self._drafts_alternatives = memory.alternatives, options.recycle
         self._most = options.max_draft_tokens
-        if memory.survival is None:
-            memory.survival = policy.survival.copy()
-        self.survival = memory.survival
+        if memory.acceptance is None:
+            memory.acceptance = policy.acceptance.copy()
+        self.acceptance = memory.acceptance
         self._call = make_call(
             np.array(sorted(eos_token_ids), dtype=np.int64),
             np.array([getattr(ingredients, part.name) for part in fields(ingredients)], dtype=np.bool_),
@@ -238,37 +237,37 @@ class _AdaptiveDrafter:
         )
 
     def _tables(self) -> Tables:
-        alternatives = self._recycled.arrays if self._recycles else NOT_RECYCLED
+        alternatives = self._alternatives.arrays if self._drafts_alternatives else NO_ALTERNATIVES
         return (
             tuple(self._index.arrays),
             tuple(alternatives),
-            tuple(self.survival),
+            tuple(self.acceptance),
             tuple(self._call),
             tuple(self._policy.scratch),
         )
 
     @property
-    def wants_candidates(self) -> bool:
+    def wants_alternatives(self) -> bool:
         """Whether what the next pass holds likely may ever be worth drafting."""
-        if not self._recycles:
+        if not self._drafts_alternatives:
             return False
-        alone, drafted = self._policy.cost.seconds(1, _FEW + 1)[[0, -1]].tolist()
-        worth = float(recycled_worth(self.survival.recycled))
-        return bool(damped_pace(self.survival.pace) * (drafted - alone) < _GAIN * worth)
+        alone, drafted = self._policy.cost.seconds(1, _NUM_ALTERNATIVES + 1)[[0, -1]].tolist()
+        worth = float(alternatives_worth(self.acceptance.alternatives))
+        return bool(damped_pace(self.acceptance.pace) * (drafted - alone) < _MOST_GAIN * worth)
 
     def observe(self, draft: DraftTree, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         written, nodes = np.asarray(tokens, dtype=np.int64), np.asarray(accepted, dtype=np.int64)
-        cost, survival = self._policy.cost, self.survival
-        pace = survival.pace[0] / survival.pace[1]
+        cost, acceptance = self._policy.cost, self.acceptance
+        pace = acceptance.pace[0] / acceptance.pace[1]
         least = pace * float(cost.marginal(1, 1)[0])
         walk(self._tables(), written, draft.probabilities[nodes], least)
-        learn_pace(survival, len(written), float(cost.seconds(1 + len(draft))[0]) + draft.cost)
+        learn_pace(acceptance, len(written), float(cost.seconds(1 + len(draft))[0]) + draft.cost)
         if len(draft):
             copied, accepted_copies = _copied_nodes(draft, nodes)
-            learn_paths(survival, draft.probabilities[copied], accepted_copies)
-            recycled = draft.sources == RECYCLED
-            predicted = float(draft.probabilities[recycled].sum()) / recycled_worth(survival.recycled)
-            learn_recycled(survival.recycled, predicted, int(recycled[nodes].sum()))
+            learn_paths(acceptance, draft.probabilities[copied], accepted_copies)
+            alternatives = draft.sources == ALTERNATIVE
+            predicted = float(draft.probabilities[alternatives].sum()) / alternatives_worth(acceptance.alternatives)
+            learn_alternatives(acceptance.alternatives, predicted, int(alternatives[nodes].sum()))
         if len(nodes):
             self._index.touch(draft.sources[nodes[-1:]])
         if not self._index.has_room(self._answer, len(written)):
@@ -283,7 +282,7 @@ class _AdaptiveDrafter:
     def finish(self) -> None:
         self._index.close(self._answer)
         self._memory.add_answer(self._first)
-        blend(self._policy.survival, self.survival, _SHARED)
+        blend(self._policy.acceptance, self.acceptance, _SHARED)
 
     def _open(self, size: int) -> Span:
         """A part of the memory for the answer, or for what comes now of it."""
@@ -336,8 +335,8 @@ class _NoDrafter:
 def _copied_nodes(
     draft: DraftTree, accepted: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Which nodes copying proposed, and the accepted ones of them, by their places among those."""
-    copied = (draft.sources != DRAFT_MODEL) & (draft.sources != RECYCLED)
+    """Which nodes copying proposed, and the accepted ones, by their numbers among those."""
+    copied = (draft.sources != DRAFT_MODEL) & (draft.sources != ALTERNATIVE)
     return copied, (np.cumsum(copied) - 1)[accepted[copied[accepted]]]
 
 
@@ -345,13 +344,13 @@ def likely_nodes(drafter: Drafter | None, draft: DraftTree) -> npt.NDArray[np.fl
     """How likely each node of a draft is to be reached, by all that its drafter knows; empty if nobody knows."""
     likely = draft.probabilities
     if isinstance(drafter, _AdaptiveDrafter):
-        likely = np.asarray(calibrated_all(drafter.survival.paths, likely))
+        likely = np.asarray(calibrated_all(drafter.acceptance.paths, likely))
     return draft.reach(likely) if len(likely) else likely
 
 
-def wants_candidates(drafter: Drafter | None) -> bool:
-    """Whether what a pass holds likely is to be kept in the memory (`SessionMemory.recycled`)."""
-    return isinstance(drafter, _AdaptiveDrafter) and drafter.wants_candidates
+def wants_alternatives(drafter: Drafter | None) -> bool:
+    """Whether what a pass holds likely is to be kept in the memory (`SessionMemory.alternatives`)."""
+    return isinstance(drafter, _AdaptiveDrafter) and drafter.wants_alternatives
 
 
 def answer_texts(drafter: Drafter | None) -> Mapping[Span, int]:
@@ -361,7 +360,7 @@ def answer_texts(drafter: Drafter | None) -> Mapping[Span, int]:
 
 def _pace(drafter: Drafter | None) -> float:
     """Tokens that a request would write in the time of a pass of one token."""
-    return float(damped_pace(drafter.survival.pace)) if isinstance(drafter, _AdaptiveDrafter) else 1.0
+    return float(damped_pace(drafter.acceptance.pace)) if isinstance(drafter, _AdaptiveDrafter) else 1.0
 
 
 def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> list[int]:

@@ -59,7 +59,7 @@ class LiveCost:
         """Estimates, apart from what concerns every pass, that `relative` was made from."""
         self.unit = points[0][1]
         """What a pass of one token takes, as far as is known by now."""
-        self.relative = CostCurve([(width, seconds / self.unit) for width, seconds in points])
+        self.relative = self._given.relative()
         """What passes take in passes of one token, as far as is known by now."""
 
     @property

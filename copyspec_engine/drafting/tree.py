@@ -16,12 +16,12 @@ import numpy.typing as npt
 from copyspec_engine.compiled import compiled
 from copyspec_engine.memory.index import Span
 
-__all__ = ["DRAFT_MODEL", "FORCED", "RECYCLED", "DraftTree", "Run", "best_nodes", "best_prefix"]
+__all__ = ["ALTERNATIVE", "DRAFT_MODEL", "FORCED", "DraftTree", "Run", "best_nodes", "best_prefix"]
 
 FORCED = int(np.iinfo(np.int64).min)
 """The source of a token that a grammar leaves no choice about."""
-DRAFT_MODEL, RECYCLED = FORCED + 1, FORCED + 2
-"""The sources of tokens that are not copied: written by a draft model; an earlier pass's other candidate."""
+DRAFT_MODEL, ALTERNATIVE = FORCED + 1, FORCED + 2
+"""The sources of tokens that are not copied: written by a draft model; held likely in an earlier pass."""
 
 
 class Run(NamedTuple):
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
     num_tokens: int
     kind: str
-    """As in `EngineMetrics.accepted_by_source`; without a place one of "grammar", "frequent", "draft_model" and
+    """As in `EngineMetrics.accepted_by_source`; without a text one of "grammar", "frequent", "draft_model" and
     "recycled"."""
     text: Span | None = None
     offset: int = 0
@@ -50,7 +50,8 @@ class DraftTree:
     """How likely its own source held each node to be, shape (len,); empty if nobody asked."""
     sources: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
     """Where each node comes from: a position in the memory's index; 0 for a frequent token without a source; ~i for
-    the call's own token i; `FORCED` by a grammar; a `DRAFT_MODEL`; `RECYCLED`. Shape (len,), empty if nobody knows."""
+    the call's own token i; `FORCED` by a grammar; a `DRAFT_MODEL`; an `ALTERNATIVE`. Shape (len,), or empty if nobody
+    knows."""
     cost: float = field(default=0.0, compare=False)
     """What it took to make, in passes of one token, where that is not next to nothing."""
 

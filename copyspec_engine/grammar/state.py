@@ -84,12 +84,12 @@ class GrammarState:
     """How far one answer has come. One thread at a time may use it; only `advance` changes it."""
 
     def __init__(self, rules: _Rules) -> None:
-        self._rules, self._place = rules, rules.start()
+        self._rules, self._position = rules, rules.start()
 
     @property
     def is_terminated(self) -> bool:
         """The answer is complete and cannot go on."""
-        return self._place.ended
+        return self._position.ended
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take over tokens that were written.
@@ -98,10 +98,12 @@ class GrammarState:
             RuntimeError: the grammar does not allow one of them, or llguidance gave up on it.
         """
         for token in tokens:
-            place = self._rules.step(self._place, token)
-            if place is None:
-                raise RuntimeError(f"Got token {token} but the grammar does not allow it here{_trouble(self._place)}")
-            self._place = place
+            position = self._rules.step(self._position, token)
+            if position is None:
+                raise RuntimeError(
+                    f"Got token {token} but the grammar does not allow it here{_trouble(self._position)}"
+                )
+            self._position = position
 
     def prune(self, draft: DraftTree, room: int) -> DraftTree:
         """What can stand of a draft, with the tokens that are forced before it and behind its likeliest leaf.
@@ -129,7 +131,7 @@ class GrammarState:
         address, size = allowed.ctypes.data, allowed.strides[0]
         self._walk(
             draft,
-            lambda node, place: self._rules.fill(place, allowed[node + 1], address + (node + 1) * size),
+            lambda node, position: self._rules.fill(position, allowed[node + 1], address + (node + 1) * size),
             self._rules.fork,
         )
         if not allowed.any(axis=1).all():
@@ -140,10 +142,10 @@ class GrammarState:
         """Tokens that must come next behind a chain."""
         forced: list[int] = []
 
-        def look(node: int, place: _Place) -> None:
-            if node == len(chain) - 1 and place.matcher is not None and not place.ended:
-                tokens = place.matcher.compute_ff_tokens()[:_MAX_FORCED]
-                forced.extend(tokens[: place.matcher.validate_tokens(tokens)])
+        def look(node: int, position: _Position) -> None:
+            if node == len(chain) - 1 and position.matcher is not None and not position.ended:
+                tokens = position.matcher.compute_ff_tokens()[:_MAX_FORCED]
+                forced.extend(tokens[: position.matcher.validate_tokens(tokens)])
 
         self._walk(chain, look)
         return forced
@@ -151,8 +153,8 @@ class GrammarState:
     def _walk(
         self,
         draft: DraftTree,
-        visit: Callable[[int, _Place], None],
-        fork: Callable[[_Place], _Place] = lambda place: place,
+        visit: Callable[[int, _Position], None],
+        fork: Callable[[_Position], _Position] = lambda position: position,
     ) -> None:
         """Visit the root (-1) and each node that the grammar allows, parents first; afterwards nothing has changed.
 
@@ -160,15 +162,15 @@ class GrammarState:
 
         Args:
             draft: the nodes.
-            visit: is handed a node and its place; asks for masks only if there is a `fork`.
-            fork: gives the place to go on from where there are several ways; at the root there is the answer's, too.
+            visit: is handed a node and its position; asks for masks only if there is a `fork`.
+            fork: gives the position to go on from where there are several ways; at the root there is the answer's, too.
         """
         children = draft.children()
-        path, left = [self._place], list[_Place]()  # the places down to a node, and those whose matchers moved there
+        path, left = [self._position], list[_Position]()  # down to a node, and those whose matchers moved there
         waiting = [(1, child) for child in children[0].values()]
         root_moved = False
         try:
-            visit(-1, self._place)
+            visit(-1, self._position)
             while waiting:
                 depth, node = waiting.pop()
                 while len(path) > depth:
@@ -176,21 +178,21 @@ class GrammarState:
                     _step_back(left.pop())
                 parent = draft.parents[node]
                 before = fork(path[-1]) if parent < 0 or len(children[parent + 1]) > 1 else path[-1]
-                root_moved |= before is self._place
-                place = self._rules.step(before, draft.tokens[node])
-                if place is not None:
-                    path.append(place)
+                root_moved |= before is self._position
+                position = self._rules.step(before, draft.tokens[node])
+                if position is not None:
+                    path.append(position)
                     left.append(before)
-                    visit(node, place)
+                    visit(node, position)
                     waiting += [(depth + 1, child) for child in children[node + 1].values()]
         finally:
             while left:
                 _step_back(left.pop())
         if root_moved:
-            fork(self._place)
+            fork(self._position)
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     """Where in its form an answer is: in free text, in the grammar, or at the end."""
 
     tail: bytes = b""
@@ -201,15 +203,15 @@ class _Place(NamedTuple):
     """Nothing may follow; the matcher is asked nothing any more."""
 
 
-def _step_back(place: _Place) -> None:
+def _step_back(position: _Position) -> None:
     """Undo a step that was taken from here."""
-    if place.matcher is not None and not place.matcher.rollback(1):
-        raise RuntimeError(f"llguidance could not take back a token{_trouble(place)}")
+    if position.matcher is not None and not position.matcher.rollback(1):
+        raise RuntimeError(f"llguidance could not take back a token{_trouble(position)}")
 
 
-def _trouble(place: _Place) -> str:
+def _trouble(position: _Position) -> str:
     """What llguidance has to say of a matcher that failed."""
-    return f": {place.matcher.get_error()}" if place.matcher is not None and place.matcher.is_error() else ""
+    return f": {position.matcher.get_error()}" if position.matcher is not None and position.matcher.is_error() else ""
 
 
 def _likeliest_path(draft: DraftTree) -> tuple[int, list[int]]:
@@ -292,36 +294,36 @@ class _Rules:
         pieces = enumerate(vocabulary.pieces)
         self._closing = [token for token, piece in pieces if piece.startswith(ends) or (marker and marker in piece)]
 
-    def start(self) -> _Place:
-        return _Place() if self._marker else _Place(matcher=self._matcher.deep_copy())
+    def start(self) -> _Position:
+        return _Position() if self._marker else _Position(matcher=self._matcher.deep_copy())
 
-    def step(self, place: _Place, token: int) -> _Place | None:
-        """Where a token leads, or None if it is not allowed. The place's own matcher moves on."""
-        if place.ended:
+    def step(self, position: _Position, token: int) -> _Position | None:
+        """Where a token leads, or None if it is not allowed. The position's own matcher moves on."""
+        if position.ended:
             return None
-        if place.matcher is None:
-            return self._read(place.tail + self._vocabulary.pieces[token])
-        if place.matcher.try_consume_tokens([token]) != 1:
-            if place.matcher.is_error():
-                raise RuntimeError(f"llguidance gave up{_trouble(place)}")
+        if position.matcher is None:
+            return self._read(position.tail + self._vocabulary.pieces[token])
+        if position.matcher.try_consume_tokens([token]) != 1:
+            if position.matcher.is_error():
+                raise RuntimeError(f"llguidance gave up{_trouble(position)}")
             return None
-        return self._settle(place.matcher, complete=token not in self._vocabulary.eos_token_ids)
+        return self._settle(position.matcher, complete=token not in self._vocabulary.eos_token_ids)
 
-    def fill(self, place: _Place, mask: Mask, address: int) -> None:
-        """Write down which tokens may follow, in a mask at this address; at an ended place it is left alone."""
-        if place.ended:
+    def fill(self, position: _Position, mask: Mask, address: int) -> None:
+        """Write down which tokens may follow, in a mask at this address; at an ended position it is left alone."""
+        if position.ended:
             return
-        if place.matcher is None:
-            mask[:] = self._free_mask(place.tail)
+        if position.matcher is None:
+            mask[:] = self._free_mask(position.tail)
             return
-        place.matcher.unsafe_compute_mask_ptr(address, mask.nbytes)
-        if place.matcher.is_error():
-            raise RuntimeError(f"llguidance gave up{_trouble(place)}")
+        position.matcher.unsafe_compute_mask_ptr(address, mask.nbytes)
+        if position.matcher.is_error():
+            raise RuntimeError(f"llguidance gave up{_trouble(position)}")
         if (mask & self._vocabulary.special_mask).any():
-            self._spell_out(place.matcher, mask)
+            self._spell_out(position.matcher, mask)
 
-    def fork(self, place: _Place) -> _Place:
-        """The place, or a copy of it, from which masks may be asked for below although others were on another way.
+    def fork(self, position: _Position) -> _Position:
+        """The position, or a copy of it, from which masks may be asked for below although others were on another way.
 
         llguidance (seen in 1.7.6 to 1.9.1) keeps the last mask under the numbers of the parser's row and the lexer's
         state, which another path may have too, and `rollback` leaves it there::
@@ -332,12 +334,12 @@ class _Rules:
 
         A mask asked for here takes the other's place. Where bytes are forced, llguidance keeps none: a copy goes on.
         """
-        if place.matcher is None or place.ended:
-            return place
-        if place.matcher.compute_ff_bytes():
-            return place._replace(matcher=place.matcher.deep_copy())
-        place.matcher.unsafe_compute_mask_ptr(self._unread.ctypes.data, self._unread.nbytes)
-        return place
+        if position.matcher is None or position.ended:
+            return position
+        if position.matcher.compute_ff_bytes():
+            return position._replace(matcher=position.matcher.deep_copy())
+        position.matcher.unsafe_compute_mask_ptr(self._unread.ctypes.data, self._unread.nbytes)
+        return position
 
     def _spell_out(self, matcher: LLMatcher, mask: Mask) -> None:
         """Allow the first plain token of forced text that looks like a special token.
@@ -350,23 +352,23 @@ class _Rules:
             mask[:] = 0
             mask.view(np.uint32)[plain // 32] = 1 << plain % 32
 
-    def _settle(self, matcher: LLMatcher, *, complete: bool = True) -> _Place:
-        """The place of a matcher; behind a complete text free text may follow."""
+    def _settle(self, matcher: LLMatcher, *, complete: bool = True) -> _Position:
+        """The position of a matcher; behind a complete text free text may follow."""
         if not matcher.is_stopped():
-            return _Place(matcher=matcher)
-        return _Place() if complete and self._again else _Place(ended=True)
+            return _Position(matcher=matcher)
+        return _Position() if complete and self._again else _Position(ended=True)
 
-    def _read(self, text: bytes) -> _Place | None:
-        """The place behind free text."""
+    def _read(self, text: bytes) -> _Position | None:
+        """The position behind free text."""
         _, found, rest = text.partition(self._marker)
         if found:
             return self._enter(rest)
         most = min(len(text), len(self._marker) - 1)
         fitting = (size for size in range(most, 0, -1) if self._marker.startswith(text[-size:]))
-        return _Place(text[len(text) - next(fitting, 0) :])
+        return _Position(text[len(text) - next(fitting, 0) :])
 
-    def _enter(self, rest: bytes) -> _Place | None:
-        """The place behind the first bytes of the grammar's text, or None if they are not allowed."""
+    def _enter(self, rest: bytes) -> _Position | None:
+        """The position behind the first bytes of the grammar's text, or None if they are not allowed."""
         matcher, tokenizer = self._matcher.deep_copy(), self._vocabulary.tokenizer
         tokens = tokenizer.tokenize_bytes(rest) if rest else []
         if tokenizer.decode_bytes(tokens) != rest or matcher.try_consume_tokens(tokens) != len(tokens):

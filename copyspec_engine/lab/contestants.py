@@ -96,7 +96,7 @@ def ours(
         ingredients: what takes part in adaptive drafts; default: all.
         remember: keep texts from one call of a conversation to the next.
     """
-    policy, eos = DraftingPolicy(cost), frozenset() if end is None else frozenset((end,))
+    policy, eos = DraftingPolicy(cost.relative()), frozenset() if end is None else frozenset((end,))
 
     def conversation() -> Begin:
         memory = SessionMemory(MEMORY_TOKENS)
@@ -133,7 +133,7 @@ class Session:
     """One conversation of ours whose memory can be weighed."""
 
     def __init__(self, cost: CostCurve, end: int | None = None) -> None:
-        self._policy, self._memory = DraftingPolicy(cost), SessionMemory(MEMORY_TOKENS)
+        self._policy, self._memory = DraftingPolicy(cost.relative()), SessionMemory(MEMORY_TOKENS)
         self._eos = frozenset() if end is None else frozenset((end,))
 
     def begin(self, prompt_ids: Sequence[int]) -> Drafter:

@@ -37,9 +37,9 @@ from copyspec_engine.values.errors import ConfigError
 __all__ = [
     "MAX_CONTEXT",
     "Begin",
-    "Call",
     "History",
     "Message",
+    "RecordedCall",
     "Tally",
     "calls_of",
     "end_token",
@@ -92,7 +92,7 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RecordedCall:
     """One model call: what it read and what it wrote."""
 
     prompt_ids: tuple[int, ...]
@@ -263,13 +263,13 @@ def in_tokens(messages: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Itera
             return
 
 
-def calls_of(conversation: Sequence[Message], history: History) -> Iterator[Call]:
+def calls_of(conversation: Sequence[Message], history: History) -> Iterator[RecordedCall]:
     """The calls that wrote a conversation's assistant messages, in order; see `History` for their prompts."""
     for position, message in enumerate(conversation):
         if message.role == "assistant":
             kept = _kept(conversation[:position], history)
             prompt = [token for earlier in kept for token in earlier.token_ids]
-            yield Call((*prompt, *message.head), message.body)
+            yield RecordedCall((*prompt, *message.head), message.body)
 
 
 def _kept(earlier: Sequence[Message], history: History) -> Sequence[Message]:
@@ -336,7 +336,7 @@ def _percentile_us(nanoseconds: array[int], percent: float) -> float:
     return round(float(np.percentile(np.frombuffer(nanoseconds, dtype=np.int64), percent)) / 1000, 2)
 
 
-def replay(begin: Begin, calls: Iterable[Call], tally: Tally) -> None:
+def replay(begin: Begin, calls: Iterable[RecordedCall], tally: Tally) -> None:
     """Write the answers of one conversation's calls with the drafts of `begin`'s drafters; adds to `tally`."""
     clock = time.perf_counter_ns
     for call in calls:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.tree import DRAFT_MODEL, DraftTree, best_nodes
-from copyspec_engine.memory.draft_acceptance import DraftSurvival, Place
+from copyspec_engine.memory.draft_acceptance import DraftAcceptance, DraftedToken
 
 __all__ = ["DraftChain", "Guess", "masses"]
 
@@ -35,7 +35,7 @@ class DraftChain:
         copies: the draft so far.
         likely: how likely each node of it is to be reached, shape (len(copies),); empty if nobody knows.
         most: tokens that may be written.
-        survival: what is known of the draft model in this conversation.
+        acceptance: what is known of the draft model in this conversation.
         eos_token_ids: nothing is written behind one of these.
         is_fixed: `most` tokens are written, whatever they are worth.
     """
@@ -45,16 +45,16 @@ class DraftChain:
         copies: DraftTree,
         likely: npt.NDArray[np.float64],
         most: int,
-        survival: DraftSurvival,
+        acceptance: DraftAcceptance,
         eos_token_ids: frozenset[int],
         *,
         is_fixed: bool,
     ) -> None:
         self.is_fixed = is_fixed
-        self._copies, self._most, self._survival, self._eos = copies, most, survival, eos_token_ids
-        self.places: list[Place] = []
+        self._copies, self._most, self._acceptance, self._eos = copies, most, acceptance, eos_token_ids
+        self.drafted: list[DraftedToken] = []
         self._likely: list[float] = []
-        """Probability of each of the places."""
+        """Probability of each of them."""
         self._copies_likely = likely.tolist()
         self._masses = masses(copies, likely)
         self._children = copies.children()
@@ -64,7 +64,7 @@ class DraftChain:
     @property
     def is_done(self) -> bool:
         """No further token may follow."""
-        return len(self.places) >= self._most or bool(self.places and self.places[-1].token in self._eos)
+        return len(self.drafted) >= self._most or bool(self.drafted and self.drafted[-1].token in self._eos)
 
     def strength(self, depth: int) -> float:
         """Probability that copies hold the right token at a depth, from 1."""
@@ -85,12 +85,12 @@ class DraftChain:
         best = beside = 0.0
         instead = -self._worth_of_copies(cost, width, pace)
         reach = self._likely[-1] if self._likely else 1.0
-        for depth in range(len(self.places) + 1, self._most + 1):
-            right, new = self._survival.expected(self.strength(depth), depth)
+        for depth in range(len(self.drafted) + 1, self._most + 1):
+            right, new = self._acceptance.expected(self.strength(depth), depth)
             beside += reach * new - pace * pass_cost - node_costs[len(self._copies) + depth - 1]
             instead += reach * right - pace * pass_cost - node_costs[depth - 1]
             reach *= right
-            best = max(best, beside, instead if not self.places else 0.0)
+            best = max(best, beside, instead if not self.drafted else 0.0)
         return best
 
     def _worth_of_copies(self, cost: CostCurve, width: int, pace: float) -> float:
@@ -102,14 +102,14 @@ class DraftChain:
         """Add a token of the draft model."""
         if self._at is not None:
             self._at = self._children[self._at + 1].get(guess.token)
-        strength = self.strength(len(self.places) + 1)
-        self.places.append(Place(guess.token, guess.probability, strength, self._at is not None))
+        strength = self.strength(len(self.drafted) + 1)
+        self.drafted.append(DraftedToken(guess.token, guess.probability, strength, self._at is not None))
         before = self._likely[-1] if self._likely else 1.0
-        self._likely.append(1.0 if self.is_fixed else before * self._survival.chance(self.places[-1]))
+        self._likely.append(1.0 if self.is_fixed else before * self._acceptance.chance(self.drafted[-1]))
 
     def tree(self, pass_cost: float, cost: CostCurve, width: int, pace: float) -> DraftTree:
         """What is worth verifying of the copies and of what the draft model wrote; arguments as for `gain`."""
-        tokens = [place.token for place in self.places]
+        tokens = [drafted_token.token for drafted_token in self.drafted]
         parents = range(-1, len(tokens) - 1)
         tree = self._copies.merged(tokens, parents, self._likely, DRAFT_MODEL, len(tokens) * pass_cost)
         if self.is_fixed or not len(tree):
@@ -121,13 +121,13 @@ class DraftChain:
         """How likely each node of `tree` is, now that the draft model has spoken.
 
         Copies that say something else can only be right where it errs: what is left of their probability is what it
-        leaves to others. Where both agree, what was learnt of such places holds.
+        leaves to others. Where both agree, what was learnt of such tokens holds.
         """
         children = tree.children()
         depths = {-1: 0}  # of the nodes that the draft model has written
         at = -1
-        for place in self.places:
-            at = children[at + 1][place.token]
+        for drafted_token in self.drafted:
+            at = children[at + 1][drafted_token.token]
             depths[at] = len(depths)
         chain, reach = list(depths), [1.0, *self._likely]
         own = [*self._copies_likely, *tree.probabilities[len(self._copies) :].tolist(), 1.0]
@@ -152,8 +152,8 @@ class DraftChain:
             own: probability of that node.
             own_next: of its token, by the copies if they hold it.
         """
-        place, reach = self.places[depth], [1.0, *self._likely]
-        others = 1 - own_next / max(own, _LEAST) if place.is_copied else 1.0
+        drafted_token, reach = self.drafted[depth], [1.0, *self._likely]
+        others = 1 - own_next / max(own, _LEAST) if drafted_token.is_copied else 1.0
         return (1 - reach[depth + 1] / max(reach[depth], _LEAST)) / max(others, _LEAST)
 
 

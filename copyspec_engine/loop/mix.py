@@ -24,7 +24,7 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.draft_chain import DraftChain, Guess, masses
 from copyspec_engine.loop.draft_model import DraftModel, UnknownTokenError
 from copyspec_engine.loop.request import Request
-from copyspec_engine.memory.draft_acceptance import DraftSurvival, Place
+from copyspec_engine.memory.draft_acceptance import DraftAcceptance, DraftedToken
 
 __all__ = ["Combination"]
 
@@ -44,9 +44,9 @@ _SHARED = 0.5
 class _Known:
     """What is kept of a request from step to step."""
 
-    survival: DraftSurvival
+    acceptance: DraftAcceptance
     """Of its conversation."""
-    places: list[Place] = field(default_factory=list)
+    drafted: list[DraftedToken] = field(default_factory=list)
     """What the draft model wrote before the last pass."""
     copies: tuple[float, frozenset[int]] | None = None
     """How strongly copies stood before the last pass, and their first tokens."""
@@ -72,7 +72,7 @@ class _Writer:
     def start(self) -> None:
         """Nothing has been asked yet."""
         is_fixed, eos = self.request.drafting.draft_model != "in-tree", self.request.asked.eos_token_ids
-        self.chain = DraftChain(self._copies, self._likely, self._most, self.known.survival, eos, is_fixed=is_fixed)
+        self.chain = DraftChain(self._copies, self._likely, self._most, self.known.acceptance, eos, is_fixed=is_fixed)
 
 
 class Combination:
@@ -92,7 +92,7 @@ class Combination:
         self.seconds = 0.0
         """Time that the draft model has taken so far."""
         self._max_tokens = max_tokens
-        self._survival = DraftSurvival()
+        self._acceptance = DraftAcceptance()
         self._known: dict[Request, _Known] = {}
         self._failures = 0
         self.error: str | None = None
@@ -126,9 +126,9 @@ class Combination:
             self._write_apart(able, width, pace, error)
         pass_cost, cost = self._passes(1), self._policy.cost
         for writer in able:
-            writer.known.places = [] if writer.chain.is_fixed else writer.chain.places
+            writer.known.drafted = [] if writer.chain.is_fixed else writer.chain.drafted
         return [
-            draft if writer is None or not writer.chain.places else writer.chain.tree(pass_cost, cost, width, pace)
+            draft if writer is None or not writer.chain.drafted else writer.chain.tree(pass_cost, cost, width, pace)
             for writer, draft in zip(writers, drafts, strict=True)
         ]
 
@@ -149,15 +149,17 @@ class Combination:
         if len(likely):
             strength = masses(draft, likely)[0]
             known.copies = strength, frozenset(draft.children()[0])
-            likely = likely * known.survival.trust(strength)
+            likely = likely * known.acceptance.trust(strength)
         return _Writer(request, known, draft, likely, most)
 
     def _begin(self, request: Request) -> _Known:
         memory = request.drafting.memory
-        survival = self._survival.copy() if memory is None or memory.draft_survival is None else memory.draft_survival
+        acceptance = (
+            self._acceptance.copy() if memory is None or memory.draft_acceptance is None else memory.draft_acceptance
+        )
         if memory is not None:
-            memory.draft_survival = survival
-        self._known[request] = known = _Known(survival)
+            memory.draft_acceptance = acceptance
+        self._known[request] = known = _Known(acceptance)
         return known
 
     def _write(self, writers: Sequence[_Writer], width: int, pace: float) -> None:
@@ -218,7 +220,7 @@ class Combination:
                 known.lost = 0.0
                 return True
             known.lost += gain
-        known.survival.rest(writer.chain.strength(1))
+        known.acceptance.age(writer.chain.strength(1))
         return False
 
     def _write_apart(self, writers: Sequence[_Writer], width: int, pace: float, error: Exception) -> None:
@@ -260,14 +262,14 @@ class Combination:
         """A pass is over: what a request has written."""
         known = self._known.get(request)
         if known is not None:
-            known.survival.learn(known.places, written)
+            known.acceptance.learn(known.drafted, written)
             if known.copies is not None:
-                known.survival.learn_copies(known.copies[0], written[0] in known.copies[1])
-            known.places, known.copies = [], None
+                known.acceptance.learn_copies(known.copies[0], written[0] in known.copies[1])
+            known.drafted, known.copies = [], None
 
     def release(self, request: Request) -> None:
         """A request is over."""
         known = self._known.pop(request, None)
         if known is not None:
-            self._survival.blend(known.survival, _SHARED)
+            self._acceptance.blend(known.acceptance, _SHARED)
         self.draft_model.release(request)

@@ -82,8 +82,8 @@ class Drafting:
         if self.drafter is not None:
             with self.memory.noting(self.texts):
                 self.drafter.observe(draft, verdict.accepted, verdict.tokens)
-        if verdict.candidates is not None:
-            self.memory.recycled.add(verdict.candidates)
+        if verdict.alternatives is not None:
+            self.memory.alternatives.add(verdict.alternatives)
 
 
 @dataclass(slots=True, eq=False)

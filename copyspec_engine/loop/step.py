@@ -13,7 +13,7 @@ import torch
 from copyspec_engine.chat.known_ids import KnownIds
 from copyspec_engine.compiled import counting_compilations
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes, wants_candidates
+from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes, wants_alternatives
 from copyspec_engine.drafting.live_cost import LiveCost
 from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.execution.runner import LoadedModel
@@ -23,12 +23,12 @@ from copyspec_engine.loop.draft_model import DraftModel
 from copyspec_engine.loop.mix import Combination
 from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import Scheduler, StepRow
-from copyspec_engine.memory.alternatives import NUM_CANDIDATES, Candidates
+from copyspec_engine.memory.alternatives import NUM_ALTERNATIVES, Alternatives
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.view import Snapshot
 from copyspec_engine.provenance.trail import find_around, trace
-from copyspec_engine.sampling.alternatives import add_candidates
+from copyspec_engine.sampling.alternatives import add_alternatives
 from copyspec_engine.sampling.gumbel import warm_up_noise
 from copyspec_engine.sampling.logprobs import add_logprobs
 from copyspec_engine.sampling.sampler import SampleRow, sample
@@ -166,7 +166,7 @@ class EngineCore:
             return
         sampled = [_sample_row(row) for row in sampling]
         verdicts = [verify(row.draft, tokens) for row, tokens in zip(sampling, sample(logits, sampled), strict=True)]
-        add_candidates(logits, sampled, verdicts)
+        add_alternatives(logits, sampled, verdicts)
         add_logprobs(logits, sampled, verdicts)
         for row, verdict in zip(sampling, verdicts, strict=True):
             verdict.runs = _runs(row, verdict)
@@ -383,10 +383,10 @@ def _use_everything() -> None:
         policy.share((drafter, drafter), (draft, draft), 1)
         drafter.observe(draft, (), (0,))
         drafter.finish()
-        for size in (1, 1000) if wants_candidates(drafter) else ():  # until the table grows
-            likely = np.ones((2, size, NUM_CANDIDATES))
+        for size in (1, 1000) if wants_alternatives(drafter) else ():  # until the table grows
+            likely = np.ones((2, size, NUM_ALTERNATIVES))
             contexts = np.arange(2 * size).reshape(-1, 2)
-            memory.recycled.add(Candidates(contexts, likely[0].astype(np.int32), likely[1].astype(np.int8)))
+            memory.alternatives.add(Alternatives(contexts, likely[0].astype(np.int32), likely[1].astype(np.int8)))
     LiveCost(((1, 1.0), (64, 1.1)), is_fixed=False).observe(1, 1.0)
     tokens = np.arange(8)
     find_around(tokens, tokens, 2, 4)
@@ -428,7 +428,7 @@ def _sample_row(row: StepRow) -> SampleRow:
         answer.counts,
         allowed=None if answer.grammar is None else answer.grammar.masks(draft),
         banned=None if asked.bans is None else asked.bans.at(token_ids, draft),
-        ending=_ending(token_ids) if wants_candidates(row.request.drafting.drafter) else None,
+        ending=_ending(token_ids) if wants_alternatives(row.request.drafting.drafter) else None,
     )
 
 

@@ -1,10 +1,10 @@
 """How likely a copied token is right: features of a candidate, and weights on them that are learnt online.
 
-A place in a draft has candidates for its next token, best first. The model gives each one's hazard: the probability
-that it is right given that the better ones are wrong. It is logistic and additive in a handful of discrete features, so
-that it learns from few examples, stays finite whatever the text, and a factor is one table lookup. The weights
-start from values fitted to recorded conversations (`scripts/fit_survival.py`), follow each conversation quickly and all
-of them slowly. What is shared between conversations are these numbers, never a token.
+A branch point of a draft has candidates for its next token, best first. The model gives each one's chance: the
+probability that it is right given that the better ones are wrong. It is logistic and additive in a handful of discrete
+features, so that it learns from few examples, stays finite whatever the text, and a factor is one table lookup. The
+weights start from values fitted to recorded conversations (`scripts/fit_acceptance.py`), follow each conversation
+quickly and all of them slowly. What is shared between conversations are these numbers, never a token.
 
 Two things more are learnt: how far the probability of a whole path is to be corrected, by its size, and the pace of a
 conversation in tokens per second, which decides what a draft token must earn.
@@ -24,16 +24,16 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
-from copyspec_engine.memory.alternatives import NUM_CHANCES
+from copyspec_engine.memory.alternatives import NUM_BUCKETS
 
 __all__ = [
     "BY_AGREEMENT",
+    "BY_ALTERNATIVE",
     "BY_DISTANCE",
     "BY_FREQUENCY",
     "BY_MATCH",
     "BY_ORIGIN",
     "BY_RANK",
-    "BY_RECYCLED",
     "BY_SHARE",
     "BY_SUPPORT",
     "CONTINUED",
@@ -50,20 +50,20 @@ __all__ = [
     "NUM_WEIGHTS",
     "REPLACED",
     "STARTED",
-    "Survival",
+    "Acceptance",
+    "alternatives_worth",
     "blend",
     "calibrated",
     "calibrated_all",
     "depth_bucket",
     "first_guess",
-    "fresh_survival",
-    "hazard",
+    "fresh_acceptance",
+    "learn_alternatives",
     "learn_outcome",
     "learn_pace",
     "learn_paths",
-    "learn_recycled",
     "length_bucket",
-    "recycled_worth",
+    "sigmoid",
 ]
 
 # Where a candidate comes from; the numbers of edits are split by how long ago the text and its source parted.
@@ -101,21 +101,21 @@ BY_DISTANCE = BY_SHARE + _NUM_SHARES
 """How far back a short match is."""
 BY_FREQUENCY = BY_DISTANCE + NUM_DISTANCES
 """Only for frequent tokens without any match: share of the token in the text."""
-BY_RECYCLED = BY_FREQUENCY + NUM_FREQUENCIES
-"""Only for recycled candidates without any match: the share they had, by what they were kept under."""
-BY_SUPPORT = BY_RECYCLED + 2 * NUM_CHANCES
+BY_ALTERNATIVE = BY_FREQUENCY + NUM_FREQUENCIES
+"""Only for alternatives without any match: the share they had, by what they were kept under."""
+BY_SUPPORT = BY_ALTERNATIVE + 2 * NUM_BUCKETS
 """Only where candidates were kept: whether a match's token is one of them, and the share it had, by the same."""
-NUM_WEIGHTS = BY_SUPPORT + 2 * (1 + NUM_CHANCES)
+NUM_WEIGHTS = BY_SUPPORT + 2 * (1 + NUM_BUCKETS)
 
 NUM_FEATURES = 7
-"""Features of a candidate that has a match, most; a recycled or frequent token has one."""
+"""Features of a candidate that has a match, most; an alternative or a frequent token has one."""
 
 # Replayed conversations have no logits: these were learnt, and rounded, from what a small language model wrote freely.
-_RECYCLED = (
+_ALTERNATIVE_ODDS = (
     *(-5.3, -3.9, -2.6, -1.8, -1.6, -1.4, -1.0, -0.4, 0.3, 1.0, 1.8, 2.6, 3.3),
     *(-6.0, -4.1, -2.9, -2.5, -2.2, -2.0, -1.7, -1.3, -0.7, 0.0, 0.7, 1.5, 2.3),
 )
-_SUPPORT = (
+_SUPPORT_ODDS = (
     *(-0.7, 0.0, -0.3, -0.3, -0.3, -0.2, 0.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.4),
     *(-0.7, 0.0, -0.2, -0.1, 0.0, 0.2, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.3),
 )
@@ -132,20 +132,20 @@ _PATH_PRIOR = 5.0
 """Right nodes that what is known of all sizes counts as, for one size; and that trust counts as, for all."""
 _PATH_MEMORY = 200.0
 _LEAST_FACTOR = 0.4
-_RECYCLED_RATE = 0.1
-"""The same for recycled candidates, of whose worth in a conversation little is known before."""
-_RECYCLED_PRIOR = 4.0
-"""Tokens that are expected of recycled candidates before what became of them says much."""
-_RECYCLED_MEMORY = 0.998
+_ALTERNATIVES_RATE = 0.1
+"""The same for alternatives, of whose worth in a conversation little is known before."""
+_ALTERNATIVES_PRIOR = 4.0
+"""Tokens that are expected of alternatives before what became of them says much."""
+_ALTERNATIVES_MEMORY = 0.998
 """What is left of that from one draft to the next: what was worth little is tried again, seldom."""
-_LEAST_RECYCLED = 0.02
-_RECYCLED_SPEED = 10.0
+_LEAST_WORTH = 0.02
+_ALTERNATIVES_SPEED = 10.0
 """How much faster that is shared than the rest."""
 _PACE_STEP = 0.01
 _PACE_START = 10.0
 
 
-class Survival(NamedTuple):
+class Acceptance(NamedTuple):
     """Learnt state, for compiled code."""
 
     weights: npt.NDArray[np.float64]
@@ -154,11 +154,11 @@ class Survival(NamedTuple):
     """Probability predicted for drafted paths and how many were right, by size and of all, shape (2, 21)."""
     pace: npt.NDArray[np.float64]
     """Tokens of a mean step, its cost in passes of one token, and steps seen; shape (3,)."""
-    recycled: npt.NDArray[np.float64]
-    """Probability predicted for recycled nodes in drafts, and how many of them were right; shape (2,)."""
+    alternatives: npt.NDArray[np.float64]
+    """Probability predicted for alternatives in drafts, and how many of them were right; shape (2,)."""
 
-    def copy(self) -> Survival:
-        return Survival(*(array.copy() for array in self))
+    def copy(self) -> Acceptance:
+        return Acceptance(*(array.copy() for array in self))
 
 
 @cache
@@ -181,28 +181,28 @@ def first_guess() -> list[float]:
     weights[BY_AGREEMENT:BY_ORIGIN] = np.repeat(agreements, NUM_LENGTHS)
     weights[BY_ORIGIN:BY_RANK] = np.repeat(origins, NUM_DEPTHS)
     weights[BY_RANK:BY_SHARE] = ranks
-    weights[BY_FREQUENCY:BY_RECYCLED] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
-    weights[BY_RECYCLED:BY_SUPPORT] = _RECYCLED
-    weights[BY_SUPPORT:] = _SUPPORT
+    weights[BY_FREQUENCY:BY_ALTERNATIVE] = (-2, -2.5, -3, -3.5, -4.2, -5, -5.5, -6, -7, -8)
+    weights[BY_ALTERNATIVE:BY_SUPPORT] = _ALTERNATIVE_ODDS
+    weights[BY_SUPPORT:] = _SUPPORT_ODDS
     guess: list[float] = weights.tolist()
     return guess
 
 
-def fresh_survival(weights: Sequence[float] | None = None) -> Survival:
+def fresh_acceptance(weights: Sequence[float] | None = None) -> Acceptance:
     """The state before anything was seen; `weights` default to the fitted ones."""
-    return Survival(
+    return Acceptance(
         weights=np.array(_fitted_weights() if weights is None else weights, dtype=np.float64),
         paths=np.zeros((2, _NUM_PATH_BUCKETS + 1)),
         pace=np.array([1.5, 1.0, 0.0]),
-        recycled=np.zeros(2),
+        alternatives=np.zeros(2),
     )
 
 
-def blend(into: Survival, other: Survival, share: float) -> None:
+def blend(into: Acceptance, other: Acceptance, share: float) -> None:
     """Move what `into` knows towards `other`, but for the paths; 0 leaves it, 1 replaces it."""
     into.weights[:] += share * (other.weights - into.weights)
     into.pace[:2] += share * (other.pace[:2] - into.pace[:2])
-    into.recycled[:] += min(_RECYCLED_SPEED * share, 1.0) * (other.recycled - into.recycled)
+    into.alternatives[:] += min(_ALTERNATIVES_SPEED * share, 1.0) * (other.alternatives - into.alternatives)
 
 
 @compiled
@@ -218,7 +218,7 @@ def depth_bucket(depth: int) -> int:
 
 
 @compiled
-def hazard(log_odds: float) -> float:
+def sigmoid(log_odds: float) -> float:
     """Probability from log-odds."""
     return 1.0 / (1.0 + np.exp(-log_odds))
 
@@ -227,7 +227,7 @@ def hazard(log_odds: float) -> float:
 def learn_outcome(
     weights: npt.NDArray[np.float64], candidates: npt.NDArray[np.int64], first: int, count: int, right: int
 ) -> None:
-    """Learn from one place whose next token is known: one gradient step for each candidate down to the right one.
+    """Learn from a branch point whose next token is known: a gradient step for each candidate down to the right one.
 
     Args:
         weights: changed.
@@ -243,10 +243,10 @@ def learn_outcome(
             log_odds += weights[candidates[i, first + used]]
             used += 1
         hit = candidates[i, 0] == right
-        surprise = (1.0 if hit else 0.0) - hazard(log_odds)
+        surprise = (1.0 if hit else 0.0) - sigmoid(log_odds)
         for f in range(used):
             feature = candidates[i, first + f]
-            step = surprise * (_RECYCLED_RATE if BY_RECYCLED <= feature < BY_SUPPORT else _RATE)
+            step = surprise * (_ALTERNATIVES_RATE if BY_ALTERNATIVE <= feature < BY_SUPPORT else _RATE)
             weights[feature] = min(max(weights[feature] + step, -_MOST), _MOST)
         if hit:
             break
@@ -259,7 +259,7 @@ def _path_bucket(probability: float) -> int:
 
 @compiled
 def calibrated(paths: npt.NDArray[np.float64], probability: float) -> float:
-    """Probability of a path, corrected downwards by what became of paths of that size.
+    """Probability of a path, corrected downwards by what became of paths of that size; `paths` as in `Acceptance`.
 
     Of many estimates those are drafted that came out high, so on the average they are too high.
     """
@@ -279,9 +279,11 @@ def calibrated_all(paths: npt.NDArray[np.float64], probabilities: npt.NDArray[np
 
 
 @compiled
-def learn_paths(survival: Survival, probabilities: npt.NDArray[np.float64], accepted: npt.NDArray[np.int64]) -> None:
-    """Learn from the probabilities of a draft's nodes and which of the nodes were accepted."""
-    paths = survival.paths
+def learn_paths(
+    acceptance: Acceptance, probabilities: npt.NDArray[np.float64], accepted: npt.NDArray[np.int64]
+) -> None:
+    """Learn from the probabilities of a draft's nodes, shape (n,), and which nodes were accepted, shape (accepted,)."""
+    paths = acceptance.paths
     for probability in probabilities:
         paths[0, _path_bucket(probability)] += probability
         if probability < _SURE_PATH:
@@ -296,24 +298,24 @@ def learn_paths(survival: Survival, probabilities: npt.NDArray[np.float64], acce
 
 
 @compiled
-def recycled_worth(recycled: npt.NDArray[np.float64]) -> float:
-    """What a recycled node is worth of its probability, by what became of those in drafts."""
-    factor = (recycled[1] + _RECYCLED_PRIOR) / (recycled[0] + _RECYCLED_PRIOR)
-    return min(max(factor, _LEAST_RECYCLED), 1.0)
+def alternatives_worth(alternatives: npt.NDArray[np.float64]) -> float:
+    """What alternatives are worth of their probability, by what became of drafted ones (`Acceptance.alternatives`)."""
+    factor = (alternatives[1] + _ALTERNATIVES_PRIOR) / (alternatives[0] + _ALTERNATIVES_PRIOR)
+    return min(max(factor, _LEAST_WORTH), 1.0)
 
 
 @compiled
-def learn_recycled(recycled: npt.NDArray[np.float64], predicted: float, right: int) -> None:
-    """Learn from a draft: the probabilities of its recycled nodes before any correction, and how many were right."""
-    recycled *= _RECYCLED_MEMORY
-    recycled[0] += predicted
-    recycled[1] += right
+def learn_alternatives(alternatives: npt.NDArray[np.float64], predicted: float, right: int) -> None:
+    """Learn from a draft: the probabilities of its alternatives before any correction, and how many were right."""
+    alternatives *= _ALTERNATIVES_MEMORY
+    alternatives[0] += predicted
+    alternatives[1] += right
 
 
 @compiled
-def learn_pace(survival: Survival, num_tokens: int, cost: float) -> None:
+def learn_pace(acceptance: Acceptance, num_tokens: int, cost: float) -> None:
     """Learn from a step that wrote `num_tokens` for `cost` passes of one token."""
-    pace = survival.pace
+    pace = acceptance.pace
     pace[2] += 1.0
     step = max(_PACE_STEP, 1.0 / (_PACE_START + pace[2]))
     pace[0] += step * (num_tokens - pace[0])

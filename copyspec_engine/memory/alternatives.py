@@ -8,7 +8,7 @@ the last token only). What the model said last replaces what it said before.
 A key falls into one of many small groups of entries, and the oldest entry of a full group gives way. Keys are compared
 in full: what is found was stored under that very key.
 
-Not covered: how likely a candidate is to be right (acceptance.py), and the tree (drafting/kernels/growth.py).
+Not covered: how likely an alternative is to be right (acceptance.py), and the tree (drafting/kernels/growth.py).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import numpy.typing as npt
 from copyspec_engine.compiled import compiled
 
 __all__ = [
-    "NOT_RECYCLED",
-    "NUM_CANDIDATES",
-    "NUM_CHANCES",
-    "Candidates",
-    "RecycledArrays",
-    "RecycledTable",
-    "chance_buckets",
+    "NO_ALTERNATIVES",
+    "NUM_ALTERNATIVES",
+    "NUM_BUCKETS",
+    "Alternatives",
+    "AlternativesArrays",
+    "AlternativesTable",
+    "buckets_of",
     "contexts_of",
-    "find_kept",
+    "find_alternatives",
 ]
 
-NUM_CANDIDATES = 8
+NUM_ALTERNATIVES = 8
 """Next tokens kept under each key."""
 
 _WAYS = 4
@@ -46,22 +46,23 @@ _NONE = -1
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 _LEAST_ODDS, _STEP = -5.0, 0.75
-NUM_CHANCES = 13
-"""Buckets of a candidate's probability: steps of 0.75 in log-odds from 0.7 % up."""
+NUM_BUCKETS = 13
+"""Buckets of an alternative's probability: steps of 0.75 in log-odds from 0.7 % up."""
 
 
-class Candidates(NamedTuple):
-    """What a pass held likely behind some places of one row."""
+class Alternatives(NamedTuple):
+    """What a pass held likely at some branch points of one row."""
 
     contexts: npt.NDArray[np.int64]
-    """The last two tokens of each place, the one before the last -1 if there is none; shape (places, 2)."""
+    """The last two tokens before each, the one before the last -1 if there is none; shape (points, 2)."""
     tokens: npt.NDArray[np.int32]
-    """The likeliest tokens behind each, most likely first, shape (places, NUM_CANDIDATES); -1 where there are fewer."""
-    chances: npt.NDArray[np.int8]
-    """Bucket of the probability of each, 0 to NUM_CHANCES - 1, same shape."""
+    """The likeliest tokens behind each, most likely first, shape (points, NUM_ALTERNATIVES); -1 where there are
+    fewer."""
+    buckets: npt.NDArray[np.int8]
+    """Bucket of the probability of each, 0 to NUM_BUCKETS - 1, same shape."""
 
 
-class RecycledArrays(NamedTuple):
+class AlternativesArrays(NamedTuple):
     """The arrays of a table, for compiled code; a row for each entry."""
 
     keys: npt.NDArray[np.int64]
@@ -69,16 +70,16 @@ class RecycledArrays(NamedTuple):
     stamps: npt.NDArray[np.int64]
     """When each was stored, counted in entries, shape (entries,)."""
     tokens: npt.NDArray[np.int32]
-    """As in `Candidates`, shape (entries, NUM_CANDIDATES)."""
-    chances: npt.NDArray[np.int8]
-    """As in `Candidates`, shape (entries, NUM_CANDIDATES)."""
+    """As in `Alternatives`, shape (entries, NUM_ALTERNATIVES)."""
+    buckets: npt.NDArray[np.int8]
+    """As in `Alternatives`, shape (entries, NUM_ALTERNATIVES)."""
 
 
-def chance_buckets(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.int8]:
-    """Bucket of each probability; -1 for what is too unlikely, or no number, to be kept."""
+def buckets_of(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.int8]:
+    """Bucket of each probability, same shape; -1 for what is too unlikely, or no number, to be kept."""
     likely = np.clip(np.nan_to_num(probabilities, nan=0.0), 1e-12, 1.0 - 1e-9)
     buckets = np.floor((np.log(likely / (1.0 - likely)) - _LEAST_ODDS) / _STEP)
-    return np.clip(buckets, _NONE, NUM_CHANCES - 1).astype(np.int8)
+    return np.clip(buckets, _NONE, NUM_BUCKETS - 1).astype(np.int8)
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------
@@ -101,7 +102,10 @@ def _group(key: int, size: int) -> int:
 
 @compiled
 def lookup(keys: npt.NDArray[np.int64], before: int, last: int) -> int:
-    """The row of what was stored under two tokens, or under `last` alone if `before` is -1; -1: nothing was."""
+    """The row of what was stored under two tokens, or under `last` alone if `before` is -1; -1: nothing was.
+
+    `keys` as in `AlternativesArrays`.
+    """
     key = _key(before, last)
     first = _group(key, len(keys))
     for row in range(first, first + _WAYS):
@@ -111,7 +115,7 @@ def lookup(keys: npt.NDArray[np.int64], before: int, last: int) -> int:
 
 
 @compiled
-def find_kept(keys: npt.NDArray[np.int64], before: int, last: int) -> tuple[int, int]:
+def find_alternatives(keys: npt.NDArray[np.int64], before: int, last: int) -> tuple[int, int]:
     """(row, 0) of what is kept under two tokens, else (row, 1) of that under the last one alone, else (-1, 0)."""
     if len(keys) == 0:
         return -1, 0
@@ -123,7 +127,7 @@ def find_kept(keys: npt.NDArray[np.int64], before: int, last: int) -> tuple[int,
 
 
 @compiled
-def _row_for(arrays: RecycledArrays, key: int) -> int:
+def _row_for(arrays: AlternativesArrays, key: int) -> int:
     """The row to store a key in: its own, else a free one of its group, else the one stored longest ago."""
     first = _group(key, len(arrays.keys))
     best = first
@@ -137,45 +141,48 @@ def _row_for(arrays: RecycledArrays, key: int) -> int:
 
 @compiled
 def _store(
-    arrays: RecycledArrays,
+    arrays: AlternativesArrays,
     clock: int,
     contexts: npt.NDArray[np.int64],
     tokens: npt.NDArray[np.int32],
-    chances: npt.NDArray[np.int8],
+    buckets: npt.NDArray[np.int8],
 ) -> int:
-    """Store what follows contexts, shape (places, 2), under both of their keys; how many free rows that took."""
+    """Store what follows contexts, shape (points, 2), under both of their keys; how many free rows that took.
+
+    Tokens and buckets are as in `Alternatives`.
+    """
     taken = 0
-    for place in range(len(contexts)):
+    for point in range(len(contexts)):
         for alone in range(2):
-            before = contexts[place, 0]
+            before = contexts[point, 0]
             if alone == 1:
                 before = -1
             elif before < 0:
                 continue
-            key = _key(before, contexts[place, 1])
+            key = _key(before, contexts[point, 1])
             row = _row_for(arrays, key)
             taken += 1 if arrays.keys[row] == _NONE else 0
             clock += 1
             arrays.keys[row], arrays.stamps[row] = key, clock
             for i in range(arrays.tokens.shape[1]):
-                arrays.tokens[row, i], arrays.chances[row, i] = tokens[place, i], chances[place, i]
+                arrays.tokens[row, i], arrays.buckets[row, i] = tokens[point, i], buckets[point, i]
     return taken
 
 
 @compiled
-def _move(old: RecycledArrays, new: RecycledArrays, order: npt.NDArray[np.int64]) -> None:
-    """Store the rows `order` of one table in a larger one, which is empty."""
+def _move(old: AlternativesArrays, new: AlternativesArrays, order: npt.NDArray[np.int64]) -> None:
+    """Store the rows `order`, shape (n,), of one table in a larger one, which is empty."""
     for row in order:
         to = _row_for(new, old.keys[row])
         new.keys[to], new.stamps[to] = old.keys[row], old.stamps[row]
         for i in range(old.tokens.shape[1]):
-            new.tokens[to, i], new.chances[to, i] = old.tokens[row, i], old.chances[row, i]
+            new.tokens[to, i], new.buckets[to, i] = old.tokens[row, i], old.buckets[row, i]
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
-class RecycledTable:
+class AlternativesTable:
     """What a model held likely behind one and two tokens, in the texts of one conversation or one pool.
 
     Args:
@@ -196,20 +203,20 @@ class RecycledTable:
         """Main memory that the table takes; it does not shrink but by `erase`."""
         return sum(array.nbytes for array in self.arrays)
 
-    def add(self, candidates: Candidates) -> None:
-        """Keep what was likely; under the same tokens, later places replace earlier ones."""
-        most = self._num_entries + 2 * len(candidates.contexts)
+    def add(self, alternatives: Alternatives) -> None:
+        """Keep what was likely; under the same tokens, what is later replaces what is earlier."""
+        most = self._num_entries + 2 * len(alternatives.contexts)
         while _SPARE * most > len(self.arrays.keys) < self._max_entries:
             self._grow()
-        self._num_entries += _store(self.arrays, self._clock, *candidates)
-        self._clock += 2 * len(candidates.contexts)
+        self._num_entries += _store(self.arrays, self._clock, *alternatives)
+        self._clock += 2 * len(alternatives.contexts)
 
-    def candidates(self, before: int, last: int) -> list[tuple[int, int]]:
+    def find(self, before: int, last: int) -> list[tuple[int, int]]:
         """(token, bucket of its probability) stored under two tokens, or under `last` alone if `before` is -1."""
         row = lookup(self.arrays.keys, before, last)
         if row < 0:
             return []
-        pairs = zip(self.arrays.tokens[row].tolist(), self.arrays.chances[row].tolist(), strict=True)
+        pairs = zip(self.arrays.tokens[row].tolist(), self.arrays.buckets[row].tolist(), strict=True)
         return [(token, chance) for token, chance in pairs if token != _NONE]
 
     def erase(self) -> None:
@@ -228,13 +235,13 @@ class RecycledTable:
 def contexts_of(
     ending: tuple[int, int], tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]
 ) -> npt.NDArray[np.int64]:
-    """The last two tokens of places in a row, shape (len(nodes), 2).
+    """The last two tokens before branch points of a row, shape (len(nodes), 2).
 
     Args:
         ending: the last two tokens of its text.
         tokens: of its draft.
         parents: of its draft.
-        nodes: the draft nodes behind which the places are; -1: the text's end.
+        nodes: the draft nodes behind which they are; -1: the text's end.
     """
     return np.array(
         [
@@ -245,14 +252,14 @@ def contexts_of(
     ).reshape(-1, 2)
 
 
-def _empty(size: int) -> RecycledArrays:
-    return RecycledArrays(
+def _empty(size: int) -> AlternativesArrays:
+    return AlternativesArrays(
         keys=np.full(size, _NONE, dtype=np.int64),
         stamps=np.zeros(size, dtype=np.int64),
-        tokens=np.full((size, NUM_CANDIDATES), _NONE, dtype=np.int32),
-        chances=np.zeros((size, NUM_CANDIDATES), dtype=np.int8),
+        tokens=np.full((size, NUM_ALTERNATIVES), _NONE, dtype=np.int32),
+        buckets=np.zeros((size, NUM_ALTERNATIVES), dtype=np.int8),
     )
 
 
-NOT_RECYCLED = _empty(0)
+NO_ALTERNATIVES = _empty(0)
 """A table for where nothing is recycled."""

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from copyspec_engine.memory.acceptance import Survival
-from copyspec_engine.memory.alternatives import RecycledTable
-from copyspec_engine.memory.draft_acceptance import DraftSurvival
+from copyspec_engine.memory.acceptance import Acceptance
+from copyspec_engine.memory.alternatives import AlternativesTable
+from copyspec_engine.memory.draft_acceptance import DraftAcceptance
 from copyspec_engine.memory.file import SavedSegment
 from copyspec_engine.memory.index import OVERLAP, CopyIndex, Span
 
@@ -43,17 +43,19 @@ class SessionMemory:
     Args:
         max_tokens: tokens of text to keep; see `CopyIndex`.
         index: texts shared with other conversations; default: an index of its own.
-        recycled: candidates shared with them; default: a table of its own.
+        alternatives: candidates shared with them; default: a table of its own.
     """
 
-    def __init__(self, max_tokens: int, index: CopyIndex | None = None, recycled: RecycledTable | None = None) -> None:
+    def __init__(
+        self, max_tokens: int, index: CopyIndex | None = None, alternatives: AlternativesTable | None = None
+    ) -> None:
         self.index = CopyIndex(max_tokens) if index is None else index
-        self.recycled = RecycledTable() if recycled is None else recycled
+        self.alternatives = AlternativesTable() if alternatives is None else alternatives
         """What the model held likely in its texts; not kept in a memory file."""
         self.owner: str | None = None
         """Its name in a memory file; None: it is not kept there."""
-        self.survival: Survival | None = None
-        self.draft_survival: DraftSurvival | None = None
+        self.acceptance: Acceptance | None = None
+        self.draft_acceptance: DraftAcceptance | None = None
         """Set by the first adaptive call."""
         self._spans: list[Span] = []
         self._answers: list[Span] = []
@@ -149,8 +151,8 @@ class SessionMemory:
     def erase(self) -> None:
         """Take this conversation's texts out of the index, and forget candidates and what was learnt."""
         self.index.erase(self._spans)
-        self.recycled.erase()  # with those of the others who share it, since nobody knows whose is whose
-        self.survival = self.draft_survival = None
+        self.alternatives.erase()  # with those of the others who share it, since nobody knows whose is whose
+        self.acceptance = self.draft_acceptance = None
         self._spans, self._answers, self._saved = [], [], {}
 
     def changes(self) -> tuple[dict[Span, SavedSegment], dict[Span, int]]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["DraftSurvival", "Place"]
+__all__ = ["DraftAcceptance", "DraftedToken"]
 
 _STRENGTHS, _STRENGTH_MIDDLES = (0.02, 0.2, 0.5, 0.8), (0.0, 0.1, 0.35, 0.65, 0.9)
 _CHANCES, _CHANCE_MIDDLES = (0.3, 0.5, 0.7, 0.85, 0.95), (0.2, 0.4, 0.6, 0.78, 0.9, 0.97)
@@ -24,7 +24,7 @@ _FIRST_GUESS = 0.75
 _TRUST = 24.0
 """Tokens that it counts as: bad luck at the start must not be the end of it."""
 _PRIOR = 6.0
-"""Tokens that what is known on the whole counts as, at a place of one kind."""
+"""Tokens that what is known on the whole counts as, of a token of one kind."""
 _COPIES_PRIOR = 3.0
 """Right copies that trust in them counts as."""
 _MEMORY = 120.0
@@ -33,7 +33,7 @@ _AGEING = 0.006
 """Share of what is known that is forgotten in each step that does without the draft model."""
 
 
-class Place(NamedTuple):
+class DraftedToken(NamedTuple):
     """A token that the draft model wrote, and what was known of it then."""
 
     token: int
@@ -45,39 +45,60 @@ class Place(NamedTuple):
     """A copy says the same."""
 
 
-class DraftSurvival:
-    """What is known of a draft model's tokens: of all, by place, and by what the draft model itself says."""
+class _FadingCounts:
+    """How often something was expected, and how often it was so, by bucket.
+
+    Args:
+        shape: of the buckets, and of what is counted in each: what was expected first.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        self.counts = np.zeros(shape)
+
+    def add(self, bucket: tuple[int, ...], seen: Sequence[float]) -> None:
+        """Count something; what is old fades, so that the estimates follow a change."""
+        counts = self.counts[bucket]
+        counts += seen
+        if counts[0] > _MEMORY:
+            counts /= 2
+
+    def share(self, bucket: tuple[int, ...], prior: float, prior_right: float, which: int = 1) -> float:
+        """How often it was so, as if `prior` more had been expected and `prior_right` of these had been so."""
+        counts = self.counts[bucket].tolist()
+        return float((counts[which] + prior_right) / (counts[0] + prior))
+
+
+class DraftAcceptance:
+    """What is known of a draft model's tokens: of all, by depth, and by what the draft model itself says."""
 
     def __init__(self) -> None:
-        self._all = np.zeros(2)
+        strengths = len(_STRENGTH_MIDDLES)
+        self._all = _FadingCounts(2)
         """Tokens seen and right."""
-        self._depths = np.zeros((len(_STRENGTH_MIDDLES), len(_DEPTHS) + 1, 3))
+        self._depths = _FadingCounts(strengths, len(_DEPTHS) + 1, 3)
         """Tokens seen, right, and right where no copy said the same, by strength and depth."""
-        self._chances = np.zeros((len(_STRENGTH_MIDDLES), 2, len(_CHANCE_MIDDLES), 2))
+        self._chances = _FadingCounts(strengths, 2, len(_CHANCE_MIDDLES), 2)
         """Tokens seen and right, by strength, whether a copy says the same, and the draft model's probability."""
-        self._copies = np.zeros((len(_STRENGTH_MIDDLES), 2))
+        self._copies = _FadingCounts(strengths, 2)
         """First tokens of copies that were expected to be right and that were, by strength."""
 
-    def copy(self) -> DraftSurvival:
-        other = DraftSurvival()
+    def copy(self) -> DraftAcceptance:
+        other = DraftAcceptance()
         other.blend(self, 1.0)
         return other
 
-    def blend(self, other: DraftSurvival, share: float) -> None:
+    def blend(self, other: DraftAcceptance, share: float) -> None:
         """Move towards `other`; 0 changes nothing, 1 takes over."""
-        self._all += share * (other._all - self._all)
-        self._depths += share * (other._depths - self._depths)
-        self._chances += share * (other._chances - self._chances)
-        self._copies += share * (other._copies - self._copies)
+        for name, own in vars(self).items():
+            own.counts += share * (getattr(other, name).counts - own.counts)
 
     def trust(self, strength: float) -> float:
         """What copies that stand this strongly are worth of it: where a draft model pays, they are often weaker."""
-        expected, right = self._copies[bisect_right(_STRENGTHS, strength)].tolist()
-        return min(float((right + _COPIES_PRIOR) / (expected + _COPIES_PRIOR)), 1.0)
+        return min(self._copies.share((bisect_right(_STRENGTHS, strength),), _COPIES_PRIOR, _COPIES_PRIOR), 1.0)
 
     def learn_copies(self, strength: float, right: bool) -> None:
         """Learn whether copies that stood this strongly held the next token."""
-        _count(self._copies[bisect_right(_STRENGTHS, strength)], (strength, right))
+        self._copies.add((bisect_right(_STRENGTHS, strength),), (strength, right))
 
     def expected(self, strength: float, depth: int) -> tuple[float, float]:
         """How likely a token that is yet to be written will be right, and right where no copy says the same.
@@ -86,43 +107,38 @@ class DraftSurvival:
             strength: probability that copies hold the right token at this depth.
             depth: from 1; the tokens before it are taken to be right.
         """
-        all_seen, all_right = self._all.tolist()
-        guess = (all_right + _TRUST * _FIRST_GUESS) / (all_seen + _TRUST)
-        bucket = bisect_right(_STRENGTHS, strength)
-        seen, right, new = self._depths[bucket, bisect_right(_DEPTHS, depth)].tolist()
-        others = 1 - _STRENGTH_MIDDLES[bucket]
-        return (right + _PRIOR * guess) / (seen + _PRIOR), (new + _PRIOR * guess * others) / (seen + _PRIOR)
+        guess = self._all.share((), _TRUST, _TRUST * _FIRST_GUESS)
+        bucket = bisect_right(_STRENGTHS, strength), bisect_right(_DEPTHS, depth)
+        right, others = _PRIOR * guess, 1 - _STRENGTH_MIDDLES[bucket[0]]
+        return self._depths.share(bucket, _PRIOR, right), self._depths.share(bucket, _PRIOR, right * others, which=2)
 
-    def chance(self, place: Place) -> float:
+    def chance(self, drafted: DraftedToken) -> float:
         """How likely a token is right that the draft model has written, if those before it are."""
-        bucket = _bucket(place)
+        bucket = _bucket(drafted)
         strength, chance = _STRENGTH_MIDDLES[bucket[0]], _CHANCE_MIDDLES[bucket[2]]
-        guess = 1 - (1 - chance) * (1 - strength) if place.is_copied else chance * (1 - strength / 2)
-        seen, right = self._chances[bucket].tolist()
-        return float((right + _PRIOR * guess) / (seen + _PRIOR))
+        guess = 1 - (1 - chance) * (1 - strength) if drafted.is_copied else chance * (1 - strength / 2)
+        return self._chances.share(bucket, _PRIOR, _PRIOR * guess)
 
-    def learn(self, places: Sequence[Place], written: Sequence[int]) -> None:
+    def learn(self, drafts: Sequence[DraftedToken], written: Sequence[int]) -> None:
         """Learn from a chain of tokens of the draft model and what was written instead, or as it said."""
-        for depth, (place, token) in enumerate(zip(places, written, strict=False), 1):
-            right = place.token == token
-            at = bisect_right(_STRENGTHS, place.strength), bisect_right(_DEPTHS, depth)
-            _count(self._all, (1.0, right))
-            _count(self._depths[at], (1.0, right, right and not place.is_copied))
-            _count(self._chances[_bucket(place)], (1.0, right))
+        for depth, (drafted, token) in enumerate(zip(drafts, written, strict=False), 1):
+            right = drafted.token == token
+            at = bisect_right(_STRENGTHS, drafted.strength), bisect_right(_DEPTHS, depth)
+            self._all.add((), (1.0, right))
+            self._depths.add(at, (1.0, right, right and not drafted.is_copied))
+            self._chances.add(_bucket(drafted), (1.0, right))
             if not right:
                 return
 
-    def rest(self, strength: float) -> None:
-        """A step did without the draft model, at a place where copies stand this strongly: what is known gets older."""
-        self._all *= 1 - _AGEING
-        self._depths[bisect_right(_STRENGTHS, strength)] *= 1 - _AGEING
+    def age(self, strength: float) -> None:
+        """A step did without the draft model, where copies stand this strongly: what is known gets older."""
+        self._all.counts *= 1 - _AGEING
+        self._depths.counts[bisect_right(_STRENGTHS, strength)] *= 1 - _AGEING
 
 
-def _bucket(place: Place) -> tuple[int, int, int]:
-    return bisect_right(_STRENGTHS, place.strength), int(place.is_copied), bisect_right(_CHANCES, place.probability)
-
-
-def _count(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], seen: Sequence[float]) -> None:
-    counts += seen
-    if counts[0] > _MEMORY:
-        counts /= 2
+def _bucket(drafted: DraftedToken) -> tuple[int, int, int]:
+    return (
+        bisect_right(_STRENGTHS, drafted.strength),
+        int(drafted.is_copied),
+        bisect_right(_CHANCES, drafted.probability),
+    )

@@ -155,7 +155,7 @@ def _link(arrays: IndexArrays, first: int, stop: int, begin: int) -> None:
 
 @compiled
 def _count(arrays: IndexArrays, tokens: npt.NDArray[np.int64]) -> None:
-    """Count tokens and keep the most frequent ones in order."""
+    """Count tokens, shape (n,), and keep the most frequent ones in order."""
     counts, frequent, mask = arrays.counts, arrays.frequent, arrays.counts.shape[1] - 1
     for token in tokens:
         other = (token * 40503 + (token >> 7)) & mask
@@ -164,15 +164,15 @@ def _count(arrays: IndexArrays, tokens: npt.NDArray[np.int64]) -> None:
         count = min(counts[0, token & mask], counts[1, other])
         if count <= frequent[1, FREQUENT - 1]:
             continue
-        place = FREQUENT - 1
+        rank = FREQUENT - 1
         for i in range(FREQUENT):
             if frequent[1, i] == 0 or frequent[0, i] == token:
-                place = i
+                rank = i
                 break
-        while place > 0 and frequent[1, place - 1] < count:
-            frequent[0, place], frequent[1, place] = frequent[0, place - 1], frequent[1, place - 1]
-            place -= 1
-        frequent[0, place], frequent[1, place] = token, count
+        while rank > 0 and frequent[1, rank - 1] < count:
+            frequent[0, rank], frequent[1, rank] = frequent[0, rank - 1], frequent[1, rank - 1]
+            rank -= 1
+        frequent[0, rank], frequent[1, rank] = token, count
     arrays.total[0] += len(tokens)
     if arrays.total[0] > 1 << 20:  # forget slowly, so that what is frequent now is told from what was once
         arrays.total[0] //= 2
@@ -202,6 +202,7 @@ def match_length(
 
 @compiled
 def _is_found(matches: npt.NDArray[np.int64], found: int, position: int) -> bool:
+    """Whether a position is among the first `found` matches; `matches` as for `find_matches`."""
     for match in matches[:found, POSITION]:
         if match == position:
             return True
@@ -265,7 +266,10 @@ def find_matches(
 
 @compiled
 def _known_run(arrays: IndexArrays, tokens: npt.NDArray[np.int64], first: int) -> tuple[int, int]:
-    """How many tokens from `first` on stand in a row in the index, and the position behind their 16th; (0, 0): none."""
+    """How many of `tokens`, shape (n,), from `first` on the index holds in a row; the position behind the 16th of them.
+
+    (0, 0) if there are not that many.
+    """
     order, mask = ORDERS[0], len(arrays.tokens) - 1
     if first + order > len(tokens):
         return 0, 0
@@ -292,7 +296,7 @@ def _known_run(arrays: IndexArrays, tokens: npt.NDArray[np.int64], first: int) -
 
 @compiled
 def _unseen(arrays: IndexArrays, tokens: npt.NDArray[np.int64], spans: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """Cut `tokens` into what the index holds and what it does not.
+    """Cut `tokens`, shape (n,), into what the index holds and what it does not.
 
     Writes the unseen stretches (first, stop) to the first two columns of `spans`, shape (>= len(tokens) // 64 + 2, 3),
     and a position within each known one to the third.
@@ -453,8 +457,8 @@ class CopyIndex:
 
     def span_at(self, position: int) -> Span | None:
         """The text that a position lies in, or lay in before it was forgotten: None."""
-        place = bisect_right(self._spans, position, key=lambda span: span.start)
-        return self._spans[place - 1] if place and position <= self._spans[place - 1].limit else None
+        behind = bisect_right(self._spans, position, key=lambda span: span.start)
+        return self._spans[behind - 1] if behind and position <= self._spans[behind - 1].limit else None
 
     def touch(self, positions: Sequence[int] | TokenArray) -> None:
         """Count the texts at these positions as used."""

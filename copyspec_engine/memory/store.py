@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from copyspec_engine.memory.alternatives import RecycledTable
+from copyspec_engine.memory.alternatives import AlternativesTable
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.index import CopyIndex
@@ -48,7 +48,7 @@ class Pool:
 
     def __init__(self, max_tokens: int) -> None:
         self.index = CopyIndex(max_tokens)
-        self.recycled = RecycledTable()
+        self.alternatives = AlternativesTable()
         self.memories: dict[str | None, SessionMemory] = {}
         """By session; None: of calls without one."""
 
@@ -136,7 +136,7 @@ class SessionStore:
 
     def _open_part(self, pool: Pool, owner: _Owner) -> SessionMemory:
         memory = self._restored(
-            SessionMemory(_POOL_SHARE * self._config.memory_tokens, pool.index, pool.recycled), owner
+            SessionMemory(_POOL_SHARE * self._config.memory_tokens, pool.index, pool.alternatives), owner
         )
         pool.memories[owner.session_id] = memory
         return memory

@@ -45,7 +45,7 @@ def snapshot(memory: SessionMemory | None) -> Snapshot:
         return Snapshot((), 0)
     kinds = cast("Sequence[TextKind]", KINDS)
     texts = [(text.number, kinds[text.kind], memory.index.tokens_of(text)) for text in memory.texts]
-    return Snapshot([text for text in texts if len(text[2])], memory.index.num_bytes + memory.recycled.num_bytes)
+    return Snapshot([text for text in texts if len(text[2])], memory.index.num_bytes + memory.alternatives.num_bytes)
 
 
 class ConversationMemory:

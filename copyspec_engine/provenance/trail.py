@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compiled
-from copyspec_engine.drafting.tree import DRAFT_MODEL, FORCED, RECYCLED, Run
+from copyspec_engine.drafting.tree import ALTERNATIVE, DRAFT_MODEL, FORCED, Run
 from copyspec_engine.memory.conversation import DECLARED_TEXT, KINDS, SessionMemory
 from copyspec_engine.memory.index import CopyIndex, Span
 from copyspec_engine.values.explanation import CopySource
@@ -28,7 +28,7 @@ from copyspec_engine.values.outputs import Copy
 
 __all__ = ["CopyTrail", "cut", "find_around", "trace"]
 
-_KINDS_WITHOUT_PLACE = {FORCED: "grammar", DRAFT_MODEL: "draft_model", RECYCLED: "recycled"}
+_KINDS_WITHOUT_PLACE = {FORCED: "grammar", DRAFT_MODEL: "draft_model", ALTERNATIVE: "recycled"}
 _SURE = 16
 """Tokens in a row that do not agree by chance."""
 _NEAR = 1024

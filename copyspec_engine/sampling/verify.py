@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from copyspec_engine.drafting.tree import DraftTree, Run
-from copyspec_engine.memory.alternatives import Candidates
+from copyspec_engine.memory.alternatives import Alternatives
 from copyspec_engine.values.outputs import TokenLogprob
 
 __all__ = ["Verdict", "verify"]
@@ -28,8 +28,8 @@ class Verdict:
     """One for each of `tokens`, if the request asked for them."""
     runs: Sequence[Run] = ()
     """Where the accepted nodes came from, one after the other."""
-    candidates: Candidates | None = None
-    """What was likely at places of the draft, if the drafter wants to know."""
+    alternatives: Alternatives | None = None
+    """What was likely at branch points of the draft, if the drafter wants to know."""
 
 
 def verify(draft: DraftTree, sampled: Sequence[int]) -> Verdict:

@@ -134,12 +134,12 @@ def test_two_calls_of_a_conversation_at_the_same_time_keep_both_answers() -> Non
 def test_a_conversation_starts_from_what_others_have_learnt() -> None:
     """Only numbers go from one conversation to the next, and slowly."""
     policy, rng = DraftingPolicy(CostCurve([(1, 1.0), (256, 6.0)])), random.Random(0)
-    before = policy.survival.copy()
+    before = policy.acceptance.copy()
     memory = SessionMemory(100_000)
     noise = [rng.randrange(5) for _ in range(300)]
     write(policy.begin(AdaptiveDrafter(), memory, noise), [rng.randrange(5) for _ in range(300)])
-    assert memory.survival is not None
-    there, here = abs(policy.survival.weights - before.weights), abs(memory.survival.weights - before.weights)
+    assert memory.acceptance is not None
+    there, here = abs(policy.acceptance.weights - before.weights), abs(memory.acceptance.weights - before.weights)
     assert 0 < there.sum() < here.sum()
 
 

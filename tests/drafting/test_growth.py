@@ -18,9 +18,9 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.memory.conversation import SessionMemory
 
 FLAT = CostCurve([(1, 1.0), (256, 1.0)])
-GPU = CostCurve([(1, 1.002), (256, 1.512)])
+GPU = CostCurve([(1, 1.002), (256, 1.512)]).relative()
 MIXED = CostCurve([(1, 1.0), (256, 6.1)])
-CPU = CostCurve([(1, 1.1), (256, 26.6)])
+CPU = CostCurve([(1, 1.1), (256, 26.6)]).relative()
 END = 9999
 ROOM = 1024
 
@@ -234,7 +234,9 @@ def test_refused_drafts_get_shorter_and_accepted_ones_longer_again() -> None:
 
 def test_a_long_match_is_drafted_however_badly_costs_were_measured() -> None:
     """Past regression: on a busy machine the measured curve kept everything from being drafted."""
-    wild = CostCurve(undisturbed([(1, 0.005), (2, 0.333), (4, 0.4), (8, 0.4), (16, 0.5), (32, 0.9), (64, 1.4)]))
+    wild = CostCurve(
+        undisturbed([(1, 0.005), (2, 0.333), (4, 0.4), (8, 0.4), (16, 0.5), (32, 0.9), (64, 1.4)])
+    ).relative()
     text = list(range(300))
     assert len(begin(wild, [*text, *text[:24]]).propose(1, ROOM)) > 8
 

@@ -120,7 +120,7 @@ def watched_cost(cost: LiveCost) -> list[tuple[int, float]]:
 
 
 def test_an_engine_learns_from_its_steps_but_those_that_read_a_prompt(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(step_cost=None)
+    engine = make_engine(step_cost="measured")
     seen = watched_cost(engine._core._cost)
     plain = run(engine, PROMPT, "none", max_tokens=60)
     assert [width for width, _ in seen] == [1] * (len(plain.token_ids) - 1)

@@ -1,4 +1,4 @@
-"""Drafting the model's own other candidates: where it pays, from nobody else's texts, and never in the tokens."""
+"""Drafting the model's own other alternatives: where it pays, from nobody else's texts, and never in the tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 from copyspec_engine import AdaptiveDrafter, Engine, GenerationRequest, Grammar, SamplingParams
 from copyspec_engine.drafting.cost import CostCurve
-from copyspec_engine.drafting.drafter import DraftingPolicy, wants_candidates
+from copyspec_engine.drafting.drafter import DraftingPolicy, wants_alternatives
 from copyspec_engine.drafting.kernels.growth import damped_pace
-from copyspec_engine.drafting.tree import RECYCLED, DraftTree
+from copyspec_engine.drafting.tree import ALTERNATIVE, DraftTree
 from copyspec_engine.memory.acceptance import (
-    BY_RECYCLED,
+    BY_ALTERNATIVE,
     BY_SUPPORT,
     NUM_WEIGHTS,
+    alternatives_worth,
     first_guess,
-    learn_recycled,
-    recycled_worth,
+    learn_alternatives,
 )
-from copyspec_engine.memory.alternatives import NUM_CANDIDATES, Candidates, chance_buckets
+from copyspec_engine.memory.alternatives import NUM_ALTERNATIVES, Alternatives, buckets_of
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.store import SessionStore
-from copyspec_engine.sampling.alternatives import add_candidates
+from copyspec_engine.sampling.alternatives import add_alternatives
 from copyspec_engine.sampling.sampler import SampleRow
 from copyspec_engine.sampling.verify import verify
 from copyspec_engine.testing import scripted_engine
@@ -56,10 +56,10 @@ def engine_for(make_engine: MakeEngine, source: str, name: str = "llama", **opti
     runner = engine._model.runner
     forward = runner.forward
     runner.forward = lambda pieces: 30.0 * forward(pieces)  # type: ignore[method-assign]
-    weights = engine._core.policy.survival.weights
+    weights = engine._core.policy.acceptance.weights
     if source == "recycled":
-        weights[:BY_RECYCLED] = -8.0
-    weights[BY_RECYCLED : BY_RECYCLED + 26] = 0.0
+        weights[:BY_ALTERNATIVE] = -8.0
+    weights[BY_ALTERNATIVE : BY_ALTERNATIVE + 26] = 0.0
     return engine
 
 
@@ -168,21 +168,23 @@ def test_the_exact_mode_recycles_trees(make_engine: MakeEngine, monkeypatch: pyt
     plain = run(engine, FRESH, "none", max_tokens=100)
     drafts = watch_drafts(engine, monkeypatch)
     assert same_answer(plain, run(engine, FRESH, ON, max_tokens=100))
-    assert sum((draft.sources == RECYCLED).sum() for draft in drafts) > 0
+    assert sum((draft.sources == ALTERNATIVE).sum() for draft in drafts) > 0
     assert not all(draft.is_chain for draft in drafts)
 
 
-# ---- whose candidates, and for how long ----------------------------------------------------------------------------
+# ---- whose alternatives, and for how long ----------------------------------------------------------------------------
 
 
 def kept_tokens(memory: SessionMemory) -> set[int]:
-    return set(memory.recycled.arrays.tokens.ravel().tolist()) - {-1}
+    return set(memory.alternatives.arrays.tokens.ravel().tolist()) - {-1}
 
 
-def test_sessions_have_candidates_of_their_own_and_share_those_of_pools() -> None:
+def test_sessions_have_alternatives_of_their_own_and_share_those_of_pools() -> None:
     store = SessionStore(EngineConfig(), lambda _: None)
-    own = [store.open(name).memory.recycled for name in ("a", "b", None, None)]
-    shared = [store.open_pool(pool, name).recycled for pool, name in (("p", "a"), ("p", "b"), ("p", None), ("q", "a"))]
+    own = [store.open(name).memory.alternatives for name in ("a", "b", None, None)]
+    shared = [
+        store.open_pool(pool, name).alternatives for pool, name in (("p", "a"), ("p", "b"), ("p", None), ("q", "a"))
+    ]
     assert len({id(table) for table in own}) == 4
     assert shared[0] is shared[1] is shared[2] is not shared[3]
     assert not {id(table) for table in own} & {id(table) for table in shared}
@@ -198,32 +200,32 @@ def test_a_session_never_drafts_what_was_likely_in_another_one(
         """Recycled tokens in what is drafted first for the same prompt."""
         drafts.clear()
         run(engine, FRESH, ON, session, {"memory_pool": pool}, max_tokens=20)
-        return int((drafts[0].sources == RECYCLED).sum())
+        return int((drafts[0].sources == ALTERNATIVE).sum())
 
     assert first_draft("a") == 0
     assert first_draft("a") > 0
     assert first_draft("b") == first_draft(None) == 0
     assert first_draft("a", "pool") == 0
     assert first_draft("b", "pool") > 0
-    engine.forget("a")  # its candidates cannot be told from those of others
+    engine.forget("a")  # its alternatives cannot be told from those of others
     assert first_draft("b", "pool") == 0
     assert first_draft("a") == 0
 
 
-def test_forgetting_a_session_erases_its_candidates(make_engine: MakeEngine) -> None:
+def test_forgetting_a_session_erases_its_alternatives(make_engine: MakeEngine) -> None:
     engine = engine_for(make_engine, "recycled")
-    shared = engine._core.policy.survival.copy()
+    shared = engine._core.policy.acceptance.copy()
     first = run(engine, FRESH, ON, session="a", max_tokens=80)
     memory = engine._core.conversations.texts.peek("a")
     assert memory is not None
     assert kept_tokens(memory)
     assert engine.memory("a").num_bytes > memory.index.num_bytes
     engine.forget("a")
-    engine._core.policy.survival = shared  # what all conversations learn from, which no forgetting undoes
+    engine._core.policy.acceptance = shared  # what all conversations learn from, which no forgetting undoes
     assert run(engine, FRESH, ON, session="a", max_tokens=80).draft_stats == first.draft_stats
 
 
-def test_forgetting_while_an_answer_is_written_erases_its_candidates(make_engine: MakeEngine) -> None:
+def test_forgetting_while_an_answer_is_written_erases_its_alternatives(make_engine: MakeEngine) -> None:
     engine = engine_for(make_engine, "recycled")
     plain = run(engine, FRESH, "none", max_tokens=150)
     request = GenerationRequest(
@@ -283,43 +285,43 @@ def test_recycled_tokens_do_not_count_as_copied(make_engine: MakeEngine) -> None
 # ---- what is learnt ------------------------------------------------------------------------------------------------
 
 
-def likely_after(contexts: list[tuple[int, int]], tokens: list[list[int]], chance: float) -> Candidates:
-    bucket = int(chance_buckets(np.array([chance]))[0])
-    kept = np.full((len(contexts), NUM_CANDIDATES), -1, dtype=np.int32)
+def likely_after(contexts: list[tuple[int, int]], tokens: list[list[int]], chance: float) -> Alternatives:
+    bucket = int(buckets_of(np.array([chance]))[0])
+    kept = np.full((len(contexts), NUM_ALTERNATIVES), -1, dtype=np.int32)
     for row, likely in enumerate(tokens):
         kept[row, : len(likely)] = likely
-    return Candidates(np.array(contexts, dtype=np.int64), kept, np.full(kept.shape, bucket, dtype=np.int8))
+    return Alternatives(np.array(contexts, dtype=np.int64), kept, np.full(kept.shape, bucket, dtype=np.int8))
 
 
 def test_what_was_likely_is_drafted_as_branches_and_on_from_there() -> None:
     memory = SessionMemory(4096)
     drafter = DraftingPolicy(CHEAPEST).begin(ON, memory, [1, 2])
-    memory.recycled.add(likely_after([(1, 2), (2, 5), (-1, 6)], [[5, 6], [7], [8]], 0.4))
+    memory.alternatives.add(likely_after([(1, 2), (2, 5), (-1, 6)], [[5, 6], [7], [8]], 0.4))
     draft = drafter.propose(1, 100)
     assert draft == drafter.propose(1, 100)
-    nodes = np.flatnonzero(draft.sources == RECYCLED)
+    nodes = np.flatnonzero(draft.sources == ALTERNATIVE)
     path = {node: (draft.parents[node], draft.tokens[node]) for node in nodes.tolist()}
     (five,), (six,) = ([node for node, place in path.items() if place == (-1, token)] for token in (5, 6))
     assert set(path.values()) >= {(five, 7), (six, 8)}
     assert (np.diff(draft.probabilities) <= 0).all()
 
 
-def test_candidates_learn_from_what_is_written() -> None:
+def test_alternatives_learn_from_what_is_written() -> None:
     guess = first_guess()
     for right in (True, False):
         memory = SessionMemory(4096)
         drafter = DraftingPolicy(CHEAPEST, guess).begin(ON, memory, [1, 2])
         for i in range(300):
             last = 2 if i == 0 else 1000 + i - 1
-            memory.recycled.add(likely_after([(-1, last)], [[1000 + i if right else 9]], 0.4))
+            memory.alternatives.add(likely_after([(-1, last)], [[1000 + i if right else 9]], 0.4))
             drafter.observe(DraftTree(), (), (1000 + i,))
-        assert memory.survival is not None
-        moved = memory.survival.weights - guess
-        (place,) = BY_RECYCLED + np.flatnonzero(moved[BY_RECYCLED:BY_SUPPORT])
+        assert memory.acceptance is not None
+        moved = memory.acceptance.weights - guess
+        (place,) = BY_ALTERNATIVE + np.flatnonzero(moved[BY_ALTERNATIVE:BY_SUPPORT])
         assert (moved[place] > 0.5) if right else (moved[place] < -0.5)
 
 
-def test_candidates_that_come_to_nothing_are_soon_left_out() -> None:
+def test_alternatives_that_come_to_nothing_are_soon_left_out() -> None:
     """In every conversation: those that begin later start from what was seen."""
     policy, drafted = DraftingPolicy(CostCurve([(1, 1.0), (256, 3.5)])), []
     for call in range(2):
@@ -327,28 +329,28 @@ def test_candidates_that_come_to_nothing_are_soon_left_out() -> None:
         drafter = policy.begin(ON, memory, [1, 2])
         for i in range(120):
             last = 2 if i == 0 else 1000 + i - 1
-            memory.recycled.add(likely_after([(-1, last)], [list(range(8))], 0.4))
+            memory.alternatives.add(likely_after([(-1, last)], [list(range(8))], 0.4))
             draft = drafter.propose(1, 100)
-            drafted.append(int((draft.sources == RECYCLED).sum()))
+            drafted.append(int((draft.sources == ALTERNATIVE).sum()))
             drafter.observe(draft, (), (1000 + i,))
         drafter.finish()
-        assert float(recycled_worth(policy.survival.recycled)) < 0.5, call
+        assert float(alternatives_worth(policy.acceptance.alternatives)) < 0.5, call
     assert sum(drafted[:20]) > 10 * sum(drafted[100:120])
     assert sum(drafted[120:140]) < sum(drafted[:20])
 
 
-def test_what_came_of_candidates_says_what_they_are_worth() -> None:
+def test_what_came_of_alternatives_says_what_they_are_worth() -> None:
     counts = np.zeros(2)
-    assert recycled_worth(counts) == 1.0
+    assert alternatives_worth(counts) == 1.0
     for _ in range(40):
-        learn_recycled(counts, 2.0, 1)
-    assert recycled_worth(counts) == pytest.approx(0.5, abs=0.05)
+        learn_alternatives(counts, 2.0, 1)
+    assert alternatives_worth(counts) == pytest.approx(0.5, abs=0.05)
     for _ in range(2000):
-        learn_recycled(counts, 0.0, 0)
-    assert recycled_worth(counts) > 0.8
+        learn_alternatives(counts, 0.0, 0)
+    assert alternatives_worth(counts) > 0.8
     for _ in range(40):
-        learn_recycled(counts, 1.0, 3)
-    assert recycled_worth(counts) == 1.0
+        learn_alternatives(counts, 1.0, 3)
+    assert alternatives_worth(counts) == 1.0
 
 
 def test_drafting_that_gains_nothing_does_not_make_drafts_seem_cheap() -> None:
@@ -357,23 +359,23 @@ def test_drafting_that_gains_nothing_does_not_make_drafts_seem_cheap() -> None:
     assert damped_pace(np.array([3.0, 1.5, 50.0])) > 1.5
 
 
-def test_copies_learn_nothing_from_candidates_where_none_are_kept() -> None:
+def test_copies_learn_nothing_from_alternatives_where_none_are_kept() -> None:
     memory = SessionMemory(4096)
     policy = DraftingPolicy(CHEAPEST)
     drafter = policy.begin(ON, memory, list(ids_of("abcabcabdabcabe") * 4))
-    before = policy.survival.weights[BY_RECYCLED:].copy()
+    before = policy.acceptance.weights[BY_ALTERNATIVE:].copy()
     for token in ids_of("abcabcabdabcabe") * 4:
         drafter.observe(DraftTree(), (), (token,))
-    assert memory.survival is not None
-    assert (memory.survival.weights[BY_RECYCLED:] == before).all()
-    assert (memory.survival.weights[:BY_RECYCLED] != policy.survival.weights[:BY_RECYCLED]).any()
+    assert memory.acceptance is not None
+    assert (memory.acceptance.weights[BY_ALTERNATIVE:] == before).all()
+    assert (memory.acceptance.weights[:BY_ALTERNATIVE] != policy.acceptance.weights[:BY_ALTERNATIVE]).any()
 
 
-def test_only_adaptive_drafters_want_candidates() -> None:
+def test_only_adaptive_drafters_want_alternatives() -> None:
     policy = DraftingPolicy(CHEAPEST)
-    assert wants_candidates(policy.begin(ON, SessionMemory(4096), [1]))
-    assert not wants_candidates(policy.begin(OFF, SessionMemory(4096), [1]))
-    assert not wants_candidates(None)
+    assert wants_alternatives(policy.begin(ON, SessionMemory(4096), [1]))
+    assert not wants_alternatives(policy.begin(OFF, SessionMemory(4096), [1]))
+    assert not wants_alternatives(None)
     assert len(first_guess()) == NUM_WEIGHTS
 
 
@@ -381,39 +383,39 @@ def test_only_adaptive_drafters_want_candidates() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_candidates_are_the_likeliest_tokens_with_their_probabilities(dtype: torch.dtype) -> None:
+def test_alternatives_are_the_likeliest_tokens_with_their_probabilities(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(9, 500, generator=generator) * 4).to(dtype)
     drafts = [DraftTree((5, 6, 7), (-1, 0, 0)), DraftTree((1, 2), (-1, -1)), DraftTree()]
     endings = [(3, 4), None, (-1, 4)]
     rows = [SampleRow(SamplingParams(), 0, 10, draft, ending=at) for draft, at in zip(drafts, endings, strict=True)]
     first, second, third = verdicts = [verify(draft, [0] * (1 + len(draft))) for draft in drafts]
-    add_candidates(logits[:8], rows, verdicts)
-    assert second.candidates is None
-    assert first.candidates is not None
-    assert third.candidates is not None
-    assert first.candidates.contexts.tolist() == [[3, 4], [4, 5], [5, 6], [5, 7]]
-    assert third.candidates.contexts.tolist() == [[-1, 4]]
-    for row, candidates in [*((i, first.candidates) for i in range(4)), (7, third.candidates)]:
+    add_alternatives(logits[:8], rows, verdicts)
+    assert second.alternatives is None
+    assert first.alternatives is not None
+    assert third.alternatives is not None
+    assert first.alternatives.contexts.tolist() == [[3, 4], [4, 5], [5, 6], [5, 7]]
+    assert third.alternatives.contexts.tolist() == [[-1, 4]]
+    for row, alternatives in [*((i, first.alternatives) for i in range(4)), (7, third.alternatives)]:
         chances = logits[row].double().softmax(-1).numpy()
         place = row if row < 4 else 0
-        likely = [token for token in np.argsort(-chances, kind="stable")[:NUM_CANDIDATES] if chances[token] > 0.008]
-        found = [token for token in candidates.tokens[place].tolist() if token >= 0]
+        likely = [token for token in np.argsort(-chances, kind="stable")[:NUM_ALTERNATIVES] if chances[token] > 0.008]
+        found = [token for token in alternatives.tokens[place].tolist() if token >= 0]
         assert set(found) >= set(likely) or dtype is torch.bfloat16
-        buckets = chance_buckets(chances[found])
-        assert abs(candidates.chances[place, : len(found)] - buckets).max() <= 1
+        buckets = buckets_of(chances[found])
+        assert abs(alternatives.buckets[place, : len(found)] - buckets).max() <= 1
 
 
-def test_odd_logits_give_candidates_that_can_be_kept() -> None:
+def test_odd_logits_give_alternatives_that_can_be_kept() -> None:
     logits = torch.zeros(4, 5)
     logits[1, 2] = torch.inf
     logits[2] = torch.nan
     logits[3, 1:] = -torch.inf
     draft = DraftTree.chain([1, 2, 3])
     verdict = verify(draft, [0] * 4)
-    add_candidates(logits, [SampleRow(SamplingParams(), 0, 9, draft, ending=(1, 1))], [verdict])
-    assert verdict.candidates is not None
-    tokens, chances = verdict.candidates.tokens, verdict.candidates.chances
+    add_alternatives(logits, [SampleRow(SamplingParams(), 0, 9, draft, ending=(1, 1))], [verdict])
+    assert verdict.alternatives is not None
+    tokens, chances = verdict.alternatives.tokens, verdict.alternatives.buckets
     assert sorted(tokens[0].tolist()) == [-1, -1, -1, 0, 1, 2, 3, 4]
     assert (tokens[1:3] == -1).all()
     assert tokens[3].tolist() == [0, *[-1] * 7]
@@ -424,6 +426,6 @@ def test_of_a_long_draft_the_end_of_the_path_and_the_likeliest_others_are_looked
     draft = DraftTree(tuple(range(100)), (*range(-1, 79), *[-1] * 20))
     verdict = verify(draft, [*range(70), 999, *[999] * 30])
     assert len(verdict.accepted) == 70
-    add_candidates(torch.randn(101, 50), [SampleRow(SamplingParams(), 0, 9, draft, ending=(7, 8))], [verdict])
-    assert verdict.candidates is not None
-    assert verdict.candidates.contexts[:, 1].tolist() == list(range(62, 70))
+    add_alternatives(torch.randn(101, 50), [SampleRow(SamplingParams(), 0, 9, draft, ending=(7, 8))], [verdict])
+    assert verdict.alternatives is not None
+    assert verdict.alternatives.contexts[:, 1].tolist() == list(range(62, 70))

@@ -10,7 +10,7 @@ import pytest
 from copyspec_engine import AdaptiveDrafter, Engine, GenerationRequest, SamplingParams, Segment
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.drafter import DraftingPolicy
-from copyspec_engine.drafting.tree import DRAFT_MODEL, FORCED, RECYCLED, DraftTree
+from copyspec_engine.drafting.tree import ALTERNATIVE, DRAFT_MODEL, FORCED, DraftTree
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.provenance.trail import trace
 from tests.loop.test_lossless import PROMPT, OracleTrees, run, same_answer
@@ -24,17 +24,17 @@ def test_a_merged_tree_has_each_node_once_and_says_where_it_comes_from() -> None
     assert both.probabilities.tolist() == [0.6, 0.2, 0.5, 0.7, 0.1]
     assert both.sources.tolist() == [40, 90, 41, DRAFT_MODEL, DRAFT_MODEL]
     assert both.cost == both.first(1).cost == both.kept([1]).cost == both.joined(-1, [3], 9).cost == 0.5
-    again = both.merged((8, 4), (-1, 0), (0.3, 0.2), RECYCLED)
+    again = both.merged((8, 4), (-1, 0), (0.3, 0.2), ALTERNATIVE)
     assert again == DraftTree((5, 8, 6, 7, 9, 4), (-1, -1, 0, 2, 0, 1))
-    assert (again.sources[-1], again.cost) == (RECYCLED, 0.5)
+    assert (again.sources[-1], again.cost) == (ALTERNATIVE, 0.5)
 
 
 def test_merging_with_nothing_gives_the_other_tree() -> None:
-    tree = DraftTree().merged((1, 2, 3), (-1, 0, 0), (0.5, 0.4, 0.1), RECYCLED)
+    tree = DraftTree().merged((1, 2, 3), (-1, 0, 0), (0.5, 0.4, 0.1), ALTERNATIVE)
     assert tree == DraftTree((1, 2, 3), (-1, 0, 0))
     assert tree.probabilities.tolist() == [0.5, 0.4, 0.1]
-    assert tree.sources.tolist() == [RECYCLED] * 3
-    assert COPIED.merged((), (), (), RECYCLED) == COPIED
+    assert tree.sources.tolist() == [ALTERNATIVE] * 3
+    assert COPIED.merged((), (), (), ALTERNATIVE) == COPIED
 
 
 def test_a_tree_of_unknown_origin_can_be_merged() -> None:
@@ -60,7 +60,7 @@ def test_a_node_is_never_verified_without_its_parent() -> None:
 
 
 def test_runs_of_each_source_are_told_apart() -> None:
-    runs = trace(SessionMemory(4096).index, [DRAFT_MODEL, DRAFT_MODEL, RECYCLED, FORCED, DRAFT_MODEL, 0, 0, ~3, ~4])
+    runs = trace(SessionMemory(4096).index, [DRAFT_MODEL, DRAFT_MODEL, ALTERNATIVE, FORCED, DRAFT_MODEL, 0, 0, ~3, ~4])
     assert [(run.num_tokens, run.kind) for run in runs] == [
         (2, "draft_model"),
         (1, "recycled"),
@@ -78,8 +78,8 @@ def test_what_copies_are_worth_is_learnt_from_copies_alone() -> None:
         draft = drafter.propose(1, 64)
         node = draft.tokens.index(1)
         drafter.observe(proposed(draft), (node,), (1, 7))
-        survival = drafter.survival  # type: ignore[attr-defined]
-        return [survival.weights.tolist(), survival.paths.tolist()]
+        acceptance = drafter.acceptance  # type: ignore[attr-defined]
+        return [acceptance.weights.tolist(), acceptance.paths.tolist()]
 
     merged = learnt(lambda draft: draft.merged((1, 9, 8), (-1, 0, -1), (0.99, 0.98, 0.01), DRAFT_MODEL))
     assert merged == learnt(lambda draft: draft)

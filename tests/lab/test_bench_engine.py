@@ -25,7 +25,7 @@ from copyspec_engine.lab.recorded.batch import BatchPeer
 from copyspec_engine.lab.recorded.records import Turn, _cap, load_turns, renumbered
 from copyspec_engine.lab.recorded.setup import SetupOptions, open_setup, take_turns
 from copyspec_engine.lab.recorded.shapes import SHAPES, random_model, shape_config
-from copyspec_engine.lab.replay import Call, Tally, end_token, load_tokenizer, replay
+from copyspec_engine.lab.replay import RecordedCall, Tally, end_token, load_tokenizer, replay
 from copyspec_engine.values.errors import ConfigError, ModelLoadError
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
@@ -179,10 +179,10 @@ def test_drafts_are_accepted_as_in_a_replay(peer: str, drafter: str, monkeypatch
         )
     policy, tally = contestant(drafter, CostCurve(COST), END), Tally()
     first = conversations[0][0]
-    warm_up = Call(first.prompt_ids[:64], (*first.answer_ids[:16], END))
+    warm_up = RecordedCall(first.prompt_ids[:64], (*first.answer_ids[:16], END))
     replay(policy(), [warm_up], Tally())
     for conversation in conversations:
-        replay(policy(), [Call(turn.prompt_ids, turn.answer_ids) for turn in conversation], tally)
+        replay(policy(), [RecordedCall(turn.prompt_ids, turn.answer_ids) for turn in conversation], tally)
     # Behind a prompt a pass is wider to begin with, which a replay does not know.
     assert passes == pytest.approx(tally.num_passes, rel=0.02)
     assert tally.tokens / passes > 2

@@ -22,8 +22,8 @@ from copyspec_engine.drafting.drafter import Ingredients
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.lab.contestants import INGREDIENTS, OURS, PEERS, PromptLookup, contestant, installed
 from copyspec_engine.lab.replay import (
-    Call,
     Message,
+    RecordedCall,
     Tally,
     calls_of,
     load_conversations,
@@ -43,7 +43,7 @@ def chats() -> list[tuple[Message, ...]]:
     return load_conversations(CHATS, load_tokenizer("bundled"), 10**6)
 
 
-def tally_of(name: str, *conversations: Sequence[Call]) -> Tally:
+def tally_of(name: str, *conversations: Sequence[RecordedCall]) -> Tally:
     drafter, tally = contestant(name, COST), Tally()
     for calls in conversations:
         replay(drafter(), calls, tally)
@@ -84,7 +84,7 @@ def test_prompt_lookup_takes_the_oldest_place_and_prefers_two_tokens() -> None:
 
 def test_prompt_lookup_counted_by_hand() -> None:
     # 1 is drafted 2 3 4 5 8 1: 2 3 4 are right, then comes 9. 9 is new: nothing is drafted. 2 is drafted 3 4 5 8 1 ...
-    tally = tally_of("prompt-lookup", [Call((1, 2, 3, 4, 5, 8, 1), (2, 3, 4, 9, 2, 3))])
+    tally = tally_of("prompt-lookup", [RecordedCall((1, 2, 3, 4, 5, 8, 1), (2, 3, 4, 9, 2, 3))])
     assert Counter(tally.draft_lengths) == {6: 1, 0: 1, 10: 1}
     assert tally.accepted == 3 + 0 + 1
     assert tally.tokens == 6
@@ -97,7 +97,7 @@ def test_prompt_lookup_counted_by_hand() -> None:
 def test_copyspec_counted_by_hand(name: str, drafted: int) -> None:
     """Its first place of 0 1 2 is followed by 3 ... 29, its block is cut where the known tokens end."""
     prompt, answer = (*range(30), 0, 1, 2), (*range(3, 16), 99, 0, 1, 2)
-    tally = tally_of(name, [Call(prompt, answer)])
+    tally = tally_of(name, [RecordedCall(prompt, answer)])
     # 64: one pass writes 3 ... 15 and 99; 10: 3 ... 12 and 13, then 14 15 and 99. Then 0, 1, 2 without a draft.
     blocks = {drafted: 1} if name == "copyspec-64" else {drafted: 2}
     assert Counter(tally.draft_lengths) == {**blocks, 0: 3}
@@ -152,7 +152,9 @@ def test_arctic_keeps_one_cache_for_each_conversation(
     name: str, depth: int, limits: dict[str, Any], fake_arctic: list[FakeCache]
 ) -> None:
     prompt = list(range(100, 200))
-    tally = tally_of(name, [Call(tuple(prompt), (5, 7, 1)), Call((9,), (8,))], [Call((3,), (4,))])
+    tally = tally_of(
+        name, [RecordedCall(tuple(prompt), (5, 7, 1)), RecordedCall((9,), (8,))], [RecordedCall((3,), (4,))]
+    )
     assert [cache.options for cache in fake_arctic] == [{"max_tree_depth": depth}] * 2
     first, second = (cache.log for cache in fake_arctic)
     assert first == [
@@ -171,7 +173,7 @@ def test_arctic_keeps_one_cache_for_each_conversation(
 
 
 def test_arctic_looks_up_the_last_tokens_with_what_was_written(fake_arctic: list[FakeCache]) -> None:
-    tally_of("arctic", [Call((1, 2), (3, 4))])
+    tally_of("arctic", [RecordedCall((1, 2), (3, 4))])
     contexts = [entry[2] for entry in fake_arctic[0].log if entry[0] == "speculate"]
     assert contexts == [[1, 2], [1, 2, 3]]
 
@@ -179,9 +181,9 @@ def test_arctic_looks_up_the_last_tokens_with_what_was_written(fake_arctic: list
 @pytest.mark.skipif(not installed("arctic"), reason="arctic-inference is not installed")
 def test_the_real_arctic_copies_from_the_prompt_and_from_the_answer_before() -> None:
     fresh = tuple(range(50, 80))
-    first = tally_of("arctic-tuned", [Call((1, *fresh, 2, 50, 51), fresh[2:])])
+    first = tally_of("arctic-tuned", [RecordedCall((1, *fresh, 2, 50, 51), fresh[2:])])
     assert first.tokens / first.num_passes > 5
-    trimmed = tally_of("arctic-tuned", [Call((1,), fresh), Call((50, 51), fresh[2:])])
+    trimmed = tally_of("arctic-tuned", [RecordedCall((1,), fresh), RecordedCall((50, 51), fresh[2:])])
     assert trimmed.num_passes < 30 + 28
 
 
@@ -223,7 +225,7 @@ def test_every_drafter_replays_every_conversation(name: str, chats: list[tuple[M
 
 
 TEXT = tuple(range(300, 360))
-TRIMMED = [Call((1, *TEXT, 2), (3,)), Call((4,), (*TEXT[5:40], 3))]
+TRIMMED = [RecordedCall((1, *TEXT, 2), (3,)), RecordedCall((4,), (*TEXT[5:40], 3))]
 """The second answer copies from the first call's prompt, which its own prompt no longer holds."""
 
 

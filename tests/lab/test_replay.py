@@ -15,9 +15,9 @@ from copyspec_engine import ConfigError
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.lab.replay import (
     MAX_CONTEXT,
-    Call,
     History,
     Message,
+    RecordedCall,
     Tally,
     accept,
     calls_of,
@@ -191,7 +191,7 @@ def test_the_history_decides_which_messages_the_prompts_hold(history: History, p
     calls = list(calls_of(messages, history))
     answers = (2, 4, 6)
     expected = [
-        Call((*(token for i in kept for token in (100 + i, 200 + i)), 100 + answer), (200 + answer,))
+        RecordedCall((*(token for i in kept for token in (100 + i, 200 + i)), 100 + answer), (200 + answer,))
         for kept, answer in zip(prompts, answers, strict=True)
     ]
     assert calls == expected
@@ -199,7 +199,7 @@ def test_the_history_decides_which_messages_the_prompts_hold(history: History, p
 
 def test_a_conversation_that_the_model_opens_has_a_prompt_of_the_head_alone() -> None:
     for history in ("full", "last-turn", "evaluator-optimizer"):
-        assert list(calls_of(conversation("assistant"), history)) == [Call((100,), (200,))]  # type: ignore[arg-type]
+        assert list(calls_of(conversation("assistant"), history)) == [RecordedCall((100,), (200,))]  # type: ignore[arg-type]
 
 
 # Acceptance
@@ -264,7 +264,7 @@ def scripted(*drafts: DraftTree) -> tuple[Callable[[Sequence[int]], Scripted], l
 def test_a_drafter_learns_of_every_pass_and_of_the_end() -> None:
     drafts = (chain(1, 9), chain(), chain(4))
     begin, opened = scripted(*drafts)
-    replay(begin, [Call((50, 51), (1, 2, 3, 4))], Tally())
+    replay(begin, [RecordedCall((50, 51), (1, 2, 3, 4))], Tally())
     (drafter,) = opened
     assert drafter.prompt_ids == (50, 51)
     assert drafter.observed == [(drafts[0], (0,), (1, 2)), (drafts[1], (), (3,)), (drafts[2], (0,), (4,))]
@@ -275,7 +275,7 @@ def test_figures_of_a_replay_counted_by_hand() -> None:
     tree = DraftTree((1, 9, 2, 3), (-1, -1, 0, 2))
     begin, _ = scripted(tree, chain(5, 6), chain())
     tally = Tally()
-    replay(begin, [Call((50, 51), (1, 2, 3, 4, 0, 0))] * 2, tally)
+    replay(begin, [RecordedCall((50, 51), (1, 2, 3, 4, 0, 0))] * 2, tally)
     figures: dict[str, Any] = tally.figures(load_cost_curve("cpu"))
     times = [key for key in figures if key.endswith(("_p50", "_p99", "_ms"))]
     assert all(figures.pop(key) >= 0 for key in times)

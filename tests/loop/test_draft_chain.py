@@ -10,7 +10,7 @@ import pytest
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.tree import DRAFT_MODEL, DraftTree
 from copyspec_engine.loop.draft_chain import DraftChain, Guess
-from copyspec_engine.memory.draft_acceptance import DraftSurvival, Place
+from copyspec_engine.memory.draft_acceptance import DraftAcceptance, DraftedToken
 
 COST = CostCurve([(1, 1.0), (64, 1.63)])
 """A node costs 0.01."""
@@ -20,7 +20,7 @@ NOTHING = DraftTree()
 
 
 def chain(copies: DraftTree = NOTHING, most: int = 5, *, is_fixed: bool = False) -> DraftChain:
-    return DraftChain(copies, copies.probabilities, most, DraftSurvival(), frozenset({END}), is_fixed=is_fixed)
+    return DraftChain(copies, copies.probabilities, most, DraftAcceptance(), frozenset({END}), is_fixed=is_fixed)
 
 
 def written(chain: DraftChain, *tokens: int) -> DraftChain:
@@ -30,59 +30,60 @@ def written(chain: DraftChain, *tokens: int) -> DraftChain:
 
 
 def test_what_is_known_follows_what_was_written() -> None:
-    survival, rng = DraftSurvival(), random.Random(0)
+    acceptance, rng = DraftAcceptance(), random.Random(0)
     for _ in range(400):
         right = rng.random() < 0.4
-        survival.learn(
-            [Place(1, 0.9, 0.0, is_copied=False), Place(2, 0.9, 0.0, is_copied=False)], [1 if right else 3, 2]
+        acceptance.learn(
+            [DraftedToken(1, 0.9, 0.0, is_copied=False), DraftedToken(2, 0.9, 0.0, is_copied=False)],
+            [1 if right else 3, 2],
         )
-    assert survival.expected(0.0, 1) == (pytest.approx(0.4, abs=0.1), pytest.approx(0.4, abs=0.1))
-    assert survival.expected(0.0, 2)[0] > 0.9
-    assert survival.chance(Place(7, 0.93, 0.0, is_copied=False)) == pytest.approx(0.4 / 0.7, abs=0.2)
+    assert acceptance.expected(0.0, 1) == (pytest.approx(0.4, abs=0.1), pytest.approx(0.4, abs=0.1))
+    assert acceptance.expected(0.0, 2)[0] > 0.9
+    assert acceptance.chance(DraftedToken(7, 0.93, 0.0, is_copied=False)) == pytest.approx(0.4 / 0.7, abs=0.2)
     # Nothing was seen where copies stand: there it is taken to be as good as it is on the whole.
-    right, new = survival.expected(0.6, 1)
-    assert survival.expected(0.0, 1)[0] < right < survival.expected(0.0, 2)[0]
+    right, new = acceptance.expected(0.6, 1)
+    assert acceptance.expected(0.0, 1)[0] < right < acceptance.expected(0.0, 2)[0]
     assert new == pytest.approx(right * 0.35)
 
 
 def test_tokens_that_a_copy_says_too_are_right_but_gain_nothing() -> None:
-    survival = DraftSurvival()
+    acceptance = DraftAcceptance()
     for _ in range(100):
-        survival.learn([Place(1, 0.9, 0.9, is_copied=True)], [1])
-    right, new = survival.expected(0.9, 1)
+        acceptance.learn([DraftedToken(1, 0.9, 0.9, is_copied=True)], [1])
+    right, new = acceptance.expected(0.9, 1)
     assert right > 0.9
     assert new < 0.05
 
 
 def test_what_stands_behind_a_wrong_token_is_not_learnt_from() -> None:
-    survival, other = DraftSurvival(), DraftSurvival()
-    first, second = Place(1, 0.9, 0.0, is_copied=False), Place(2, 0.5, 0.0, is_copied=False)
-    survival.learn([first, second], [4, 2])
+    acceptance, other = DraftAcceptance(), DraftAcceptance()
+    first, second = DraftedToken(1, 0.9, 0.0, is_copied=False), DraftedToken(2, 0.5, 0.0, is_copied=False)
+    acceptance.learn([first, second], [4, 2])
     other.learn([first], [4])
-    assert survival.expected(0.0, 2) == other.expected(0.0, 2)
-    assert survival.chance(second) == DraftSurvival().chance(second)
-    assert survival.chance(first) == other.chance(first) < DraftSurvival().chance(first)
+    assert acceptance.expected(0.0, 2) == other.expected(0.0, 2)
+    assert acceptance.chance(second) == DraftAcceptance().chance(second)
+    assert acceptance.chance(first) == other.chance(first) < DraftAcceptance().chance(first)
 
 
 def test_what_is_known_gets_older_while_nobody_asks() -> None:
-    survival = DraftSurvival()
+    acceptance = DraftAcceptance()
     for _ in range(50):
-        survival.learn([Place(1, 0.9, 0.0, is_copied=False)], [2])
-    low = survival.expected(0.0, 1)[0]
+        acceptance.learn([DraftedToken(1, 0.9, 0.0, is_copied=False)], [2])
+    low = acceptance.expected(0.0, 1)[0]
     for _ in range(1500):
-        survival.rest(0.0)
+        acceptance.age(0.0)
     assert low < 0.15
-    assert survival.expected(0.0, 1)[0] > 0.6
+    assert acceptance.expected(0.0, 1)[0] > 0.6
 
 
 def test_a_copy_of_what_is_known_goes_its_own_way() -> None:
-    survival = DraftSurvival()
-    own = survival.copy()
+    acceptance = DraftAcceptance()
+    own = acceptance.copy()
     for _ in range(50):
-        own.learn([Place(1, 0.9, 0.0, is_copied=False)], [2])
-    assert survival.expected(0.0, 1) == DraftSurvival().expected(0.0, 1)
-    survival.blend(own, 0.5)
-    assert own.expected(0.0, 1)[0] < survival.expected(0.0, 1)[0] < DraftSurvival().expected(0.0, 1)[0]
+        own.learn([DraftedToken(1, 0.9, 0.0, is_copied=False)], [2])
+    assert acceptance.expected(0.0, 1) == DraftAcceptance().expected(0.0, 1)
+    acceptance.blend(own, 0.5)
+    assert own.expected(0.0, 1)[0] < acceptance.expected(0.0, 1)[0] < DraftAcceptance().expected(0.0, 1)[0]
 
 
 def test_passes_are_bought_as_long_as_they_pay() -> None:
@@ -134,7 +135,7 @@ def test_doubtful_copies_do_not_keep_the_draft_model_from_speaking() -> None:
     """It may be asked instead of them, although beside them it would gain too little."""
     copies = DraftTree((1, 2, 3), (-1, 0, 1), np.array([0.3, 0.1, 0.05]), np.arange(1, 4))
     curve = CostCurve([(1, 1.0), (64, 1.0 + 63 * 0.1)])
-    _, new = DraftSurvival().expected(0.3, 1)
+    _, new = DraftAcceptance().expected(0.3, 1)
     assert new < 1.2 * (0.4 + 0.1)
     assert chain(copies).gain(0.4, curve, 1, 1.2) > 0
     strong = DraftTree((1, 2, 3), (-1, 0, 1), np.array([0.97, 0.95, 0.93]), np.arange(1, 4))
@@ -142,13 +143,13 @@ def test_doubtful_copies_do_not_keep_the_draft_model_from_speaking() -> None:
 
 
 def test_what_copies_were_worth_is_learnt_by_how_strongly_they_stood() -> None:
-    survival = DraftSurvival()
-    assert survival.trust(0.6) == 1.0
+    acceptance = DraftAcceptance()
+    assert acceptance.trust(0.6) == 1.0
     for i in range(40):
-        survival.learn_copies(0.6, i % 4 == 0)
-        survival.learn_copies(0.95, True)
-    assert survival.trust(0.6) == pytest.approx(0.25 / 0.6, abs=0.1)
-    assert survival.trust(0.95) == 1.0
-    other = DraftSurvival()
-    other.blend(survival, 0.5)
-    assert survival.trust(0.6) < other.trust(0.6) < 1.0
+        acceptance.learn_copies(0.6, i % 4 == 0)
+        acceptance.learn_copies(0.95, True)
+    assert acceptance.trust(0.6) == pytest.approx(0.25 / 0.6, abs=0.1)
+    assert acceptance.trust(0.95) == 1.0
+    other = DraftAcceptance()
+    other.blend(acceptance, 0.5)
+    assert acceptance.trust(0.6) < other.trust(0.6) < 1.0

@@ -18,25 +18,25 @@ from copyspec_engine.drafting.drafter import DraftingPolicy
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.memory.acceptance import (
     NUM_WEIGHTS,
-    Survival,
+    Acceptance,
     blend,
     calibrated,
-    fresh_survival,
-    hazard,
+    fresh_acceptance,
     learn_outcome,
     learn_pace,
     learn_paths,
+    sigmoid,
 )
 from copyspec_engine.memory.conversation import SessionMemory
 
 LIMIT = 8.0
 
 
-def assert_is_finite(survival: Survival) -> None:
-    assert all(np.isfinite(array).all() for array in survival)
-    assert (abs(survival.weights) <= LIMIT).all()
-    assert (survival.paths >= 0).all()
-    assert (survival.pace[:2] > 0).all()
+def assert_is_finite(acceptance: Acceptance) -> None:
+    assert all(np.isfinite(array).all() for array in acceptance)
+    assert (abs(acceptance.weights) <= LIMIT).all()
+    assert (acceptance.paths >= 0).all()
+    assert (acceptance.pace[:2] > 0).all()
 
 
 def de_bruijn_like(rng: random.Random) -> Iterator[int]:
@@ -78,9 +78,9 @@ def test_learning_stays_finite_on_adversarial_text(kind: str, start: str) -> Non
             nodes = agreeing(draft, answer)
             drafter.observe(draft, nodes, answer[: len(nodes) + 1])
         drafter.finish()
-        assert memory.survival is not None
-        assert_is_finite(memory.survival)
-        assert_is_finite(policy.survival)
+        assert memory.acceptance is not None
+        assert_is_finite(memory.acceptance)
+        assert_is_finite(policy.acceptance)
 
 
 def agreeing(draft: DraftTree, answer: Sequence[int]) -> list[int]:
@@ -96,10 +96,10 @@ def agreeing(draft: DraftTree, answer: Sequence[int]) -> list[int]:
 
 
 def test_hazards_are_probabilities_over_all_that_weights_can_add_up_to() -> None:
-    chances = [hazard(odds) for odds in np.linspace(-5 * LIMIT, 5 * LIMIT, 101)]
+    chances = [sigmoid(odds) for odds in np.linspace(-5 * LIMIT, 5 * LIMIT, 101)]
     assert all(0.0 <= chance <= 1.0 for chance in chances)
     assert chances == sorted(chances)
-    assert hazard(0.0) == 0.5
+    assert sigmoid(0.0) == 0.5
 
 
 @pytest.mark.parametrize("right", [41, 42])
@@ -110,7 +110,7 @@ def test_an_outcome_moves_its_candidates_towards_it_and_no_others(right: int) ->
     weights = np.zeros(NUM_WEIGHTS)
     for _ in range(2000):
         learn_outcome(weights, candidates, 3, 2, right)
-    first, second = hazard(weights[0] + weights[10]), hazard(weights[1] + weights[11])
+    first, second = sigmoid(weights[0] + weights[10]), sigmoid(weights[1] + weights[11])
     if right == 41:
         assert first > 0.9
         assert weights[1] == weights[11] == 0.0  # behind the right one nothing is known
@@ -122,27 +122,27 @@ def test_an_outcome_moves_its_candidates_towards_it_and_no_others(right: int) ->
 
 
 def test_paths_that_come_true_less_often_than_predicted_are_corrected_downwards_only() -> None:
-    survival = fresh_survival()
-    assert calibrated(survival.paths, 0.5) == 0.5
+    acceptance = fresh_acceptance()
+    assert calibrated(acceptance.paths, 0.5) == 0.5
     for _ in range(300):
-        learn_paths(survival, np.full(4, 0.5), np.array([0]))  # a quarter comes true
-        learn_paths(survival, np.full(4, 0.1), np.array([0, 1, 2]))
-    assert 0.2 < calibrated(survival.paths, 0.5) < 0.35
-    assert calibrated(survival.paths, 0.1) == 0.1
-    assert calibrated(survival.paths, 0.0) == 0.0
-    assert_is_finite(survival)
+        learn_paths(acceptance, np.full(4, 0.5), np.array([0]))  # a quarter comes true
+        learn_paths(acceptance, np.full(4, 0.1), np.array([0, 1, 2]))
+    assert 0.2 < calibrated(acceptance.paths, 0.5) < 0.35
+    assert calibrated(acceptance.paths, 0.1) == 0.1
+    assert calibrated(acceptance.paths, 0.0) == 0.0
+    assert_is_finite(acceptance)
 
 
 def test_the_pace_follows_the_steps() -> None:
-    survival = fresh_survival()
+    acceptance = fresh_acceptance()
     for _ in range(2000):
-        learn_pace(survival, 12, 3.0)
-    assert survival.pace[0] == pytest.approx(12, rel=0.01)
-    assert survival.pace[1] == pytest.approx(3, rel=0.01)
+        learn_pace(acceptance, 12, 3.0)
+    assert acceptance.pace[0] == pytest.approx(12, rel=0.01)
+    assert acceptance.pace[1] == pytest.approx(3, rel=0.01)
 
 
 def test_blending_moves_a_share_of_the_way_and_copies_are_apart() -> None:
-    a, b = fresh_survival([0.0] * NUM_WEIGHTS), fresh_survival([1.0] * NUM_WEIGHTS)
+    a, b = fresh_acceptance([0.0] * NUM_WEIGHTS), fresh_acceptance([1.0] * NUM_WEIGHTS)
     copy = a.copy()
     blend(a, b, 0.25)
     assert (a.weights == 0.25).all()
@@ -154,4 +154,4 @@ def test_the_shipped_weights_fit_the_features_and_their_limits() -> None:
     path = Path(copyspec_engine.__file__).parent / "memory" / "acceptance.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert len(stored["weights"]) == NUM_WEIGHTS
-    assert_is_finite(fresh_survival())
+    assert_is_finite(fresh_acceptance())

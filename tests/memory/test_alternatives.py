@@ -1,4 +1,4 @@
-"""Recycled candidates: the table is a bounded dict, and what it gives never shows in the tokens."""
+"""Alternatives: the table is a bounded dict, and what it gives never shows in the tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copyspec_engine.memory.alternatives import (
-    NUM_CANDIDATES,
-    NUM_CHANCES,
-    Candidates,
-    RecycledTable,
+    NUM_ALTERNATIVES,
+    NUM_BUCKETS,
+    Alternatives,
+    AlternativesTable,
     _group,
     _key,
-    chance_buckets,
+    buckets_of,
     contexts_of,
 )
 
@@ -25,22 +25,22 @@ places = st.lists(
     st.tuples(
         st.one_of(st.just(-1), few_tokens, tokens),
         st.one_of(few_tokens, tokens),
-        st.lists(st.tuples(tokens, st.integers(0, NUM_CHANCES - 1)), max_size=NUM_CANDIDATES),
+        st.lists(st.tuples(tokens, st.integers(0, NUM_BUCKETS - 1)), max_size=NUM_ALTERNATIVES),
     ),
     max_size=12,
 )
 
 
-def candidates(found: list[tuple[int, int, list[tuple[int, int]]]]) -> Candidates:
+def alternatives(found: list[tuple[int, int, list[tuple[int, int]]]]) -> Alternatives:
     """(token before, last token, [(likely token, bucket)]) for each place."""
-    kept = Candidates(
+    kept = Alternatives(
         contexts=np.array([place[:2] for place in found], dtype=np.int64).reshape(-1, 2),
-        tokens=np.full((len(found), NUM_CANDIDATES), -1, dtype=np.int32),
-        chances=np.full((len(found), NUM_CANDIDATES), -1, dtype=np.int8),
+        tokens=np.full((len(found), NUM_ALTERNATIVES), -1, dtype=np.int32),
+        buckets=np.full((len(found), NUM_ALTERNATIVES), -1, dtype=np.int8),
     )
     for row, (_, _, likely) in enumerate(found):
         for i, (token, chance) in enumerate(likely):
-            kept.tokens[row, i], kept.chances[row, i] = token, chance
+            kept.tokens[row, i], kept.buckets[row, i] = token, chance
     return kept
 
 
@@ -48,10 +48,10 @@ def candidates(found: list[tuple[int, int, list[tuple[int, int]]]]) -> Candidate
 @given(st.lists(places, max_size=12))
 def test_the_table_gives_what_was_stored_last_under_each_key(passes: list[list[tuple[int, int, list]]]) -> None:
     """Against dicts, one for each group of the table, whose oldest key gives way to a fifth one."""
-    table = RecycledTable(max_entries=SMALL)
+    table = AlternativesTable(max_entries=SMALL)
     groups: dict[int, dict[tuple[int, int], list[tuple[int, int]]]] = {}
     for found in passes:
-        table.add(candidates(found))
+        table.add(alternatives(found))
         for before, last, likely in found:
             for key in dict.fromkeys([(before, last), (-1, last)]):
                 group = groups.setdefault(_group(_key(*key), SMALL), {})
@@ -64,18 +64,18 @@ def test_the_table_gives_what_was_stored_last_under_each_key(passes: list[list[t
     for found in passes:
         for before, last, _ in found:
             for key in ((before, last), (-1, last)):
-                assert table.candidates(*key) == model.get(key, [])
-    assert table.candidates(17, 19) == model.get((17, 19), [])
+                assert table.find(*key) == model.get(key, [])
+    assert table.find(17, 19) == model.get((17, 19), [])
 
 
 def test_a_table_grows_while_it_fills_and_stops_at_its_bound() -> None:
-    table, sizes = RecycledTable(max_entries=1 << 14), []
+    table, sizes = AlternativesTable(max_entries=1 << 14), []
     for i in range(40_000):
-        table.add(candidates([(i, 3 * i, [(7 * i % 1000, i % NUM_CHANCES)])]))
+        table.add(alternatives([(i, 3 * i, [(7 * i % 1000, i % NUM_BUCKETS)])]))
         sizes.append(table.num_bytes)
         if i in (100, 500, 2000):
-            kept = [table.candidates(j, 3 * j) for j in range(i + 1)]
-            right = [[(7 * j % 1000, j % NUM_CHANCES)] for j in range(i + 1)]
+            kept = [table.find(j, 3 * j) for j in range(i + 1)]
+            right = [[(7 * j % 1000, j % NUM_BUCKETS)] for j in range(i + 1)]
             assert all(found in ([], expected) for found, expected in zip(kept, right, strict=True))
             assert kept.count([]) <= i / 100
     assert sizes[0] < 100_000
@@ -84,32 +84,32 @@ def test_a_table_grows_while_it_fills_and_stops_at_its_bound() -> None:
 
 
 def test_the_keys_stored_longest_ago_give_way() -> None:
-    table = RecycledTable(max_entries=1 << 10)
+    table = AlternativesTable(max_entries=1 << 10)
     for i in range(20_000):
-        table.add(candidates([(i, i, [(i, 0)])]))
-        assert table.candidates(i, i) == table.candidates(-1, i) == [(i, 0)]
-    kept = [i for i in range(20_000) if table.candidates(i, i)]
+        table.add(alternatives([(i, i, [(i, 0)])]))
+        assert table.find(i, i) == table.find(-1, i) == [(i, 0)]
+    kept = [i for i in range(20_000) if table.find(i, i)]
     assert len(kept) > 300
     assert np.mean(kept) > 19_000
 
 
 def test_erasing_frees_the_memory() -> None:
-    table = RecycledTable()
+    table = AlternativesTable()
     small = table.num_bytes
-    table.add(candidates([(i, i, [(i, 0)]) for i in range(5000)]))
+    table.add(alternatives([(i, i, [(i, 0)]) for i in range(5000)]))
     assert table.num_bytes > small
     table.erase()
     assert (len(table), table.num_bytes) == (0, small)
-    assert table.candidates(1, 1) == []
-    table.add(candidates([(1, 2, [(3, 4)])]))
-    assert table.candidates(1, 2) == table.candidates(-1, 2) == [(3, 4)]
+    assert table.find(1, 1) == []
+    table.add(alternatives([(1, 2, [(3, 4)])]))
+    assert table.find(1, 2) == table.find(-1, 2) == [(3, 4)]
 
 
 def test_probabilities_fall_into_buckets_around_their_log_odds() -> None:
-    buckets = chance_buckets(np.array([0.0, 0.003, 0.01, 0.5, 0.99, 1.0, np.nan]))
+    buckets = buckets_of(np.array([0.0, 0.003, 0.01, 0.5, 0.99, 1.0, np.nan]))
     assert buckets.tolist()[:2] == [-1, -1]
-    assert buckets.tolist()[5:] == [NUM_CHANCES - 1, -1]
-    assert buckets.tolist()[2:5] == [0, 6, NUM_CHANCES - 1]
+    assert buckets.tolist()[5:] == [NUM_BUCKETS - 1, -1]
+    assert buckets.tolist()[2:5] == [0, 6, NUM_BUCKETS - 1]
 
 
 def test_contexts_are_the_two_tokens_before_each_place() -> None:

@@ -158,7 +158,7 @@ def test_a_conversation_is_erased_from_a_shared_index_alone() -> None:
     held = {token for text in texts(second) for token in text}
     assert held == {*range(500, 600), 2000, 2001}
     assert index.longest_match([1000]) is None
-    assert first.survival is None
+    assert first.acceptance is None
     starts = call(first, list(range(800, 900)), [5])
     assert [index.read(start, 1).tolist() for start in starts] == [[800]]
 

@@ -142,7 +142,7 @@ def test_a_session_keeps_its_kv_and_what_it_has_learnt_when_it_uses_a_pool(make_
     assert pool is not None
     first, second = pool.memories["a"], pool.memories["b"]
     assert first.index is second.index
-    assert first.survival is not second.survival
+    assert first.acceptance is not second.acceptance
 
 
 def test_a_session_without_texts_keeps_its_kv_and_copies_from_its_prompts_only(make_engine: MakeEngine) -> None:

@@ -35,15 +35,15 @@ from copyspec_engine.drafting.kernels.branch_points import (
     last_two,
     token_at,
 )
-from copyspec_engine.drafting.tree import RECYCLED
+from copyspec_engine.drafting.tree import ALTERNATIVE
 from copyspec_engine.memory.acceptance import (
     BY_AGREEMENT,
+    BY_ALTERNATIVE,
     BY_DISTANCE,
     BY_FREQUENCY,
     BY_MATCH,
     BY_ORIGIN,
     BY_RANK,
-    BY_RECYCLED,
     BY_SHARE,
     BY_SUPPORT,
     MATCHED,
@@ -54,20 +54,20 @@ from copyspec_engine.memory.acceptance import (
     NUM_LENGTHS,
     NUM_RANKS,
     depth_bucket,
-    hazard,
     length_bucket,
+    sigmoid,
 )
-from copyspec_engine.memory.alternatives import NUM_CANDIDATES, NUM_CHANCES, find_kept
+from copyspec_engine.memory.alternatives import NUM_ALTERNATIVES, NUM_BUCKETS, find_alternatives
 from copyspec_engine.memory.index import BREAK, FREQUENT, MAX_MATCH_TOKENS
 
 __all__ = ["CANDIDATE_COLUMNS", "FIRST_FEATURE", "MOST_CANDIDATES", "Tables", "find_candidates"]
 
 Tables: TypeAlias = tuple[Fields, Fields, Fields, Fields, Fields]
-"""What drafting reads and writes: `IndexArrays`, `RecycledArrays` (empty ones if they take no part), `Survival`,
+"""What drafting reads and writes: `IndexArrays`, `AlternativesArrays` (empty ones if they take no part), `Acceptance`,
 `CallState` and `Scratch`, each as a plain tuple."""
 
-MOST_CANDIDATES = MOST_POINTERS + NUM_CANDIDATES + FREQUENT
-"""Candidates of one branch point, most."""
+MOST_CANDIDATES = MOST_POINTERS + NUM_ALTERNATIVES + FREQUENT
+"""Alternatives of one branch point, most."""
 _SHARED_LENGTH = 4
 """With a match this long, what shorter ones go on with says nothing any more."""
 _NEARBY_LENGTH = 8
@@ -160,13 +160,13 @@ def _support(alternatives: Fields, row: int, kind: int, token: int) -> int:
     """The feature of a token that matches, by the row of alternatives kept behind the last tokens.
 
     Args:
-        alternatives: `RecycledArrays.tokens` and `.chances`.
+        alternatives: `AlternativesArrays.tokens` and `.chances`.
         row: which of them are kept there.
         kind: 0 behind the last two tokens, 1 behind the last one alone.
         token: the candidate.
     """
     tokens, buckets = alternatives
-    feature = BY_SUPPORT + kind * (1 + NUM_CHANCES)
+    feature = BY_SUPPORT + kind * (1 + NUM_BUCKETS)
     for i in range(tokens.shape[1]):
         if tokens[row, i] == token:
             return feature + 1 + buckets[row, i]
@@ -302,10 +302,10 @@ def _add_alternatives(
         token = np.int64(tokens[row, i])
         if token < 0:
             break
-        feature = BY_RECYCLED + kind * NUM_CHANCES + buckets[row, i]
-        chance = worth * hazard(weights[feature])
+        feature = BY_ALTERNATIVE + kind * NUM_BUCKETS + buckets[row, i]
+        chance = worth * sigmoid(weights[feature])
         if probability * chance > least and _number_of(candidates, count, token) < 0:
-            candidates[count, TOKEN], candidates[count, SOURCE], chances[count] = token, RECYCLED, chance
+            candidates[count, TOKEN], candidates[count, SOURCE], chances[count] = token, ALTERNATIVE, chance
             candidates[count, FIRST_FEATURE], candidates[count, FIRST_FEATURE + 1] = feature, -1
             probability *= 1.0 - chance
             count += 1
@@ -347,14 +347,14 @@ def _add_frequent(
         bucket = 0
         while bucket < NUM_FREQUENCIES - 1 and times << (bucket + 4) < total:  # from 1/16 down
             bucket += 1
-        chance = hazard(weights[BY_FREQUENCY + bucket])
+        chance = sigmoid(weights[BY_FREQUENCY + bucket])
         if probability * chance <= least:
             break
         number = _number_of(candidates, matched, token)
         if number < 0:
             number, probability = count, probability * (1.0 - chance)
             count += 1
-        elif candidates[number, SOURCE] != RECYCLED or chances[number] >= chance:
+        elif candidates[number, SOURCE] != ALTERNATIVE or chances[number] >= chance:
             continue
         candidates[number, TOKEN], candidates[number, SOURCE], chances[number] = token, 0, chance
         candidates[number, FIRST_FEATURE], candidates[number, FIRST_FEATURE + 1] = BY_FREQUENCY + bucket, -1
@@ -383,11 +383,11 @@ def find_candidates(tables: Tables, slot: int, limits: tuple[float, float, float
     num_pointers, alternatives, found = nodes[slot, NUM_POINTERS], (tokens, buckets), (candidates, chances)
     count = _group((ring, bounds), pointers[slot], num_pointers, candidates)
     before, last = last_two(nodes, tail, sizes[TAIL_SIZE], slot)
-    kept = find_kept(keys, before, last)
+    kept = find_alternatives(keys, before, last)
     point = (pointers[slot], num_pointers, nodes[slot, DEPTH], sizes[ANSWER_END])
     _rank(weights, (candidates, log_odds), count, point, alternatives, kept, ingredients[AGREEMENT])
     for j in range(count):
-        chances[j] = hazard(log_odds[j])
+        chances[j] = sigmoid(log_odds[j])
     matched = count
     if kept[0] >= 0:
         left = _left(chances, count, probabilities[slot])

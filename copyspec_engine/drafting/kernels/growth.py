@@ -39,13 +39,13 @@ from copyspec_engine.drafting.kernels.candidates import (
     find_candidates,
 )
 from copyspec_engine.drafting.tree import best_prefix
-from copyspec_engine.memory.acceptance import calibrated, calibrated_all, learn_outcome, recycled_worth
+from copyspec_engine.memory.acceptance import alternatives_worth, calibrated, calibrated_all, learn_outcome
 from copyspec_engine.memory.index import MAX_MATCH_TOKENS
 
 __all__ = ["MARGIN", "Scratch", "damped_pace", "grow", "make_scratch", "walk"]
 
 _MOST_WAITING = 4096
-"""Candidates waiting to become nodes."""
+"""Alternatives waiting to become nodes."""
 MARGIN = 1.05
 """A node must be worth this many times its cost: near the limit nothing is gained, and estimates err."""
 _PACE_POWER = 0.8
@@ -138,7 +138,7 @@ def _is_in(token: int, tokens: Table) -> bool:
 
 @compiled
 def damped_pace(pace: npt.NDArray[np.float64]) -> float:
-    """Tokens that a pass of one token's cost is worth, from `Survival.pace`."""
+    """Tokens that a pass of one token's cost is worth, from `Acceptance.pace`."""
     return max(pace[0] / pace[1], 1.0) ** _PACE_POWER
 
 
@@ -161,7 +161,7 @@ def grow(tables: Tables, marginal: npt.NDArray[np.float64], seconds: npt.NDArray
     text = (index[0], index[3])
     _, sizes, alignments, root_pointers, _, eos_token_ids, _ = call
     nodes, probabilities, pointers, candidates, _, chances, _, waiting, keys, heap = scratch
-    pace, worth = MARGIN * damped_pace(pace_seen), recycled_worth(counts)
+    pace, worth = MARGIN * damped_pace(pace_seen), alternatives_worth(counts)
     slot = seen = size = 0
     probabilities[0] = 1.0
     enter_root(nodes, pointers, (sizes, alignments, root_pointers))
@@ -196,13 +196,13 @@ def walk(tables: Tables, written: npt.NDArray[np.int64], probabilities: npt.NDAr
     """Learn from the tokens that were written: look at each branch point on their path as if it were in a tree.
 
     Args:
-        tables: what was drafted from; the weights of `survival` are changed. `scratch` is for at least `len(written)`
+        tables: what was drafted from; the weights of `acceptance` are changed. `scratch` is for at least `len(written)`
             branch points, and `call` is the text before them.
         written: the accepted tokens of a draft and the token after them, shape (n,).
         probabilities: those of the accepted nodes, shape (n - 1,) or longer.
         least: what a node had to reach.
     """
-    index, _, survival, call, scratch = tables
+    index, _, acceptance, call, scratch = tables
     _, sizes, alignments, root_pointers, _, _, _ = call
     nodes, reached, pointers, candidates, _, _, _, _, _, _ = scratch
     enter_root(nodes, pointers, (sizes, alignments, root_pointers))
@@ -210,6 +210,6 @@ def walk(tables: Tables, written: npt.NDArray[np.int64], probabilities: npt.NDAr
         reached[slot] = probabilities[slot - 1] if slot > 0 else 1.0
         # What an alternative is worth is to be learnt before it is worth drafting.
         count = find_candidates(tables, slot, (least, 1.0, 0.0))
-        learn_outcome(survival[0], candidates, FIRST_FEATURE, count, written[slot])
+        learn_outcome(acceptance[0], candidates, FIRST_FEATURE, count, written[slot])
         if slot + 1 < len(written):
             enter((index[0], index[3]), nodes, pointers, slot, slot + 1, written[slot])

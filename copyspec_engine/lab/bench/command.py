@@ -169,7 +169,7 @@ class FreeTextOptions(ModelOptions):
 
 @add_command(bench, FreeTextOptions, "free-text")
 def free_text(options: FreeTextOptions, command: str, console: Console) -> int:
-    """Let a model write as it likes: tokens per forward pass and second with copies and recycled candidates.
+    """Let a model write as it likes: tokens per forward pass and second with copies and alternatives.
 
     Each answer is of a conversation of its own. Exit code 1 if drafts change a token in float32.
     """

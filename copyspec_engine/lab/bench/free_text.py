@@ -1,4 +1,4 @@
-"""`copyspec bench free-text`: a model writes as it likes, and what copies and recycled candidates give there."""
+"""`copyspec bench free-text`: a model writes as it likes, and what copies and alternatives give there."""
 
 from __future__ import annotations
 

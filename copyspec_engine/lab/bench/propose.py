@@ -20,8 +20,8 @@ from copyspec_engine.lab.bench.drafts import sources
 from copyspec_engine.lab.contestants import OURS, Session
 from copyspec_engine.lab.measuring import Measured, machine, versions
 from copyspec_engine.lab.replay import (
-    Call,
     Message,
+    RecordedCall,
     Tally,
     calls_of,
     end_token,
@@ -83,7 +83,7 @@ def _measure(
     size: int, replayed: Sequence[Conversation], filler: Sequence[Conversation], end: int | None
 ) -> dict[str, Any]:
     cost = load_cost_curve("gpu")
-    replay(Session(cost).begin, [Call((1, 2), (3,))], Tally())  # compiles what is not compiled yet
+    replay(Session(cost).begin, [RecordedCall((1, 2), (3,))], Tally())  # compiles what is not compiled yet
     index_ms = [_index_ms(Session(cost), filler) for _ in range(INDEX_REPEATS)]
     session = Session(cost, end)
     gc.collect()

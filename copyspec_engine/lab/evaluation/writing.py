@@ -33,7 +33,7 @@ from copyspec_engine.lab.replay import (
     END_OF_MESSAGE,
     MAX_CONTEXT,
     Begin,
-    Call,
+    RecordedCall,
     Tally,
     calls_of,
     end_token,
@@ -275,7 +275,7 @@ class ReplaySubject:
         if begin is None:
             contestant = self._contestants.setdefault(writer.name, ours(writer.drafter, self.cost, self._end))
             begin = self._calls[writer.name] = contestant()
-        replay(begin, [Call(call.prompt_ids, answer)], tally)
+        replay(begin, [RecordedCall(call.prompt_ids, answer)], tally)
         return TurnRecord(
             task=task.id,
             category=task.category,

@@ -11,11 +11,11 @@ from copyspec_engine.adapters.conversations import Talk
 from langchain_copyspec._options import CallOptions
 from langchain_copyspec.errors import RequestTimeoutError, langchain_errors
 
-__all__ = ["Call", "astream_call", "stream_call"]
+__all__ = ["PreparedCall", "astream_call", "stream_call"]
 
 
 @dataclass(frozen=True)
-class Call:
+class PreparedCall:
     """A request and how to run it."""
 
     request: GenerationRequest
@@ -23,7 +23,7 @@ class Call:
     options: CallOptions
 
 
-def _check(call: Call, chunk: StreamChunk) -> StreamChunk:
+def _check(call: PreparedCall, chunk: StreamChunk) -> StreamChunk:
     """The chunk, unless it ends the answer because the time was up."""
     if chunk.output is not None and chunk.output.finish_reason == "timeout":
         raise RequestTimeoutError(
@@ -33,7 +33,7 @@ def _check(call: Call, chunk: StreamChunk) -> StreamChunk:
     return chunk
 
 
-def stream_call(engine: Engine, call: Call) -> Generator[StreamChunk, None, None]:
+def stream_call(engine: Engine, call: PreparedCall) -> Generator[StreamChunk, None, None]:
     """The call's chunks; closing the generator cancels the request.
 
     Raises:
@@ -55,7 +55,7 @@ def stream_call(engine: Engine, call: Call) -> Generator[StreamChunk, None, None
                     raise
 
 
-async def astream_call(engine: Engine, call: Call) -> AsyncGenerator[StreamChunk, None]:
+async def astream_call(engine: Engine, call: PreparedCall) -> AsyncGenerator[StreamChunk, None]:
     """`stream_call` for an event loop."""
     with langchain_errors():
         for attempt in range(call.options.max_retries + 1):

@@ -31,7 +31,7 @@ from copyspec_engine.adapters.answers import (
     segment_metadata,
     tool_metadata,
 )
-from langchain_copyspec._calls import Call
+from langchain_copyspec._calls import PreparedCall
 from langchain_copyspec._convert import PROVIDER
 
 __all__ = ["ReplyWriter"]
@@ -50,7 +50,7 @@ class ReplyWriter:
         blocks: write content blocks, as output_version "v1" has them.
     """
 
-    def __init__(self, engine: Engine, call: Call, model: str, *, blocks: bool) -> None:
+    def __init__(self, engine: Engine, call: PreparedCall, model: str, *, blocks: bool) -> None:
         self._engine, self._call, self._model, self._blocks = engine, call, model, blocks
         self._first = True
         self._index, self._part = -1, ("", 0)

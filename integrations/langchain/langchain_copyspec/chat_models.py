@@ -30,7 +30,7 @@ from copyspec_engine import (
 from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.adapters.model import LocalModel
 from langchain_copyspec._bound import BoundModel
-from langchain_copyspec._calls import Call, astream_call, stream_call
+from langchain_copyspec._calls import PreparedCall, astream_call, stream_call
 from langchain_copyspec._convert import PROVIDER, to_engine_messages
 from langchain_copyspec._explain import explain
 from langchain_copyspec._options import CallOptions, deciding, deciding_config
@@ -339,17 +339,17 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
         chosen, tools = self.for_call(stop, {**options, "session_id": session_id})
         return _Asked(model or self.model, to_engine_messages(messages), chosen, tools)
 
-    def _call(self, engine: Engine, asked: _Asked) -> Call:
+    def _call(self, engine: Engine, asked: _Asked) -> PreparedCall:
         talk = self._conversations.begin(asked.options.session_id, asked.messages, asked.shown)
-        return Call(asked.request(engine, talk), talk, asked.options)
+        return PreparedCall(asked.request(engine, talk), talk, asked.options)
 
-    def _answer(self, engine: Engine, call: Call, asked: _Asked, last: StreamChunk) -> AIMessage:
+    def _answer(self, engine: Engine, call: PreparedCall, asked: _Asked, last: StreamChunk) -> AIMessage:
         """The whole answer, with which the conversation can be continued."""
         message = self._writer(engine, call, asked).message(last)
         call.talk.answered(to_engine_messages((message,))[-1])
         return message
 
-    def _writer(self, engine: Engine, call: Call, asked: _Asked) -> ReplyWriter:
+    def _writer(self, engine: Engine, call: PreparedCall, asked: _Asked) -> ReplyWriter:
         return ReplyWriter(engine, call, asked.model, blocks=self.output_version == "v1")
 
 

@@ -12,7 +12,7 @@ from copyspec_engine.adapters.options import AdapterOptions
 from copyspec_engine.adapters.tools import calls_grammar, guides_calls, tool_choice_of
 from llama_index.llms.copyspec._convert import to_function_schemas
 
-__all__ = ["Call", "CallOptions", "ToolUse", "take_tools"]
+__all__ = ["CallOptions", "CheckedCall", "ToolUse", "take_tools"]
 
 _WRITTEN_AS_BY_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How calls are written: as chat templates write those of earlier turns, so that they can be copied."""
@@ -85,7 +85,7 @@ def _spelled(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Call:
+class CheckedCall:
     """One call, checked as far as it can be without the engine, which may have to be loaded first."""
 
     options: CallOptions

@@ -46,7 +46,7 @@ from copyspec_engine.adapters.answers import (
 )
 from copyspec_engine.adapters.conversations import Talk
 from llama_index.llms.copyspec._convert import to_engine_messages
-from llama_index.llms.copyspec._options import Call
+from llama_index.llms.copyspec._options import CheckedCall
 
 __all__ = ["Answer", "refuse_cut_off"]
 
@@ -84,7 +84,7 @@ class Answer:
         talk: its conversation, which goes on with the whole answer.
     """
 
-    def __init__(self, engine: Engine, model: str, request: GenerationRequest, call: Call, talk: Talk) -> None:
+    def __init__(self, engine: Engine, model: str, request: GenerationRequest, call: CheckedCall, talk: Talk) -> None:
         self._engine, self._model, self._request, self._call, self._talk = engine, model, request, call, talk
         self._max_calls = call.max_calls
         self._text = self._thinking = ""
@@ -102,7 +102,7 @@ class Answer:
         engine: Engine,
         model: str,
         request: GenerationRequest,
-        call: Call,
+        call: CheckedCall,
         talk: Talk,
         output: GenerationOutput,
     ) -> Answer:

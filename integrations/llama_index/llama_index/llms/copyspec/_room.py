@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from copyspec_engine import ConfigError, Engine, EngineConfig
 from copyspec_engine.adapters.model import prompt_length
-from llama_index.llms.copyspec._options import Call
+from llama_index.llms.copyspec._options import CheckedCall
 
 __all__ = ["SHORT_CHATS", "PlainArguments", "tokens_around"]
 
@@ -34,7 +34,7 @@ _SEAMS = 8
 """Tokens that a prompt may have more than its parts, of which LlamaIndex counts each alone."""
 
 
-def tokens_around(engine: Engine | EngineConfig, calls: Iterable[Callable[[], Call]]) -> int:
+def tokens_around(engine: Engine | EngineConfig, calls: Iterable[Callable[[], CheckedCall]]) -> int:
     """Most tokens that are in the prompts of calls beside their texts.
 
     Args:
@@ -44,7 +44,7 @@ def tokens_around(engine: Engine | EngineConfig, calls: Iterable[Callable[[], Ca
     return max((_length(engine, call) for call in calls), default=0) + _SEAMS
 
 
-def _length(engine: Engine | EngineConfig, call: Callable[[], Call]) -> int:
+def _length(engine: Engine | EngineConfig, call: Callable[[], CheckedCall]) -> int:
     try:
         return prompt_length(engine, call().without_answer())
     except ConfigError:  # the chat template refuses such a chat, and will say so when asked for one

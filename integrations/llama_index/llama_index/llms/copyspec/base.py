@@ -36,7 +36,7 @@ from copyspec_engine.adapters.answers import explain_metadata
 from copyspec_engine.adapters.conversations import Talk, first_named
 from copyspec_engine.adapters.model import ChatFormat, LocalModel, model_facts
 from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
-from llama_index.llms.copyspec._options import Call, CallOptions, take_tools
+from llama_index.llms.copyspec._options import CallOptions, CheckedCall, take_tools
 from llama_index.llms.copyspec._responses import Answer, refuse_cut_off
 from llama_index.llms.copyspec._room import SHORT_CHATS, tokens_around
 from llama_index.llms.copyspec._sessions import named_session, step_session
@@ -127,7 +127,7 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
             model_name=self.model,
         )
 
-    def _num_output(self, context: int, formats: tuple[Any, ...], calls: Iterable[Callable[[], Call]]) -> int:
+    def _num_output(self, context: int, formats: tuple[Any, ...], calls: Iterable[Callable[[], CheckedCall]]) -> int:
         """How much of the context LlamaIndex keeps free of text; its own default may be more than there is.
 
         Args:
@@ -339,12 +339,12 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
         named = first_named(options.get("session_id"), named_session())
         return {**options, "session_id": await step_session()} if named is None else options
 
-    def _chat_call(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Call:
+    def _chat_call(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> CheckedCall:
         """A call that answers `messages`."""
         tool_use, others = take_tools(options)
         return self._call(others, **self._written(messages), tool_use=tool_use)
 
-    def _prompt_call(self, prompt: str, formatted: bool, options: dict[str, Any]) -> Call:
+    def _prompt_call(self, prompt: str, formatted: bool, options: dict[str, Any]) -> CheckedCall:
         """A call that answers `prompt`, or goes on with it if it is `formatted`."""
         # LlamaIndex puts defaults where none is given; this one changes nothing.
         write = None if self.completion_to_prompt is default_completion_to_prompt else self.completion_to_prompt
@@ -362,30 +362,30 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
         """The caller's function in place of the chat template; LlamaIndex's default is none."""
         return None if self.messages_to_prompt is messages_to_prompt else self.messages_to_prompt
 
-    def _call(self, options: dict[str, Any], **asked: Any) -> Call:  # noqa: ANN401 - fields of `Call`
+    def _call(self, options: dict[str, Any], **asked: Any) -> CheckedCall:  # noqa: ANN401 - fields of `CheckedCall`
         options = {**options, "session_id": self._session(options.get("session_id"), named_session())}
         object_class = options.pop("object_class", None)
         chosen = self.for_call(options)
-        return Call(options=chosen, response_format=chosen.response_format, object_class=object_class, **asked)
+        return CheckedCall(options=chosen, response_format=chosen.response_format, object_class=object_class, **asked)
 
-    def _begin(self, engine: Engine, call: Call) -> tuple[GenerationRequest, Talk]:
+    def _begin(self, engine: Engine, call: CheckedCall) -> tuple[GenerationRequest, Talk]:
         """The request, and its conversation."""
         request = call.request(engine)
         shown = {"tools": request.tools, "chat_template_kwargs": request.chat_template_kwargs}
         talk = self._conversations.begin(call.options.session_id, request.messages, shown)
         return request.model_copy(update=talk.request_options()), talk
 
-    def _whole(self, call: Call, respond: Respond[Response]) -> Response:
+    def _whole(self, call: CheckedCall, respond: Respond[Response]) -> Response:
         engine = self._get_engine()
         request, talk = self._begin(engine, call)
         return respond(Answer.whole(engine, self.model, request, call, talk, engine.generate(request)))
 
-    async def _awhole(self, call: Call, respond: Respond[Response]) -> Response:
+    async def _awhole(self, call: CheckedCall, respond: Respond[Response]) -> Response:
         engine = await self._aget_engine()
         request, talk = self._begin(engine, call)
         return respond(Answer.whole(engine, self.model, request, call, talk, await engine.agenerate(request)))
 
-    def _parts(self, call: Call, respond: Respond[Response]) -> Generator[Response, None, None]:
+    def _parts(self, call: CheckedCall, respond: Respond[Response]) -> Generator[Response, None, None]:
         engine = self._get_engine()
         request, talk = self._begin(engine, call)
         answer = Answer(engine, self.model, request, call, talk)
@@ -394,7 +394,7 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
                 if answer.take(chunk):
                     yield respond(answer)
 
-    async def _aparts(self, call: Call, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
+    async def _aparts(self, call: CheckedCall, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
         engine = await self._aget_engine()
         request, talk = self._begin(engine, call)
         answer = Answer(engine, self.model, request, call, talk)

@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import override
 
 from copyspec_engine.adapters.options import clear_errors
-from llama_index.llms.copyspec._options import Call
+from llama_index.llms.copyspec._options import CheckedCall
 from llama_index.llms.copyspec._responses import Answer
 from llama_index.llms.copyspec._room import SHORT_CHATS
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM
@@ -118,14 +118,14 @@ class CopySpecCompletion(GrammarStructuredLLM, CustomLLM):
         responses = await self.astream_complete(self._prompt(messages), formatted=True, **options)
         return astream_completion_response_to_chat_response(responses)
 
-    def _chat_call(self, messages: Sequence[ChatMessage]) -> Call:
+    def _chat_call(self, messages: Sequence[ChatMessage]) -> CheckedCall:
         return self._call(self._prompt(messages), True, {})
 
     def _prompt(self, messages: Sequence[ChatMessage]) -> str:
         assert self.messages_to_prompt is not None, "set by a validator of the base class"
         return self.messages_to_prompt(messages)
 
-    def _call(self, prompt: str, formatted: bool, options: dict[str, Any]) -> Call:
+    def _call(self, prompt: str, formatted: bool, options: dict[str, Any]) -> CheckedCall:
         if not formatted and self.completion_to_prompt is not None:
             prompt = self.completion_to_prompt(prompt)
         return self.llm._prompt_call(prompt, True, options)

@@ -1,6 +1,6 @@
-"""Fits the weights that survival starts from, by replaying recorded conversations: writes acceptance.json.
+"""Fits the weights that acceptance starts from, by replaying recorded conversations: writes acceptance.json.
 
-    python scripts/fit_survival.py TRANSCRIPTS... --tokenizer DIR --skip-tokens 15000 --out acceptance.json
+    python scripts/fit_acceptance.py TRANSCRIPTS... --tokenizer DIR --skip-tokens 15000 --out acceptance.json
 
 Every conversation is replayed under one of two cost curves, drawn at random, while one set of weights learns from all
 of them, online as in the engine. What is written is their mean over all epochs but the first. `--skip-tokens` leaves
@@ -28,7 +28,7 @@ from copyspec_engine.lab.replay import (
     load_tokenizer,
     replay,
 )
-from copyspec_engine.memory.acceptance import Survival, first_guess
+from copyspec_engine.memory.acceptance import Acceptance, first_guess
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.values.config import AdaptiveDrafter
 
@@ -68,16 +68,16 @@ def fit(
     random = np.random.default_rng(seed)
     eos = frozenset() if end is None else frozenset((end,))
     policies = {name: DraftingPolicy(load_cost_curve(name), first_guess()) for name in ("gpu", "cpu")}
-    weights = policies["gpu"].survival.weights
-    states: dict[tuple[str, str], Survival] = {}
+    weights = policies["gpu"].acceptance.weights
+    states: dict[tuple[str, str], Acceptance] = {}
     total, count = np.zeros_like(weights), 0
     for epoch in range(epochs):
         for place in random.permutation(len(work)):
             source, conversation = work[place]
             curve = "gpu" if random.random() < 0.5 else "cpu"
             policy, memory = policies[curve], SessionMemory(MAX_SESSION_TOKENS)
-            fresh = policy.survival.copy()._replace(weights=weights)
-            memory.survival = states.setdefault((source, curve), fresh)
+            fresh = policy.acceptance.copy()._replace(weights=weights)
+            memory.acceptance = states.setdefault((source, curve), fresh)
 
             def begin(
                 prompt_ids: Sequence[int], policy: DraftingPolicy = policy, memory: SessionMemory = memory
