@@ -51,10 +51,16 @@ def test_the_wheel_holds_the_provenance_page(wheel: set[str]) -> None:
 
 def test_the_wheel_holds_the_documents_the_bundled_model_and_the_fitted_weights(wheel: set[str]) -> None:
     for path in (ROOT / "examples" / "documents").iterdir():
-        assert f"copyspec_engine/cli/documents/{path.name}" in wheel
+        assert f"copyspec_engine/cli/shipped_documents/{path.name}" in wheel
     assert "copyspec_engine/memory/acceptance.json" in wheel
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):
         assert f"copyspec_engine/bundled/model/{name}" in wheel
+
+
+def test_the_wheel_leaves_out_how_the_bundled_model_was_made(wheel: set[str]) -> None:
+    assert {name.partition("/")[0] for name in wheel if "dist-info" not in name} == set(PACKAGES)
+    modules = {name for name in wheel if name.startswith("copyspec_engine/bundled/") and name.endswith(".py")}
+    assert modules == {"copyspec_engine/bundled/__init__.py"}
 
 
 def test_the_source_archive_can_build_the_wheel_and_run_the_tests(built: Path, wheel: set[str]) -> None:

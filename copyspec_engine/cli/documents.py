@@ -27,7 +27,7 @@ class Document:
 
 def shipped_folder() -> Path:
     """The folder of the example documents, in an installed package or in a checkout."""
-    installed = Path(__file__).parent / "documents"
+    installed = Path(__file__).parent / "shipped_documents"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "examples" / "documents"
 
 

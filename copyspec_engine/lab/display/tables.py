@@ -1,4 +1,4 @@
-"""A table of figures as it is, whoever shows it: Markdown here, a terminal in cli, a page in report_page.py."""
+"""A table of figures as it is, whoever shows it: Markdown here, a terminal and a page in evaluation/report."""
 
 from __future__ import annotations
 

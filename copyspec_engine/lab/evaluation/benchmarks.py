@@ -2,7 +2,7 @@
 
 A row is read in the layout of the published file or of the data set on the hub; `Task` is what both become.
 
-Not covered: reading files and data sets (data.py), scoring answers (values/metrics.py).
+Not covered: reading files and data sets (data.py), scoring answers (scoring).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The lines of a task (a conversation) are complete when each of the run's writers
 that was killed goes on behind the last complete task: a conversation that was cut off begins anew, since what the
 engine knew of it (its memory, the very tokens of its answers) is gone.
 
-Not covered: writing answers (run.py), what the figures say (summary.py).
+Not covered: writing answers (writing.py), what the figures say (summary.py).
 """
 
 from __future__ import annotations

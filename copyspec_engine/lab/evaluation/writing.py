@@ -3,7 +3,7 @@
 Who writes is drafters and plain decoding, on the same decoder, turn by turn, each time another one first, so that a
 machine that slows down slows all of them down alike. Each has a session of its own, and its own answers in its prompts.
 
-Not covered: what the answers are worth (values/metrics.py), figures (summary.py).
+Not covered: what the answers are worth (scoring), figures (summary.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A run goes by a letter, in the order given. Of a run that is not finished, the complete tasks count.
 
-Not covered: showing it (cli/eval_report.py, report_page.py).
+Not covered: showing it (write.py, html.py).
 """
 
 from __future__ import annotations

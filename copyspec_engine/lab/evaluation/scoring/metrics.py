@@ -2,7 +2,7 @@
 
 Programs are run by whoever calls: `run` is `sandbox.run_code`, or anything with its signature.
 
-Not covered: speed and copied tokens (summary.py), where tasks come from, running code (sandbox.py).
+Not covered: speed and copied tokens (evaluation/summary.py), where tasks come from, running code (sandbox.py).
 """
 
 from __future__ import annotations

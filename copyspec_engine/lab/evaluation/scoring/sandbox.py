@@ -6,7 +6,7 @@ needs sockets), starts no process, sends no signal, sees no other file and no en
 it asks for beyond that fails with an `OSError` in the program. The sandbox needs Linux 6.2 or newer with Landlock, on
 x86_64 or aarch64, and no rights of root; where the kernel lacks a layer of it, no program is run.
 
-Not covered: how the process confines itself (confine.py), what the programs mean (values/metrics.py).
+Not covered: how the process confines itself (confine.py), what the programs mean (metrics.py).
 """
 
 from __future__ import annotations
