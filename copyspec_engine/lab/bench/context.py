@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from copyspec_engine import (
     AdaptiveDrafter,
@@ -28,6 +26,7 @@ from copyspec_engine import (
 from copyspec_engine.cli.demo.figures import GENERATE, LOOKUP
 from copyspec_engine.cli.documents import Document, load_document
 from copyspec_engine.lab.bench.command import ContextOptions
+from copyspec_engine.lab.display.tables import Table, figure, on_terminal
 from copyspec_engine.lab.evaluation.loops import loop_tokens
 from copyspec_engine.lab.measuring import Measured, drafting_engine, facts_of_engine
 
@@ -94,7 +93,7 @@ def measure_context(options: ContextOptions, console: Console) -> Measured:
                     status.update(f"Writing about {document.name}: {turn.prompt_tokens} tokens ...")
         info = engine.info
     results = _results(measured)
-    console.print(_table(results))
+    console.print(on_terminal(_table(results)))
     same = sum(turn.written[OURS].token_ids == turn.written[PLAIN].token_ids for turn in measured)
     console.print(f"identical to plain decoding: {same}/{len(measured)}")
     return int(same < len(measured) and info.is_lossless), {
@@ -238,28 +237,18 @@ def _turn_rows(measured: Sequence[MeasuredTurn]) -> list[dict[str, Any]]:
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:
-    grid = Table(title="Speed by tokens of context", title_justify="left", box=box.SIMPLE, padding=0)
-    for heading in (
-        "context",
-        "way",
-        "turns",
-        "tokens",
-        "tokens per\nforward",
-        "tokens/s",
-        "decoding\nalone",
-        "in loops",
-    ):
-        grid.add_column(heading, justify="left" if heading == "way" else "right")
-    for row in results:
-        alone = row["decode_tokens_per_s"]
-        grid.add_row(
+    headings = ("context", "way", "turns", "tokens", "tokens per forward", "tokens/s", "decoding alone", "in loops")
+    body = tuple(
+        (
             str(row["prompt_tokens"]),
             row["way"],
             str(row["turns"]),
             str(row["tokens"]),
             f"{row['tokens_per_forward']:.2f}",
             f"{row['tokens_per_s']:.2f}",
-            "" if alone is None else f"{alone:.2f}",
+            figure(row["decode_tokens_per_s"]),
             f"{row['loop_share']:.0%}",
         )
-    return grid
+        for row in results
+    )
+    return Table("Speed by tokens of context", headings, body, 2)

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from copyspec_engine import (
     AdaptiveDrafter,
@@ -21,6 +19,7 @@ from copyspec_engine import (
     SamplingParams,
 )
 from copyspec_engine.lab.bench.command import FreeTextOptions
+from copyspec_engine.lab.display.tables import Table, on_terminal
 from copyspec_engine.lab.measuring import Measured, drafting_engine, facts_of_engine
 from copyspec_engine.lab.replay import load_cost_curve
 
@@ -90,7 +89,7 @@ def measure_free_text(options: FreeTextOptions, console: Console) -> Measured:
             identical &= len({output.token_ids for output in answers.values()}) == 1
         results = _results(list(rows.values()))
         info = engine.info
-    console.print(_table(results))
+    console.print(on_terminal(_table(results)))
     if not identical:
         console.print("[bold red]The ways wrote different tokens.[/]")
         console.print(f"Promised in {info.dtype}: {info.lossless}.", soft_wrap=True)
@@ -165,13 +164,9 @@ def _results(rows: Sequence[_Row]) -> list[dict[str, Any]]:
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
-    grid = Table(title="Free text", title_justify="left", box=box.SIMPLE, padding=0)
-    grid.add_column("tempe-\nrature", justify="right")
-    grid.add_column("\ndrafts")
-    for heading in ("\ntokens", "tokens per\nforward", "tokens/\nsecond", "over\nplain"):
-        grid.add_column(heading, justify="right")
-    for row in results:
-        grid.add_row(
+    headings = ("temperature", "drafts", "tokens", "tokens per forward", "tokens/second", "over plain")
+    body = tuple(
+        (
             f"{row['temperature']:g}",
             row["way"],
             f"{row['tokens']}",
@@ -179,4 +174,6 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
             f"{row['tokens_per_s']:.1f}",
             f"{row['over_plain']:.2f}x",
         )
-    return grid
+        for row in results
+    )
+    return Table("Free text", headings, body, 2)

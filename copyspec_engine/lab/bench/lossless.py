@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.lab.bench.command import LosslessOptions
 from copyspec_engine.lab.bench.lossless_rounds import ROUND, Outcome, ability_of, crowded, rounds, run_round
 from copyspec_engine.lab.bench.lossless_ties import Tie, tie_of
+from copyspec_engine.lab.display.tables import Table, on_terminal
 from copyspec_engine.lab.measuring import Measured, drafting_engine, facts_of_engine
 from copyspec_engine.lab.recorded.tiny import write_tiny_model
 
@@ -149,13 +148,8 @@ def _run_all(engine: Engine, options: LosslessOptions, tally: Tally, console: Co
 
 
 def _print(tally: Tally, console: Console) -> None:
-    grid = Table(title="Beside plain decoding", title_justify="left", box=box.SIMPLE, padding=0)
-    grid.add_column("cases with")
-    for heading in ("answers", "that differ"):
-        grid.add_column(heading, justify="right")
-    for name, count in sorted(tally.seen.items()):
-        grid.add_row(name, f"{count:,}", f"{tally.different[name]:,}")
-    console.print(grid)
+    body = tuple((name, f"{count:,}", f"{tally.different[name]:,}") for name, count in sorted(tally.seen.items()))
+    console.print(on_terminal(Table("Beside plain decoding", ("cases with", "answers", "that differ"), body)))
     console.print(
         f"{len(tally.differing):,} of {tally.cases:,} answers differ, {tally.per_1000_tokens:.3g} in 1,000 of their "
         f"{tally.tokens:,} tokens; {tally.accepted_tokens:,} tokens were drafted, {tally.cached_tokens:,} tokens of "

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice, pairwise
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from copyspec_engine.lab.bench.command import ProposeOptions
 from copyspec_engine.lab.bench.drafts import sources
 from copyspec_engine.lab.contestants import OURS, Session
+from copyspec_engine.lab.display.tables import Table, on_terminal
 from copyspec_engine.lab.measuring import Measured, machine, versions
 from copyspec_engine.lab.replay import (
     Message,
@@ -56,7 +55,7 @@ def measure_propose(options: ProposeOptions, console: Console) -> Measured:
     for size in options.memory_tokens:
         with console.status(f"Measuring with {size:,} tokens of memory ..."):
             results.append(_measure(size, replayed, filler, end))
-    console.print(_table(results))
+    console.print(on_terminal(_table(results)))
     return 0, {
         "results": results,
         "indexed_tokens": INDEXED_TOKENS,
@@ -145,13 +144,13 @@ def _index_ms(session: Session, filler: Sequence[Conversation]) -> float:
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
-    grid = Table(title=f"{OURS}, by tokens of memory", title_justify="left", box=box.SIMPLE, padding=0)
-    grid.add_column("memory\ntokens", justify="right")
-    headings = ("propose\np50 us", "\np99 us", "index ms\nof 100k tokens", "bytes\nper token", "tokens per\nforward")
-    for heading in headings:
-        grid.add_column(heading, justify="right")
-    for row in results:
-        times = (f"{row['propose_us_p50']:.1f}", f"{row['propose_us_p99']:.1f}", f"{row['index_ms']:.1f}")
-        others = (f"{row['bytes_per_token']:.1f}", f"{row['tokens_per_forward']:.3f}")
-        grid.add_row(f"{row['memory_tokens']:,}", *times, *others)
-    return grid
+    headings = ("memory tokens", "propose us, p50", "p99", "index ms of 100k tokens", "bytes per token")
+    body = tuple(
+        (
+            f"{row['memory_tokens']:,}",
+            *(f"{row[key]:.1f}" for key in ("propose_us_p50", "propose_us_p99", "index_ms", "bytes_per_token")),
+            f"{row['tokens_per_forward']:.3f}",
+        )
+        for row in results
+    )
+    return Table(f"{OURS}, by tokens of memory", (*headings, "tokens per forward"), body)

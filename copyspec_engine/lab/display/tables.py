@@ -1,11 +1,19 @@
-"""A table of figures as it is, whoever shows it: Markdown here, a terminal and a page in evaluation/report."""
+"""A table of figures, as Markdown and on a terminal.
+
+Not covered: a page (evaluation/report/html.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["NONE", "Table", "figure", "limits", "markdown", "percent", "times"]
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table as Grid
+
+__all__ = ["NONE", "Table", "figure", "limits", "markdown", "on_terminal", "percent", "times"]
 
 NONE = "-"
 """What is shown where a figure does not exist."""
@@ -31,6 +39,21 @@ def markdown(table: Table, level: int = 2) -> str:
     title = f"{'#' * level} {table.title}\n\n" if level else ""
     note = f"\n{table.note}\n" if table.note else ""
     return f"{title}{head}|{'|'.join(rules)}|\n{''.join(body)}{note}"
+
+
+def on_terminal(table: Table) -> Group:
+    """The table under its title, its first labels grouped."""
+    grid = Grid(box=box.SIMPLE, padding=0)
+    words = any(len(cell) > 24 for row in table.rows for cell in row[table.num_labels :])
+    for place, heading in enumerate(table.headings):
+        label = place < table.num_labels
+        grid.add_column(heading, justify="left" if label or words else "right", overflow="fold", no_wrap=label)
+    group = table.num_labels - 1
+    for place, row in enumerate(table.rows):
+        following = table.rows[place + 1] if place + 1 < len(table.rows) else ()
+        ends = bool(group) and row[:group] != following[:group]
+        grid.add_row(*map(escape, row), end_section=ends)
+    return Group(f"[italic]{escape(table.title)}[/]", grid)
 
 
 def _cell(text: str) -> str:

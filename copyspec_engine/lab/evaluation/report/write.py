@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as Grid
 
 from copyspec_engine.cli.files import check_writable, write_text
 from copyspec_engine.lab.display.plots import check_installed
-from copyspec_engine.lab.display.tables import Table, markdown
+from copyspec_engine.lab.display.tables import markdown, on_terminal
 from copyspec_engine.lab.evaluation.command import ReportOptions
 from copyspec_engine.lab.evaluation.report.compare import charts, load_runs, tables
 from copyspec_engine.lab.evaluation.report.html import page
@@ -31,7 +29,7 @@ def run_eval_report(options: ReportOptions, console: Console) -> int:
     runs = load_runs(options.runs)
     found = tables(runs)
     for table in found:
-        console.print(_grid(table))
+        console.print(on_terminal(table))
     title = f"copyspec eval: {', '.join(dict.fromkeys(run.facts.benchmark for run in runs))}"
     if options.markdown:
         write_text(options.markdown, f"# {title}\n\n" + "\n".join(map(markdown, found)), "--markdown")
@@ -41,17 +39,3 @@ def run_eval_report(options: ReportOptions, console: Console) -> int:
         if path:
             console.print(f"Wrote {escape(str(path))}", soft_wrap=True)
     return 0
-
-
-def _grid(table: Table) -> Group:
-    grid = Grid(box=box.SIMPLE, padding=0)
-    words = any(len(cell) > 24 for row in table.rows for cell in row[table.num_labels :])
-    for place, heading in enumerate(table.headings):
-        label = place < table.num_labels
-        grid.add_column(heading, justify="left" if label or words else "right", overflow="fold", no_wrap=label)
-    group = table.num_labels - 1
-    for place, row in enumerate(table.rows):
-        following = table.rows[place + 1] if place + 1 < len(table.rows) else ()
-        ends = bool(group) and row[:group] != following[:group]
-        grid.add_row(*map(escape, row), end_section=ends)
-    return Group(f"[italic]{escape(table.title)}[/]", grid)
