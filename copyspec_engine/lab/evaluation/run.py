@@ -9,23 +9,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from copyspec_engine import ConfigError, Engine, EngineInfo, NoDrafter
 from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.options import BUNDLED
 from copyspec_engine.lab.display.plots import check_installed
+from copyspec_engine.lab.display.tables import on_terminal
 from copyspec_engine.lab.evaluation.benchmarks import Task
 from copyspec_engine.lab.evaluation.command import EvalOptions
 from copyspec_engine.lab.evaluation.data import load_recorded, load_tasks, sampled
 from copyspec_engine.lab.evaluation.differences import differences
 from copyspec_engine.lab.evaluation.records import PLAIN, RunFacts, RunFolder, TurnRecord
 from copyspec_engine.lab.evaluation.report.plots import write_plots
-from copyspec_engine.lab.evaluation.report.tables import summary_markdown
+from copyspec_engine.lab.evaluation.report.tables import figures_table, summary_markdown
 from copyspec_engine.lab.evaluation.scoring.scores import RUNS_CODE, check_scoring, score
 from copyspec_engine.lab.evaluation.summary import summary
 from copyspec_engine.lab.evaluation.writing import EngineSubject, ReplaySubject, Subject, Writer, run_tasks, writers_of
@@ -276,29 +275,10 @@ class _Bar:
 
 
 def _print(found: dict[str, Any], facts: RunFacts, console: Console) -> None:
-    grid = Table(box=box.SIMPLE, padding=0)
-    modelled = all(row["tokens_per_s"] is None for row in found["rows"])
-    grid.add_column("\nturn", justify="right")
-    grid.add_column("\ncategory", no_wrap=True)
-    headings = ["\ntokens", "tokens/\nforward", "\ncopied"]
-    headings += ["modelled\nspeed"] if modelled else ["tokens/\nsecond", "plain\ndecoding", "over\nplain"]
-    for heading in headings:
-        grid.add_column(heading, justify="right")
-    keys = ["modelled_speedup"] if modelled else ["tokens_per_s", "plain_tokens_per_s", "speedup"]
-    for place, row in enumerate(found["rows"]):
-        later = found["rows"][place + 1 :]
-        speeds = ["" if row[key] is None else f"{row[key]:.2f}{'x' if 'speedup' in key else ''}" for key in keys]
-        figures = (str(row["tokens"]), f"{row['tokens_per_forward']:.2f}", f"{row['copied_share']:.0%}", *speeds)
-        first = not place or found["rows"][place - 1]["turn"] != row["turn"]
-        grid.add_row(
-            str(row["turn"]) if first else "",
-            escape(str(row["category"])),
-            *figures,
-            style="bold" if row["category"] == "all" else None,
-            end_section=not later or later[0]["turn"] != row["turn"],
-        )
     console.print(f"[italic]{facts.benchmark}, {facts.drafter}, {escape(facts.model or 'no model')}[/]")
-    console.print(grid)
+    table = figures_table(found)
+    console.print(on_terminal(table))
+    console.print(table.note)
     if _has_plain(facts):
         same = found["identical"]
         console.print(f"identical outputs: {same['same']}/{same['of']}")

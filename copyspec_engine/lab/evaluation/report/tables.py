@@ -17,6 +17,7 @@ __all__ = [
     "accepted_table",
     "differences_table",
     "figure_cells",
+    "figures_table",
     "loops_table",
     "metric_text",
     "peers_table",
@@ -36,12 +37,9 @@ def summary_markdown(facts: RunFacts, records: Sequence[TurnRecord], summary: Ma
         summary: the content of `summary.json`.
     """
     own = [record for record in records if record.writer == facts.drafter]
-    rows = tuple((str(row["turn"]), row["category"], *figure_cells(row)) for row in summary["rows"])
     parts = [
         f"# {facts.benchmark}, drafter {facts.drafter}\n\n{_facts_list(facts, own)}",
-        markdown(
-            Table("Figures by turn and category", ("turn", "category", *FIGURES), rows, 2, _figures_note(summary))
-        ),
+        markdown(figures_table(summary)),
     ]
     same = summary["identical"]
     if same["of"]:
@@ -97,7 +95,13 @@ def _figures_note(summary: Mapping[str, Any]) -> str:
             "tokens/s count from the call to the last token; over plain is the ratio to plain decoding of this run. In "
             "brackets 95 % intervals by the bootstrap over conversations."
         )
-    return "Nothing was timed: over plain is what the cost model gives."
+    return "Nothing was timed: over plain is modelled, from what the cost model says that passes cost."
+
+
+def figures_table(summary: Mapping[str, Any]) -> Table:
+    """A row for each turn and category of a run."""
+    rows = tuple((str(row["turn"]), row["category"], *figure_cells(row)) for row in summary["rows"])
+    return Table("Figures by turn and category", ("turn", "category", *FIGURES), rows, 2, _figures_note(summary))
 
 
 def _metrics_table(summary: Mapping[str, Any]) -> Table:
