@@ -1,6 +1,6 @@
 """What a forward pass costs by the number of its tokens.
 
-Not covered: measuring it, which needs the model (see `model_runner`), and keeping measured points (`calibration`).
+Not covered: measuring it, which needs the model (execution/pass_cost.py), and keeping measured points (`calibration`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The machine's accelerator, of whatever make: CUDA (ROCm too), Apple's MPS or Intel's XPU, by `torch.accelerator`.
 
-What only CUDA has (paged attention, graphs, compiled layers) is in `cuda_runner` and `paged_attention`; everything else
+What only CUDA has (paged attention, graphs, compiled layers) is in `cuda_graphs` and `paged_attention`; everything else
 asks here. MPS, XPU and ROCm were not run yet: what a model computes there is compared with its own logits as it loads,
 like everywhere.
 """

@@ -4,7 +4,7 @@ A kept curve is compared with a quick measurement whenever it is used, so that o
 does not stay for ever. Nothing fails because of the disk: what cannot be read is measured anew, what cannot be written
 is not kept, and both are logged as warnings that name the file.
 
-Not covered: measuring itself (see `model_runner`).
+Not covered: measuring itself (pass_cost.py).
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class EngineCore:
                 with _noting_errors(group):
                     self._draft(group)
                     logits = self._run(group)
-                    self._verify(group, logits)
+                    sampled = self._sample(group, logits)
+                    self._verify(group, logits, sampled)
             heard += self._commit(rows)
         return heard
 
@@ -159,16 +160,20 @@ class EngineCore:
         self.counts.num_steps += 1
         return logits
 
-    def _verify(self, rows: Sequence[StepRow], logits: torch.Tensor) -> None:
-        """Sample at every node and compare. Changes no request, so that a step can be repeated."""
-        sampling = [row for row in rows if row.samples]
-        if not sampling:
-            return
-        sampled = [_sample_row(row) for row in sampling]
-        verdicts = [verify(row.draft, tokens) for row, tokens in zip(sampling, sample(logits, sampled), strict=True)]
-        add_alternatives(logits, sampled, verdicts)
-        add_logprobs(logits, sampled, verdicts)
-        for row, verdict in zip(sampling, verdicts, strict=True):
+    def _sample(self, rows: Sequence[StepRow], logits: torch.Tensor) -> list[tuple[SampleRow, list[int]]]:
+        """The model's own tokens behind the text of each row that samples and behind each node of its draft."""
+        asked = [_sample_row(row) for row in rows if row.samples]
+        return list(zip(asked, sample(logits, asked), strict=True)) if asked else []
+
+    def _verify(
+        self, rows: Sequence[StepRow], logits: torch.Tensor, sampled: Sequence[tuple[SampleRow, list[int]]]
+    ) -> None:
+        """How far each draft holds these tokens. Changes no request, so that a step can be repeated."""
+        asked = [one for one, _ in sampled]
+        verdicts = [verify(one.draft, tokens) for one, tokens in sampled]
+        add_alternatives(logits, asked, verdicts)
+        add_logprobs(logits, asked, verdicts)
+        for row, verdict in zip((row for row in rows if row.samples), verdicts, strict=True):
             verdict.runs = _runs(row, verdict)
             row.verdict = verdict
 
