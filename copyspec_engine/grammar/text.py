@@ -51,9 +51,9 @@ def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, byt
     return LLMatcher.grammar_from_lark("\n".join(["start: value", *rules])), marker, False
 
 
-def _json_rules(name: str, schema: Json, grammar: Grammar, owner: str) -> list[str]:
-    """Rules for JSON, the first of which has this name."""
-    spelling = _spelling(schema, owner)
+def _json_rules(name: str, schema: Json, grammar: Grammar, owner: str, spelling: Spelling | None = None) -> list[str]:
+    """Rules for JSON, the first of which has this name; spelled as the schema says, or as something around it does."""
+    spelling = spelling or _spelling(schema, owner)
     return value_rules(name, schema, spelling, owner=owner, lenient=grammar.lenient, closed=grammar.closed)
 
 
@@ -129,7 +129,8 @@ class _ToolRules:
         named = f"/{key_regex(options.name_key)}/{colon}{value}"
         argued = f"/{key_regex(options.arguments_key)}/{colon}{rule}a"
         members = " | ".join(rf"{one} /{space}{comma}{space}/ {two}" for one, two in ((named, argued), (argued, named)))
-        rules = [rf"{rule}: /\{{{space}/ ({members}) /{space}\}}/", *self._arguments(rule, parameters, spelling, owner)]
+        arguments = _json_rules(f"{rule}a", parameters, self._grammar, owner, spelling)
+        rules = [rf"{rule}: /\{{{space}/ ({members}) /{space}\}}/", *arguments]
         return rules if name is not None else [*rules, f"UNKNOWN: {ANY_TEXT} & ~{known}"]
 
     def _named_call(self, rule: str, name: str | None, parameters: Json, owner: str) -> list[str]:
@@ -140,16 +141,10 @@ class _ToolRules:
         written = quoted(name) if name is not None else "UNKNOWN"
         call = f"{rule}: {written} {call_id} ({name_end}) {rule}a {literal(options.arguments_end)}"
         quote = literal(options.string_quote)
-        spelling = Spelling(quote=quote) if quote else _spelling(parameters, owner)
-        rules = [call, *self._arguments(rule, parameters, spelling, owner)]
+        spelling = Spelling(quote=quote) if quote else None
+        rules = [call, *_json_rules(f"{rule}a", parameters, self._grammar, owner, spelling)]
         known = "|".join(map(plain_regex, self._names))
         return rules if name is not None else [*rules, rf"UNKNOWN: /[\w.\-]+/ & ~/{known}/"]
-
-    def _arguments(self, rule: str, parameters: Json, spelling: Spelling, owner: str) -> list[str]:
-        """The rules of a call's arguments."""
-        return value_rules(
-            f"{rule}a", parameters, spelling, owner=owner, lenient=self._grammar.lenient, closed=self._grammar.closed
-        )
 
 
 def _rest(options: ToolCalls, end: str, *, several: bool) -> str:

@@ -21,7 +21,8 @@ def tool_choice_of(choice: object) -> object:
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else choice.get("name")
-        choice = choice.get("type") if name is None and choice.get("type") != "function" else name
+        said = choice.get("type") if choice.get("type") in ("auto", "any", "none", "required") else choice
+        choice = said if name is None else name
     if isinstance(choice, bool):
         return "required" if choice else "none"
     return "required" if choice == "any" else choice
