@@ -1,4 +1,4 @@
-"""Where an answer's copied tokens came from: noted pass by pass, made out when the answer is over.
+"""Where an answer's copied tokens came from: noted pass by pass, resolved when the answer is over.
 
 A draft says for each node which position it was copied from (`DraftTree.sources`). Positions move when old texts are
 forgotten, so each pass turns those that were accepted into (stored text, offset) before anything else is written.
@@ -159,9 +159,9 @@ class CopyTrail:
     """The copies of one answer so far."""
 
     _runs: list[tuple[int, Run]] = field(default_factory=list)
-    """With the first token of each in the answer; those that are not made out yet."""
+    """With the first token of each in the answer; those that are not resolved yet."""
     _copies: list[Copy] = field(default_factory=list)
-    """Made out, without their characters."""
+    """Resolved, without their characters."""
 
     def note(self, start: int, runs: Iterable[Run]) -> None:
         """A pass has accepted runs of tokens, from the answer's token `start` on."""
@@ -220,7 +220,7 @@ class CopyTrail:
         self._copies = [replace(copy, before=(), after=()) for copy in self._copies]
 
     def copies(self, text_ends: Sequence[int], num_characters: int) -> tuple[Copy, ...]:
-        """All that were made out.
+        """All that were resolved.
 
         Args:
             text_ends: how many characters were complete after each token of the answer.
