@@ -23,6 +23,7 @@ from copyspec_engine.chat.known_ids import Spelling
 from copyspec_engine.chat.tokenizer import SpecialTokens, StoppingTextStream
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.engine.engine import Engine, close_shared_engines
+from copyspec_engine.engine.thread import EngineLoop
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.values.config import EngineConfig
@@ -34,7 +35,7 @@ from copyspec_engine.values.tokens import Fingerprint
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-__all__ = ["ByteTokenizer", "ScriptedRunner", "close_shared_engines", "held_by", "scripted_engine"]
+__all__ = ["ByteTokenizer", "ScriptedRunner", "close_shared_engines", "held_by", "loop_of", "scripted_engine"]
 
 _START, _END, _VOCABULARY = 256, 257, 258
 _MARKERS = {_START: "<|im_start|>", _END: "<|im_end|>"}
@@ -210,13 +211,21 @@ def scripted_engine(replies: Sequence[str] | Callable[[str], str], config: Engin
     return Engine(config, model=model)
 
 
+def loop_of(engine: Engine) -> EngineLoop:
+    """What is behind an engine: its loop, with its `core` and `model`, for tests that look inside or replace a part.
+
+    All of it belongs to the loop's thread: look when no request is on its way.
+    """
+    return engine._loop
+
+
 def held_by(engine: Engine) -> Held:
     """What requests hold of an engine between two steps: `not any(held_by(engine))` once all of them are over.
 
     Raises:
         EngineStoppedError: the engine was closed.
     """
-    return engine._loop.call(engine._loop.held)
+    return loop_of(engine).call(loop_of(engine).held)
 
 
 def _in_order(replies: Sequence[str]) -> Callable[[str], str]:

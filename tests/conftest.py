@@ -12,7 +12,7 @@ import torch
 from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from tests.execution.architectures import ARCHITECTURES, END, build_model
 
 __all__ = ["ARCHITECTURES", "END", "STEP_COST", "Written", "assert_all_slots_free", "build_model"]
@@ -47,16 +47,16 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
 def assert_all_slots_free(engine: Engine) -> None:
     """After every request is over, only rows that are kept for later calls use slots, each as often as it says."""
-    core = engine._core
+    core = loop_of(engine).core
     users = np.zeros(core.kv.pool.num_slots, dtype=np.int32)
-    for row in core.kv.cache._rows.values():
+    for row in core.kv.cache.rows:
         assert len(row.slots) == len(row.token_ids) == len(np.unique(row.slots))
         users[row.slots] += 1
     assert (users == core.kv.pool.users).all()
-    assert (users == core.kv.cache._kept).all()
+    assert (users == core.kv.cache.users).all()
     assert core.kv.pool.num_free == (users == 0).sum()
     assert not core.scheduler
-    assert not engine._loop.requests
+    assert not loop_of(engine).requests
 
 
 class Written:

@@ -144,7 +144,8 @@ class HFTokenizer:
         self._tokenizer.model_max_length = sys.maxsize  # the engine checks lengths; no warning beside its error
         if chat_template is not None:
             self._tokenizer.chat_template = given_template(chat_template)
-        self._backend: Any = tokenizer.backend_tokenizer
+        self.backend: Any = tokenizer.backend_tokenizer
+        """The `tokenizers.Tokenizer` behind it."""
         # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
         self._encoding = threading.Lock()
         self._template_error: ConfigError | None = None
@@ -207,12 +208,12 @@ class HFTokenizer:
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         with self._encoding:
-            ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=False).ids
+            ids: list[int] = self.backend.encode(_encodable(text), add_special_tokens=False).ids
         begin = self._begin if special_tokens else []
         return ids if ids[: len(begin)] == begin else begin + ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def render(
@@ -303,7 +304,7 @@ class HFTokenizer:
 
     def _letters(self, text: str) -> list[int]:
         """Token ids of a text in which the name of a token is no more than its letters."""
-        backend = self._backend
+        backend = self.backend
         text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
         words = (
             [text] if backend.pre_tokenizer is None else [w for w, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
@@ -335,7 +336,7 @@ class HFTokenizer:
         self, stop: Sequence[str], *, special: SpecialTokens = "none", behind: Sequence[int] = ()
     ) -> TextStream:
         hidden = self._hidden if special == "parts" else self._special if special == "none" else ()
-        tokens = Detokenizer(self._backend, hidden, skip_special_tokens=special == "none", behind=behind)
+        tokens = Detokenizer(self.backend, hidden, skip_special_tokens=special == "none", behind=behind)
         return StoppingTextStream(tokens.step, tokens.rest, stop)
 
     def special_ids(self, names: Sequence[str]) -> frozenset[int]:
@@ -353,7 +354,7 @@ class HFTokenizer:
     def _text_begin(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text."""
         for text in ("a", "1", ".", "the"):
-            whole, plain = (self._backend.encode(text, add_special_tokens=added).ids for added in (True, False))
+            whole, plain = (self.backend.encode(text, add_special_tokens=added).ids for added in (True, False))
             for at in range(len(whole) - len(plain) + 1):
                 if plain and whole[at : at + len(plain)] == plain:
                     return list(whole[:at])
@@ -376,12 +377,12 @@ class HFTokenizer:
 
     def vocabulary(self) -> dict[str, int]:
         with self._encoding:
-            vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+            vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
         return vocabulary
 
     def fingerprint(self) -> Fingerprint:
         with self._encoding:
-            normalizer = json.loads(self._backend.to_str())["normalizer"]
+            normalizer = json.loads(self.backend.to_str())["normalizer"]
         values = {"vocabulary": self.vocabulary(), "normalizer": normalizer}
         return Fingerprint.of(values, self._tokenizer.chat_template)
 

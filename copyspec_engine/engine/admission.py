@@ -32,6 +32,11 @@ class Admission:
         """Places that are taken."""
         return len(self._taken)
 
+    @property
+    def num_waiting(self) -> int:
+        """Callers that wait for one."""
+        return len(self._waiting)
+
     def take(self, number: int) -> None:
         """A place at once.
 

@@ -39,16 +39,16 @@ class KVStore:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def num_layers(self) -> int:
         """Layers that have written."""
-        return len(self._layers)
+        return len(self.layers)
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(t.element_size() * t.shape[0] * t.shape[2] for layer in self._layers.values() for t in layer)
+        return sum(t.element_size() * t.shape[0] * t.shape[2] for layer in self.layers.values() for t in layer)
 
     @property
     def padding_slot(self) -> int:
@@ -56,9 +56,9 @@ class KVStore:
 
     def layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values; made for such as these, each (kv_heads, new, head_dim), if there are none yet."""
-        if layer not in self._layers:
-            self._layers[layer] = (self._empty(key), self._empty(value))
-        return self._layers[layer]
+        if layer not in self.layers:
+            self.layers[layer] = (self._empty(key), self._empty(value))
+        return self.layers[layer]
 
     def write(
         self, layer: int, slots: Slots, key: torch.Tensor, value: torch.Tensor

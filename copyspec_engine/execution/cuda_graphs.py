@@ -90,19 +90,19 @@ class StaticPasses:
     def _reserve(self, capacity: int) -> None:
         """Buffers of `capacity` numbers; graphs of the old ones are gone."""
         self._graphs.clear()
-        self._host = torch.zeros(capacity, dtype=torch.int32, pin_memory=self._is_cuda)
-        self._buffer = torch.zeros(capacity, dtype=torch.int32, device=self._device)
+        self.host = torch.zeros(capacity, dtype=torch.int32, pin_memory=self._is_cuda)
+        self.buffer = torch.zeros(capacity, dtype=torch.int32, device=self._device)
 
     def _send(self, pieces: Sequence[Piece], bucket: Bucket) -> None:
         """One copy to the device, behind which nothing waits here."""
         if self._sent is not None:
             self._sent.synchronize()  # the pass before may still be read from the host's buffer
-        if (size := bucket.size(pieces)) > len(self._host):
+        if (size := bucket.size(pieces)) > len(self.host):
             if self._is_cuda:
                 torch.cuda.synchronize(self._device)
             self._reserve(1 << (size - 1).bit_length())
-        size = pack(pieces, bucket, self._store.padding_slot, self._host.numpy())
-        self._buffer[:size].copy_(self._host[:size], non_blocking=True)
+        size = pack(pieces, bucket, self._store.padding_slot, self.host.numpy())
+        self.buffer[:size].copy_(self.host[:size], non_blocking=True)
         if self._sent is not None:
             self._sent.record()
 
@@ -138,7 +138,7 @@ class StaticPasses:
 
     def _forward(self, bucket: Bucket) -> torch.Tensor:
         """The model on what stands in the buffer, without a look at it; shape (bucket.logits, vocabulary)."""
-        flat = self._buffer
+        flat = self.buffer
         parts = {
             name: flat[at : at + int(np.prod(shape))].view(shape) for name, (at, shape) in bucket.fields.items()
         } | {"slots": flat[bucket.fields["slots"][0] :]}

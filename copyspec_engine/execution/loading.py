@@ -259,7 +259,7 @@ def _ready(
     limit = longest_context(model.config.get_text_config(), config.model)
     max_model_len, checked = min(config.max_model_len or limit, limit), served.checked
     bytes_per_token = served.bytes_per_token
-    num_slots = _num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
+    num_slots = choose_num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
     runner: Runner = served.stateful or ModelRunner(model, num_slots, served.exact_widths, checked.execution)
     step_cost, is_measured = config.points or (), False
     if not step_cost and isinstance(runner, ModelRunner):
@@ -303,7 +303,7 @@ def _phase(phase: LoadPhase, doing: str, config: EngineConfig, on_progress: OnPr
     logger.info("%s %s took %.1f s", doing, config.model, time.perf_counter() - start)
 
 
-def _num_slots(wanted: int | None, max_model_len: int, bytes_per_token: int, device: torch.device) -> int:
+def choose_num_slots(wanted: int | None, max_model_len: int, bytes_per_token: int, device: torch.device) -> int:
     """Slots of the KV pool: what was asked for, else four contexts or a quarter of the free memory if that is less.
 
     Raises:

@@ -55,6 +55,11 @@ class PrefixCache:
         return len(self._rows)
 
     @property
+    def rows(self) -> list[_Row]:
+        """Those that are kept, the least recently used one first."""
+        return list(self._rows.values())
+
+    @property
     def users(self) -> npt.NDArray[np.int32]:
         """How many kept rows use each slot, shape (num_slots,); not to be changed."""
         return self._kept

@@ -88,7 +88,7 @@ class Combination:
     def __init__(self, draft_model: DraftModel, policy: DraftingPolicy, cost: LiveCost, max_tokens: int) -> None:
         self.draft_model, self._policy = draft_model, policy
         model = draft_model.model
-        self._cost, self._own_cost = cost, LiveCost(model.info.step_cost, is_fixed=not model.cost_is_measured)
+        self._cost, self.own_cost = cost, LiveCost(model.info.step_cost, is_fixed=not model.cost_is_measured)
         self.seconds = 0.0
         """Time that the draft model has taken so far."""
         self._max_tokens = max_tokens
@@ -182,12 +182,12 @@ class Combination:
         seconds, width = time.perf_counter() - start, self.draft_model.num_tokens_read - before
         self.seconds += seconds
         if width:
-            self._own_cost.observe(width, seconds)
+            self.own_cost.observe(width, seconds)
         return guesses
 
     def _passes(self, width: int) -> float:
         """Cost of a pass of the draft model, in passes of one token of the model it drafts for."""
-        return self._own_cost.passes(width, self._cost.unit)
+        return self.own_cost.passes(width, self._cost.unit)
 
     def _gains(self, writers: Sequence[_Writer], width: int, pace: float) -> dict[Request, float]:
         """Those for whom asking on is worth its time if they share the passes, and what they are expected to gain."""

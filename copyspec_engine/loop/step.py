@@ -64,12 +64,12 @@ class EngineCore:
         self.counts = Counts()
         most_read = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
         self.scheduler = Scheduler(self.kv, config.max_running, most_read, self.counts)
-        self._cost = LiveCost(model.info.step_cost or _UNMEASURED, is_fixed=not model.cost_is_measured)
-        self.policy = DraftingPolicy(self._cost.relative)
+        self.cost = LiveCost(model.info.step_cost or _UNMEASURED, is_fixed=not model.cost_is_measured)
+        self.policy = DraftingPolicy(self.cost.relative)
         self.combination: Combination | None = None
         if model.draft is not None and draft_kv is not None and config.draft is not None:
             draft_model = DraftModel(model.draft, draft_kv, vocab_size, config.max_prefill_tokens)
-            self.combination = Combination(draft_model, self.policy, self._cost, config.draft.max_tokens)
+            self.combination = Combination(draft_model, self.policy, self.cost, config.draft.max_tokens)
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -217,8 +217,8 @@ class EngineCore:
         yield
         if rows and all(row.num_tokens == 1 and row.error is None for row in rows):
             seconds = time.perf_counter() - start - (self._drafting_s - drafting)
-            if self._cost.observe(len(rows) + sum(len(row.draft) for row in rows), seconds):
-                self.policy.cost = self._cost.relative
+            if self.cost.observe(len(rows) + sum(len(row.draft) for row in rows), seconds):
+                self.policy.cost = self.cost.relative
 
     @property
     def _drafting_s(self) -> float:
@@ -316,7 +316,7 @@ class EngineCore:
             tokens_per_forward=counts.num_completion_tokens / max(counts.num_row_passes, 1),
             accepted_by_source={source: count for source, count in counts.accepted.items() if count},
             finished=dict(counts.finished),
-            step_cost=self._cost.points if self.model.info.step_cost else (),
+            step_cost=self.cost.points if self.model.info.step_cost else (),
         )
 
     def held(self) -> Held:

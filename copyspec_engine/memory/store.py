@@ -116,6 +116,10 @@ class SessionStore:
             self._sessions[session_id] = session
         return session.memory
 
+    def peek_pool(self, name: str) -> Pool | None:
+        """A shared pool, if it was used since the start. Does not count as use."""
+        return self._pools.get(name)
+
     def open_pool(self, name: str, session_id: str | None) -> SessionMemory:
         """A session's part of a shared pool, through which it reads all of it; made when it is new."""
         pool = self._pools.pop(name, None)

@@ -18,7 +18,7 @@ from copyspec_engine.chat.detokenizer import answer_stream
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.testing import scripted_engine
+from copyspec_engine.testing import loop_of, scripted_engine
 from tests.conftest import Written
 
 SPACE = "\u2581"
@@ -168,7 +168,7 @@ def test_a_prompt_has_the_beginning_once_and_no_end(kind: str, ends: bool) -> No
 
 @pytest.mark.parametrize("single", ["$A </s>", "$A", "<s> <|endoftext|> $A </s>"])
 def test_tokenizers_without_a_beginning_or_with_a_longer_one(single: str) -> None:
-    backend = Tokenizer.from_str(tokenizer_of("first")._backend.to_str())
+    backend = Tokenizer.from_str(tokenizer_of("first").backend.to_str())
     names = [("<s>", 1), ("</s>", 2), ("<|endoftext|>", 3)]
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=names)
     tokenizer = HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
@@ -209,7 +209,7 @@ class _Script:
 def engine_of(kind: str, *pieces: str) -> Engine:
     tokenizer = tokenizer_of(kind)
     with scripted_engine([]) as scripted:
-        model = scripted._model
+        model = loop_of(scripted).model
     runner = _Script(ids(kind, *pieces), len(tokenizer.vocabulary()))
     model = replace(model, runner=runner, tokenizer=tokenizer, eos_token_ids=frozenset({2}))
     return Engine(EngineConfig(model="scripted"), model=model)
@@ -274,7 +274,7 @@ def test_no_special_tokens_name_is_text_but_one_that_is_written_in_letters_is(pa
 
 
 def test_special_tokens_that_mark_parts_are_read_as_marks() -> None:
-    backend = Tokenizer.from_str(tokenizer_of("first")._backend.to_str())
+    backend = Tokenizer.from_str(tokenizer_of("first").backend.to_str())
     backend.add_special_tokens(["<tool_call>", "</tool_call>", "<|im_start|>"])
     template = "<tool_call>{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template)

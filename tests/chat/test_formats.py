@@ -597,7 +597,7 @@ def test_a_required_part_that_is_missing_costs_no_other() -> None:
 
 
 def test_a_response_template_that_is_none_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("qwen25")._backend, chat_template="<tool_call>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("qwen25").backend, chat_template="<tool_call>")
     fast.response_template = {"fields": {"content": {"open": "("}}}
     assert HFTokenizer(fast).chat_format().own_template is None
     assert "response template is not used" in caplog.text

@@ -18,6 +18,7 @@ from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRe
 from copyspec_engine.chat.known_ids import KnownIds, Spelling
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.execution.packing import Piece
+from copyspec_engine.testing import loop_of
 from tests.conftest import Written
 
 TEMPLATE = (
@@ -230,7 +231,7 @@ def ask(engine: Engine, messages: list[dict[str, Any]], session_id: str | None, 
 def first_turn(engine: Engine, session_id: str) -> GenerationOutput:
     """A turn whose answer is spelled letter by letter."""
     script = [*(engine.encode(letter)[0] for letter in ANSWER), engine.encode("<|im_end|>")[0]]
-    runner = engine._core.model.runner
+    runner = loop_of(engine).core.model.runner
 
     written = Written()
 
@@ -276,7 +277,7 @@ def test_without_kept_ids_the_same_messages_are_the_same_tokens_in_every_session
         assert again.prompt_token_ids == fresh.prompt_token_ids
         assert again.token_ids == fresh.token_ids
         assert 0 < again.usage.cached_tokens < first.usage.prompt_tokens + 2  # up to what was spelled otherwise
-        assert engine._core.known_ids.num_tokens == 0
+        assert loop_of(engine).core.known_ids.num_tokens == 0
 
 
 def test_a_forgotten_session_and_others_know_nothing_of_it(engine: Engine) -> None:
@@ -297,12 +298,12 @@ def test_a_call_that_is_forgotten_while_it_runs_keeps_nothing(engine: Engine) ->
         next(iter(handle))
         engine.forget("gone")
         handle.result()
-    assert engine._core.known_ids.of("gone") == ()
+    assert loop_of(engine).core.known_ids.of("gone") == ()
 
 
 def test_sessions_that_are_dropped_for_want_of_room_are_dropped_here_too() -> None:
     with Engine(EngineConfig(model="bundled", max_sessions=2)) as engine:
         for session_id in "abc":
             ask(engine, [USER], session_id, sampling=SamplingParams(max_tokens=2))
-        kept = engine._core.known_ids
+        kept = loop_of(engine).core.known_ids
         assert [bool(kept.of(session_id)) for session_id in "abc"] == [False, True, True]

@@ -41,7 +41,7 @@ def tokenizer() -> HFTokenizer:
 
 def test_a_fingerprint_changes_with_what_gives_tokens_their_meaning(tokenizer: HFTokenizer) -> None:
     def variant(change: Callable[[Tokenizer], object], template: str = TEMPLATE) -> Fingerprint:
-        backend = Tokenizer.from_str(tokenizer._backend.to_str())
+        backend = Tokenizer.from_str(tokenizer.backend.to_str())
         change(backend)
         return HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)).fingerprint()
 
@@ -145,7 +145,7 @@ def test_messages_of_one_role_in_a_row_are_merged_where_the_template_insists(tok
         "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
         "{% endif %}<|s|>{{ m.content }}<|e|>{% endfor %}"
     )
-    picky = HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend, chat_template=strict))
+    picky = HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, chat_template=strict))
     twice = [{"role": "user", "content": "the cat"}, {"role": "user", "content": "sat"}]
     once = [{"role": "user", "content": "the cat\n\nsat"}]
     assert picky.render(twice, None) == picky.render(once, None)
@@ -172,11 +172,11 @@ def test_a_conversation_that_grows_keeps_its_token_prefix(tokenizer: HFTokenizer
 
 def test_a_template_that_refuses_gives_a_clear_error(tokenizer: HFTokenizer) -> None:
     picky = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._backend, chat_template="{{ raise_exception('roles must alternate') }}"
+        tokenizer_object=tokenizer.backend, chat_template="{{ raise_exception('roles must alternate') }}"
     )
     with pytest.raises(ConfigError, match="roles must alternate"):
         HFTokenizer(picky).render([{"role": "user", "content": "x"}], None)
-    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend)
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend)
     with pytest.raises(ConfigError, match="no chat template"):
         HFTokenizer(without).render([{"role": "user", "content": "x"}], None)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
+from copyspec_engine.testing import loop_of
 from copyspec_engine import Engine
 from copyspec_engine.drafting.cost import Points
 from copyspec_engine.drafting.live_cost import LiveCost
@@ -121,7 +122,7 @@ def watched_cost(cost: LiveCost) -> list[tuple[int, float]]:
 
 def test_an_engine_learns_from_its_steps_but_those_that_read_a_prompt(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(step_cost="measured")
-    seen = watched_cost(engine._core._cost)
+    seen = watched_cost(loop_of(engine).core.cost)
     plain = run(engine, PROMPT, "none", max_tokens=60)
     assert [width for width, _ in seen] == [1] * (len(plain.token_ids) - 1)
     del seen[:]
@@ -130,7 +131,7 @@ def test_an_engine_learns_from_its_steps_but_those_that_read_a_prompt(make_engin
     assert [width - 1 for width, _ in seen] == list(drafted.draft_stats.draft_lengths[1:])
     assert all(0 < seconds < 60 for _, seconds in seen)
     assert engine.metrics().step_cost != engine.info.step_cost
-    assert engine._core.policy.cost is engine._core._cost.relative
+    assert loop_of(engine).core.policy.cost is loop_of(engine).core.cost.relative
 
 
 def test_costs_that_were_given_are_those_of_every_step(make_engine: Callable[..., Engine]) -> None:

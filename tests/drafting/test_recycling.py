@@ -29,7 +29,7 @@ from copyspec_engine.memory.store import SessionStore
 from copyspec_engine.sampling.alternatives import add_alternatives
 from copyspec_engine.sampling.sampler import SampleRow
 from copyspec_engine.sampling.verify import verify
-from copyspec_engine.testing import scripted_engine
+from copyspec_engine.testing import loop_of, scripted_engine
 from copyspec_engine.values.config import EngineConfig
 from tests.conftest import assert_all_slots_free
 from tests.loop.test_lossless import PROMPT, ids_of, random_case, run, same_answer, watch_drafts
@@ -53,10 +53,10 @@ def engine_for(make_engine: MakeEngine, source: str, name: str = "llama", **opti
     Its model is more certain than random ones are: those hold nothing likely.
     """
     engine = make_engine(name, step_cost=CHEAP, **options)
-    runner = engine._model.runner
+    runner = loop_of(engine).model.runner
     forward = runner.forward
     runner.forward = lambda pieces: 30.0 * forward(pieces)  # type: ignore[method-assign]
-    weights = engine._core.policy.acceptance.weights
+    weights = loop_of(engine).core.policy.acceptance.weights
     if source == "recycled":
         weights[:BY_ALTERNATIVE] = -8.0
     weights[BY_ALTERNATIVE : BY_ALTERNATIVE + 26] = 0.0
@@ -214,14 +214,14 @@ def test_a_session_never_drafts_what_was_likely_in_another_one(
 
 def test_forgetting_a_session_erases_its_alternatives(make_engine: MakeEngine) -> None:
     engine = engine_for(make_engine, "recycled")
-    shared = engine._core.policy.acceptance.copy()
+    shared = loop_of(engine).core.policy.acceptance.copy()
     first = run(engine, FRESH, ON, session="a", max_tokens=80)
-    memory = engine._core.conversations.texts.peek("a")
+    memory = loop_of(engine).core.conversations.texts.peek("a")
     assert memory is not None
     assert kept_tokens(memory)
     assert engine.memory("a").num_bytes > memory.index.num_bytes
     engine.forget("a")
-    engine._core.policy.acceptance = shared  # what all conversations learn from, which no forgetting undoes
+    loop_of(engine).core.policy.acceptance = shared  # what all conversations learn from, which no forgetting undoes
     assert run(engine, FRESH, ON, session="a", max_tokens=80).draft_stats == first.draft_stats
 
 
@@ -233,7 +233,7 @@ def test_forgetting_while_an_answer_is_written_erases_its_alternatives(make_engi
     )
     stream = engine.stream(request)
     next(stream)
-    memory = engine._core.conversations.texts.peek("a")
+    memory = loop_of(engine).core.conversations.texts.peek("a")
     engine.forget("a")
     assert same_answer(plain, stream.result())
     assert memory is not None
@@ -247,7 +247,7 @@ def test_nothing_is_kept_where_nobody_wants_it(make_engine: MakeEngine) -> None:
     engine = make_engine("llama", step_cost=CHEAP)
     for drafter in (OFF, "none", "copyspec"):
         run(engine, PROMPT, drafter, session="s")
-    memory = engine._core.conversations.texts.peek("s")
+    memory = loop_of(engine).core.conversations.texts.peek("s")
     assert memory is not None
     assert not kept_tokens(memory)
     assert not recycled(engine)
@@ -256,7 +256,7 @@ def test_nothing_is_kept_where_nobody_wants_it(make_engine: MakeEngine) -> None:
 def test_nothing_is_kept_where_verifying_is_expensive(make_engine: MakeEngine) -> None:
     engine = make_engine("llama", step_cost=((1, 1.0), (2, 1.9), (64, 60.0)))
     output = run(engine, PROMPT, ON, session="s")
-    memory = engine._core.conversations.texts.peek("s")
+    memory = loop_of(engine).core.conversations.texts.peek("s")
     assert memory is not None
     assert not kept_tokens(memory)
     assert output.tokens_per_forward < 1.2
@@ -268,7 +268,7 @@ def test_the_engine_and_each_request_switch_it() -> None:
         for drafter, wanted in ((None, False), (ON, True), (OFF, False)):
             session = f"{drafter}"
             engine.generate(GenerationRequest(prompt="x", drafter=drafter, session_id=session))
-            memory = engine._core.conversations.texts.peek(session)
+            memory = loop_of(engine).core.conversations.texts.peek(session)
             assert memory is not None
             assert bool(kept_tokens(memory)) == wanted
 

@@ -13,6 +13,7 @@ from copyspec_engine.drafting.drafter import DraftingPolicy
 from copyspec_engine.drafting.tree import ALTERNATIVE, DRAFT_MODEL, FORCED, DraftTree
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.provenance.trail import trace
+from copyspec_engine.testing import loop_of
 from tests.loop.test_lossless import PROMPT, OracleTrees, run, same_answer
 
 COPIED = DraftTree((5, 8, 6), (-1, -1, 0), np.array([0.6, 0.2, 0.5]), np.array([40, 90, 41]))
@@ -97,7 +98,7 @@ class SourcedTrees(OracleTrees):
 def test_tokens_that_were_drafted_but_not_copied_do_not_count_as_copied(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine("llama")
     plain = run(engine, PROMPT, "none", max_tokens=120)
-    engine._core.policy = SourcedTrees(plain.token_ids, 5)  # type: ignore[assignment]
+    loop_of(engine).core.policy = SourcedTrees(plain.token_ids, 5)  # type: ignore[assignment]
     request = GenerationRequest(prompt_token_ids=PROMPT, sampling=SamplingParams(max_tokens=120), explain=True)
     output = engine.generate(request)
     assert same_answer(plain, output)

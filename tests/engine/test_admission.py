@@ -16,7 +16,7 @@ import pytest
 
 from copyspec_engine import ConfigError, Engine, EngineBusyError, EngineConfig, EngineStoppedError, GenerationRequest
 from copyspec_engine.engine.admission import Admission
-from copyspec_engine.testing import scripted_engine
+from copyspec_engine.testing import loop_of, scripted_engine
 from tests.conftest import assert_all_slots_free
 
 SMALL = EngineConfig(model="scripted", max_running=1, max_waiting=1, drafter="none", max_model_len=256)
@@ -51,18 +51,18 @@ def full(gate: Gate) -> Iterator[Engine]:
         handles = [engine.stream(ask("first")), engine.stream(ask("second"))]
         yield engine
         gate.event.set()
-        if not engine._loop.is_over:
+        if not loop_of(engine).is_over:
             assert [handle.result().text for handle in handles] == ["FIRST", "SECOND"]
             assert_all_slots_free(engine)
-            assert not engine._loop.places._taken
-            assert not engine._loop.places._waiting
+            assert not len(loop_of(engine).places)
+            assert not loop_of(engine).places.num_waiting
 
 
 def num_waiting(engine: Engine, count: int) -> bool:
     deadline = time.monotonic() + 10
-    while len(engine._loop.places._waiting) != count and time.monotonic() < deadline:
+    while loop_of(engine).places.num_waiting != count and time.monotonic() < deadline:
         time.sleep(0.001)
-    return len(engine._loop.places._waiting) == count
+    return loop_of(engine).places.num_waiting == count
 
 
 def test_threads_wait_for_a_place_and_all_are_served(full: Engine, gate: Gate) -> None:
@@ -80,7 +80,7 @@ def test_threads_wait_for_a_place_and_all_are_served(full: Engine, gate: Gate) -
 def test_tasks_wait_for_a_place_without_a_thread_each(full: Engine, gate: Gate) -> None:
     async def run() -> list[str]:
         tasks = [asyncio.create_task(full.agenerate(ask(f"n{i}"))) for i in range(1300)]
-        while len(full._loop.places._waiting) < 1300:
+        while loop_of(full).places.num_waiting < 1300:
             await asyncio.sleep(0)
         gate.event.set()
         return [(await task).text for task in tasks]
@@ -126,14 +126,14 @@ def test_a_task_that_is_cancelled_while_it_waits_leaves_the_queue(full: Engine, 
     async def run() -> str:
         gone = [asyncio.create_task(full.agenerate(ask(f"n{i}"))) for i in range(5)]
         kept = asyncio.create_task(full.agenerate(ask("kept")))
-        while len(full._loop.places._waiting) < 6:
+        while loop_of(full).places.num_waiting < 6:
             await asyncio.sleep(0)
         for task in gone:
             task.cancel()
         assert all(
             isinstance(error, asyncio.CancelledError) for error in await asyncio.gather(*gone, return_exceptions=True)
         )
-        assert len(full._loop.places._waiting) == 1
+        assert loop_of(full).places.num_waiting == 1
         gate.event.set()
         return (await kept).text
 
@@ -143,7 +143,7 @@ def test_a_task_that_is_cancelled_while_it_waits_leaves_the_queue(full: Engine, 
 def test_a_request_whose_caller_waits_can_be_cancelled(full: Engine, gate: Gate) -> None:
     async def run() -> str:
         task = asyncio.create_task(full.agenerate(ask("gone", request_id="task")))
-        while not full._loop.places._waiting:
+        while not loop_of(full).places.num_waiting:
             await asyncio.sleep(0)
         assert full.cancel("task")
         gate.event.set()
@@ -156,14 +156,14 @@ def test_a_request_whose_caller_waits_can_be_cancelled(full: Engine, gate: Gate)
         assert asyncio.run(run()) == waiting.result().finish_reason == "cancelled"
     assert waiting.result().text == ""
     assert not full.cancel("thread")
-    assert not full._loop._at_the_door
-    assert not full._loop._called_off
+    assert not loop_of(full)._at_the_door
+    assert not loop_of(full)._called_off
 
 
 def test_closing_tells_those_who_wait(gate: Gate, full: Engine) -> None:
     async def run() -> BaseException:
         task = asyncio.create_task(full.agenerate(ask("x")))
-        while len(full._loop.places._waiting) < 2:
+        while loop_of(full).places.num_waiting < 2:
             await asyncio.sleep(0)
         threading.Thread(target=full.close).start()
         gate.event.set()
@@ -183,7 +183,7 @@ def test_a_request_that_is_refused_after_its_wait_gives_its_place_back() -> None
         first = engine.stream(ask("a", request_id="same"))
         with pytest.raises(ConfigError, match="request_id='same'"):
             engine.generate(ask("b", request_id="same"))
-        assert len(engine._loop.places._taken) == 1
+        assert len(loop_of(engine).places) == 1
         gate.event.set()
         assert first.result().text == "A"
 
@@ -201,7 +201,7 @@ def test_places_go_round_in_order() -> None:
     threads = [threading.Thread(target=wait, args=(number,)) for number in range(1, 6)]
     for number, thread in enumerate(threads, 1):
         thread.start()
-        while len(places._waiting) < number:
+        while places.num_waiting < number:
             time.sleep(0.001)
     places.release(0)
     places.release(0)
@@ -216,7 +216,9 @@ def test_places_go_round_in_order() -> None:
 def test_an_engine_that_everybody_has_let_go_of_ends_its_thread_and_frees_its_model() -> None:
     engine = scripted_engine(lambda prompt: prompt, SMALL)
     assert engine.generate(ask("x")).text == "x"
-    thread, model, core = engine._loop.thread, weakref.ref(engine._model.runner), weakref.ref(engine._core)
+    loop = loop_of(engine)
+    thread, model, core = loop.thread, weakref.ref(loop.model.runner), weakref.ref(loop.core)
+    del loop
     del engine
     gc.collect()
     thread.join(10)

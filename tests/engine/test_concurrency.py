@@ -21,7 +21,7 @@ from copyspec_engine import (
     SamplingParams,
 )
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.testing import held_by, scripted_engine
+from copyspec_engine.testing import held_by, loop_of, scripted_engine
 from tests.conftest import assert_all_slots_free
 from tests.loop.test_lossless import PROMPT, ids_of, random_case, run, same_answer
 
@@ -38,14 +38,20 @@ def submit(engine: Engine, prompt: tuple[int, ...], drafter: Any = None, **optio
 def batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int]]]:
     """(request, tokens read) of each row of each pass from now on."""
     seen: list[list[tuple[str, int]]] = []
-    forward = engine._model.runner.forward
+    forward = loop_of(engine).model.runner.forward
 
     def watched(pieces: Sequence[Piece]) -> Any:
         seen.append([(piece.key, len(piece.ids) - len(piece.draft)) for piece in pieces])
         return forward(pieces)
 
-    monkeypatch.setattr(engine._model.runner, "forward", watched)
+    monkeypatch.setattr(loop_of(engine).model.runner, "forward", watched)
     return seen
+
+
+def in_use(engine: Engine) -> int:
+    """Slots of the KV pool that are not free."""
+    pool = loop_of(engine).core.kv.pool
+    return pool.num_slots - pool.num_free
 
 
 def started(handle: RequestHandle) -> RequestHandle:
@@ -109,13 +115,13 @@ def test_parallel_branches_share_their_beginning(make_engine: MakeEngine) -> Non
     first = run(engine, PROMPT, "none", None, {"cache_salt": "app"})
     endings = [ids_of(f" and {i}") for i in range(5)]
     alone = [run(engine, (*PROMPT, *ending), "none", None, {"cache_salt": "fresh"}) for ending in endings]
-    used = engine._core.kv.pool.num_slots - engine._core.kv.pool.num_free
+    used = in_use(engine)
     options: dict[str, Any] = {"cache_salt": "app", "sampling": {"max_tokens": 48}}
     handles = [submit(engine, (*PROMPT, *ending), "adaptive", **options) for ending in endings]
     outputs = [handle.result() for handle in handles]
     assert all(same_answer(a, b) for a, b in zip(alone, outputs, strict=True))
     assert all(output.usage.cached_tokens >= len(PROMPT) - 1 for output in outputs)
-    assert engine._core.kv.pool.num_slots - engine._core.kv.pool.num_free - used < 5 * (len(PROMPT) // 2)
+    assert in_use(engine) - used < 5 * (len(PROMPT) // 2)
     assert len(first.token_ids) == 48
     assert_all_slots_free(engine)
 
@@ -228,7 +234,7 @@ def soak(engine: Engine, num_threads: int, seconds: float) -> None:
         thread.join()
     assert not failures, failures[0]
     deadline = time.monotonic() + 10
-    while (engine._loop.requests or engine._core.scheduler) and time.monotonic() < deadline:
+    while (loop_of(engine).requests or loop_of(engine).core.scheduler) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert_all_slots_free(engine)
 

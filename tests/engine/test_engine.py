@@ -31,7 +31,7 @@ from copyspec_engine.drafting.drafter import Drafter
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.memory.conversation import SessionMemory
-from copyspec_engine.testing import ScriptedRunner, scripted_engine
+from copyspec_engine.testing import ScriptedRunner, loop_of, scripted_engine
 from tests.conftest import assert_all_slots_free
 
 DOCUMENT = "".join(f"line {i}: value {i * i}\n" for i in range(20))
@@ -64,9 +64,9 @@ def echo() -> Iterator[Engine]:
 def wait_until_idle(engine: Engine) -> bool:
     engine.forget("nobody")  # answered once everything asked for before it has been carried out
     deadline = time.monotonic() + 10
-    while (engine._loop.requests or engine._core.scheduler) and time.monotonic() < deadline:
+    while (loop_of(engine).requests or loop_of(engine).core.scheduler) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return not engine._loop.requests and not engine._core.scheduler
+    return not loop_of(engine).requests and not loop_of(engine).core.scheduler
 
 
 def test_stream_joined_equals_generate(echo: Engine) -> None:
@@ -168,7 +168,7 @@ def test_a_result_may_be_asked_for_again(echo: Engine) -> None:
 def test_the_garbage_collector_may_close_a_handle_while_the_lock_is_held(endless: Engine) -> None:
     """Past regression: an abandoned stream in a reference cycle deadlocked the thread that collected it."""
     handle = endless.stream(ask("go"))
-    with endless._loop.lock:
+    with loop_of(endless).lock:
         handle.close()
     assert wait_until_idle(endless)
 
@@ -206,7 +206,7 @@ def test_a_cancelled_task_cancels_its_request(endless: Engine) -> None:
                 pass
 
         task = asyncio.create_task(consume())
-        while not endless._loop.requests:
+        while not loop_of(endless).requests:
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -240,7 +240,7 @@ def test_a_request_that_fails_takes_nobody_with_it(drafter: str) -> None:
             return super().forward(pieces)
 
     with scripted_engine(lambda _: DOCUMENT, EngineConfig(drafter=drafter)) as engine:
-        engine._model.runner = Moody(lambda _: DOCUMENT)
+        loop_of(engine).model.runner = Moody(lambda _: DOCUMENT)
         good = [engine.stream(ask("x", request_id=f"good{i}")) for i in range(2)]
         bad = engine.stream(ask("x", request_id="bad"))
         late = engine.stream(ask("x", request_id="late"))
@@ -281,7 +281,7 @@ class WatchedDrafter:
 def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> list[WatchedDrafter]:
     """All drafters that an engine begins from now on; those of prompts with "bad" in them fail."""
     watched: list[WatchedDrafter] = []
-    begin = engine._core.policy.begin
+    begin = loop_of(engine).core.policy.begin
 
     def watched_begin(options: Any, memory: SessionMemory, prompt_ids: Sequence[int], *rest: Any) -> Drafter:
         drafter = begin(options, memory, prompt_ids, *rest)
@@ -291,12 +291,13 @@ def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> l
         watched.append(WatchedDrafter(drafter, fails if is_bad else ""))
         return watched[-1]
 
-    monkeypatch.setattr(engine._core.policy, "begin", watched_begin)
+    monkeypatch.setattr(loop_of(engine).core.policy, "begin", watched_begin)
     return watched
 
 
 def open_spans(engine: Engine) -> list[Any]:
-    sessions = [session for session in engine._core.conversations.texts._sessions.values() if session is not None]
+    texts = loop_of(engine).core.conversations.texts
+    sessions = [session for session in texts._sessions.values() if session is not None]
     return [span for session in sessions for span in session.memory.index.spans if span.is_open]
 
 
@@ -364,11 +365,11 @@ def test_an_error_that_stops_the_loop_reaches_current_and_later_callers(caplog: 
     with scripted_engine(lambda _: "x" * 500, EngineConfig(drafter="none")) as engine:
         handle = engine.stream(ask("go"))
         next(iter(handle))
-        engine._core.scheduler.schedule = None  # type: ignore[method-assign,assignment]
+        loop_of(engine).core.scheduler.schedule = None  # type: ignore[method-assign,assignment]
         with pytest.raises(EngineStoppedError, match="its loop failed with TypeError") as caught:
             handle.result()
         assert isinstance(caught.value.cause, TypeError)
-        engine._loop.thread.join()
+        loop_of(engine).thread.join()
         with pytest.raises(EngineStoppedError, match="TypeError"):
             engine.generate(ask("again"))
         with pytest.raises(EngineStoppedError):
@@ -388,7 +389,7 @@ def test_even_an_exit_inside_the_loop_reaches_the_callers(caplog: pytest.LogCapt
 def test_an_error_while_cancelling_stays_with_its_request(endless: Engine) -> None:
     good, bad = endless.stream(ask("a", request_id="good")), endless.stream(ask("b", request_id="bad"))
     next(bad)
-    request = endless._loop.requests["bad"][0]
+    request = loop_of(endless).requests["bad"][0]
     request.answer.text.flush = None  # type: ignore[method-assign,assignment]
     endless.cancel("bad")
     with pytest.raises(RequestFailedError, match="TypeError"):
@@ -445,7 +446,7 @@ def test_closing_ends_unfinished_requests_and_refuses_new_ones(endless: Engine) 
         endless.generate(ask("again"))
     endless.close()
     with scripted_engine([]) as engine:  # the fixture checks the slots of an engine whose requests are over
-        endless._core = engine._core
+        endless._core = loop_of(engine).core
 
 
 @pytest.mark.parametrize(
@@ -463,7 +464,7 @@ def test_a_request_that_cannot_fit_is_refused_before_any_work(
         with pytest.raises(ContextOverflowError, match=says) as caught:
             engine.stream(ask("hello", sampling=SamplingParams(**sampling)))
         assert caught.value.num_tokens > caught.value.max_tokens
-        assert engine._model.runner.num_forward_passes == 0  # type: ignore[attr-defined]
+        assert loop_of(engine).model.runner.num_forward_passes == 0  # type: ignore[attr-defined]
 
 
 def test_an_answer_ends_where_the_context_ends() -> None:
@@ -503,7 +504,7 @@ def test_forgetting_a_session_erases_texts_and_kv() -> None:
         engine.generate(ask("x", session_id="s"))
         assert engine.forget("s")
         assert not engine.forget("s")
-        assert engine._core.kv.pool.num_free == engine._core.kv.pool.num_slots
+        assert loop_of(engine).core.kv.pool.num_free == loop_of(engine).core.kv.pool.num_slots
         assert engine.generate(ask("x", session_id="s")).usage.cached_tokens == 0
 
 

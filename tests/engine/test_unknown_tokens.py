@@ -23,7 +23,7 @@ from copyspec_engine import (
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.checkpoint import refuse_unreadable_tokens
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.testing import ScriptedRunner, scripted_engine
+from copyspec_engine.testing import ScriptedRunner, loop_of, scripted_engine
 from tests.conftest import STEP_COST, assert_all_slots_free
 from tests.execution.architectures import build_model
 from tests.execution.test_runner import write_tokenizer
@@ -63,7 +63,7 @@ def test_a_text_that_gives_a_token_which_the_model_lacks_is_refused_by_name(
     engine: Engine, where: str, options: dict[str, Any]
 ) -> None:
     alone = engine.generate(GenerationRequest(**ASK))
-    limit = engine._model.runner.vocab_size - 1
+    limit = loop_of(engine).model.runner.vocab_size - 1
     with pytest.raises(ConfigError, match=rf"Got {where} with '{EXTRA}' \(token {limit + 1}\) but .* end at {limit}"):
         engine.generate(GenerationRequest(session_id="a", memory_pool="team", **options))
     for session in ("a", "b"):
@@ -92,7 +92,7 @@ def test_a_saved_text_with_ids_that_the_model_lacks_is_left_out(tmp_path: Path) 
         for prompt in ("a plain prompt", "an extra prompt"):
             engine.generate(GenerationRequest(prompt=prompt, session_id="s"))
     with scripted_engine([], config) as engine:
-        engine._core.conversations.texts._vocab_size = ord("x")  # as a smaller model would
+        loop_of(engine).core.conversations.texts._vocab_size = ord("x")  # as a smaller model would
         assert [text.text for text in engine.memory("s").texts()] == ["a plain prompt"]
     with scripted_engine([], config) as engine:
         assert [text.text for text in engine.memory("s").texts()] == ["a plain prompt"]
@@ -131,16 +131,16 @@ def test_a_call_that_failed_leaves_nothing_behind(tmp_path: Path, drafter: str, 
     path = str(tmp_path / "memory.db")
     config = EngineConfig(model="scripted", memory_path=path, drafter=drafter)
     with scripted_engine(reply, config) as engine:
-        engine._model.runner = Picky(reply)
+        loop_of(engine).model.runner = Picky(reply)
         options: dict[str, Any] = {"session_id": "s", "memory_pool": pool}
         good = engine.generate(GenerationRequest(prompt="a good one", **options))
         with pytest.raises(RequestFailedError, match="IndexError"):
             engine.generate(GenerationRequest(prompt="a bad one", prediction="all is well! so be it", **options))
         assert engine.generate(GenerationRequest(prompt="a good one", **options)).text == good.text
         held = (
-            engine._core.conversations.texts._pools["team"].index
+            loop_of(engine).core.conversations.texts.peek_pool("team").index
             if pool
-            else engine._core.conversations.texts._sessions["s"].memory.index
+            else loop_of(engine).core.conversations.texts.peek("s").index
         )
         stored = [engine.decode(held.tokens_of(span).tolist()) for span in held.spans]
         assert stored

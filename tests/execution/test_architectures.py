@@ -10,7 +10,7 @@ from copyspec_engine import Engine, EngineConfig, UnsupportedModelError
 from copyspec_engine.execution.attention import KVRow
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.runner import ModelRunner
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from tests.conftest import STEP_COST, assert_all_slots_free
 from tests.execution.architectures import MORE, REFUSED, build_model
 from tests.loop.test_lossless import PROMPT, OracleTrees, generate, ids_of, run
@@ -22,19 +22,19 @@ NUM_TOKENS = 20
 @pytest.mark.parametrize("name", sorted(MORE))
 def test_tokens_equal_generate_with_and_without_drafts_over_turns(make_engine: MakeEngine, name: str) -> None:
     engine = make_engine(name, max_prefill_tokens=37)
-    policy, prompt = engine._core.policy, PROMPT
+    policy, prompt = loop_of(engine).core.policy, PROMPT
     for turn in range(2):
         expected = generate(name, prompt, NUM_TOKENS)
         assert len(set(expected)) > 1, "a model that repeats itself proves nothing"
         for drafter in ("none", "adaptive", "trees"):
-            engine._core.policy = OracleTrees(tuple(expected), turn) if drafter == "trees" else policy  # type: ignore[assignment]
+            loop_of(engine).core.policy = OracleTrees(tuple(expected), turn) if drafter == "trees" else policy  # type: ignore[assignment]
             options = {"drafter": "adaptive" if drafter == "trees" else drafter, "session": drafter}
             got = run(engine, prompt, max_tokens=NUM_TOKENS, **options)  # type: ignore[arg-type]
             assert list(got.token_ids) == expected, drafter
             assert (got.usage.cached_tokens > 0) == (turn > 0)
         assert got.tokens_per_forward > 1.3
         prompt = (*prompt, *expected, *ids_of(" the cat sat on"))
-    assert isinstance(engine._model.runner, ModelRunner)
+    assert isinstance(loop_of(engine).model.runner, ModelRunner)
     assert engine.info.drafting_error is None
     assert_all_slots_free(engine)
 

@@ -71,7 +71,7 @@ def test_no_row_reads_what_padding_wrote() -> None:
     model.set_attn_implementation("copyspec")
     runner = ModelRunner(model, NUM_SLOTS, execution="paged")
     expected = logits_of(runner)
-    for keys, values in runner.store._layers.values():
+    for keys, values in runner.store.layers.values():
         with torch.inference_mode():
             keys[:, NUM_SLOTS] = values[:, NUM_SLOTS] = torch.nan
     for ours, theirs in zip(logits_of(runner), expected, strict=True):
@@ -87,7 +87,7 @@ def test_buffers_grow_for_a_long_context(monkeypatch: pytest.MonkeyPatch) -> Non
     for ours, theirs in zip(logits_of(runner), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert isinstance(runner._passes, StaticPasses)
-    assert len(runner._passes._host) == len(runner._passes._buffer) > 16
+    assert len(runner._passes.host) == len(runner._passes.buffer) > 16
 
 
 def paged_engine(name: str, **options: Any) -> Engine:

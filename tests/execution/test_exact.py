@@ -21,7 +21,7 @@ from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.pass_cost import measure_pass_cost
 from copyspec_engine.execution.runner import LoadedModel, ModelRunner
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from tests.conftest import STEP_COST
 from tests.execution.architectures import build_model
 from tests.loop.test_lossless import PROMPT, OracleTrees, ids_of, run, same_answer
@@ -108,7 +108,7 @@ def bits(texts: Text) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits behind all tokens, and all keys and values."""
     store = texts.runner.store
     slots = torch.from_numpy(texts.slots[: texts.num_read])
-    layers = [store._layers[layer] for layer in range(store.num_layers)]
+    layers = [store.layers[layer] for layer in range(store.num_layers)]
     return torch.stack(texts.logits), [kept[:, slots].clone() for layer in layers for kept in layer]
 
 
@@ -136,8 +136,8 @@ class Bits:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logits: dict[tuple[int, ...], torch.Tensor] = {}
         self.num_compared = self.num_branches = 0
-        self._forward = engine._model.runner.forward
-        monkeypatch.setattr(engine._model.runner, "forward", self._watched)
+        self._forward = loop_of(engine).model.runner.forward
+        monkeypatch.setattr(loop_of(engine).model.runner, "forward", self._watched)
 
     def _watched(self, pieces: Sequence[Piece]) -> torch.Tensor:
         logits = self._forward(pieces)
@@ -167,13 +167,13 @@ def test_drafts_batches_reuse_and_preemption_leave_the_bits_as_they_are(
     options: list[dict[str, Any]] = [{"temperature": heat, "seed": 3, **LENGTH} for heat in (0.0, 0.7, 1.5)]
     cases = list(zip(prompts, options, strict=True))
     plain = [run(engine, prompt, "none", **option) for prompt, option in cases]
-    policy = engine._core.policy
+    policy = loop_of(engine).core.policy
     for (prompt, option), expected in zip(cases, plain, strict=True):
         for session in ("first", "first", "second"):
             assert same_answer(expected, run(engine, prompt, "adaptive", session, **option))
-        engine._core.policy = OracleTrees(expected.token_ids, 1)  # type: ignore[assignment]
+        loop_of(engine).core.policy = OracleTrees(expected.token_ids, 1)  # type: ignore[assignment]
         assert same_answer(expected, run(engine, prompt, "adaptive", "third", **option))
-        engine._core.policy = policy
+        loop_of(engine).core.policy = policy
     for drafter in ("none", "adaptive"):
         handles = [
             engine.stream(

@@ -13,7 +13,7 @@ import pytest
 
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
 from copyspec_engine.execution.loading import prepare
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from tests.conftest import STEP_COST, build_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.sh"
@@ -58,7 +58,7 @@ def test_passes_are_captured(name: str, compiled: bool) -> None:
         assert engine.info.execution_error is None
         assert engine.info.execution == ("compiled" if compiled else "graphs")
         answer(engine, "adaptive")
-        passes = engine._model.runner._passes  # type: ignore[attr-defined]
+        passes = loop_of(engine).model.runner._passes  # type: ignore[attr-defined]
         assert passes.num_graphs > 1
         assert passes.is_capturing
 

@@ -121,9 +121,9 @@ def test_the_end_of_sequence_ids_are_those_of_generate() -> None:
 
 def test_the_pool_never_takes_more_than_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "memory_of", lambda _device: (4_096_000, 4_096_000))
-    assert loading._num_slots(None, 8192, 1000, torch.device("cpu")) == 1024
-    assert loading._num_slots(None, 100, 10, torch.device("cpu")) == 400
-    assert loading._num_slots(5000, 8192, 500, torch.device("cpu")) == 5000
+    assert loading.choose_num_slots(None, 8192, 1000, torch.device("cpu")) == 1024
+    assert loading.choose_num_slots(None, 100, 10, torch.device("cpu")) == 400
+    assert loading.choose_num_slots(5000, 8192, 500, torch.device("cpu")) == 5000
 
 
 def test_a_pool_larger_than_the_memory_is_refused() -> None:

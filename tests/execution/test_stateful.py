@@ -20,7 +20,7 @@ from copyspec_engine import (
 from copyspec_engine.execution import stateful
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.stateful import StatefulRunner
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from tests.conftest import assert_all_slots_free
 from tests.execution.architectures import STATEFUL, build_model
 from tests.loop.test_lossless import PROMPT, generate, ids_of, run
@@ -30,7 +30,7 @@ PROMPTS = [PROMPT[:n] for n in (5, 60, 33, 90, 1, 47)]
 
 
 def runner_of(engine: Engine) -> StatefulRunner:
-    runner = engine._model.runner
+    runner = loop_of(engine).model.runner
     assert isinstance(runner, StatefulRunner)
     return runner
 
@@ -76,7 +76,7 @@ def test_a_cancelled_request_leaves_no_state(make_engine: MakeEngine) -> None:
     stream = engine.stream(request)
     next(stream)
     held: list[int] = []
-    runner = engine._model.runner
+    runner = loop_of(engine).model.runner
     release = runner.release
     runner.release = lambda key: (held.append(states(engine)), release(key))  # type: ignore[assignment, method-assign, func-returns-value]
     engine.cancel(request.request_id)

@@ -33,7 +33,7 @@ from copyspec_engine.chat.formats import find_chat_format
 from copyspec_engine.drafting.tree import FORCED, DraftTree
 from copyspec_engine.grammar.state import GrammarCompiler, GrammarState
 from copyspec_engine.sampling.processors import _unpacked, _unpacked_octets, mask_tokens
-from copyspec_engine.testing import ByteTokenizer, scripted_engine
+from copyspec_engine.testing import ByteTokenizer, loop_of, scripted_engine
 from tests.conftest import END, Written, assert_all_slots_free
 from tests.loop.test_lossless import OracleTrees, ids_of, same_answer
 
@@ -140,7 +140,7 @@ def test_draft_trees_with_wrong_branches_give_the_plain_tokens(
     for grammar, _ in VALID:
         plain = ask(engine, grammar, "none", temperature=1.0, seed=2)
         for seed in range(3):
-            engine._core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
+            loop_of(engine).core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
             assert same_answer(plain, ask(engine, grammar, "adaptive", temperature=1.0, seed=2))
         for written, draft in verified:
             assert_allowed(grammar, written, draft)
@@ -163,21 +163,21 @@ def test_calls_are_the_same_whatever_is_drafted_in_every_dialect(make_engine: Ma
     engine = make_engine("llama")
     tools = ToolCalls(tools=TOOLS, tool_choice="required", **DIALECTS[name])
     grammar = Grammar(tools=tools)
-    policy = engine._core.policy
+    policy = loop_of(engine).core.policy
     for options in ({}, {"temperature": 1.0, "seed": 5}):
         plain = ask(engine, grammar, "none", **options)
         for _ in range(2):
             assert same_answer(plain, ask(engine, grammar, "adaptive", **options))
-        engine._core.policy = OracleTrees(plain.token_ids, 1)  # type: ignore[assignment]
+        loop_of(engine).core.policy = OracleTrees(plain.token_ids, 1)  # type: ignore[assignment]
         assert same_answer(plain, ask(engine, grammar, "adaptive", **options))
-        engine._core.policy = policy
+        loop_of(engine).core.policy = policy
     assert_all_slots_free(engine)
 
 
 def watch_verified(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], DraftTree]]:
     """What was written before each draft that an engine verifies from now on, and the draft."""
     verified: list[tuple[list[int], DraftTree]] = []
-    forward = engine._model.runner.forward
+    forward = loop_of(engine).model.runner.forward
 
     written = Written()
 
@@ -185,7 +185,7 @@ def watch_verified(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tupl
         verified.extend((written.of(piece), piece.draft) for piece in pieces)
         return forward(pieces)
 
-    monkeypatch.setattr(engine._model.runner, "forward", watched)
+    monkeypatch.setattr(loop_of(engine).model.runner, "forward", watched)
     return verified
 
 
@@ -650,8 +650,8 @@ def test_a_bitmask_refuses_zeros_and_whatever_lies_beyond_it(width: int, dtype: 
 
 def test_every_end_token_may_end_an_answer_and_ids_without_a_token_are_never_allowed(bundled: Engine) -> None:
     ends = {bundled.encode(name)[0] for name in ("<|im_end|>", "<|endoftext|>")}
-    width = bundled._model.runner.vocab_size + 50
-    state = GrammarCompiler(bundled._model.tokenizer, width, frozenset(ends)).begin(Grammar(regex="(.|\n)*"))
+    width = loop_of(bundled).model.runner.vocab_size + 50
+    state = GrammarCompiler(loop_of(bundled).model.tokenizer, width, frozenset(ends)).begin(Grammar(regex="(.|\n)*"))
     kept = masked_by(torch.zeros(1, width), state.masks(DraftTree()))[0] == 0.0
     assert all(kept[end] for end in ends)
     assert int(kept.sum()) > 3000

@@ -33,7 +33,7 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import loading
 from copyspec_engine.execution.loading import load_model, prepare
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from copyspec_engine.values.config import DraftModelUse
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
 from tests.drafting.test_live_cost import watched_cost
@@ -81,15 +81,15 @@ def make_drafted() -> Iterator[MakeDrafted]:
 
 def assert_no_draft_rows_left(engine: Engine) -> None:
     """After every request is over, only rows that are kept for later calls use slots of the draft model."""
-    combination = engine._core.combination
+    combination = loop_of(engine).core.combination
     assert combination is not None
     draft = combination.draft_model
     users = np.zeros(draft.kv.pool.num_slots, dtype=np.int32)
-    for row in draft.kv.cache._rows.values():
+    for row in draft.kv.cache.rows:
         assert len(row.slots) == len(row.token_ids) == len(np.unique(row.slots))
         users[row.slots] += 1
     assert (users == draft.kv.pool.users).all()
-    assert draft.num_rows == len(combination._known) == 0
+    assert draft.num_rows == combination.num_requests == 0
     assert_all_slots_free(engine)
 
 
@@ -102,9 +102,9 @@ def by_source(output: GenerationOutput) -> dict[str, int]:
 
 def test_a_draft_model_has_a_cost_of_its_own(make_drafted: MakeDrafted) -> None:
     engine = make_drafted(perturbed(0.02), step_cost="measured", draft="draft")
-    combination = engine._core.combination
+    combination = loop_of(engine).core.combination
     assert combination is not None
-    steps, passes = watched_cost(engine._core._cost), watched_cost(combination._own_cost)
+    steps, passes = watched_cost(loop_of(engine).core.cost), watched_cost(combination.own_cost)
     plain = run(engine, PROMPT, "none", max_tokens=40)
     del steps[:]
     drafted = run(engine, PROMPT, "draft-model", max_tokens=40)
@@ -118,7 +118,7 @@ def test_a_draft_model_has_a_cost_of_its_own(make_drafted: MakeDrafted) -> None:
 @pytest.mark.parametrize("use", USES)
 def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, use: DraftModelUse) -> None:
     engine = make_drafted(perturbed(0.02), max_prefill_tokens=64)
-    draft, read = engine._model.draft, []
+    draft, read = loop_of(engine).model.draft, []
     assert draft is not None
     forward = draft.runner.forward
 
@@ -141,8 +141,8 @@ def test_a_conversation_keeps_the_kv_of_both_models(make_drafted: MakeDrafted, u
     assert (not read) == (use == "never")
     engine.forget("chat")
     assert_no_draft_rows_left(engine)
-    assert engine._core.combination is not None
-    assert len(engine._core.combination.draft_model.kv.cache) == 0
+    assert loop_of(engine).core.combination is not None
+    assert len(loop_of(engine).core.combination.draft_model.kv.cache) == 0
 
 
 def test_exact_mode_goes_on_working(make_drafted: MakeDrafted) -> None:
@@ -185,13 +185,13 @@ def test_the_reference_asks_for_a_fixed_number_where_nothing_is_copied(
 
 def watched_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftTree]:
     drafts: list[DraftTree] = []
-    forward = engine._model.runner.forward
+    forward = loop_of(engine).model.runner.forward
 
     def watched(pieces: Sequence[Piece]) -> torch.Tensor:
         drafts.extend(piece.draft for piece in pieces)
         return forward(pieces)
 
-    monkeypatch.setattr(engine._model.runner, "forward", watched)
+    monkeypatch.setattr(loop_of(engine).model.runner, "forward", watched)
     return drafts
 
 
@@ -250,7 +250,7 @@ def test_a_long_prompt_is_read_in_pieces(make_drafted: MakeDrafted) -> None:
 
 def test_slots_that_run_out_only_cost_drafts(make_drafted: MakeDrafted) -> None:
     engine = make_drafted()
-    combination = engine._core.combination
+    combination = loop_of(engine).core.combination
     assert combination is not None
     pool = combination.draft_model.kv.pool
     taken = pool.allocate(pool.num_free - 20)
@@ -268,7 +268,7 @@ def test_slots_that_run_out_only_cost_drafts(make_drafted: MakeDrafted) -> None:
 
 def crash_for(engine: Engine, monkeypatch: pytest.MonkeyPatch, culprits: set[str], after: int = 2) -> None:
     """Passes of the draft model fail once they have run `after` times and a culprit is in them."""
-    draft = engine._model.draft
+    draft = loop_of(engine).model.draft
     assert draft is not None
     forward, passes = draft.runner.forward, 0
 
@@ -381,7 +381,7 @@ def test_both_models_are_loaded_from_folders(tmp_path: Path) -> None:
         assert engine.info.draft_model == small
         assert engine.info.draft_model_step_cost == CHEAP
         assert f"reading the weights of {small}" in map(str, said)
-        draft = engine._model.draft
+        draft = loop_of(engine).model.draft
         assert draft is not None
         assert (draft.info.num_kv_slots, draft.info.device) == (engine.info.num_kv_slots, "cpu")
         plain = run(engine, PROMPT, "none")

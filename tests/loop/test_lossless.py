@@ -25,7 +25,7 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.lab.bench.lossless_rounds import crowded, rounds
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from tests.conftest import END, assert_all_slots_free, build_model
 
 MakeEngine = Callable[..., Engine]
@@ -119,13 +119,13 @@ def same_answer(a: GenerationOutput, b: GenerationOutput) -> bool:
 def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftTree]:
     """The drafts that an engine verifies from now on."""
     drafts: list[DraftTree] = []
-    forward = engine._model.runner.forward
+    forward = loop_of(engine).model.runner.forward
 
     def watched(pieces: Sequence[Piece]) -> torch.Tensor:
         drafts.extend(piece.draft for piece in pieces)
         return forward(pieces)
 
-    monkeypatch.setattr(engine._model.runner, "forward", watched)
+    monkeypatch.setattr(loop_of(engine).model.runner, "forward", watched)
     return drafts
 
 
@@ -210,12 +210,12 @@ def test_draft_trees_with_wrong_branches_give_the_plain_tokens(make_engine: Make
     engine = make_engine(architecture)
     plain = run(engine, PROMPT, "none", max_tokens=60)
     for seed in range(3):
-        engine._core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
+        loop_of(engine).core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
         drafted = run(engine, PROMPT, "adaptive", session="chat", max_tokens=60)
         assert same_answer(plain, drafted)
         assert drafted.tokens_per_forward > 1.5
         follow_up = (*PROMPT, *drafted.token_ids, *PROMPT[:20])
-        engine._core.policy = OracleTrees((), seed)  # type: ignore[assignment]
+        loop_of(engine).core.policy = OracleTrees((), seed)  # type: ignore[assignment]
         reused = run(engine, follow_up, "none", session="chat")
         assert reused.usage.cached_tokens > len(PROMPT)
         assert same_answer(reused, run(engine, follow_up, "none"))
@@ -226,11 +226,11 @@ def test_scattered_slots_give_the_plain_tokens(make_engine: MakeEngine, architec
     engine = make_engine(architecture, kv_cache_tokens=1024)
     plain = run(engine, PROMPT, "none")
     taken = np.random.default_rng(0).permutation(1024)[:700]
-    engine._core.kv.pool._users[taken] = 1
-    engine._core.kv.pool._num_free -= len(taken)
-    assert engine._core.kv.pool._find_run(len(PROMPT)) is None
+    loop_of(engine).core.kv.pool._users[taken] = 1
+    loop_of(engine).core.kv.pool._num_free -= len(taken)
+    assert loop_of(engine).core.kv.pool._find_run(len(PROMPT)) is None
     assert same_answer(plain, run(engine, PROMPT, "adaptive"))
-    engine._core.kv.pool.release(taken)
+    loop_of(engine).core.kv.pool.release(taken)
     assert_all_slots_free(engine)
 
 

@@ -252,9 +252,9 @@ def test_a_deleted_owner_may_come_back(file: MemoryFile) -> None:
 def test_a_delete_that_was_cut_short_is_finished_by_the_next_open(path: Path, tmp_path: Path) -> None:
     with closing(reopened(path)) as file:
         file.save("a", [SavedSegment(0, 0, np.tile(_mark(1), 1000))])
-        file._connection.execute("PRAGMA wal_checkpoint")
-        file._connection.execute("DROP TABLE segments_1")  # the first half of delete
-        file._connection.execute("DELETE FROM owners")
+        sql(file, "PRAGMA wal_checkpoint")
+        sql(file, "DROP TABLE segments_1")  # the first half of delete
+        sql(file, "DELETE FROM owners")
         crashed = _copy(path, tmp_path / "crashed")
     assert _mark(1).tobytes() in _bytes_on_disk(crashed)
     with closing(reopened(crashed)):
@@ -333,7 +333,7 @@ def _copy(path: Path, folder: Path) -> Path:
 def test_a_kill_while_the_log_moves_into_the_file_is_no_damage(path: Path, tmp_path: Path) -> None:
     with closing(reopened(path)) as file:
         file.save("a", [segment(1, 10)])
-        file._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        sql(file, "PRAGMA wal_checkpoint(TRUNCATE)")
         file.save("a", [segment(2, 50_000)])
         crashed = _copy(path, tmp_path / "crashed")
     # The first page has been moved: it counts pages that only the log has as yet.
@@ -397,6 +397,11 @@ def test_closing_waits_for_a_call_in_another_thread(path: Path) -> None:
 
 
 # --- files that are refused ---
+
+
+def sql(file: MemoryFile, statement: str) -> sqlite3.Cursor:
+    """Change a file behind its back."""
+    return file._connection.execute(statement)
 
 
 def _refused(path: Path, match: str, fingerprint: Fingerprint = FINGERPRINT) -> None:
@@ -555,7 +560,7 @@ def test_a_broken_page_is_found_when_the_file_is_opened(path: Path) -> None:
     with closing(reopened(path)) as file:
         file.save("a", [segment(1, 10)])
         query = "SELECT rootpage FROM sqlite_master WHERE name = 'segments_1'"
-        (page,) = file._connection.execute(query).fetchone()
+        (page,) = sql(file, query).fetchone()
     broken = bytearray(path.read_bytes())
     broken[4096 * (page - 1) : 4096 * page] = bytes(4096)
     path.write_bytes(broken)
@@ -566,8 +571,8 @@ def test_a_segment_moved_to_another_owner_is_left_out(path: Path, caplog: pytest
     with closing(reopened(path)) as file:
         file.save("session:a", [segment(1, 10)])
         file.save("session:b", [segment(2, 10)])
-        file._connection.execute("UPDATE owners SET name = CAST('session:c' AS BLOB) WHERE id = 1")
-        file._connection.execute("INSERT INTO segments_2 SELECT * FROM segments_1")
+        sql(file, "UPDATE owners SET name = CAST('session:c' AS BLOB) WHERE id = 1")
+        sql(file, "INSERT INTO segments_2 SELECT * FROM segments_1")
         assert contents(file) == {"session:c": {}, "session:b": expected([segment(2, 10)])}
         assert caplog.text.count("it is not what was saved") == 2
         caplog.clear()
@@ -578,7 +583,7 @@ def test_a_segment_moved_to_another_owner_is_left_out(path: Path, caplog: pytest
 @pytest.mark.parametrize("change", ["kind = 1.5", "kind = 'x'", "tokens = 'text'", "tokens = 5", "number = 2"])
 def test_values_of_other_types_are_left_out_and_their_numbers_free(file: MemoryFile, change: str) -> None:
     file.save("a", [segment(1, 10, kind=1), segment(3, 5)])
-    file._connection.execute(f"UPDATE segments_1 SET {change} WHERE number = 1")
+    sql(file, f"UPDATE segments_1 SET {change} WHERE number = 1")
     assert contents(file) == {"a": expected([segment(3, 5)])}
     file.save("a", [segment(1, 10), segment(2, 10)])
     assert contents(file) == {"a": expected([segment(1, 10), segment(2, 10), segment(3, 5)])}
@@ -595,7 +600,7 @@ def test_an_owner_whose_name_cannot_be_read_leaves_the_others_alone(
 ) -> None:
     for owner in ("session:a", "session:b"):
         file.save(owner, [segment(1, 10)])
-    file._connection.execute(f"UPDATE owners SET name = {name} WHERE id = 1")
+    sql(file, f"UPDATE owners SET name = {name} WHERE id = 1")
     assert contents(file) == {"session:b": expected([segment(1, 10)])}
     assert "its name cannot be read" in caplog.text
 

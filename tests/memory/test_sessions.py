@@ -23,7 +23,7 @@ from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile, SavedSegment
 from copyspec_engine.memory.index import BREAK, CopyIndex
 from copyspec_engine.memory.store import SessionStore
-from copyspec_engine.testing import ByteTokenizer, scripted_engine
+from copyspec_engine.testing import ByteTokenizer, loop_of, scripted_engine
 from copyspec_engine.values.tokens import Fingerprint
 from tests.conftest import assert_all_slots_free
 
@@ -71,14 +71,14 @@ FEW = 20
 def watch_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[DraftTree]]:
     """The drafts of an engine from now on, by request."""
     drafts: dict[str, list[DraftTree]] = {}
-    forward = engine._model.runner.forward
+    forward = loop_of(engine).model.runner.forward
 
     def watched(pieces: Sequence[Piece]) -> torch.Tensor:
         for piece in pieces:
             drafts.setdefault(piece.key, []).append(piece.draft)
         return forward(pieces)
 
-    monkeypatch.setattr(engine._model.runner, "forward", watched)
+    monkeypatch.setattr(loop_of(engine).model.runner, "forward", watched)
     return drafts
 
 
@@ -138,7 +138,7 @@ def test_a_session_keeps_its_kv_and_what_it_has_learnt_when_it_uses_a_pool(make_
     engine.generate(ask("hello", session_id="a", memory_pool="team"))
     assert engine.generate(ask("hello", session_id="a", memory_pool="team")).usage.cached_tokens > 20
     assert engine.generate(ask("hello", session_id="b", memory_pool="team")).usage.cached_tokens == 0
-    pool = engine._core.conversations.texts._pools["team"]
+    pool = loop_of(engine).core.conversations.texts.peek_pool("team")
     assert pool is not None
     first, second = pool.memories["a"], pool.memories["b"]
     assert first.index is second.index
@@ -180,7 +180,7 @@ def test_the_record_of_who_wrote_into_a_pool_does_not_grow_for_ever(make_engine:
     engine = make_engine(memory_tokens=4096, max_sessions=3)
     for i in range(60):
         engine.generate(ask(f"{i} " * 300, session_id=f"s{i}", memory_pool="team"))
-    pool = engine._core.conversations.texts._pools["team"]
+    pool = loop_of(engine).core.conversations.texts.peek_pool("team")
     assert pool is not None
     assert len(pool.memories) < 30
     assert len(pool.index) <= 4 * 4096 + 2048
@@ -203,7 +203,7 @@ def test_a_forgotten_session_is_gone_from_its_pools_too(make_engine: MakeEngine)
         assert passes(engine, session_id="c", memory_pool=pool, sampling=SamplingParams(seed=1)) > 100
         engine.forget("c")
     assert not engine.forget("a")
-    pool = engine._core.conversations.texts._pools["one"]
+    pool = loop_of(engine).core.conversations.texts.peek_pool("one")
     assert pool is not None
     assert b"hello from b" in tokens_in(pool.index)
     assert TEXT.encode()[:20] not in tokens_in(pool.index)
@@ -236,7 +236,7 @@ def test_a_call_goes_on_when_it_is_forgotten_and_keeps_nothing(
     text = next(stream).text + next(stream).text
     assert engine.forget("a") if what == "session" else engine.forget_pool("team")
     num_before = len(drafts[request.request_id])
-    memory = engine._loop.requests[request.request_id][0].drafting.memory
+    memory = loop_of(engine).requests[request.request_id][0].drafting.memory
     text += "".join(chunk.text for chunk in stream)
     assert text == TEXT
     assert stream.result().finish_reason == "stop"
@@ -263,7 +263,7 @@ def test_two_calls_of_a_session_in_flight_are_both_forgotten(make_engine: MakeEn
         next(stream)
     assert engine.forget("a")
     assert [stream.result().text for stream in streams] == [TEXT, TEXT]
-    pool = engine._core.conversations.texts._pools["team"]
+    pool = loop_of(engine).core.conversations.texts.peek_pool("team")
     assert pool is not None
     assert tokens_in(pool.index) == b""
     assert pool.memories == {}
@@ -413,8 +413,8 @@ def test_the_disk_holds_as_many_sessions_and_pools_as_memory_does(
         engine.generate(ask("again", session_id="s3"))
         engine.generate(ask("new", session_id="new"))  # s4 goes, s3 was used later
         engine.generate(ask("new", memory_pool="new"))
-        assert engine._core.file is not None
-        sessions = {owner for owner in engine._core.file.owners() if owner.startswith("session:")}
+        assert loop_of(engine).core.file is not None
+        sessions = {owner for owner in loop_of(engine).core.file.owners() if owner.startswith("session:")}
         assert sessions == {"session:s3", "session:s5", "session:new"}
     text = bytes_on_disk(path.parent)
     assert [number for number in range(6) if f"text of {number}".encode() in text] == [3, 5]
@@ -425,8 +425,8 @@ def test_texts_that_memory_forgot_are_gone_from_the_disk(make_engine: MakeEngine
     engine = make_engine(memory_path=str(path), memory_tokens=8192)
     for i in range(30):
         engine.generate(ask(f"<{i}>" * 200, session_id="a", drafter="none"))
-    assert engine._core.file is not None
-    saved = [ByteTokenizer().decode(segment.tokens.tolist()) for segment in engine._core.file.load("session:a")]
+    assert loop_of(engine).core.file is not None
+    saved = [ByteTokenizer().decode(segment.tokens.tolist()) for segment in loop_of(engine).core.file.load("session:a")]
     assert any("<29><29>" in text for text in saved)
     assert not any("<5><5>" in text for text in saved)
     assert sum(map(len, saved)) <= 8192
@@ -553,7 +553,7 @@ def test_a_session_that_is_not_erased_on_disk_is_said_to_be_there(
     passes(engine, session_id="a")
     with FullDisk(monkeypatch, "delete"), pytest.raises(MemoryFileError, match="the disk is full"):
         engine.forget("a")
-    assert engine._core.kv.pool.num_free == engine._core.kv.pool.num_slots
+    assert loop_of(engine).core.kv.pool.num_free == loop_of(engine).core.kv.pool.num_slots
     assert TEXT[:30].encode() in bytes_on_disk(path.parent)
     assert engine.forget("a")
     assert TEXT[:30].encode() not in bytes_on_disk(path.parent)

@@ -107,7 +107,7 @@ def test_an_engine_has_the_tokenizer_of_the_file(
     write_model(path, models(name))
     expected = build_tokenizer(read_file(path))
     got: Any = read_tokenizer(EngineConfig(model=str(path)))
-    assert got._backend.to_str() == expected.backend_tokenizer.to_str()
+    assert got.backend.to_str() == expected.backend_tokenizer.to_str()
 
 
 def test_a_draft_model_may_be_a_gguf_file_too(models: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from copyspec_engine import (
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.provenance.explain import _contents, _marked, _texts
 from copyspec_engine.provenance.trail import find_around
-from copyspec_engine.testing import scripted_engine
+from copyspec_engine.testing import loop_of, scripted_engine
 from copyspec_engine.values.explanation import NOT_COPIED
 
 DOCUMENT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, does not mind this at all; nor do I."
@@ -337,13 +337,13 @@ def test_erased_texts_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "The password is swordfish, and nobody else must ever hear of it, whatever they offer."
     with scripted_engine(lambda prompt: secret * 3 if "Say" in prompt else "No.") as engine:
         ask(engine, secret + " Keep it.")
-        forward, passes, forgotten = engine._model.runner.forward, itertools.count(), threading.Event()
+        forward, passes, forgotten = loop_of(engine).model.runner.forward, itertools.count(), threading.Event()
 
         def held(*args: Any) -> Any:
             assert next(passes) < 2 or forgotten.wait(30)  # the answer must not be over before it is forgotten
             return forward(*args)
 
-        monkeypatch.setattr(engine._model.runner, "forward", held)
+        monkeypatch.setattr(loop_of(engine).model.runner, "forward", held)
         handle = engine.stream(GenerationRequest(messages=messages("Say it."), session_id="s"))
         next(handle)
         done = threading.Thread(target=engine.forget, args=("s",))

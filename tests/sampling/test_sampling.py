@@ -22,7 +22,7 @@ from copyspec_engine import (
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
 from tests.loop.test_lossless import PROMPT, OracleTrees, run, same_answer
 
@@ -63,10 +63,10 @@ def test_drafting_never_changes_the_answer(make_engine: MakeEngine, sampling: di
         plain = run(engine, prompt, "none", **sampling)
         assert same_answer(plain, run(engine, prompt, "adaptive", "chat", **sampling))
         changed |= plain.token_ids != run(engine, prompt, "adaptive", max_tokens=32).token_ids
-        copying = engine._core.policy
-        engine._core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
+        copying = loop_of(engine).core.policy
+        loop_of(engine).core.policy = OracleTrees(plain.token_ids, seed)  # type: ignore[assignment]
         trees = run(engine, prompt, "adaptive", "trees", **sampling)
-        engine._core.policy = copying
+        loop_of(engine).core.policy = copying
         assert same_answer(plain, trees)
         num_accepted += trees.draft_stats.num_accepted_tokens
         prompt = (*prompt, *plain.token_ids, *PROMPT[:20])
@@ -125,7 +125,7 @@ def test_logprobs_are_those_of_a_plain_pass_of_the_model(make_engine: MakeEngine
     engine = make_engine("llama")
     sampling = {**sampling, "logprobs": True, "top_logprobs": 4}
     plain = run(engine, PROMPT, "none", **sampling)
-    engine._core.policy = OracleTrees(plain.token_ids, 0)  # type: ignore[assignment]
+    loop_of(engine).core.policy = OracleTrees(plain.token_ids, 0)  # type: ignore[assignment]
     request = GenerationRequest(prompt_token_ids=PROMPT, sampling=SamplingParams(max_tokens=48, **sampling))
     chunks = list(engine.stream(request))
     drafted = chunks[-1].output
@@ -260,7 +260,7 @@ def test_answers_over_many_seeds_follow_the_exact_probabilities(drafter: str) ->
     seen = dict.fromkeys(odds, 0)
     with Engine(config, model=model) as engine:
         if drafter == "adaptive":
-            engine._core.policy = RandomTrees((), 5)  # type: ignore[assignment]
+            loop_of(engine).core.policy = RandomTrees((), 5)  # type: ignore[assignment]
         options: dict[str, Any] = {"temperature": 1.0, "top_k": 4, "presence_penalty": 0.8, "max_tokens": 3}
         handles = [
             engine.stream(

@@ -109,6 +109,11 @@ def test_what_identifies_a_model_is_what_decides_its_answer(make_engine: MakeEng
     assert json.loads(json.dumps(params)) == params
 
 
+def cache_key(llm: ChatCopySpec, **options: Any) -> str:
+    """What LangChain's caches know a call by."""
+    return llm._get_llm_string(**options)
+
+
 def test_the_conversation_is_no_part_of_cache_keys_and_traces() -> None:
     llm = ChatCopySpec()
     for name, value in {
@@ -119,8 +124,8 @@ def test_the_conversation_is_no_part_of_cache_keys_and_traces() -> None:
         "timeout": 3.0,
         "max_retries": 2,
     }.items():
-        assert llm._get_llm_string(**{name: value}) == llm._get_llm_string()
-        assert ChatCopySpec(**{name: value})._get_llm_string() == llm._get_llm_string()
+        assert cache_key(llm, **{name: value}) == cache_key(llm)
+        assert cache_key(ChatCopySpec(**{name: value})) == cache_key(llm)
     assert "session_id" not in llm._get_invocation_params(session_id="a")
     assert "prediction" not in llm._get_invocation_params(prediction="text")
     assert "a" not in llm._get_ls_params(session_id="a").values()
@@ -141,15 +146,15 @@ DECIDING: list[dict[str, Any]] = [
 
 
 def test_a_cache_key_has_what_decides_an_answer_whoever_says_it() -> None:
-    plain = ChatCopySpec()._get_llm_string()
+    plain = cache_key(ChatCopySpec())
     keys = {plain}
     for options in DECIDING:
-        key = ChatCopySpec()._get_llm_string(**options)
-        assert ChatCopySpec(**options)._get_llm_string() == key
+        key = cache_key(ChatCopySpec(), **options)
+        assert cache_key(ChatCopySpec(**options)) == key
         keys.add(key)
     assert len(keys) == 1 + len(DECIDING)
-    assert ChatCopySpec(output_version="v1")._get_llm_string() not in keys
-    assert ChatCopySpec()._get_llm_string(stop_sequences="x") == ChatCopySpec()._get_llm_string(stop=["x"])
+    assert cache_key(ChatCopySpec(output_version="v1")) not in keys
+    assert cache_key(ChatCopySpec(), stop_sequences="x") == cache_key(ChatCopySpec(), stop=["x"])
 
 
 def test_a_cache_key_has_the_tools_and_the_form_of_a_call() -> None:
@@ -179,9 +184,9 @@ def test_a_cache_key_has_the_tools_and_the_form_of_a_call() -> None:
         {"response_format": other()},
         {"response_format": {"type": "json_object"}},
     ]
-    assert len({llm._get_llm_string(**options) for options in calls}) == len(calls)
-    assert llm._get_llm_string(tools=[add]) == llm._get_llm_string(**llm.bind_tools([add]).kwargs)
-    assert llm._get_llm_string(tools=[add], tool_choice=True) == llm._get_llm_string(tools=[add], tool_choice="any")
+    assert len({cache_key(llm, **options) for options in calls}) == len(calls)
+    assert cache_key(llm, tools=[add]) == cache_key(llm, **llm.bind_tools([add]).kwargs)
+    assert cache_key(llm, tools=[add], tool_choice=True) == cache_key(llm, tools=[add], tool_choice="any")
 
 
 @pytest.mark.parametrize(
@@ -198,12 +203,12 @@ def test_a_cache_key_has_the_tools_and_the_form_of_a_call() -> None:
     ],
 )
 def test_a_cache_key_has_what_an_engine_decides(options: dict[str, Any]) -> None:
-    assert ChatCopySpec(engine=EngineConfig(**options))._get_llm_string() != ChatCopySpec()._get_llm_string()
+    assert cache_key(ChatCopySpec(engine=EngineConfig(**options))) != cache_key(ChatCopySpec())
 
 
 def test_a_cache_key_lacks_how_much_an_engine_does_at_once() -> None:
     config = EngineConfig(max_running=2, max_waiting=3, max_sessions=4, memory_path="m", step_cost="remeasure")
-    assert ChatCopySpec(engine=config)._get_llm_string() == ChatCopySpec()._get_llm_string()
+    assert cache_key(ChatCopySpec(engine=config)) == cache_key(ChatCopySpec())
     every = set(EngineConfig.model_fields)
     assert every > set(ChatCopySpec()._identifying_params["engine"]) > {"model", "dtype", "quantization", "drafter"}
 
