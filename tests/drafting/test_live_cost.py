@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from copyspec_engine.testing import loop_of
 from copyspec_engine import Engine
 from copyspec_engine.drafting.cost import Points
 from copyspec_engine.drafting.live_cost import LiveCost
+from copyspec_engine.testing import loop_of
 from tests.conftest import STEP_COST
 from tests.loop.test_lossless import PROMPT, run, same_answer
 
