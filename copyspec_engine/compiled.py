@@ -40,7 +40,20 @@ def compiled(function: _Function) -> _Function:
         logger.warning("this version of Numba keeps machine code elsewhere; drafting is compiled anew in each process")
         return cast(_Function, njit(nogil=True)(function))
     file._source_stamp = _stamp()  # in Numba's own terms the digest of one file
+    file._load_index = _forgiving(file._load_index)
     return cast(_Function, kept)
+
+
+def _forgiving(load_index: Callable[[], dict[Any, Any]]) -> Callable[[], dict[Any, Any]]:
+    """Numba reads what is kept before it looks whether it is of these files; that of others may name types long gone."""
+
+    def load() -> dict[Any, Any]:
+        try:
+            return load_index()
+        except (AttributeError, ImportError):
+            return {}
+
+    return load
 
 
 def inlined(function: _Function) -> _Function:

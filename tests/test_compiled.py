@@ -67,20 +67,27 @@ def test_every_module_with_compiled_code_decides_whether_kept_code_is_used() -> 
 
 
 SMALL = """
+from typing import NamedTuple
 from compiled import compiled
 
+class Pair{number}(NamedTuple):
+    left: int
+    right: int
+
+Pair = Pair{number}  # types of earlier versions are gone
+
 @compiled
-def inner(x):
-    return x + {number}
+def inner(pair):
+    return pair.left + pair.right + {number}
 
 """
 OUTER = """
 from compiled import compiled
-from memory.acceptance import inner
+from memory.acceptance import Pair, inner
 
 @compiled
 def outer(x):
-    return inner(x)
+    return inner(Pair(x, 0))
 
 print(outer(1), sum(outer.stats.cache_hits.values()))
 """
