@@ -45,7 +45,7 @@ def compiled(function: _Function) -> _Function:
 
 
 def _forgiving(load_index: Callable[[], dict[Any, Any]]) -> Callable[[], dict[Any, Any]]:
-    """Numba reads what is kept before it looks whether it is of these files; that of others may name types long gone."""
+    """Numba reads what is kept before it looks whether it is of these files; others' may name types long gone."""
 
     def load() -> dict[Any, Any]:
         try:

@@ -46,7 +46,8 @@ def endless() -> Iterator[Engine]:
     """An engine whose every answer is long, so that there is time to interrupt it."""
     with scripted_engine(lambda _prompt: "abcdefg hijk " * 200, EngineConfig(drafter="none")) as engine:
         yield engine
-        assert_all_slots_free(engine)
+        if not loop_of(engine).is_over:
+            assert_all_slots_free(engine)
 
 
 @pytest.fixture
@@ -445,8 +446,6 @@ def test_closing_ends_unfinished_requests_and_refuses_new_ones(endless: Engine) 
     with pytest.raises(EngineStoppedError):
         endless.generate(ask("again"))
     endless.close()
-    with scripted_engine([]) as engine:  # the fixture checks the slots of an engine whose requests are over
-        endless._core = loop_of(engine).core
 
 
 @pytest.mark.parametrize(
