@@ -110,11 +110,13 @@ def slow(make_engine: Callable[..., Engine]) -> Engine:
 def stopped_early() -> Callable[[Engine], Awaitable[bool]]:
     """Whether an engine is idle within two seconds and has not written an answer of `slow` to its end."""
 
+    from copyspec_engine.testing import held_by, loop_of
+
     async def stopped_early(engine: Engine) -> bool:
         await asyncio.to_thread(engine.forget, "nobody")  # answered once all that was asked for before is carried out
         for _ in range(200):
-            if not engine._loop.requests and not engine._core.scheduler:
-                return bool(engine._model.runner.num_forward_passes < 7000)
+            if not any(held_by(engine)):
+                return bool(loop_of(engine).model.runner.num_forward_passes < 7000)
             await asyncio.sleep(0.01)
         return False
 

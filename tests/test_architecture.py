@@ -193,6 +193,23 @@ def test_the_integrations_do_not_import_each_other() -> None:
             assert not any(imported.startswith(other) for imported in modules_imported(path)), path
 
 
+MOST_PRIVATE = 40
+"""Uses of private attributes of other objects in tests, other libraries' included. It only shrinks: see `testing`."""
+
+
+def test_tests_ask_for_little_that_is_private() -> None:
+    paths = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "integrations").rglob("tests/*.py"), ROOT / "conftest.py"]
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    private = [
+        ast.unparse(node)
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and re.match("_[a-z]", node.attr)
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    ]
+    assert len(private) <= MOST_PRIVATE, private
+
+
 def test_the_list_of_too_long_and_too_wide_functions_only_shrinks() -> None:
     """A file that is on the list in pyproject.toml without a need is taken off it; no other file needs it."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]

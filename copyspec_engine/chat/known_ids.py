@@ -111,7 +111,7 @@ class Speller:
         encode: Callable[[str], list[int]],
         decode: Callable[[Sequence[int]], str],
     ) -> None:
-        self._ids, self._encode, self._decode = frozenset(control.values()), encode, decode
+        self._ids, self.encode, self._decode = frozenset(control.values()), encode, decode
         names = sorted(map(re.escape, control), key=len, reverse=True)
         self._names = re.compile("|".join(names) or "(?!)")
 
@@ -123,14 +123,14 @@ class Speller:
             if at > best_at:
                 best, best_count, best_at = spelling, count, at
         if best is None or best.stretches is None:
-            return self._encode(text)
+            return self.encode(text)
         end, last = best.stretches[best_count - 1]
         known = best.token_ids[:end].tolist()
         if not self._names.fullmatch(last):
-            return known + self._encode(text[best_at:])
+            return known + self.encode(text[best_at:])
         # With the control token before it, so that a text in the middle is not taken for one at the beginning.
-        rest = self._encode(last + text[best_at:])
-        return known + rest[1:] if rest[0] == known[-1] else self._encode(text)
+        rest = self.encode(last + text[best_at:])
+        return known + rest[1:] if rest[0] == known[-1] else self.encode(text)
 
     def _common(self, text: str, stretches: Sequence[tuple[int, str]]) -> tuple[int, int]:
         """How many stretches a text begins with, and their length, up to where it can be divided."""

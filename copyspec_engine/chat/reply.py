@@ -36,6 +36,11 @@ class _Part:
         """White space that may still turn out to be between parts."""
 
     @property
+    def num_held(self) -> int:
+        """Characters that are held back."""
+        return sum(map(len, self._held))
+
+    @property
     def text(self) -> str:
         return "".join(self._pieces)
 
@@ -124,6 +129,13 @@ class ReplyParser:
         self._text, self._reasoning = _Part(), _Part()
         self._loose = []
         self._has_others, self._in_text = self.is_reasoning, not self.is_reasoning
+
+    @property
+    def num_held(self) -> int:
+        """Characters that were read and are in no part yet, since more of the answer decides what they are."""
+        of_call = 0 if self._reader is None else self._reader.num_held
+        of_marks = 0 if self._parser is None else len(self._parser.pending)
+        return of_marks + of_call + self._text.num_held
 
     def feed(self, text: str) -> list[ReplyDelta]:
         """What more text adds to the parts. `text` is the answer's own, special tokens included."""

@@ -140,10 +140,11 @@ class HFTokenizer:
             raise UnsupportedModelError(
                 f"Got tokenizer {type(tokenizer).__name__} but expected a fast one (a tokenizer.json in the folder)"
             )
-        self._tokenizer = tokenizer
-        self._tokenizer.model_max_length = sys.maxsize  # the engine checks lengths; no warning beside its error
+        self.tokenizer = tokenizer
+        """As transformers has it."""
+        self.tokenizer.model_max_length = sys.maxsize  # the engine checks lengths; no warning beside its error
         if chat_template is not None:
-            self._tokenizer.chat_template = given_template(chat_template)
+            self.tokenizer.chat_template = given_template(chat_template)
         self.backend: Any = tokenizer.backend_tokenizer
         """The `tokenizers.Tokenizer` behind it."""
         # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
@@ -160,7 +161,7 @@ class HFTokenizer:
             name: ChatTemplate(self._chat_format.prelude + source, variables) for name, source in sources.items()
         }
         control = self._control_tokens(sources)
-        self._speller = Speller(
+        self.speller = Speller(
             control, partial(self.encode, special_tokens=False), partial(self.decode, skip_special_tokens=False)
         )
         names = "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
@@ -168,7 +169,7 @@ class HFTokenizer:
 
     def _sources(self) -> dict[str, str]:
         """The chat templates by name; most models have one, "default"."""
-        found = self._tokenizer.chat_template or {}
+        found = self.tokenizer.chat_template or {}
         sources = dict(found) if isinstance(found, dict) else {"default": found}
         if sources and not {"default", "tool_use"} & sources.keys():
             raise ConfigError(
@@ -194,7 +195,7 @@ class HFTokenizer:
     def _control_tokens(self, sources: Mapping[str, str]) -> dict[str, int]:
         """The ids of special tokens, and of all others that a chat template writes, by name."""
         template = "".join(sources.values()) + self._chat_format.prelude
-        added = self._tokenizer.added_tokens_decoder.items()
+        added = self.tokenizer.added_tokens_decoder.items()
         return {
             token.content: token_id
             for token_id, token in added
@@ -203,7 +204,7 @@ class HFTokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        token_id: int | None = self._tokenizer.eos_token_id
+        token_id: int | None = self.tokenizer.eos_token_id
         return token_id
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
@@ -224,7 +225,7 @@ class HFTokenizer:
         spellings: Sequence[Spelling] = (),
     ) -> list[int]:
         text = self._rendered(messages, tools, template_kwargs)
-        return self._encode_marked(text) if _OPEN in text else self._speller.spell(text, spellings)
+        return self._encode_marked(text) if _OPEN in text else self.speller.spell(text, spellings)
 
     def render_text(
         self,
@@ -294,7 +295,7 @@ class HFTokenizer:
         else:
             before, both = encode("\n"), encode("\n" + text)
             ids = both[len(before) :] if both[: len(before)] == before else encode(text)
-        token = self._tokenizer.convert_tokens_to_ids(text) if as_letters else None
+        token = self.tokenizer.convert_tokens_to_ids(text) if as_letters else None
         if token in ids:
             raise ConfigError(
                 f"Got a message that holds the control token {text!r}, which this tokenizer cannot write as text: "
@@ -347,7 +348,7 @@ class HFTokenizer:
         begins = "".join(self._chat_format.assistant)
         return {
             token_id: token.content
-            for token_id, token in self._tokenizer.added_tokens_decoder.items()
+            for token_id, token in self.tokenizer.added_tokens_decoder.items()
             if token.special or (token.content in begins and not token.content.isspace())
         }
 
@@ -364,7 +365,7 @@ class HFTokenizer:
         return self._chat_format
 
     def _find_format(self, sources: Mapping[str, str], tool_prompt: bool) -> ChatFormat:
-        own = getattr(self._tokenizer, "response_template", None)
+        own = getattr(self.tokenizer, "response_template", None)
         try:
             if own is not None:
                 load_response_template(own)
@@ -372,7 +373,7 @@ class HFTokenizer:
             logger.warning("The tokenizer's response template is not used: %s", error)
             own = None
         source = sources.get("tool_use") or sources.get("default")
-        variables = self._tokenizer.special_tokens_map
+        variables = self.tokenizer.special_tokens_map
         return describe_template(source, variables, response_template=own, tool_prompt=tool_prompt)
 
     def vocabulary(self) -> dict[str, int]:
@@ -384,14 +385,14 @@ class HFTokenizer:
         with self._encoding:
             normalizer = json.loads(self.backend.to_str())["normalizer"]
         values = {"vocabulary": self.vocabulary(), "normalizer": normalizer}
-        return Fingerprint.of(values, self._tokenizer.chat_template)
+        return Fingerprint.of(values, self.tokenizer.chat_template)
 
     def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
         from llguidance.hf import from_tokenizer
 
         with self._encoding:
-            width = max(vocab_size, len(self._tokenizer))
-            fast: Any = self._tokenizer
+            width = max(vocab_size, len(self.tokenizer))
+            fast: Any = self.tokenizer
             return from_tokenizer(fast, n_vocab=width, eos_token=list(eos_token_ids))
 
 

@@ -118,6 +118,11 @@ class CallsReader:
         self._is_named = layout.style == "named"
         self._state: Callable[[str], tuple[str, list[ReplyDelta]]] = self._head if self._is_named else self._between
 
+    @property
+    def num_held(self) -> int:
+        """Characters that are read and in no call yet."""
+        return len(self._held) + len(self._skipped)
+
     def feed(self, text: str) -> list[ReplyDelta]:
         """What more text adds to the calls, or, where it is none, to the answer's text."""
         deltas: list[ReplyDelta] = []

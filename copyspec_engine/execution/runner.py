@@ -81,9 +81,10 @@ class ModelRunner:
         self._vocab_size = vocab_size(model)
         self._store = KVStore(num_slots)
         self.exact_widths = exact_widths
-        self._passes: StaticPasses | None = None
+        self.passes: StaticPasses | None = None
+        """How passes run that are packed; None: all run through the model's own path."""
         if execution in ("paged", "graphs", "compiled"):
-            self._passes = StaticPasses(model, self._store, use_graphs=execution != "paged")
+            self.passes = StaticPasses(model, self._store, use_graphs=execution != "paged")
 
     @property
     def vocab_size(self) -> int:
@@ -101,12 +102,12 @@ class ModelRunner:
     @property
     def is_static(self) -> bool:
         """Whether passes run out of static buffers, so that the first one of a size takes long."""
-        return self._passes is not None
+        return self.passes is not None
 
     @property
     def capture_error(self) -> str | None:
         """Why passes are not captured any more; None if they are, or never were."""
-        return None if self._passes is None else self._passes.capture_error
+        return None if self.passes is None else self.passes.capture_error
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         if self.exact_widths is None:
@@ -124,8 +125,8 @@ class ModelRunner:
 
         They are good until the next pass.
         """
-        if self._passes is not None:
-            return self._passes.run(pieces)
+        if self.passes is not None:
+            return self.passes.run(pieces)
         ids = [token for piece in pieces for token in piece.ids]
         written = len(ids)
         ids += [0] * (self._filled(written) - written)

@@ -53,7 +53,7 @@ class DraftChain:
         self.is_fixed = is_fixed
         self._copies, self._most, self._acceptance, self._eos = copies, most, acceptance, eos_token_ids
         self.drafted: list[DraftedToken] = []
-        self._likely: list[float] = []
+        self.likely: list[float] = []
         """Probability of each of them."""
         self._copies_likely = likely.tolist()
         self._masses = masses(copies, likely)
@@ -84,7 +84,7 @@ class DraftChain:
         node_costs = (pace * cost.marginal(width, len(self._copies) + self._most)).tolist()
         best = beside = 0.0
         instead = -self._worth_of_copies(cost, width, pace)
-        reach = self._likely[-1] if self._likely else 1.0
+        reach = self.likely[-1] if self.likely else 1.0
         for depth in range(len(self.drafted) + 1, self._most + 1):
             right, new = self._acceptance.expected(self.strength(depth), depth)
             beside += reach * new - pace * pass_cost - node_costs[len(self._copies) + depth - 1]
@@ -104,20 +104,20 @@ class DraftChain:
             self._at = self._children[self._at + 1].get(guess.token)
         strength = self.strength(len(self.drafted) + 1)
         self.drafted.append(DraftedToken(guess.token, guess.probability, strength, self._at is not None))
-        before = self._likely[-1] if self._likely else 1.0
-        self._likely.append(1.0 if self.is_fixed else before * self._acceptance.chance(self.drafted[-1]))
+        before = self.likely[-1] if self.likely else 1.0
+        self.likely.append(1.0 if self.is_fixed else before * self._acceptance.chance(self.drafted[-1]))
 
     def tree(self, pass_cost: float, cost: CostCurve, width: int, pace: float) -> DraftTree:
         """What is worth verifying of the copies and of what the draft model wrote; arguments as for `gain`."""
         tokens = [drafted_token.token for drafted_token in self.drafted]
         parents = range(-1, len(tokens) - 1)
-        tree = self._copies.merged(tokens, parents, self._likely, DRAFT_MODEL, len(tokens) * pass_cost)
+        tree = self._copies.merged(tokens, parents, self.likely, DRAFT_MODEL, len(tokens) * pass_cost)
         if self.is_fixed or not len(tree):
             return tree
-        chosen = best_nodes(np.array(self._posterior(tree)), cost.seconds(width, len(tree) + 1), pace)
+        chosen = best_nodes(np.array(self.posterior(tree)), cost.seconds(width, len(tree) + 1), pace)
         return tree.kept(np.sort(chosen).tolist())
 
-    def _posterior(self, tree: DraftTree) -> list[float]:
+    def posterior(self, tree: DraftTree) -> list[float]:
         """How likely each node of `tree` is, now that the draft model has spoken.
 
         Copies that say something else can only be right where it errs: what is left of their probability is what it
@@ -129,7 +129,7 @@ class DraftChain:
         for drafted_token in self.drafted:
             at = children[at + 1][drafted_token.token]
             depths[at] = len(depths)
-        chain, reach = list(depths), [1.0, *self._likely]
+        chain, reach = list(depths), [1.0, *self.likely]
         own = [*self._copies_likely, *tree.probabilities[len(self._copies) :].tolist(), 1.0]
         likely, factors = [0.0] * len(tree), [1.0] * len(tree)
         for node, parent in enumerate(tree.parents):
@@ -152,7 +152,7 @@ class DraftChain:
             own: probability of that node.
             own_next: of its token, by the copies if they hold it.
         """
-        drafted_token, reach = self.drafted[depth], [1.0, *self._likely]
+        drafted_token, reach = self.drafted[depth], [1.0, *self.likely]
         others = 1 - own_next / max(own, _LEAST) if drafted_token.is_copied else 1.0
         return (1 - reach[depth + 1] / max(reach[depth], _LEAST)) / max(others, _LEAST)
 

@@ -380,7 +380,7 @@ PRESCRIBED = [name for name in FAMILIES if tokenizer_of(name).chat_format().call
 def compiler_of(name: str) -> GrammarCompiler:
     tokenizer = tokenizer_of(name)
     assert tokenizer.eos_token_id is not None
-    return GrammarCompiler(tokenizer, len(tokenizer._tokenizer), frozenset({tokenizer.eos_token_id}))
+    return GrammarCompiler(tokenizer, len(tokenizer.tokenizer), frozenset({tokenizer.eos_token_id}))
 
 
 def allows(name: str, grammar: Grammar, text: str) -> bool:
@@ -612,10 +612,7 @@ def test_a_piece_is_looked_at_once_however_long_the_answer_is(name: str, kind: s
     parser = ReplyParser(tokenizer_of(name).chat_format(), rendered(name, [USER]), TOOLS)
     for at in range(0, len(text), 4):
         parser.feed(text[at : at + 4])
-        assert parser._parser is not None
-        reader = parser._reader
-        held = parser._parser.pending + ("" if reader is None else reader._held + reader._skipped)
-        assert len(held) + sum(map(len, parser._text._held)) < 200
+        assert parser.num_held < 200
     reply, _ = parser.finish()
     assert len(reply.text) + len(str(reply.tool_calls)) > 16_000
 

@@ -95,9 +95,9 @@ def test_a_prompt_without_earlier_ids_is_what_transformers_makes_of_it(tokenizer
     words = ["the", " house", "\n", "é🙂", "<|e|>", "<think>", "<|", "\U000f0000", "  x"]
     for _ in range(100):
         messages = chat(*("".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(3)))
-        if "sanitize_control_tokens" not in inspect.signature(tokenizer._tokenizer.apply_chat_template).parameters:
+        if "sanitize_control_tokens" not in inspect.signature(tokenizer.tokenizer.apply_chat_template).parameters:
             messages = chat("the house", " x")
-        wanted = tokenizer._tokenizer.apply_chat_template(
+        wanted = tokenizer.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
         )
         assert tokenizer.render(messages, None) == wanted
@@ -150,8 +150,8 @@ def test_what_is_known_of_a_long_prompt_is_not_tokenised_again(
     ids = tokenizer.render(messages, None)
     assert len(ids) > 30_000
     read: list[int] = []
-    encode = tokenizer._speller._encode
-    monkeypatch.setattr(tokenizer._speller, "_encode", lambda text: read.append(len(text)) or encode(text))
+    encode = tokenizer.speller.encode
+    monkeypatch.setattr(tokenizer.speller, "encode", lambda text: read.append(len(text)) or encode(text))
     plain = tokenizer.render([*messages, USER], None)
     assert sum(read) > len(text)
     read.clear()

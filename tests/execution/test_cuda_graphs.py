@@ -86,8 +86,8 @@ def test_buffers_grow_for_a_long_context(monkeypatch: pytest.MonkeyPatch) -> Non
     runner = ModelRunner(model, NUM_SLOTS, execution="paged")
     for ours, theirs in zip(logits_of(runner), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert isinstance(runner._passes, StaticPasses)
-    assert len(runner._passes.host) == len(runner._passes.buffer) > 16
+    assert isinstance(runner.passes, StaticPasses)
+    assert len(runner.passes.host) == len(runner.passes.buffer) > 16
 
 
 def paged_engine(name: str, **options: Any) -> Engine:

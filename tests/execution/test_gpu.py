@@ -58,7 +58,7 @@ def test_passes_are_captured(name: str, compiled: bool) -> None:
         assert engine.info.execution_error is None
         assert engine.info.execution == ("compiled" if compiled else "graphs")
         answer(engine, "adaptive")
-        passes = loop_of(engine).model.runner._passes  # type: ignore[attr-defined]
+        passes = loop_of(engine).model.runner.passes  # type: ignore[attr-defined]
         assert passes.num_graphs > 1
         assert passes.is_capturing
 

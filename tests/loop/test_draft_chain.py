@@ -110,13 +110,13 @@ def test_nothing_is_written_behind_an_end_or_beyond_the_limit() -> None:
 
 def test_copies_that_the_draft_model_confirms_gain_and_the_others_lose() -> None:
     confirmed = written(chain(COPIES), 5, 6, 7)
-    likely = confirmed._posterior(COPIES.merged((5, 6, 7), (-1, 0, 1), confirmed._likely, DRAFT_MODEL))
+    likely = confirmed.posterior(COPIES.merged((5, 6, 7), (-1, 0, 1), confirmed.likely, DRAFT_MODEL))
     assert likely[0] > 0.8 > 0.6
     assert likely[2] > 0.7 > 0.5
     assert likely[1] < 0.06
     opposed = written(chain(COPIES), 7)
-    likely = opposed._posterior(COPIES.merged((7,), (-1,), opposed._likely, DRAFT_MODEL))
-    assert likely[3] == opposed._likely[0] > 0.5
+    likely = opposed.posterior(COPIES.merged((7,), (-1,), opposed.likely, DRAFT_MODEL))
+    assert likely[3] == opposed.likely[0] > 0.5
     assert likely[0] == pytest.approx(0.6 * (1 - likely[3]))
     assert likely[2] == pytest.approx(0.5 * (1 - likely[3]))
 

@@ -248,7 +248,7 @@ def test_drafting_by_a_model_needs_a_draft_model(echo: Engine) -> None:
 
 def test_a_listener_to_loading_decides_no_answer() -> None:
     told, untold = ChatCopySpec(on_progress=print), ChatCopySpec()
-    assert told._get_llm_string() == untold._get_llm_string()
+    assert cache_key(told) == cache_key(untold)
     assert told._identifying_params == untold._identifying_params
     bound: Any = told.bind(temperature=0.5).bound
     assert bound.on_progress is print
