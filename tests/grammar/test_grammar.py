@@ -190,7 +190,7 @@ def watch_verified(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tupl
 
 
 def matcher_of(grammar: Grammar) -> llguidance.LLMatcher:
-    matcher = GrammarCompiler(ByteTokenizer(), 258, frozenset({END})).begin(grammar)._place.matcher
+    matcher = GrammarCompiler(ByteTokenizer(), 258, frozenset({END})).begin(grammar)._position.matcher
     assert matcher is not None
     return matcher
 

@@ -238,13 +238,13 @@ async def test_who_shows_the_whole_talk_goes_on_with_its_kv_on_every_path(make_e
 
 def test_callers_of_one_model_meet_nothing_of_each_other(make_engine: MakeEngine) -> None:
     llm = ChatCopySpec(engine=make_engine(lambda prompt: TEXT), include_explanation=True)
-    llm.invoke([HumanMessage(TEXT + " Ann's PIN is 4711.")])
-    for guess in ("4711", "4712"):
+    llm.invoke([HumanMessage(TEXT + " Ann's PIN is swordfish.")])
+    for guess in ("swordfish", "swordfist"):
         answer = llm.invoke([HumanMessage(TEXT[:40] + f" Ann's PIN is {guess}.")])
         assert cached(answer) == 0
         assert {span.source for span in llm.explain(answer).spans} <= {"prompt", "answer", "frequent"}
     stranger = llm.invoke("hi")
-    assert "4711" not in json.dumps(messages_to_dict([stranger]))
+    assert "swordfish" not in json.dumps(messages_to_dict([stranger]))
     assert not any(span.source.startswith("earlier") for span in llm.explain(stranger).spans)
 
 

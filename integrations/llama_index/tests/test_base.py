@@ -434,11 +434,11 @@ async def test_who_shows_the_whole_talk_goes_on_with_its_kv(make_engine: MakeEng
 
 def test_callers_of_one_llm_meet_nothing_of_each_other(make_engine: MakeEngine) -> None:
     llm = CopySpec(engine=make_engine(lambda prompt: NUMBERS), include_explanation=True)
-    llm.chat([ChatMessage(f"{NUMBERS} Ann's PIN is 4711.")])
-    found = [llm.chat([ChatMessage(f"{NUMBERS} Ann's PIN is {guess}.")]) for guess in ("4711", "4712")]
+    llm.chat([ChatMessage(f"{NUMBERS} Ann's PIN is swordfish.")])
+    found = [llm.chat([ChatMessage(f"{NUMBERS} Ann's PIN is {guess}.")]) for guess in ("swordfish", "swordfist")]
     assert [usage(response)["cached_tokens"] for response in found] == [0, 0]
     stranger = llm.complete("hi")
-    assert "4711" not in str(stranger.raw)
+    assert "swordfish" not in str(stranger.raw)
     assert not any(span.source.startswith("earlier") for span in llm.explain(stranger).spans)
 
 
