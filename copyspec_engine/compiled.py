@@ -35,7 +35,7 @@ def compiled(function: _Function) -> _Function:
         kept: Any = njit(cache=True, nogil=True)(function)
     except RuntimeError:  # no folder can be written
         return cast(_Function, njit(nogil=True)(function))
-    file = getattr(kept._cache, "_cache_file", object())
+    file: Any = getattr(kept._cache, "_cache_file", None)
     if not hasattr(file, "_source_stamp"):
         logger.warning("this version of Numba keeps machine code elsewhere; drafting is compiled anew in each process")
         return cast(_Function, njit(nogil=True)(function))
