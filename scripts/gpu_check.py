@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "transformers", "pydantic", "numpy", "rich", "pytest")
+NEEDED = ("torch", "transformers", "pydantic", "numpy", "numba", "rich", "typer", "pytest")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "mixtral")
 DRAFTERS = ("none", "adaptive", "copyspec")
 TURNS, NEW_TOKENS = 3, 48

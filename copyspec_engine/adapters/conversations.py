@@ -24,7 +24,7 @@ from typing import Any
 
 from copyspec_engine.values.errors import ConfigError
 
-__all__ = ["Conversations", "Talk", "conversation", "current_conversation", "first_named"]
+__all__ = ["ConversationFinder", "Talk", "conversation", "current_conversation", "first_named"]
 
 _MAX_STATES = 1024
 _NORMALISED = ("content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -59,12 +59,12 @@ def first_named(*named: str | None) -> str | None:
     """The conversation of a call: the first that is named by what may name it, in order of precedence.
 
     That is the call itself, then its framework and the code around it in the integration's order, then its model. Where
-    none of them does, what the call shows may (see `Conversations.begin`).
+    none of them does, what the call shows may (see `ConversationFinder.begin`).
     """
     return next((session_id for session_id in named if session_id is not None), None)
 
 
-class Conversations:
+class ConversationFinder:
     """The conversations of one model object that can be found by what was said. Thread-safe.
 
     A copy, pickled or not, knows none of them.
@@ -80,7 +80,7 @@ class Conversations:
         """The session of the call that was answered last with all that was said so far, hashed, least recently used
         first."""
 
-    def __reduce__(self) -> tuple[type[Conversations], tuple[int]]:
+    def __reduce__(self) -> tuple[type[ConversationFinder], tuple[int]]:
         return type(self), (self._max_states,)
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import Self
 
-from copyspec_engine.adapters.conversations import Conversations, first_named
+from copyspec_engine.adapters.conversations import ConversationFinder, first_named
 from copyspec_engine.adapters.options import AdapterOptions
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.engine import Engine, shared_engine
@@ -40,7 +40,7 @@ class LocalModel(AdapterOptions, ModelOptions):
     """Told of the weights as they are loaded, in the thread that calls; what it raises ends the load. Default: a bar on
     a terminal or in a notebook. It decides no answer: it is not serialised, pickled or part of a cache's key."""
 
-    _conversations: Conversations = PrivateAttr(default_factory=Conversations)
+    _conversations: ConversationFinder = PrivateAttr(default_factory=ConversationFinder)
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,7 @@
-"""The small chat model that ships with the package; importing this module loads nothing heavy."""
+"""The small chat model that ships with the package; importing this module loads nothing heavy.
+
+May import: nothing of ours. Nouns: the folder with its weights, tokenizer and chat template.
+"""
 
 from pathlib import Path
 

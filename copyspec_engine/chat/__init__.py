@@ -1,4 +1,4 @@
 """What people, templates and models write: messages into prompts, tokens into text, and text into replies.
 
-May import: values. Nouns: `ChatTokenizer`, `ChatFormat`, `TextStream`, `Reply`, `KnownIds`.
+May import: values. Nouns: `ChatTokenizer`, `ChatFormat`, `TextStream`, `ReplyParser`, `KnownIds`.
 """

@@ -1,4 +1,4 @@
-"""Text to tokens and back: chat templates, streaming detokenisation and exact stop texts.
+"""Text to tokens and back: chat templates and exact stop texts; detokenizer.py streams what it makes of tokens.
 
 `ChatTokenizer` is what the engine needs of a tokenizer; `HFTokenizer` gives it for any fast tokenizer of a checkpoint.
 """

@@ -1,8 +1,8 @@
 """Which tokens to propose for verification, and how many: one object for each call, in one of three ways.
 
-"adaptive" grows a tree of copies from the conversation's memory by expected value (drafting/kernels/growth.py),
-"copyspec" is the published algorithm, "none" proposes nothing. All learn or keep what they need in `observe`; `propose`
-changes nothing.
+"adaptive" grows a tree of copies from the conversation's memory by expected value (kernels/growth.py),
+"copyspec" is the published algorithm, "none" proposes nothing; nor does "draft-model", whose tokens loop/mix.py asks
+for. All learn or keep what they need in `observe`; `propose` changes nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _REGION = 2048
 """Tokens of memory that a call in flight holds for its answer at a time."""
 _MOST_DELAY = 1.05
 """How much longer the pass that gives an answer's first token may take with a draft in it than without."""
-_NUM_ALTERNATIVES, _MOST_GAIN = 16, 0.5
+_TRIAL_NODES, _MOST_GAIN = 16, 0.5
 """What so many alternatives gain in a pass at most, in tokens: where verifying them costs more, even keeping
 them costs more than it gives."""
 _SHARED = 0.05
@@ -251,7 +251,7 @@ class _AdaptiveDrafter:
         """Whether what the next pass holds likely may ever be worth drafting."""
         if not self._drafts_alternatives:
             return False
-        alone, drafted = self._policy.cost.seconds(1, _NUM_ALTERNATIVES + 1)[[0, -1]].tolist()
+        alone, drafted = self._policy.cost.seconds(1, _TRIAL_NODES + 1)[[0, -1]].tolist()
         worth = float(alternatives_worth(self.acceptance.alternatives))
         return bool(damped_pace(self.acceptance.pace) * (drafted - alone) < _MOST_GAIN * worth)
 

@@ -5,7 +5,7 @@ step, other load on the machine, and a second can be a bad one. Widths that are 
 themselves, so that what was seen of others counts for them too, and a bad experience is forgotten with time: else what
 seemed dear once would never be tried again.
 
-Not covered: measuring at load (execution/runner.py, execution/calibration.py).
+Not covered: measuring at load (execution/pass_cost.py, execution/calibration.py).
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class Engine:
         try:
             explanation = self.explain(request, last.output)
         except Exception:
-            logger.exception("where the answer to request %s came from could not be made out", request.request_id)
+            logger.exception("where the answer to request %s came from could not be resolved", request.request_id)
             return last
         return replace(last, output=replace(last.output, explanation=explanation))
 

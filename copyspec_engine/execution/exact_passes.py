@@ -29,19 +29,19 @@ _TEXT = 4
 """Tokens that the one that is looked at stands behind; no more than a pass holds."""
 
 
-class PassRunner(Protocol):
+class WidthRunner(Protocol):
     """What is checked: `ModelRunner`."""
 
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor: ...
 
 
-class MakeRunner(Protocol):
+class MakeWidthRunner(Protocol):
     """Makes one whose passes are filled up to one of these widths."""
 
-    def __call__(self, *, num_slots: int, exact_widths: tuple[int, ...]) -> PassRunner: ...
+    def __call__(self, *, num_slots: int, exact_widths: tuple[int, ...]) -> WidthRunner: ...
 
 
-def agreeing_widths(name: str, vocabulary: int, make_runner: MakeRunner) -> tuple[int, ...]:
+def agreeing_widths(name: str, vocabulary: int, make_runner: MakeWidthRunner) -> tuple[int, ...]:
     """The most widths of `EXACT_WIDTHS` that agree on the bits of a token; of as many, the widest.
 
     Args:
@@ -73,7 +73,7 @@ def agreeing_widths(name: str, vocabulary: int, make_runner: MakeRunner) -> tupl
     return widths
 
 
-def _logits_everywhere(runner: PassRunner, width: int, vocabulary: int) -> torch.Tensor:
+def _logits_everywhere(runner: WidthRunner, width: int, vocabulary: int) -> torch.Tensor:
     """Logits behind one token, alone and then as a draft at each other place of a pass; shape (width, vocabulary)."""
     generator = np.random.default_rng(0)
     *text, token = generator.integers(0, vocabulary, _TEXT + 1).tolist()

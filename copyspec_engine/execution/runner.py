@@ -92,7 +92,7 @@ class ModelRunner:
 
     @property
     def num_rows(self) -> int:
-        """None: the pool's slots are all that a row has."""
+        """0: the pool's slots are all that a row has."""
         return 0
 
     @property

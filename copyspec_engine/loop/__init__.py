@@ -1,5 +1,5 @@
 """The loop that moves every running request on: schedule, draft, run, sample, verify, commit.
 
-May import: all rooms above. Nouns: `EngineCore`, `Request`, `StepRow`, `Scheduler`,
-`Conversations`, `DraftModel`.
+May import: values, compiled, chat, models, kv, memory, drafting, sampling, grammar, provenance, execution.
+Nouns: `EngineCore`, `Request`, `StepRow`, `Scheduler`, `Conversations`, `DraftWriter`.
 """

@@ -150,7 +150,7 @@ class Conversations:
             if request.drafting.session is None or request.asked.call.keep_texts:
                 self.detach(request)
             else:  # what it copies from is not the conversation's
-                request.drafting.session.is_kept = False
+                request.drafting.session.keeps_kv = False
         had_kv = self._drop(session_id)  # also that of one that keeps no texts
         return self.texts.forget(session_id) or had_kv
 

@@ -19,7 +19,7 @@ from copyspec_engine.loop.draft_chain import Guess
 from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import piece_of, split_evenly
 
-__all__ = ["DraftModel", "UnknownTokenError"]
+__all__ = ["DraftWriter", "UnknownTokenError"]
 
 
 class UnknownTokenError(ValueError):
@@ -38,7 +38,7 @@ class _Followed:
     """It has computed something, rather than only found it in the cache."""
 
 
-class DraftModel:
+class DraftWriter:
     """Follows requests and guesses their next tokens. Only the engine's loop thread may use it.
 
     Args:

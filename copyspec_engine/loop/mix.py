@@ -22,7 +22,7 @@ from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes
 from copyspec_engine.drafting.live_cost import LiveCost
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.draft_chain import DraftChain, Guess, masses
-from copyspec_engine.loop.draft_model import DraftModel, UnknownTokenError
+from copyspec_engine.loop.draft_model import DraftWriter, UnknownTokenError
 from copyspec_engine.loop.request import Request
 from copyspec_engine.memory.draft_acceptance import DraftAcceptance, DraftedToken
 
@@ -85,7 +85,7 @@ class Combination:
         max_tokens: tokens that it is asked for before a pass, at most.
     """
 
-    def __init__(self, draft_model: DraftModel, policy: DraftingPolicy, cost: LiveCost, max_tokens: int) -> None:
+    def __init__(self, draft_model: DraftWriter, policy: DraftingPolicy, cost: LiveCost, max_tokens: int) -> None:
         self.draft_model, self._policy = draft_model, policy
         model = draft_model.model
         self._cost, self.own_cost = cost, LiveCost(model.info.step_cost, is_fixed=not model.cost_is_measured)

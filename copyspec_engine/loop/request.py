@@ -184,7 +184,7 @@ class Request:
         if self.session_id is None:
             return None if self.asked.cache_salt is None else self.number
         session = self.drafting.session
-        return self.session_id if session is not None and session.is_kept else None
+        return self.session_id if session is not None and session.keeps_kv else None
 
     @property
     def max_draft_tokens(self) -> int:

@@ -19,7 +19,7 @@ from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.kv.rows import KVRows
 from copyspec_engine.loop.conversation import Conversations
-from copyspec_engine.loop.draft_model import DraftModel
+from copyspec_engine.loop.draft_model import DraftWriter
 from copyspec_engine.loop.mix import Combination
 from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import Scheduler, StepRow
@@ -68,7 +68,7 @@ class EngineCore:
         self.policy = DraftingPolicy(self.cost.relative)
         self.combination: Combination | None = None
         if model.draft is not None and draft_kv is not None and config.draft is not None:
-            draft_model = DraftModel(model.draft, draft_kv, vocab_size, config.max_prefill_tokens)
+            draft_model = DraftWriter(model.draft, draft_kv, vocab_size, config.max_prefill_tokens)
             self.combination = Combination(draft_model, self.policy, self.cost, config.draft.max_tokens)
 
     # ---- one step --------------------------------------------------------------------------------------------------

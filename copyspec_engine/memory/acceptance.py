@@ -133,7 +133,7 @@ _PATH_PRIOR = 5.0
 _PATH_MEMORY = 200.0
 _LEAST_FACTOR = 0.4
 _ALTERNATIVES_RATE = 0.1
-"""The same for alternatives, of whose worth in a conversation little is known before."""
+"""Step size for alternatives, of whose worth in a conversation little is known before."""
 _ALTERNATIVES_PRIOR = 4.0
 """Tokens that are expected of alternatives before what became of them says much."""
 _ALTERNATIVES_MEMORY = 0.998

@@ -1,6 +1,7 @@
 """The memory file: the texts of conversations on disk, so that they outlive the process.
 
-One SQLite file holds, for every owner (`session:<id>` or `pool:<name>`), segments of text as token ids. What holds:
+One SQLite file holds, for every owner (`session:<id>`, or `pool:[name, session]`), segments of text as token ids.
+What holds:
 
 - **Whole calls.** A call that returned is in the file whole, one that was cut short is there whole or not at all:
   killing the process at any point loses at most the call in flight. A power cut may take back the last calls, never

@@ -40,7 +40,7 @@ ORDERS = np.array([16, 8, 4, 2, 1], dtype=np.int64)
 """Lengths of the token runs that are hashed, longest first."""
 
 MAX_MATCH_TOKENS = 48
-"""Matches are measured up to this length: beyond it the next token survives just as well."""
+"""Matches are measured up to this length: beyond it the next token is right just as often."""
 
 OVERLAP = 32
 """Tokens repeated before and after a text that is cut out of its surroundings, so that matches run across the cut."""

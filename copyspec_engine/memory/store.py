@@ -37,9 +37,9 @@ _POOL_SHARE = 4
 class Session:
     """One conversation: its own texts."""
 
-    def __init__(self, memory: SessionMemory, *, is_kept: bool) -> None:
+    def __init__(self, memory: SessionMemory, *, keeps_kv: bool) -> None:
         self.memory = memory
-        self.is_kept = is_kept
+        self.keeps_kv = keeps_kv
         """It outlives the call; no longer so once it is forgotten."""
 
 
@@ -93,11 +93,11 @@ class SessionStore:
         One that keeps no texts has a memory for this call only, and is not counted, saved or forgotten.
         """
         if session_id is None or not keep_texts:
-            return Session(SessionMemory(self._config.memory_tokens), is_kept=session_id is not None)
+            return Session(SessionMemory(self._config.memory_tokens), keeps_kv=session_id is not None)
         session = self._sessions.pop(session_id, None)
         if session is None:
             memory = SessionMemory(self._config.memory_tokens)
-            session = Session(self._restored(memory, _Owner(session_id)), is_kept=True)
+            session = Session(self._restored(memory, _Owner(session_id)), keeps_kv=True)
         self._sessions[session_id] = session
         while len(self._sessions) > self._config.max_sessions:
             oldest = next(iter(self._sessions))
@@ -112,7 +112,7 @@ class SessionStore:
         session = self._sessions[session_id]
         if session is None:
             memory = SessionMemory(self._config.memory_tokens)
-            session = Session(self._restored(memory, _Owner(session_id)), is_kept=True)
+            session = Session(self._restored(memory, _Owner(session_id)), keeps_kv=True)
             self._sessions[session_id] = session
         return session.memory
 
@@ -175,7 +175,7 @@ class SessionStore:
             return False
         session = self._sessions.pop(session_id)
         if session is not None:
-            session.is_kept, session.memory.owner = False, None
+            session.keeps_kv, session.memory.owner = False, None
             self._drop_kv(session_id)
         return True
 

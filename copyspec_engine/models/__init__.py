@@ -1,5 +1,6 @@
 """Models by name: what a name means, where its files are found, and how they get there.
 
+May import: values, bundled. Nouns: `KnownModel`, `FoundModel`, `ModelFolder`, package, GGUF file.
 Importing this package loads nothing heavy: torch and the hub's client are imported when they are needed.
 """
 

@@ -491,7 +491,7 @@ class GenerationRequest(_Options):
     keep_texts: bool = True
     """False: the session keeps the KV and the spelling of its last call, but none of its texts, so that each of its
     calls copies from its own input only. For sessions that are found by what a call shows (see
-    `adapters.Conversations`): what it does not show is not told it."""
+    `adapters/conversations.py`): what it does not show is not told it."""
     continues: str | None = Field(default=None, min_length=1)
     """Another session whose KV and spelling this call may begin with, and leaves as they are."""
     memory_pool: str | None = Field(default=None, min_length=1)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 __all__ = ["Fingerprint", "TokenArray", "common_prefix_length"]
 
 TokenArray = npt.NDArray[np.int64]
-"""Token ids, shape (n,)."""
+"""Token ids, or the KV slots of tokens, shape (n,)."""
 
 
 def common_prefix_length(a: Sequence[int] | TokenArray, b: Sequence[int] | TokenArray) -> int:

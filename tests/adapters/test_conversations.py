@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest, NoDrafter, SamplingParams
-from copyspec_engine.adapters.conversations import Conversations, Talk
+from copyspec_engine.adapters.conversations import ConversationFinder, Talk
 from copyspec_engine.testing import scripted_engine
 from tests.conftest import assert_all_slots_free
 
@@ -35,14 +35,14 @@ def session(talk: Talk) -> str:
     return str(talk.request_options()["session_id"])
 
 
-def have(conversations: Conversations, messages: list[Message], last: Message, **shown: Any) -> str:
+def have(conversations: ConversationFinder, messages: list[Message], last: Message, **shown: Any) -> str:
     """The session of a call that was answered."""
     talk = conversations.begin(None, messages, shown)
     talk.answered(last)
     return session(talk)
 
 
-def find(conversations: Conversations, messages: list[Message], **shown: Any) -> str | None:
+def find(conversations: ConversationFinder, messages: list[Message], **shown: Any) -> str | None:
     """The session from which a call goes on."""
     options = conversations.begin(None, messages, shown).request_options()
     assert not options["keep_texts"]
@@ -53,7 +53,7 @@ HISTORY = [user("hi"), answer("Hello!"), user("more")]
 
 
 def test_who_shows_the_whole_talk_goes_on_from_it() -> None:
-    conversations = Conversations()
+    conversations = ConversationFinder()
     first = have(conversations, HISTORY[:1], HISTORY[1])
     assert find(conversations, HISTORY) == find(conversations, HISTORY[:2]) == first
     second = have(conversations, HISTORY, answer("Yes."))
@@ -78,7 +78,7 @@ def test_who_shows_the_whole_talk_goes_on_from_it() -> None:
     ],
 )
 def test_who_shows_something_else_stands_alone(shown: list[Message]) -> None:
-    conversations = Conversations()
+    conversations = ConversationFinder()
     first = have(conversations, HISTORY[:1], HISTORY[1])
     assert find(conversations, shown) is None
     have(conversations, shown, answer("Yes."))
@@ -86,7 +86,7 @@ def test_who_shows_something_else_stands_alone(shown: list[Message]) -> None:
 
 
 def test_what_else_the_prompt_is_made_of_must_be_the_same() -> None:
-    conversations, tools = Conversations(), [{"function": {"name": "f"}}]
+    conversations, tools = ConversationFinder(), [{"function": {"name": "f"}}]
     first = have(conversations, HISTORY[:1], HISTORY[1], tools=tools)
     assert find(conversations, HISTORY) is None
     assert find(conversations, HISTORY, tools=[{"function": {"name": "g"}}]) is None
@@ -105,13 +105,13 @@ def test_what_else_the_prompt_is_made_of_must_be_the_same() -> None:
     ],
 )
 def test_an_answer_is_known_in_the_forms_in_which_frameworks_give_it_back(given: Message, back: Message) -> None:
-    conversations = Conversations()
+    conversations = ConversationFinder()
     first = have(conversations, [user("hi")], given)
     assert find(conversations, [user("hi"), back, user("more")]) == first
 
 
 def test_results_belong_to_their_calls_whatever_the_ids_are() -> None:
-    conversations, calls = Conversations(), [call("f", "a", {}), call("f", "b", {})]
+    conversations, calls = ConversationFinder(), [call("f", "a", {}), call("f", "b", {})]
     results = [{"role": "tool", "content": text, "tool_call_id": at} for text, at in (("one", "a"), ("two", "b"))]
     asked = [user("hi"), answer("", tool_calls=calls), *results]
     first = have(conversations, asked, answer("Done."))
@@ -122,7 +122,7 @@ def test_results_belong_to_their_calls_whatever_the_ids_are() -> None:
 
 
 def test_everyone_goes_on_from_the_same_whatever_others_have_added() -> None:
-    conversations = Conversations()
+    conversations = ConversationFinder()
     first = have(conversations, HISTORY[:1], HISTORY[1])
     branches = {have(conversations, [*HISTORY[:2], user(text)], answer("Yes.")) for text in ("one", "two", "two")}
     conversations.begin(None, [*HISTORY[:2], user("three")])  # it failed, or nobody waited for its end
@@ -132,7 +132,7 @@ def test_everyone_goes_on_from_the_same_whatever_others_have_added() -> None:
 
 
 def test_an_id_that_is_named_is_the_conversation_and_is_not_found() -> None:
-    conversations = Conversations()
+    conversations = ConversationFinder()
     talk = conversations.begin("ann", HISTORY[:1])
     talk.answered(HISTORY[1])
     assert talk.named == "ann"
@@ -145,7 +145,7 @@ def test_an_id_that_is_named_is_the_conversation_and_is_not_found() -> None:
 
 
 def test_copies_know_nothing_and_ids_cannot_be_guessed() -> None:
-    conversations = Conversations()
+    conversations = ConversationFinder()
     first = have(conversations, HISTORY[:1], HISTORY[1])
     assert len({first, *(session(conversations.begin(None, HISTORY)) for _ in range(9))}) == 10
     assert len(first) > 32
@@ -157,7 +157,7 @@ def test_copies_know_nothing_and_ids_cannot_be_guessed() -> None:
 
 
 def test_the_conversations_that_can_be_found_are_bounded() -> None:
-    conversations = Conversations(3)
+    conversations = ConversationFinder(3)
     sessions = [have(conversations, [user(str(number))], answer("ok")) for number in range(3)]
     assert find(conversations, [user("0"), answer("ok")]) == sessions[0]
     have(conversations, [user("3")], answer("ok"))
@@ -166,7 +166,7 @@ def test_the_conversations_that_can_be_found_are_bounded() -> None:
 
 
 def test_it_may_be_used_from_many_threads() -> None:
-    conversations, found = Conversations(16), []
+    conversations, found = ConversationFinder(16), []
 
     def work(number: int) -> None:
         asked = [user(f"hi {number}")]
@@ -182,7 +182,7 @@ def test_it_may_be_used_from_many_threads() -> None:
 
 @pytest.mark.parametrize("others_talk", [False, True])
 def test_from_cached_tokens_nobody_can_tell_what_others_have_asked(others_talk: bool) -> None:
-    secret, conversations = "Ann's code is 4711, and the door is green. " * 3, Conversations()
+    secret, conversations = "Ann's code is 4711, and the door is green. " * 3, ConversationFinder()
 
     def cached(*texts: str) -> int:
         asked = [user(text) if number % 2 == 0 else answer(text) for number, text in enumerate(texts)]
@@ -204,7 +204,7 @@ def test_from_cached_tokens_nobody_can_tell_what_others_have_asked(others_talk: 
 
 
 def test_branches_of_a_talk_give_the_tokens_of_plain_decoding() -> None:
-    text, conversations = "One two three four five six seven eight nine ten. " * 2, Conversations()
+    text, conversations = "One two three four five six seven eight nine ten. " * 2, ConversationFinder()
 
     def ask(asked: list[Message]) -> GenerationOutput:
         talk = conversations.begin(None, asked)

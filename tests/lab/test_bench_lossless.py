@@ -45,7 +45,7 @@ def record(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("model", "cases"), [("bundled", 70), ("tiny", 110)])
 def test_no_answer_of_random_conversations_differs_in_float32(tmp_path: Path, model: str, cases: int) -> None:
-    """With those of tests/test_lossless.py there are 500 of them."""
+    """With those of tests/loop/test_lossless.py there are 500 of them."""
     out = tmp_path / "out.json"
     result = lossless("--model", model, "--cases", cases, "--json", out)
     assert result.exit_code == 0, result.output

@@ -95,7 +95,7 @@ def agreeing(draft: DraftTree, answer: Sequence[int]) -> list[int]:
     return nodes
 
 
-def test_hazards_are_probabilities_over_all_that_weights_can_add_up_to() -> None:
+def test_chances_are_probabilities_over_all_that_weights_can_add_up_to() -> None:
     chances = [sigmoid(odds) for odds in np.linspace(-5 * LIMIT, 5 * LIMIT, 101)]
     assert all(0.0 <= chance <= 1.0 for chance in chances)
     assert chances == sorted(chances)

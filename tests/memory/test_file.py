@@ -1,6 +1,6 @@
 """What was saved comes back whole or not at all, and never from a file that cannot be trusted.
 
-Run as a script, this file is the other process of its tests: `python test_memory_file.py TASK PATH [NUMBER]`.
+Run as a script, this file is the other process of its tests: `python test_file.py TASK PATH [NUMBER]`.
 """
 
 from __future__ import annotations

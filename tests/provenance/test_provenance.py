@@ -329,7 +329,7 @@ def test_an_explanation_that_fails_costs_no_answer(
             output = handle.result()
             assert (output.text, output.explanation) == (DOCUMENT, None)
             assert handle.result() == output
-    assert "could not be made out" in caplog.text
+    assert "could not be resolved" in caplog.text
 
 
 def test_erased_texts_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

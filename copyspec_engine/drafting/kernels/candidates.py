@@ -67,7 +67,7 @@ Tables: TypeAlias = tuple[Fields, Fields, Fields, Fields, Fields]
 `CallState` and `Scratch`, each as a plain tuple."""
 
 MOST_CANDIDATES = MOST_POINTERS + NUM_ALTERNATIVES + FREQUENT
-"""Alternatives of one branch point, most."""
+"""Candidates of one branch point, most."""
 _SHARED_LENGTH = 4
 """With a match this long, what shorter ones go on with says nothing any more."""
 _NEARBY_LENGTH = 8

@@ -45,7 +45,7 @@ from copyspec_engine.memory.index import MAX_MATCH_TOKENS
 __all__ = ["MARGIN", "Scratch", "damped_pace", "grow", "make_scratch", "walk"]
 
 _MOST_WAITING = 4096
-"""Alternatives waiting to become nodes."""
+"""Candidates waiting to become nodes."""
 MARGIN = 1.05
 """A node must be worth this many times its cost: near the limit nothing is gained, and estimates err."""
 _PACE_POWER = 0.8

@@ -331,30 +331,30 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
                 for message in writer.chunks(chunk):
                     yield ChatGenerationChunk(message=message)
 
-    def _asked(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> _Asked:
+    def _asked(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> _AskedCall:
         model = options.pop("model", None)
         if model is not None and (not isinstance(model, str) or not model):
             raise ConfigError(f"Got model={model!r} but expected the name of a model or a folder")
         session_id = self._session(options.pop("session_id", None), session_of(None))
         chosen, tools = self.for_call(stop, {**options, "session_id": session_id})
-        return _Asked(model or self.model, to_engine_messages(messages), chosen, tools)
+        return _AskedCall(model or self.model, to_engine_messages(messages), chosen, tools)
 
-    def _call(self, engine: Engine, asked: _Asked) -> PreparedCall:
+    def _call(self, engine: Engine, asked: _AskedCall) -> PreparedCall:
         talk = self._conversations.begin(asked.options.session_id, asked.messages, asked.shown)
         return PreparedCall(asked.request(engine, talk), talk, asked.options)
 
-    def _answer(self, engine: Engine, call: PreparedCall, asked: _Asked, last: StreamChunk) -> AIMessage:
+    def _answer(self, engine: Engine, call: PreparedCall, asked: _AskedCall, last: StreamChunk) -> AIMessage:
         """The whole answer, with which the conversation can be continued."""
         message = self._writer(engine, call, asked).message(last)
         call.talk.answered(to_engine_messages((message,))[-1])
         return message
 
-    def _writer(self, engine: Engine, call: PreparedCall, asked: _Asked) -> ReplyWriter:
+    def _writer(self, engine: Engine, call: PreparedCall, asked: _AskedCall) -> ReplyWriter:
         return ReplyWriter(engine, call, asked.model, blocks=self.output_version == "v1")
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _AskedCall:
     """What one call asks for, checked before any model is loaded."""
 
     model: str

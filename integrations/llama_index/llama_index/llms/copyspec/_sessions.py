@@ -2,7 +2,7 @@
 
 The order: the call's keyword `session_id`; `with conversation("id")`; `instrument_tags({"session_id": "id"})`; inside a
 step of an agent or workflow, the run's `Context`; the LLM's field `session_id`. Where none of them names one, the
-engine package's `Conversations` find it by what the call shows.
+engine package's `ConversationFinder` find it by what the call shows.
 """
 
 from __future__ import annotations
