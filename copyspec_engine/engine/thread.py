@@ -145,8 +145,9 @@ class EngineLoop:
 
     def abandon(self, request: Request) -> None:
         """Nobody will read this request any more: free its id and place now, and its slots at the next step."""
-        if self._take_off(request) is not None:
-            self._commands.put(partial(self._cancel, request))
+        with self.lock:  # another request with its id must come in behind its end
+            if self._take_off(request) is not None:
+                self._commands.put(partial(self._cancel, request))
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request at the next step; its reader gets what was written. False if it is not running (any more)."""

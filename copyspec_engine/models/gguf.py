@@ -105,7 +105,7 @@ class _Teller:
 
 
 def _folder(paths: tuple[Path, ...], digest: str, root: Path) -> Path:
-    stem = re.sub(r"[^A-Za-z0-9.-]+", "_", paths[0].stem).strip("._")[-60:]
+    stem = re.sub(r"[^A-Za-z0-9.-]+", "_", paths[0].stem)[-60:].strip("._") or "model"
     return root / f"{stem}-{digest[:16]}-{_FORMAT}"
 
 

@@ -68,8 +68,7 @@ def plan_removal(name: str) -> Removal:
         raise ModelLoadError(f"Got {name!r}, which is a part of copyspec: `pip uninstall copyspec` removes both")
     folders = _own_folders(name)
     if folders:
-        called = name if name in KNOWN else folders[0].name
-        what = f"{called} in {models_folder()}" + (", with its converted weights" if len(folders) > 1 else "")
+        what = f"{name} in {models_folder()}" + (", with its converted weights" if len(folders) > 1 else "")
         return Removal(what, sum(map(_size, folders)), partial(_remove_folders, folders))
     repo = KNOWN[name].repo if name in KNOWN else "/".join(name.split("/")[:2])
     for cached in _hub_models():
@@ -78,6 +77,9 @@ def plan_removal(name: str) -> Removal:
     if name in KNOWN and installed_file(KNOWN[name].package) is not None:
         package = KNOWN[name].package.name
         raise ModelLoadError(f"Got {name!r}, which is in an installed package: `pip uninstall {package}` removes it")
+    begun = _begun_by(name)
+    if begun is not None:
+        return Removal(f"{begun.name} in {models_folder()}", _size(begun), partial(_remove_folders, [begun]))
     if Path(name).expanduser().exists():
         raise ModelLoadError(f"Got {name!r}, a file or folder of yours: delete it yourself")
     raise ModelLoadError(f"Got {name!r} but no model here is called so: `copyspec models` lists them")
@@ -147,13 +149,20 @@ def _own_folders(name: str) -> list[Path]:
         own = models_folder() / name
         made = converted_folders(KNOWN[name].package.file_sha256)
         return [folder for folder in (own, *made) if folder.is_dir()]
-    made = converted_folders()
-    begun = [folder for folder in made if name and folder.name.startswith(name)]
-    exact = [folder for folder in made if folder.name == name]
-    if not exact and len(begun) > 1:
+    return [folder for folder in converted_folders() if folder.name == name]
+
+
+def _begun_by(name: str) -> Path | None:
+    """The converted folder whose name begins so, where nothing is called so in full.
+
+    Raises:
+        ModelLoadError: several do.
+    """
+    begun = [folder for folder in converted_folders() if name and folder.name.startswith(name)]
+    if len(begun) > 1:
         names = ", ".join(folder.name for folder in begun)
         raise ModelLoadError(f"Got {name!r} but it begins several names: {names}. Give more of one")
-    return exact or begun
+    return begun[0] if begun else None
 
 
 def _remove_folders(folders: list[Path]) -> None:

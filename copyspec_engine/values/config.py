@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.grammar import RequestedGrammar
 from copyspec_engine.values.options import Documented, explain_errors
 from copyspec_engine.values.options import Options as _Options
@@ -176,6 +177,8 @@ class DraftModel(_Options):
     """What its passes cost, as `EngineConfig.step_cost` and in the same unit; both are given, or both measured."""
 
     def __init__(self, name: str | None = None, /, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
+        if name is not None and "name" in options:
+            raise ConfigError(f"Got name={options['name']!r} for DraftModel({name!r}) but expected one name")
         super().__init__(**options if name is None else {"name": name, **options})
 
 

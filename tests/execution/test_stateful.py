@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,3 +165,41 @@ def test_a_model_without_drafting_is_not_measured(make_engine: MakeEngine, caplo
     assert engine.info.kv_bytes_per_token == 2 * 2 * 12 * 4  # one attention layer of two
     with caplog.at_level(logging.INFO):
         assert run(engine, PROMPT, "adaptive", max_tokens=4).usage.completion_tokens == 4
+
+
+def test_an_id_that_is_free_again_is_not_met_by_the_request_that_had_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gives up a request frees its id before the loop has ended it; the next one must come in behind that end."""
+    engine = make_engine("mamba")
+    alone, loop = run(engine, PROMPT, "none", max_tokens=12, ignore_eos=True), loop_of(engine)
+    take_off, asked = loop._take_off, threading.Event()
+
+    def put_aside(request: Any) -> Any:
+        found = take_off(request)
+        if threading.current_thread() is closing:
+            asked.wait(0.3)  # another thread may come in between, if anything lets it
+        return found
+
+    monkeypatch.setattr(loop, "_take_off", put_aside)
+    given_up = GenerationRequest(
+        prompt_token_ids=ids_of("another text"),
+        sampling=SamplingParams(max_tokens=200, ignore_eos=True),
+        request_id="same",
+    )
+    first = engine.stream(given_up)
+    next(first)
+    closing = threading.Thread(target=first.close)
+    closing.start()
+    while "same" in loop.requests:
+        time.sleep(0.001)
+    again = GenerationRequest(
+        prompt_token_ids=PROMPT, sampling=SamplingParams(max_tokens=12, ignore_eos=True), request_id="same"
+    )
+    second = engine.stream(again)
+    for _ in range(5):
+        next(second)
+    asked.set()
+    assert second.result().token_ids == alone.token_ids
+    closing.join()
+    assert states(engine) == 0

@@ -288,17 +288,17 @@ def test_the_least_recently_used_session_is_forgotten_with_its_kv() -> None:
     store.open("b")
     assert store.open("a") is first
     store.open("c")  # b goes
-    assert first.is_kept
+    assert first.keeps_kv
     assert len(store) == 2
     assert dropped == ["b"]
     store.open("d")
     assert dropped == ["b", "a"]
-    assert not first.is_kept
+    assert not first.keeps_kv
 
 
 def test_a_call_without_a_session_is_not_kept() -> None:
     store = store_of()
-    assert not store.open(None).is_kept
+    assert not store.open(None).keeps_kv
     assert store.open(None).memory is not store.open(None).memory
     assert len(store) == 0
 

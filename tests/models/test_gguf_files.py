@@ -211,6 +211,13 @@ def test_a_file_under_another_name_is_not_converted_again(file: Path, cache: Pat
     assert made(cache) == {"seen", first.folder.name}
 
 
+@pytest.mark.parametrize("name", ["模型", "___", "x" * 5 + "." + "y" * 59, "...", "-"])
+def test_any_name_of_a_file_makes_a_folder_that_is_found(file: Path, name: str) -> None:
+    other = file.with_name(name + ".gguf")
+    shutil.copy(file, other)
+    assert convert(str(other)) == convert(str(other))
+
+
 def test_a_cache_that_cannot_be_written_is_told_before_the_file_is_read(
     file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

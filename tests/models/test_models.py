@@ -573,6 +573,13 @@ def test_a_converted_model_is_removed_by_a_beginning_that_no_other_has(cache: Pa
     assert sorted(path.name for path in (cache / "gguf").iterdir()) == names[1:3]
 
 
+def test_a_whole_name_in_the_hubs_cache_goes_before_the_beginning_of_another(tmp_path: Path, cache: Path) -> None:
+    snapshot(tmp_path, "one")
+    for name in ("one-xl-0123456789abcdef-1", "one-xs-0123456789abcdef-1"):
+        (cache / "gguf" / name).mkdir(parents=True)
+    assert plan_removal("one").what == "one in the hub's cache"
+
+
 def test_the_hubs_cache_without_its_folder_is_no_error() -> None:
     with pytest.raises(LocalEntryNotFoundError):
         huggingface_hub.snapshot_download(REPO, local_files_only=True)

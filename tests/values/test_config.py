@@ -177,3 +177,8 @@ def test_the_defaults_are_greedy_and_adaptive() -> None:
     assert SamplingParams().temperature == 0.0
     assert SamplingParams(stop="END").stop == ("END",)
     assert (CopySpecDrafter().min_match_tokens, CopySpecDrafter().block) == (3, 10)
+
+
+def test_a_draft_model_has_one_name() -> None:
+    with pytest.raises(ConfigError, match=r"Got name='b' for DraftModel\('a'\) but expected one name"):
+        DraftModel("a", name="b")
