@@ -172,7 +172,8 @@ def test_an_id_that_is_free_again_is_not_met_by_the_request_that_had_it(
 ) -> None:
     """Who gives up a request frees its id before the loop has ended it; the next one must come in behind that end."""
     engine = make_engine("mamba")
-    alone, loop = run(engine, PROMPT, "none", max_tokens=12, ignore_eos=True), loop_of(engine)
+    prompt = ids_of("once upon a time there was a king who")
+    alone, loop = run(engine, prompt, "none", max_tokens=12, ignore_eos=True), loop_of(engine)
     take_off, asked = loop._take_off, threading.Event()
 
     def put_aside(request: Any) -> Any:
@@ -183,7 +184,7 @@ def test_an_id_that_is_free_again_is_not_met_by_the_request_that_had_it(
 
     monkeypatch.setattr(loop, "_take_off", put_aside)
     given_up = GenerationRequest(
-        prompt_token_ids=ids_of("another text"),
+        prompt_token_ids=ids_of("the cat sat on the mat and"),
         sampling=SamplingParams(max_tokens=200, ignore_eos=True),
         request_id="same",
     )
@@ -194,7 +195,7 @@ def test_an_id_that_is_free_again_is_not_met_by_the_request_that_had_it(
     while "same" in loop.requests:
         time.sleep(0.001)
     again = GenerationRequest(
-        prompt_token_ids=PROMPT, sampling=SamplingParams(max_tokens=12, ignore_eos=True), request_id="same"
+        prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=12, ignore_eos=True), request_id="same"
     )
     second = engine.stream(again)
     for _ in range(5):
