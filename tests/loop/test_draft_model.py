@@ -37,7 +37,7 @@ from copyspec_engine.testing import ByteTokenizer, loop_of
 from copyspec_engine.values.config import DraftModelUse
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
 from tests.drafting.test_live_cost import watched_cost
-from tests.loop.test_lossless import PROMPT, ids_of, run, same_answer
+from tests.loop.test_lossless import PROMPT, ids_of, run, same_answer, watch_drafts
 
 USES: dict[DraftModelUse, DrafterConfig] = {
     "never": AdaptiveDrafter(draft_model="never"),
@@ -175,7 +175,7 @@ def test_the_reference_asks_for_a_fixed_number_where_nothing_is_copied(
     make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch, drafter: Any
 ) -> None:
     engine = make_drafted(draft=DraftModel("draft", max_tokens=4, step_cost=CHEAP))
-    drafts = watched_drafts(engine, monkeypatch)
+    drafts = watch_drafts(engine, monkeypatch)
     run(engine, PROMPT, drafter, max_tokens=100, ignore_eos=True)
     asked = [draft for draft in drafts if len(draft) and draft.cost]
     kinds = {(tuple((draft.sources < -1000).tolist()), draft.is_chain) for draft in asked[:-1]}
@@ -183,21 +183,9 @@ def test_the_reference_asks_for_a_fixed_number_where_nothing_is_copied(
     assert any(len(draft) and not draft.cost for draft in drafts)
 
 
-def watched_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[DraftTree]:
-    drafts: list[DraftTree] = []
-    forward = loop_of(engine).model.runner.forward
-
-    def watched(pieces: Sequence[Piece]) -> torch.Tensor:
-        drafts.extend(piece.draft for piece in pieces)
-        return forward(pieces)
-
-    monkeypatch.setattr(loop_of(engine).model.runner, "forward", watched)
-    return drafts
-
-
 def test_a_tree_may_hold_branches_of_both(make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_drafted(perturbed(0.03), draft=DraftModel("draft", step_cost=((1, 0.01), (64, 0.02))))
-    drafts = watched_drafts(engine, monkeypatch)
+    drafts = watch_drafts(engine, monkeypatch)
     for seed in range(4):
         run(engine, PROMPT, "adaptive", "chat", max_tokens=100, temperature=0.05, seed=seed)
     both = [draft for draft in drafts if 0 < (draft.sources < -1000).sum() < len(draft)]
@@ -209,7 +197,7 @@ def test_strong_copies_never_pay_for_the_draft_model(
     make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_drafted(draft=DraftModel("draft", step_cost=((1, 0.3), (64, 0.5))))
-    drafts = watched_drafts(engine, monkeypatch)
+    drafts = watch_drafts(engine, monkeypatch)
     output = run(engine, PROMPT, "adaptive", max_tokens=300, ignore_eos=True)
     assert by_source(output)["draft_model"] > 0
     strong = [draft for draft in drafts if _copied_mass(draft) > 0.9]
