@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import copyspec_engine
 from copyspec_engine import AdaptiveDrafter
 from copyspec_engine.drafting.cost import CostCurve
 from copyspec_engine.drafting.drafter import DraftingPolicy
-from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.memory.acceptance import (
     NUM_WEIGHTS,
     Acceptance,
@@ -28,6 +27,7 @@ from copyspec_engine.memory.acceptance import (
     sigmoid,
 )
 from copyspec_engine.memory.conversation import SessionMemory
+from tests.drafting.test_growth import follow
 
 LIMIT = 8.0
 
@@ -75,24 +75,12 @@ def test_learning_stays_finite_on_adversarial_text(kind: str, start: str) -> Non
             draft = drafter.propose(1, 200)
             assert all(0.0 <= chance <= 1.0 for chance in draft.probabilities)
             answer = list(itertools.islice(source, 40))
-            nodes = agreeing(draft, answer)
+            nodes = follow(draft, answer[:-1])
             drafter.observe(draft, nodes, answer[: len(nodes) + 1])
         drafter.finish()
         assert memory.acceptance is not None
         assert_is_finite(memory.acceptance)
         assert_is_finite(policy.acceptance)
-
-
-def agreeing(draft: DraftTree, answer: Sequence[int]) -> list[int]:
-    nodes: list[int] = []
-    for token in answer[:-1]:
-        at = nodes[-1] if nodes else -1
-        ways = enumerate(zip(draft.parents, draft.tokens, strict=True))
-        node = next((node for node, way in ways if way == (at, token)), None)
-        if node is None:
-            break
-        nodes.append(node)
-    return nodes
 
 
 def test_chances_are_probabilities_over_all_that_weights_can_add_up_to() -> None:
