@@ -1,7 +1,8 @@
 """GGUF files as models: their weights are dequantised once and kept as a folder in transformers' form.
 
-The folder is in the cache folder, under the hash of the files' content; which content a path had is remembered by its
-size and time of change. It appears whole or not at all.
+Their blocks are kept beside them as they are (`gguf_weights.AS_STORED`). The folder is in the cache folder, under the
+hash of the files' content; which content a path had is remembered by its size and time of change. It appears whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from copyspec_engine.models.gguf_config import config_of
@@ -33,7 +33,7 @@ __all__ = ["Converted", "convert", "is_converted"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Goes up when the same file would be converted otherwise: what was kept before is then not used any more."""
 _NOTE = "copyspec.json"
 _CHUNK = 2**24
@@ -123,8 +123,8 @@ def _kept(digest: str) -> Converted | None:
 def _disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
             raise ModelLoadError(_no_room(root)) from error
         raise ModelLoadError(f"The model cannot be converted to a folder in {root}: {error}") from error
 

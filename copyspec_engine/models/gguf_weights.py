@@ -1,4 +1,4 @@
-"""The weights of a GGUF file, dequantised, under transformers' names.
+"""The weights of a GGUF file, dequantised, under transformers' names; and beside them as they are in the file.
 
 Every tensor of the file is used and every weight of the model filled, or the file is refused. A tensor is kept in the
 narrowest type that holds its values exactly: float16 and bfloat16 as they are, all others in float32.
@@ -6,9 +6,8 @@ narrowest type that holds its values exactly: float16 and bfloat16 as they are, 
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,23 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, LlamaFileType, get_tensor_name_map
 from gguf.quants import dequantize
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from copyspec_engine.models.gguf_config import FACTORS
 from copyspec_engine.models.gguf_file import GgufFile, GgufTensor
+from copyspec_engine.models.tensor_file import TensorWriter
 from copyspec_engine.values.errors import ModelLoadError, UnsupportedModelError
 
-__all__ = ["check_tensors", "num_bytes", "quantization", "read_factors", "resolve_config", "write_weights"]
+__all__ = ["AS_STORED", "check_tensors", "num_bytes", "quantization", "read_factors", "resolve_config", "write_weights"]
 
-_MOST_BYTES = 2**30
-"""Of one file of weights: as much is in memory at a time."""
-_AT_ONCE = 2**23
-"""Weights that are dequantised at a time, so that progress is told between them."""
-_KEPT = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
+AS_STORED = "narrow.safetensors"
+"""Beside a model's weights: the blocks of its matrices as a GGUF file has them, under transformers' names, and their
+types in the metadata. Rows stand where transformers has them."""
+_AT_ONCE = 2**22
+"""Weights that are dequantised at a time; progress is told between them."""
+_HALVES = (GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+Array = np.ndarray[Any, Any]
 _Plan = list[tuple[str, GgufTensor]]
 
 
@@ -80,9 +82,9 @@ def quantization(file: GgufFile) -> str:
     return max(weights, key=lambda name: weights[name])
 
 
-def read_factors(file: GgufFile) -> dict[str, np.ndarray[Any, Any]]:
+def read_factors(file: GgufFile) -> dict[str, Array]:
     """The tensors that say how positions are scaled."""
-    return {tensor.name: _read(tensor).numpy() for tensor in file.tensors if tensor.name in FACTORS}
+    return {tensor.name: next(_values(_stored(tensor), tensor))[0] for tensor in file.tensors if tensor.name in FACTORS}
 
 
 def resolve_config(values: dict[str, Any], file: GgufFile) -> PreTrainedConfig:
@@ -95,12 +97,15 @@ def resolve_config(values: dict[str, Any], file: GgufFile) -> PreTrainedConfig:
 
 
 def num_bytes(file: GgufFile) -> int:
-    """Bytes of the weights as they are written."""
-    return sum(prod(tensor.shape) * _KEPT.get(_type_of(tensor), torch.float32).itemsize for tensor in file.tensors)
+    """Bytes of the weights as they are written: with their values, and those of matrices as they were stored too."""
+    wide = sum(prod(tensor.shape) * _ITEM_BYTES[_wide_type(tensor)] for tensor in file.tensors)
+    return wide + sum(_stored_bytes(tensor) for tensor in file.tensors if _is_kept_as_stored(tensor))
 
 
 def write_weights(file: GgufFile, config: PreTrainedConfig, folder: Path, tell: Callable[[int, int], None]) -> None:
-    """Write model.safetensors, or several files with their index.
+    """Write model.safetensors, and `AS_STORED`: the file's own blocks of its quantised matrices, if it has some.
+
+    No more than the blocks of one tensor and the values of some of its rows are in memory at a time.
 
     Args:
         file: the model.
@@ -112,24 +117,30 @@ def write_weights(file: GgufFile, config: PreTrainedConfig, folder: Path, tell: 
         UnsupportedModelError: the file has a tensor that the model has no place for.
         ModelLoadError: a weight is missing or of another shape.
     """
-    plan = _plan(file, config)
-    parts = list(_parts(plan))
-    names = [_part_name(i, len(parts)) for i in range(len(parts))]
-    done = 0
-    places: dict[str, str] = {}
-    for name, part in zip(names, parts, strict=True):
-        weights: dict[str, torch.Tensor] = {}
-        for target, tensor in part:
-            read = _read(tensor, partial(tell, done, len(plan)))
-            weights[target] = _as_transformers_has_it(read, tensor.name, file, config)
-            done += 1
-            tell(done, len(plan))
-        save_file(weights, str(folder / name), metadata={"format": "pt"})
-        tell(done, len(plan))
-        places |= dict.fromkeys(weights, name)
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": num_bytes(file)}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    plan = sorted(_plan(file, config), key=lambda planned: -_ITEM_BYTES[_wide_type(planned[1])])
+    wide = [(name, _wide_type(tensor), tensor.shape) for name, tensor in plan]
+    kept = [
+        (name, "U8", (tensor.shape[0], _stored_bytes(tensor) // tensor.shape[0]))
+        for name, tensor in plan
+        if _is_kept_as_stored(tensor)
+    ]
+    types = {name: _type_of(tensor).name for name, tensor in plan}
+    with contextlib.ExitStack() as stack:
+        values_file = stack.enter_context(TensorWriter(folder / "model.safetensors", wide, {"format": "pt"}))
+        if kept:
+            named = {name: types[name] for name, _, _ in kept}
+            blocks_file = stack.enter_context(TensorWriter(folder / AS_STORED, kept, named))
+        for done, (_, tensor) in enumerate(plan):
+            stored = _stored(tensor)
+            if len(tensor.shape) > 1:  # what is done to a matrix moves its rows alone, in whatever form they are
+                stored = _as_transformers_has_it(stored, tensor.name, file, config)
+            if _is_kept_as_stored(tensor):
+                blocks_file.write(stored)
+            for values in _values(stored, tensor):
+                moved = values if len(tensor.shape) > 1 else _as_transformers_has_it(values, tensor.name, file, config)
+                values_file.write(moved)
+                tell(done, len(plan))
+            tell(done + 1, len(plan))
 
 
 def _plan(file: GgufFile, config: PreTrainedConfig) -> _Plan:
@@ -163,53 +174,55 @@ def _plan(file: GgufFile, config: PreTrainedConfig) -> _Plan:
     return plan
 
 
-def _parts(plan: _Plan) -> Iterator[_Plan]:
-    part: _Plan = []
-    size = 0
-    for target, tensor in plan:
-        more = prod(tensor.shape) * _KEPT.get(_type_of(tensor), torch.float32).itemsize
-        if part and size + more > _MOST_BYTES:
-            yield part
-            part, size = [], 0
-        part.append((target, tensor))
-        size += more
-    yield part
-
-
-def _part_name(i: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
-
-
-def _read(tensor: GgufTensor, tell: Callable[[], None] = lambda: None) -> torch.Tensor:
-    """A tensor's values, exactly; tells after each part of them."""
+def _wide_type(tensor: GgufTensor) -> str:
+    """The narrowest type that holds the values of a matrix exactly, as safetensors calls it; vectors are float32."""
     kind = _type_of(tensor)
-    block, size = GGML_QUANT_SIZES[kind]
-    rows = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
-    stored = np.fromfile(tensor.path, np.uint8, prod(rows), offset=tensor.offset)
-    if kind in _KEPT:
-        return torch.from_numpy(stored).view(_KEPT[kind]).reshape(tensor.shape)
-    if kind == GGMLQuantizationType.F32:
-        return torch.from_numpy(stored.view(np.float32)).reshape(tensor.shape)
-    values = np.empty((prod(tensor.shape[:-1]), tensor.shape[-1]), np.float32)
-    stored, step = stored.reshape(len(values), -1), max(_AT_ONCE // tensor.shape[-1], 1)
-    try:
-        for i in range(0, len(values), step):
-            values[i : i + step] = dequantize(stored[i : i + step], kind)
-            tell()
-        return torch.from_numpy(values).reshape(tensor.shape)
-    except NotImplementedError as error:
-        raise UnsupportedModelError(
-            f"{tensor.path} stores {tensor.name} as {kind.name}, which the installed gguf package cannot dequantise: "
-            "try pip install -U gguf"
-        ) from error
+    return kind.name if kind in _HALVES and len(tensor.shape) > 1 else "F32"
 
 
-def _as_transformers_has_it(weight: torch.Tensor, name: str, file: GgufFile, config: PreTrainedConfig) -> torch.Tensor:
-    """Undo what the way into GGUF did to a tensor's values."""
+def _is_kept_as_stored(tensor: GgufTensor) -> bool:
+    return len(tensor.shape) == 2 and _type_of(tensor) not in (*_HALVES, GGMLQuantizationType.F32)
+
+
+def _stored(tensor: GgufTensor) -> Array:
+    """A tensor's bytes, shape (rows, bytes of a row); of a vector one row."""
+    stored = np.fromfile(tensor.path, np.uint8, _stored_bytes(tensor), offset=tensor.offset)
+    return stored.reshape(prod(tensor.shape[:-1]), -1)
+
+
+def _values(stored: Array, tensor: GgufTensor) -> Iterator[Array]:
+    """The values of rows, exactly, shape (rows, width), some of them at a time; a matrix of halves by their bits."""
+    kind, width = _type_of(tensor), tensor.shape[-1]
+    step = max(_AT_ONCE // width, 1)
+    for rows in (stored[i : i + step] for i in range(0, len(stored), step)):
+        if _wide_type(tensor) != "F32":
+            yield rows.view(np.uint16)
+        else:
+            try:
+                yield dequantize(rows, kind)
+            except NotImplementedError as error:
+                raise UnsupportedModelError(
+                    f"{tensor.path} stores {tensor.name} as {kind.name}, which the installed gguf package cannot "
+                    "dequantise: try pip install -U gguf"
+                ) from error
+
+
+def _as_transformers_has_it(weight: Array, name: str, file: GgufFile, config: PreTrainedConfig) -> Array:
+    """Undo what the way into GGUF did to a tensor.
+
+    Args:
+        weight: a matrix of which only the rows matter, in bytes or in values; or the values of a vector, shape (1, n).
+        name: the tensor's.
+        file: the model.
+        config: its config.
+    """
     if file.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
-        pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-        return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+        rows = weight if name.endswith("weight") else weight.T
+        pairs = rows.reshape(heads, len(rows) // heads // 2, 2, -1).swapaxes(1, 2)
+        moved: Array = pairs.reshape(weight.shape)
+        return moved
     if file.architecture == "gemma3" and name.endswith("norm.weight"):
-        return weight - 1
+        plain: Array = weight - np.float32(1)
+        return plain
     return weight

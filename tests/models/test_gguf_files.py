@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
 from transformers import PreTrainedModel
 
 from copyspec_engine import Engine, EngineConfig, LoadProgress
 from copyspec_engine.models import gguf_weights
 from copyspec_engine.models.gguf import convert
+from copyspec_engine.models.gguf_file import read_file
+from copyspec_engine.models.tensor_file import read_header
 from copyspec_engine.values.errors import ModelLoadError, UnsupportedModelError
-from tests.conftest import STEP_COST
 from tests.models.gguf_files import build, metadata_of, split, write, write_model
 
 
@@ -48,7 +51,7 @@ def file(model: PreTrainedModel, tmp_path: Path) -> Path:
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
+    return load_file(folder / "model.safetensors")
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -268,13 +271,11 @@ def test_a_process_that_is_killed_in_the_middle_leaves_nothing_that_is_taken_for
 def test_a_disk_without_room_is_told_before_and_while_writing(
     file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors import SafetensorError
-
-    def full(*_: object, **__: object) -> None:
-        raise SafetensorError(f"I/O error: No space left on device (os error {errno.ENOSPC})")
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_weights, "save_file", full)
+        patch.setattr(gguf_weights.TensorWriter, "write", full)
         with pytest.raises(ModelLoadError, match=r"There is no room in .*: free some, or set COPYSPEC_CACHE_DIR"):
             convert(str(file))
     with monkeypatch.context() as patch:
@@ -285,9 +286,67 @@ def test_a_disk_without_room_is_told_before_and_while_writing(
     assert convert(str(file)).folder.exists()
 
 
-def test_a_model_of_many_weights_is_written_in_several_files(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_weights, "_MOST_BYTES", 100_000)
+def test_room_is_asked_for_values_and_blocks(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = convert(str(file)).folder
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    with Engine(EngineConfig(model=str(file), step_cost=STEP_COST)) as engine:
-        assert engine.info.num_parameters == sum(weight.numel() for weight in weights_of(folder).values())
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    shutil.rmtree(cache)
+    needed = gguf_weights.num_bytes(read_file(file))
+    assert weights - 10_000 < needed < weights
+    with monkeypatch.context() as patch:
+        patch.setattr("copyspec_engine.models.gguf._free", lambda _: needed - 1)
+        with pytest.raises(ModelLoadError, match="no room in"):
+            convert(str(file))
+    monkeypatch.setattr("copyspec_engine.models.gguf._free", lambda _: needed)
+    assert convert(str(file)).folder.exists()
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q6_K, Kind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_blocks_are_kept_as_they_are_with_rows_where_transformers_has_them(
+    name: str, kind: Kind, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.gguf"
+    expected = write_model(path, build(name), kind).state_dict()
+    folder = convert(str(path)).folder
+    tensors, types = read_header(folder / gguf_weights.AS_STORED)
+    matrices = {name for name, weight in expected.items() if weight.dim() == 2}
+    assert tensors.keys() == types.keys() == matrices
+    assert set(types.values()) == {kind.name}
+    for name, stored in tensors.items():
+        assert np.array_equal(dequantize(stored.read(), kind), expected[name].numpy())
+    assert weights_of(folder).keys() == expected.keys()
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16], ids=lambda kind: kind.name)
+def test_what_is_not_quantised_is_kept_once(kind: Kind, model: PreTrainedModel, tmp_path: Path) -> None:
+    write_model(tmp_path / "m.gguf", model, kind)
+    assert [path.name for path in convert(str(tmp_path / "m.gguf")).folder.glob("*.safetensors")] == [
+        "model.safetensors"
+    ]
+
+
+def test_what_was_converted_in_an_earlier_form_is_converted_anew(file: Path) -> None:
+    now = convert(str(file)).folder
+    earlier = now.with_name(now.name[: now.name.rindex("-")] + "-1")
+    now.rename(earlier)
+    (earlier / gguf_weights.AS_STORED).unlink()
+    assert convert(str(file)).folder == now
+    assert (now / gguf_weights.AS_STORED).is_file()
+
+
+def test_little_more_than_a_tensor_is_in_memory_while_a_file_is_converted(model: PreTrainedModel, file: Path) -> None:
+    large = file.with_name("large.gguf")
+    write_model(large, build("llama", intermediate_size=4096, num_hidden_layers=8), Kind.Q8_0)
+    code = (
+        "import resource\n"
+        "from copyspec_engine.models.gguf import convert\n"
+        f"convert({str(file)!r})\n"  # whatever is imported is there now
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"folder = convert({str(large)!r}).folder\n"
+        "print((folder / 'model.safetensors').stat().st_size // 1024)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    weights, taken = map(int, shown.split()[-2:])
+    assert weights > 100_000
+    assert taken < weights / 2
