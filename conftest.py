@@ -26,7 +26,7 @@ import pytest
 
 if TYPE_CHECKING:
     from copyspec_engine import Engine, GenerationOutput, StreamChunk
-    from copyspec_engine.engine.handle import Sink
+    from copyspec_engine.engine.thread import Sink
     from copyspec_engine.loop.request import Request
 
 SMOLLM2 = "smollm2"

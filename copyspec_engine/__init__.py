@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from copyspec_engine.engine.handle import RequestHandle
+from copyspec_engine.engine.engine import RequestHandle
 from copyspec_engine.values.config import (
     AdaptiveDrafter,
     CopySpecDrafter,
@@ -38,13 +38,14 @@ from copyspec_engine.values.errors import (
     UnsupportedModelError,
     missing_extra,
 )
-from copyspec_engine.values.explanation import CopiedSpan, CopySource, Explanation
 from copyspec_engine.values.grammar import Grammar, ToolCalls
-from copyspec_engine.values.metrics import EngineMetrics
+from copyspec_engine.values.info import EngineInfo, EngineMetrics
 from copyspec_engine.values.outputs import (
+    CopiedSpan,
     Copy,
+    CopySource,
     DraftStats,
-    EngineInfo,
+    Explanation,
     FinishReason,
     GenerationOutput,
     InvalidToolCall,

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from copyspec_engine.chat.detokenizer import TextStream
+from copyspec_engine.chat.detokenizer import StoppingTextStream, TextStream
 from copyspec_engine.chat.formats import ChatFormat, find_chat_format
 from copyspec_engine.chat.known_ids import Spelling
-from copyspec_engine.chat.tokenizer import SpecialTokens, StoppingTextStream
+from copyspec_engine.chat.tokenizer import SpecialTokens
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.engine.engine import Engine, close_shared_engines
 from copyspec_engine.engine.thread import EngineLoop
@@ -28,8 +28,7 @@ from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
-from copyspec_engine.values.metrics import Held
-from copyspec_engine.values.outputs import EngineInfo
+from copyspec_engine.values.info import EngineInfo, Held
 from copyspec_engine.values.tokens import Fingerprint
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ PACKAGE = Path(copyspec_engine.__file__).parent
 NO_CALL_COMPILES = """
 from numba.core.dispatcher import Dispatcher
 from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams
-from copyspec_engine.drafting import live_cost
+from copyspec_engine.drafting import cost
 from copyspec_engine.drafting.kernels import branch_points, candidates, growth
 from copyspec_engine.loop.step import warm_up
 from copyspec_engine.memory import acceptance, alternatives, index
@@ -25,7 +25,7 @@ from copyspec_engine.provenance import trail
 from copyspec_engine.sampling import gumbel
 from copyspec_engine.testing import scripted_engine
 
-modules = acceptance, alternatives, branch_points, candidates, growth, gumbel, index, live_cost, trail
+modules = acceptance, alternatives, branch_points, candidates, growth, gumbel, index, cost, trail
 functions = {f for m in modules for f in vars(m).values() if isinstance(f, Dispatcher)}
 
 def compiled():

@@ -7,12 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields, replace
 from typing import Any
 
-from copyspec_engine.adapters.options import AdapterOptions
+from copyspec_engine.adapters.model import AdapterOptions
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.errors import ConfigError
-from copyspec_engine.values.explanation import CopiedSpan, Explanation
-from copyspec_engine.values.outputs import GenerationOutput, InvalidToolCall, Reply, Segment, TokenLogprob
+from copyspec_engine.values.outputs import (
+    CopiedSpan,
+    Explanation,
+    GenerationOutput,
+    InvalidToolCall,
+    Reply,
+    Segment,
+    TokenLogprob,
+)
 
 __all__ = [
     "answer_metadata",

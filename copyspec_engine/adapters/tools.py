@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from copyspec_engine.engine.engine import Engine
-from copyspec_engine.values.grammar import Grammar, tool_choice_of
-from copyspec_engine.values.nesting import check_nesting
+from copyspec_engine.values.grammar import Grammar, check_nesting, tool_choice_of
 
 __all__ = ["calls_grammar", "check_nesting", "closed", "guides_calls", "has_grammars", "tool_choice_of"]
 

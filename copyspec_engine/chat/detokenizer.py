@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from tokenizers import Tokenizer
@@ -14,7 +14,7 @@ from copyspec_engine.values.outputs import Segment
 if TYPE_CHECKING:
     from copyspec_engine.chat.tokenizer import ChatTokenizer
 
-__all__ = ["Detokenizer", "TextStream", "answer_stream"]
+__all__ = ["Detokenizer", "StoppingTextStream", "TextStream", "answer_stream"]
 
 _BEHIND = 32
 """Tokens at a prompt's end that are looked at: as many as may give no text of their own, and one that does."""
@@ -89,6 +89,73 @@ class Detokenizer:
         """The text that is left when no more tokens come."""
         text: str = self._backend.decode(self._pending, skip_special_tokens=self._skips)
         return text
+
+
+class StoppingTextStream:
+    """Releases an answer's text once no stop text can begin in it, and ends it before the first stop text.
+
+    Args:
+        step: token id -> the text it completes, "" inside a character.
+        rest: the text that is left when no more tokens come.
+        stop: texts of at least one character.
+    """
+
+    def __init__(self, step: Callable[[int], str], rest: Callable[[], str], stop: Sequence[str]) -> None:
+        self._step, self._rest, self._stop = step, rest, tuple(stop)
+        self._held: list[Segment] = []
+        self._stopped = False
+        self.num_characters = 0
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    def push(self, token_id: int, *, copied: bool) -> list[Segment]:
+        piece = self._step(token_id)
+        self.num_characters += len(piece)
+        if not piece or self._stopped:
+            return []
+        self._held.append(Segment(piece, copied))
+        if not self._stop:
+            return self._release(len(piece))
+        text = "".join(segment.text for segment in self._held)
+        found = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
+        if found is not None:
+            released = self._release(found)
+            self._held, self._stopped = [], True
+            return released
+        return self._release(len(text) - _longest_beginning(text, self._stop))
+
+    def flush(self) -> list[Segment]:
+        if self._stopped:
+            return []
+        rest = self._rest()
+        if rest:
+            self._held.append(Segment(rest, copied=False))
+        return self._release(sum(len(segment.text) for segment in self._held))
+
+    def _release(self, count: int) -> list[Segment]:
+        """Take the first `count` characters of what is held."""
+        released: list[Segment] = []
+        while count > 0 and self._held:
+            segment = self._held[0]
+            taken = Segment(segment.text[:count], segment.copied)
+            if len(segment.text) > count:
+                self._held[0] = Segment(segment.text[count:], segment.copied)
+            else:
+                self._held.pop(0)
+            count -= len(taken.text)
+            released.append(taken)
+        return released
+
+
+def _longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is the beginning of a stop text."""
+    longest = max(len(stop) for stop in stops) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
 
 
 def answer_stream(

@@ -11,28 +11,33 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
-from copyspec_engine.chat.detokenizer import Detokenizer, TextStream
+from copyspec_engine.chat.detokenizer import Detokenizer, StoppingTextStream, TextStream
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.chat.known_ids import Speller, Spelling
-from copyspec_engine.chat.messages import for_template
-from copyspec_engine.chat.template import ChatTemplate, describe_template, given_template
-from copyspec_engine.chat.tool_prompt import needs_prompt, system_in_users, written_in_texts
-from copyspec_engine.values.errors import ConfigError, UnsupportedModelError
-from copyspec_engine.values.outputs import Segment
+from copyspec_engine.chat.template import (
+    ChatTemplate,
+    describe_template,
+    for_template,
+    given_template,
+    needs_prompt,
+    system_in_users,
+    written_in_texts,
+)
+from copyspec_engine.values.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from copyspec_engine.values.tokens import Fingerprint
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatTokenizer", "HFTokenizer", "SpecialTokens", "StoppingTextStream"]
+__all__ = ["ChatTokenizer", "HFTokenizer", "SpecialTokens", "refuse_other_vocabulary"]
 
 logger = logging.getLogger(__name__)
 
@@ -487,68 +492,32 @@ def _merge_neighbours(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return merged
 
 
-class StoppingTextStream:
-    """Releases an answer's text once no stop text can begin in it, and ends it before the first stop text.
+_SHOWN = 3
+"""Tokens that an error names."""
 
-    Args:
-        step: token id -> the text it completes, "" inside a character.
-        rest: the text that is left when no more tokens come.
-        stop: texts of at least one character.
+
+def refuse_other_vocabulary(name: str, tokenizer: ChatTokenizer, draft_name: str, draft: ChatTokenizer) -> None:
+    """Compare the vocabularies of a model and its draft model token by token.
+
+    Raises:
+        ModelLoadError: an id stands for another token, or for none, in one of them.
     """
-
-    def __init__(self, step: Callable[[int], str], rest: Callable[[], str], stop: Sequence[str]) -> None:
-        self._step, self._rest, self._stop = step, rest, tuple(stop)
-        self._held: list[Segment] = []
-        self._stopped = False
-        self.num_characters = 0
-
-    @property
-    def stopped(self) -> bool:
-        return self._stopped
-
-    def push(self, token_id: int, *, copied: bool) -> list[Segment]:
-        piece = self._step(token_id)
-        self.num_characters += len(piece)
-        if not piece or self._stopped:
-            return []
-        self._held.append(Segment(piece, copied))
-        if not self._stop:
-            return self._release(len(piece))
-        text = "".join(segment.text for segment in self._held)
-        found = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
-        if found is not None:
-            released = self._release(found)
-            self._held, self._stopped = [], True
-            return released
-        return self._release(len(text) - _longest_beginning(text, self._stop))
-
-    def flush(self) -> list[Segment]:
-        if self._stopped:
-            return []
-        rest = self._rest()
-        if rest:
-            self._held.append(Segment(rest, copied=False))
-        return self._release(sum(len(segment.text) for segment in self._held))
-
-    def _release(self, count: int) -> list[Segment]:
-        """Take the first `count` characters of what is held."""
-        released: list[Segment] = []
-        while count > 0 and self._held:
-            segment = self._held[0]
-            taken = Segment(segment.text[:count], segment.copied)
-            if len(segment.text) > count:
-                self._held[0] = Segment(segment.text[count:], segment.copied)
-            else:
-                self._held.pop(0)
-            count -= len(taken.text)
-            released.append(taken)
-        return released
+    own, other = _tokens_by_id(tokenizer), _tokens_by_id(draft)
+    differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
+    if differing:
+        shown = "; ".join(
+            f"id {token} is {_said(own.get(token))} and {_said(other.get(token))}" for token in differing[:_SHOWN]
+        )
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise ModelLoadError(
+            f"Got draft={draft_name!r} but its vocabulary is not that of {name}: {shown}{more}. Take a smaller "
+            "model of the same family"
+        )
 
 
-def _longest_beginning(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is the beginning of a stop text."""
-    longest = max(len(stop) for stop in stops) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+def _tokens_by_id(tokenizer: ChatTokenizer) -> dict[int, str]:
+    return {token_id: token for token, token_id in tokenizer.vocabulary().items()}
+
+
+def _said(token: str | None) -> str:
+    return "missing" if token is None else repr(token)

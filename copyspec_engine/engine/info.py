@@ -13,7 +13,7 @@ from copyspec_engine.execution.accelerator import device_name, memory_of
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.loop.step import EngineCore
 from copyspec_engine.values.config import EngineConfig
-from copyspec_engine.values.outputs import EngineInfo
+from copyspec_engine.values.info import EngineInfo
 from copyspec_engine.values.progress import LoadPhase
 
 __all__ = ["engine_info"]

@@ -15,9 +15,9 @@ from copyspec_engine.chat.known_ids import KnownIds
 from copyspec_engine.chat.reply import Form, ReplyParser
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.grammar.state import GrammarCompiler
-from copyspec_engine.kv.rows import Row
+from copyspec_engine.kv.slots import Row
 from copyspec_engine.loop.request import Answer, Asked, Drafting, Request
-from copyspec_engine.sampling.bans import Bans
+from copyspec_engine.sampling.processors import Bans
 from copyspec_engine.values.config import (
     DrafterConfig,
     DraftModelDrafter,

@@ -17,8 +17,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
-from copyspec_engine.values.progress import LoadPhase, LoadProgress, OnProgress
-from copyspec_engine.values.progress_bar import progress_bar
+from copyspec_engine.values.progress import LoadPhase, LoadProgress, OnProgress, progress_bar
 
 __all__ = ["LoadAbandoned", "Reports"]
 

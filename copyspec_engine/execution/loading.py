@@ -20,8 +20,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from copyspec_engine.chat.template import ChatTemplate, given_template
-from copyspec_engine.chat.tokenizer import ChatTokenizer, HFTokenizer
-from copyspec_engine.chat.vocabulary import refuse_other_vocabulary
+from copyspec_engine.chat.tokenizer import ChatTokenizer, HFTokenizer, refuse_other_vocabulary
 from copyspec_engine.execution import calibration
 from copyspec_engine.execution.accelerator import memory_of
 from copyspec_engine.execution.checkpoint import (
@@ -48,7 +47,7 @@ from copyspec_engine.models import ModelFolder, locate_model
 from copyspec_engine.models.gguf import is_converted
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import CopySpecError, ModelLoadError, UnsupportedModelError
-from copyspec_engine.values.outputs import EngineInfo
+from copyspec_engine.values.info import EngineInfo
 from copyspec_engine.values.progress import LoadPhase, LoadProgress, OnProgress
 
 __all__ = ["load_model", "prepare", "read_tokenizer"]

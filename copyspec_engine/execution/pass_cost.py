@@ -24,7 +24,7 @@ from copyspec_engine.execution.attention import (
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.values.config import EngineConfig
-from copyspec_engine.values.outputs import Execution
+from copyspec_engine.values.info import Execution
 from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["facts_of", "find_pass_cost", "measure_pass_cost"]

@@ -30,7 +30,7 @@ from copyspec_engine.execution.cuda_graphs import StaticPasses
 from copyspec_engine.execution.generation_defaults import GenerationDefaults
 from copyspec_engine.execution.ordered_attention import OrderedRow
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.values.outputs import EngineInfo, Execution
+from copyspec_engine.values.info import EngineInfo, Execution
 from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["LoadedModel", "ModelRunner", "Runner"]

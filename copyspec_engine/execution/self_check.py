@@ -20,7 +20,7 @@ from copyspec_engine.execution.packed_linear import pack_linears, unpack_linears
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import UnsupportedModelError
-from copyspec_engine.values.outputs import Execution
+from copyspec_engine.values.info import Execution
 
 __all__ = ["Checked", "check_equivalence"]
 

@@ -1,22 +1,39 @@
-"""Which slots of the KV pool are taken. A slot holds the keys and values of one token in every layer.
+"""Who holds which slots of a model's KV: the pool, the sequences that a model reads, and those kept for later calls.
 
-The tensors themselves live with the model (execution/runner.py); this is the bookkeeping, without torch. A slot is
-free, or it has users: running sequences, and rows that are kept for later calls (prefix_cache.py). What a slot holds
-never changes while it has users, so that sequences with the same beginning can share it.
+The tensors themselves live with the model (execution/runner.py); this is the bookkeeping, without torch. A slot holds
+the keys and values of one token in every layer. It is free, or it has users: sequences that are read, and kept ones.
+What a slot holds never changes while it has users, so that sequences with the same beginning can share it.
 
-Slots are handed out as one ascending run wherever a run is free: attention can then read a row in place, where
-scattered slots have to be gathered first. New rows start in the middle of the longest free run, so that the rows on
-both sides keep room to grow.
+Slots are handed out as one ascending run wherever a run is free: attention can then read a sequence in place, where
+scattered slots have to be gathered first. New ones start in the middle of the longest free run, so that those on both
+sides keep room to grow.
+
+A sequence that is kept is found by whoever it belongs to: the session that computed it, calls that continue that
+session, and, where calls name a `cache_salt`, every call with the same salt. Nobody else: from the time of a first
+token one could tell what others have asked. Kept sequences only fill slots that nobody needs. When slots run short, the
+one that was not used for longest gives up its last tokens first, since a beginning is what prompts have in common.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.values.tokens import TokenArray
 
-__all__ = ["KVPool"]
+__all__ = [
+    "KVPool",
+    "KVRows",
+    "Owner",
+    "PrefixCache",
+    "Row",
+    "common_prefix_length",
+]
 
 
 class KVPool:
@@ -89,3 +106,217 @@ class KVPool:
     def _check(self, slots: TokenArray) -> None:
         if (self._users[slots] == 0).any() or len(np.unique(slots)) != len(slots):
             raise ValueError(f"Got slots {slots.tolist()[:8]}... but some of them are free, or there twice")
+
+
+Owner: TypeAlias = str | int
+"""Whose a kept row is: a conversation's, by its id, or a single request's, by its number."""
+
+_MOST_SHARED = 4
+"""Slots of all rows together, as a multiple of those there are."""
+_NO_SLOTS: TokenArray = np.empty(0, dtype=np.int64)
+
+
+def common_prefix_length(a: Sequence[int] | TokenArray, b: Sequence[int] | TokenArray) -> int:
+    """How many tokens at the start of `a` and `b` are equal."""
+    size = min(len(a), len(b))
+    differs = np.asarray(a[:size], dtype=np.int64) != np.asarray(b[:size], dtype=np.int64)
+    return int(differs.argmax()) if differs.any() else size
+
+
+class _Row(NamedTuple):
+    token_ids: TokenArray
+    slots: TokenArray
+    salt: str | None
+
+
+class PrefixCache:
+    """The rows that are kept, least recently used first; each is a user of its slots.
+
+    Args:
+        pool: whose slots they are.
+        max_rows: the least recently used row goes when there are more, or when they are too long together: rows may
+            share what they begin with.
+    """
+
+    def __init__(self, pool: KVPool, max_rows: int) -> None:
+        self._pool, self._max_rows = pool, max_rows
+        self._rows: OrderedDict[Owner, _Row] = OrderedDict()
+        self._kept = np.zeros(pool.num_slots, dtype=np.int32)
+        """See `users`."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> list[_Row]:
+        """Those that are kept, the least recently used one first."""
+        return list(self._rows.values())
+
+    @property
+    def users(self) -> npt.NDArray[np.int32]:
+        """How many kept rows use each slot, shape (num_slots,); not to be changed."""
+        return self._kept
+
+    @property
+    def num_idle_slots(self) -> int:
+        """Slots that would be free if no row were kept."""
+        return int(((self._kept > 0) & (self._kept == self._pool.users)).sum())
+
+    def match(self, token_ids: TokenArray, owners: Sequence[Owner], salt: str | None) -> TokenArray:
+        """The slots of the longest kept beginning of a text, shape (n,), in the rows that its caller may use."""
+        best, best_key = _NO_SLOTS, None
+        for key, row in self._rows.items():
+            if key in owners or (salt is not None and salt == row.salt):
+                length = common_prefix_length(token_ids, row.token_ids)
+                if length > len(best):
+                    best, best_key = row.slots[:length], key
+        if best_key is not None:
+            self._rows.move_to_end(best_key)
+        return best
+
+    def keep(self, owner: Owner, token_ids: TokenArray, slots: TokenArray, salt: str | None) -> None:
+        """Keep a row instead of the one that its owner had; the caller's part in the slots passes to the cache."""
+        self.drop(owner)
+        self._rows[owner] = _Row(token_ids, slots, salt)
+        self._kept[slots] += 1
+        most = _MOST_SHARED * self._pool.num_slots
+        while len(self._rows) > self._max_rows or int(self._kept.sum()) > most:
+            self.drop(next(iter(self._rows)))
+
+    def drop(self, owner: Owner) -> bool:
+        """Let go of an owner's row; False if there is none."""
+        row = self._rows.pop(owner, None)
+        if row is not None:
+            self._kept[row.slots] -= 1
+            self._pool.release(row.slots)
+        return row is not None
+
+    def evict(self, count: int) -> None:
+        """Free slots until `count` are free, or all that are kept are in use."""
+        if self._pool.num_free >= count:
+            return
+        for owner, row in list(self._rows.items()):
+            idle = np.flatnonzero(self._kept[row.slots] == self._pool.users[row.slots])
+            missing = count - self._pool.num_free
+            if missing <= 0:
+                return
+            if not len(idle):
+                continue
+            length = int(idle[-min(missing, len(idle))])
+            self._kept[row.slots[length:]] -= 1
+            self._pool.release(row.slots[length:])
+            if length:
+                self._rows[owner] = _Row(row.token_ids[:length], row.slots[:length], row.salt)
+            else:
+                del self._rows[owner]
+
+
+_AHEAD = 256
+"""Slots that a row takes at a time while many are free, so that it lies in one piece."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A text that a model reads bit by bit."""
+
+    token_ids: list[int]
+    slots: TokenArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Of its tokens and of some more, shape (n,); `num_computed` are filled. Empty while it waits."""
+    num_computed: int = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens at the end that the model has not read yet."""
+        return len(self.token_ids) - self.num_computed
+
+    def keep_nodes(self, accepted: Sequence[int]) -> None:
+        """Make the slots of accepted draft nodes the next ones of the row.
+
+        Draft nodes were written to the slots behind `num_computed` in node order. Listing the accepted ones first keeps
+        their KV without moving it; the others are written over by the next pass.
+        """
+        base, count = self.num_computed, len(accepted)
+        if tuple(accepted) != tuple(range(count)):
+            window = self.slots[base : base + max(accepted) + 1]
+            kept = set(accepted)
+            others = [node for node in range(len(window)) if node not in kept]
+            self.slots[base : base + len(window)] = window[[*accepted, *others]]
+        self.num_computed = base + count
+
+
+class KVRows:
+    """Hands out the slots of one model's KV.
+
+    Args:
+        num_slots: of the pool.
+        max_kept: rows that are kept for later calls.
+    """
+
+    def __init__(self, num_slots: int, max_kept: int) -> None:
+        self.pool = KVPool(num_slots)
+        self.cache = PrefixCache(self.pool, max_kept)
+
+    @property
+    def num_available(self) -> int:
+        """Slots that are free, or would be if no row were kept."""
+        return self.pool.num_free + self.cache.num_idle_slots
+
+    @property
+    def num_held(self) -> int:
+        """Uses of slots that no kept row accounts for: those of rows that are read, or lost."""
+        return int(np.abs(self.pool.users - self.cache.users).sum())
+
+    def begin(self, token_ids: Sequence[int], owners: Sequence[Owner], salt: str | None) -> TokenArray:
+        """The slots of the longest kept beginning of a text, of which the caller is one more user now; shape (n,).
+
+        Args:
+            token_ids: the text.
+            owners: whose kept rows it may begin with.
+            salt: besides all that were kept with this salt, if it is not None.
+        """
+        slots: TokenArray = self.cache.match(np.array(token_ids, dtype=np.int64), owners, salt).copy()
+        self.pool.share(slots)
+        return slots
+
+    def secure(self, row: Row, count: int, make_room: Callable[[], bool], most: int = _AHEAD) -> bool:
+        """Slots for the next `count` tokens of a row, and for some behind them while many are free.
+
+        Args:
+            row: which grows.
+            count: tokens that a pass is going to read.
+            make_room: called as long as there are too few; False: nobody gives way (any more).
+            most: slots that it has a use for.
+
+        Returns:
+            False if there are too few.
+        """
+        missing = row.num_computed + count - len(row.slots)
+        if missing <= 0:
+            return True
+        wanted = max(missing, min(_AHEAD, most, self.num_available // 4))
+        self.cache.evict(wanted)
+        while self.pool.num_free < missing:
+            if not make_room():
+                return False
+            self.cache.evict(missing)
+        self.extend(row, min(wanted, self.pool.num_free))
+        return True
+
+    def extend(self, row: Row, count: int) -> None:
+        """Give a row `count` free slots more, where it ends if these are free."""
+        after = int(row.slots[-1]) if len(row.slots) else None
+        row.slots = np.concatenate((row.slots, self.pool.allocate(count, after=after)))
+
+    def trim(self, row: Row) -> None:
+        """Take back what a row holds ahead of its tokens, for drafts of earlier passes or to lie in one piece."""
+        length = len(row.token_ids)
+        self.pool.release(row.slots[length:])
+        row.slots = row.slots[:length]
+
+    def end(self, row: Row, owner: Owner | None = None, salt: str | None = None) -> None:
+        """A row is over, or has to wait: keep what is computed of it for `owner`, if there is one; free the rest."""
+        slots, length = row.slots, 0 if owner is None else row.num_computed
+        row.slots, row.num_computed = slots[:0], 0
+        self.pool.release(slots[length:])
+        if owner is not None and length:
+            self.cache.keep(owner, np.array(row.token_ids[:length], dtype=np.int64), slots[:length], salt)

@@ -14,12 +14,11 @@ from functools import partial
 
 from copyspec_engine.chat.known_ids import KnownIds
 from copyspec_engine.drafting.drafter import answer_texts
-from copyspec_engine.kv.rows import KVRows
+from copyspec_engine.kv.slots import KVRows
 from copyspec_engine.loop.request import Request
-from copyspec_engine.memory.conversation import SessionMemory
+from copyspec_engine.memory.conversation import SessionMemory, SessionStore
 from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.index import Span
-from copyspec_engine.memory.store import SessionStore
 from copyspec_engine.memory.view import Snapshot, snapshot
 from copyspec_engine.values.config import EngineConfig, GenerationRequest
 

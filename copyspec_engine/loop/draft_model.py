@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.kv.rows import KVRows, Row
+from copyspec_engine.kv.slots import KVRows, Row
 from copyspec_engine.loop.draft_chain import Guess
 from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import piece_of, split_evenly

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from copyspec_engine.drafting.cost import LiveCost
 from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes
-from copyspec_engine.drafting.live_cost import LiveCost
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.loop.draft_chain import DraftChain, Guess, masses
 from copyspec_engine.loop.draft_model import DraftWriter, UnknownTokenError

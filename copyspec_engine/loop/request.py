@@ -13,18 +13,15 @@ from copyspec_engine.chat.reply import ReplyParser
 from copyspec_engine.drafting.drafter import Drafter
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.grammar.state import GrammarState
-from copyspec_engine.kv.prefix_cache import Owner
-from copyspec_engine.kv.rows import Row
-from copyspec_engine.memory.conversation import SessionMemory
+from copyspec_engine.kv.slots import Owner, Row
+from copyspec_engine.memory.conversation import Session, SessionMemory
 from copyspec_engine.memory.index import Span
-from copyspec_engine.memory.store import Session
 from copyspec_engine.provenance.trail import CopyTrail, cut
-from copyspec_engine.sampling.bans import Bans
-from copyspec_engine.sampling.token_counts import TokenCounts
+from copyspec_engine.sampling.processors import Bans, TokenCounts
 from copyspec_engine.sampling.verify import Verdict
 from copyspec_engine.values.config import DrafterConfig, DraftModelUse, GenerationRequest
-from copyspec_engine.values.explanation import NOT_COPIED
 from copyspec_engine.values.outputs import (
+    NOT_COPIED,
     DraftStats,
     FinishReason,
     GenerationOutput,

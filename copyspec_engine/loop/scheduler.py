@@ -9,18 +9,51 @@ waits with all it has written, and goes on when there is room, computing anew wh
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.kv.rows import KVRows, Row
+from copyspec_engine.kv.slots import KVRows, Row
 from copyspec_engine.loop.request import Request
 from copyspec_engine.sampling.verify import Verdict
-from copyspec_engine.values.metrics import Counts
 
-__all__ = ["Scheduler", "StepRow", "piece_of", "split_evenly"]
+__all__ = ["Counts", "Scheduler", "StepRow", "piece_of", "split_evenly"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Running totals; only the engine's loop thread changes them."""
+
+    num_steps: int = 0
+    """Forward passes, of however many requests each."""
+    num_row_passes: int = 0
+    """Parts that requests had in passes which sampled them a token."""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that did not have to be computed."""
+    num_completion_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_preemptions: int = 0
+    accepted: Counter[str] = field(default_factory=Counter)
+    """Accepted draft tokens by where they came from."""
+    finished: Counter[str] = field(default_factory=Counter)
+    """Requests that are over, by finish reason, or "failed"."""
+
+    def note(self, num_draft_tokens: int, num_tokens: int, accepted: Iterable[tuple[int, str]]) -> None:
+        """A request's part in a pass that sampled it a token.
+
+        Args:
+            num_draft_tokens: that were verified.
+            num_tokens: that were written.
+            accepted: how many of the draft's, and where they came from.
+        """
+        self.num_row_passes += 1
+        self.num_completion_tokens += num_tokens
+        self.num_draft_tokens += num_draft_tokens
+        for count, kind in accepted:
+            self.accepted[kind] += count
 
 
 @dataclass(slots=True, eq=False)

@@ -12,30 +12,27 @@ import torch
 
 from copyspec_engine.chat.known_ids import KnownIds
 from copyspec_engine.compiled import counting_compilations
-from copyspec_engine.drafting.cost import CostCurve
+from copyspec_engine.drafting.cost import CostCurve, LiveCost
 from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes, wants_alternatives
-from copyspec_engine.drafting.live_cost import LiveCost
 from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.kv.rows import KVRows
+from copyspec_engine.kv.slots import KVRows
 from copyspec_engine.loop.conversation import Conversations
 from copyspec_engine.loop.draft_model import DraftWriter
 from copyspec_engine.loop.mix import Combination
 from copyspec_engine.loop.request import Request
-from copyspec_engine.loop.scheduler import Scheduler, StepRow
+from copyspec_engine.loop.scheduler import Counts, Scheduler, StepRow
 from copyspec_engine.memory.alternatives import NUM_ALTERNATIVES, Alternatives
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.view import Snapshot
 from copyspec_engine.provenance.trail import find_around, trace
-from copyspec_engine.sampling.alternatives import add_alternatives
 from copyspec_engine.sampling.gumbel import warm_up_noise
-from copyspec_engine.sampling.logprobs import add_logprobs
 from copyspec_engine.sampling.sampler import SampleRow, sample
-from copyspec_engine.sampling.verify import Verdict, verify
+from copyspec_engine.sampling.verify import Verdict, add_alternatives, add_logprobs, verify
 from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
-from copyspec_engine.values.metrics import Counts, EngineMetrics, Held
+from copyspec_engine.values.info import EngineMetrics, Held
 from copyspec_engine.values.outputs import FinishReason, StreamChunk
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from copyspec_engine.chat.detokenizer import answer_stream
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.errors import ConfigError
-from copyspec_engine.values.explanation import NOT_COPIED, CopiedSpan, CopySource, Explanation
-from copyspec_engine.values.outputs import Copy, GenerationOutput
+from copyspec_engine.values.outputs import NOT_COPIED, CopiedSpan, Copy, CopySource, Explanation, GenerationOutput
 
 if TYPE_CHECKING:
     from copyspec_engine.chat.detokenizer import TextStream

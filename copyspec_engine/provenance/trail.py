@@ -23,8 +23,7 @@ from copyspec_engine.compiled import compiled
 from copyspec_engine.drafting.tree import ALTERNATIVE, DRAFT_MODEL, FORCED, Run
 from copyspec_engine.memory.conversation import DECLARED_TEXT, KINDS, SessionMemory
 from copyspec_engine.memory.index import CopyIndex, Span
-from copyspec_engine.values.explanation import CopySource
-from copyspec_engine.values.outputs import Copy
+from copyspec_engine.values.outputs import Copy, CopySource
 
 __all__ = ["CopyTrail", "cut", "find_around", "trace"]
 

@@ -18,10 +18,8 @@ import numpy.typing as npt
 import torch
 
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.sampling.bans import Banned
 from copyspec_engine.sampling.gumbel import highest_perturbed, noise_keys
-from copyspec_engine.sampling.processors import add_bias, ban, mask_tokens, penalise
-from copyspec_engine.sampling.token_counts import TokenCounts
+from copyspec_engine.sampling.processors import Banned, TokenCounts, add_bias, ban, mask_tokens, penalise
 from copyspec_engine.values.config import SamplingParams
 
 __all__ = ["SampleRow", "filtered", "sample"]

@@ -7,10 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
-from copyspec_engine.values.nesting import check_nesting
+from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.options import Options
 
-__all__ = ["CallLayout", "Grammar", "RequestedGrammar", "ToolCalls", "tool_choice_of"]
+__all__ = ["CallLayout", "Grammar", "RequestedGrammar", "ToolCalls", "check_nesting", "tool_choice_of"]
+
+_MOST_LEVELS = 100
+"""Of lists and dicts in each other: many readers of nested values recurse."""
 
 
 def tool_choice_of(choice: object) -> object:
@@ -67,6 +70,25 @@ class CallLayout(Options):
         if not self.begin and (self.style != "object" or self.before):
             raise ValueError(f"Got begin='' with style={self.style!r} but expected a text: only bare objects need none")
         return self
+
+
+def check_nesting(value: object, what: str) -> None:
+    """Refuse nested values that no recursive reader could take.
+
+    Raises:
+        ConfigError: lists and dicts are nested too deeply.
+    """
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, Mapping | list | tuple)
+            for item in (outer.values() if isinstance(outer, Mapping) else outer)
+        ]
+        if not level:
+            return
+    raise ConfigError(f"Got {what} nested more than {_MOST_LEVELS} deep: name its parts in $defs, or make it flatter")
 
 
 def _check_levels(value: object) -> object:

@@ -1,17 +1,21 @@
-"""What a call gives back: chunks while it runs, then the whole answer with its counts and times."""
+"""What a call gives back: chunks while it runs, then the whole answer, its counts, times, and where it came from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from copyspec_engine.values.explanation import NOT_COPIED, CopySource, Explanation
+if TYPE_CHECKING:
+    from rich.text import Text
 
 __all__ = [
+    "NOT_COPIED",
+    "CopiedSpan",
     "Copy",
+    "CopySource",
     "DraftStats",
-    "EngineInfo",
-    "Execution",
+    "Explanation",
     "FinishReason",
     "GenerationOutput",
     "InvalidToolCall",
@@ -25,7 +29,146 @@ __all__ = [
     "Usage",
 ]
 
-Execution = Literal["eager", "packed", "paged", "graphs", "compiled"]
+
+CopySource = Literal[
+    "prompt",
+    "answer",
+    "prediction",
+    "earlier_prompt",
+    "earlier_answer",
+    "earlier_prediction",
+    "pool",
+    "grammar",
+    "frequent",
+    "draft_model",
+    "recycled",
+]
+"""prompt: the prompt of this call; answer: what this answer said before; prediction: the declared one;
+earlier_...: a stored text of the conversation that is not in this prompt; pool: what another caller put into the
+shared pool, which is never shown; grammar: nothing else was allowed; frequent: a token that is just frequent, from no
+text. Two are drafted but not copied, and in no `Explanation`: draft_model: a draft model wrote it; recycled: the model
+held it likely in an earlier pass."""
+
+NOT_COPIED: frozenset[str] = frozenset({"draft_model", "recycled"})
+"""Sources of drafted tokens that were not copied."""
+
+_COLOURS = {
+    "prompt": "green",
+    "answer": "cyan",
+    "prediction": "blue",
+    "earlier_prompt": "magenta",
+    "earlier_answer": "magenta",
+    "earlier_prediction": "magenta",
+    "pool": "yellow",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedSpan:
+    """Characters `start` to `stop` of an answer, and where they were copied from."""
+
+    start: int
+    stop: int
+    source: CopySource
+    message: int | None = None
+    """Which message of the call the source stands in, from 0; None: in none of them, but in what the chat template
+    writes around them, or not in the prompt."""
+    offset: int | None = None
+    """Characters from the beginning of that message's content (of several text parts, joined); or of the raw prompt,
+    the answer or the prediction; None: unknown, or not in a text that the caller has."""
+    before: str = ""
+    after: str = ""
+    """Up to 60 characters around a place without an offset."""
+
+    def cut(self, first: int, stop: int) -> CopiedSpan:
+        """What of it lies in characters `first` to `stop` of the answer, counted from `first`."""
+        missing = max(first - self.start, 0)
+        return replace(
+            self,
+            start=max(self.start - first, 0),
+            stop=min(self.stop, stop) - first,
+            offset=None if self.offset is None else self.offset + missing,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """An answer's copied spans, in order and apart. Can be printed by rich: one colour for each kind of source."""
+
+    text: str
+    """All that the model wrote; `GenerationOutput.text`."""
+    spans: tuple[CopiedSpan, ...]
+
+    def pieces(self) -> Iterator[tuple[str, CopiedSpan | None]]:
+        """The text in pieces, each with its span or, if it was not copied, None."""
+        end = 0
+        for span in self.spans:
+            if span.start > end:
+                yield self.text[end : span.start], None
+            yield self.text[span.start : span.stop], span
+            end = span.stop
+        if end < len(self.text):
+            yield self.text[end:], None
+
+    def of_part(self, text: str, after: int = 0) -> Explanation:
+        """What concerns the first place from `after` on where `text` stands in one piece; no spans if there is none."""
+        first = self.text.find(text, after) if text else -1
+        if first < 0:
+            return Explanation(text, ())
+        stop = first + len(text)
+        inside = (span for span in self.spans if span.start < stop and span.stop > first)
+        return Explanation(text, tuple(span.cut(first, stop) for span in inside))
+
+    @property
+    def copied_share(self) -> float:
+        """Share of the characters that lie in spans, 0 to 1."""
+        return sum(span.stop - span.start for span in self.spans) / max(len(self.text), 1)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The spans as plain values, without what is empty."""
+        names = [field.name for field in fields(CopiedSpan)]
+        values = ({name: getattr(span, name) for name in names} for span in self.spans)
+        return [{name: value for name, value in span.items() if value not in (None, "")} for span in values]
+
+    @classmethod
+    def from_list(cls, text: str, spans: Sequence[Mapping[str, Any]]) -> Explanation:
+        """The inverse of `to_list`."""
+        return cls(text, tuple(CopiedSpan(**span) for span in spans))
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        shown = Text()
+        notes: dict[str, int] = {}
+        for piece, span in self.pieces():
+            shown.append(piece, style=None if span is None else _COLOURS.get(span.source))
+            if span is not None and span.source in _COLOURS:
+                note = _note(span)
+                shown.append(f"[{notes.setdefault(note, len(notes) + 1)}]", style="dim")
+        for note, number in notes.items():
+            shown.append(f"\n[{number}] {note}", style="dim")
+        return shown
+
+
+def _note(span: CopiedSpan) -> str:
+    """A span's source in words."""
+    if span.message is not None:
+        return f"message {span.message}, from character {span.offset}"
+    where = {
+        "prompt": "the prompt",
+        "answer": "this answer",
+        "prediction": "the prediction",
+        "earlier_prompt": "an earlier prompt, not in this one",
+        "earlier_answer": "an earlier answer, not in this prompt",
+        "earlier_prediction": "an earlier prediction",
+        "pool": "the shared pool",
+    }[span.source]
+    if span.offset is not None:
+        return f"{where}, from character {span.offset}"
+    around = f"{span.before}[...]{span.after}"
+    return f"{where}: {around!r}" if span.before or span.after else where
+
+
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 """stop: an end-of-sequence id, a stop text or the end of the grammar; length: max_tokens or the context is full;
 cancelled: by the caller; timeout: it took longer than its `timeout_s`."""
@@ -225,94 +368,3 @@ class StreamChunk:
     @property
     def is_last(self) -> bool:
         return self.output is not None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What an engine has loaded, and on what."""
-
-    model: str
-    architecture: str
-    device: str
-    dtype: str
-    max_model_len: int
-    num_parameters: int
-    num_kv_slots: int
-    kv_bytes_per_token: int
-    step_cost: tuple[tuple[int, float], ...]
-    """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller; empty if nothing
-    is drafted."""
-    quantization: str | None = None
-    """How the weights are or were rounded: "int8", or the kind of a GGUF file ("GGUF Q4_K_M"), whose weights are used
-    in `dtype`; None: not by what is known here."""
-    model_source: str = ""
-    """Where the model's files come from and which weights they hold, in words; empty for one that was in memory."""
-    exact: bool = False
-    """Whether a token has the same bits in passes of any width (`EngineConfig.exact`)."""
-    drafting_error: str | None = None
-    """Why this model runs without drafting, whatever drafter is asked for; None if it drafts."""
-    execution: Execution = "eager"
-    """How passes run. "eager": operation by operation, each request's keys and values gathered first; where nothing
-    else works, and on a GPU with exact=True. "packed": so on a CPU, with float32 weights in oneDNN's layout. "paged":
-    kernels on a GPU read keys and values in place. "graphs": so, and replayed as CUDA graphs. "compiled": so, of layers
-    that torch.compile has fused."""
-    execution_error: str | None = None
-    """Why passes do not run faster; None if nothing stood in the way."""
-    draft_model: str | None = None
-    """The model that drafts where copying cannot; None if there is none."""
-    draft_model_source: str = ""
-    """As `model_source`, of the draft model."""
-    draft_model_step_cost: tuple[tuple[int, float], ...] = ()
-    """As `step_cost`, of the draft model."""
-    draft_model_error: str | None = None
-    """Why the draft model is not asked any more."""
-    sampling_defaults: dict[str, Any] = field(default_factory=dict)
-    """What the checkpoint's generation_config.json sets for calls that do not say otherwise, by the names of
-    `SamplingParams`, besides min_length and max_length (tokens of prompt and answer)."""
-    sampling_defaults_not_done: tuple[str, ...] = ()
-    """What it sets and this engine does not do, as "num_beams=4"."""
-    memory_path: str | None = None
-    """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
-    memory_error: str | None = None
-    """Why the file could not be opened."""
-    tool_calling: Literal["by template", "by prompt"] | None = None
-    """How the model is told of tools: by its chat template, or in a message where the template leaves them out; None:
-    it is not."""
-    check_difference: float | None = None
-    """Relative difference of its logits over our KV from its own, as it was loaded; None for a model without KV."""
-    load_seconds: dict[str, float] = field(default_factory=dict)
-    """What each phase of loading took, in seconds, by the names of `LoadProgress.phase`."""
-    device_name: str = ""
-    """What the device's maker calls it."""
-    device_memory: tuple[int, int] = (0, 0)
-    """(free, total) bytes of the device, as they are now."""
-    cpu_threads: int = 1
-    """Threads of a pass on a CPU."""
-    cpu_features: str = ""
-    """The widest vector instructions that torch uses, as "AVX512"."""
-    system: str = ""
-    """Operating system, its version, and the machine's architecture."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """By the names of packages, and "python"; "not installed" for one that is not."""
-
-    @property
-    def is_lossless(self) -> bool:
-        """Whether an answer has the tokens of plain decoding, whatever is drafted, reused or runs beside it."""
-        return self.exact or self.dtype == "float32"
-
-    @property
-    def lossless(self) -> str:
-        """What is promised of an answer beside plain decoding, in a sentence."""
-        return self.promised(self.dtype, exact=self.exact)
-
-    @staticmethod
-    def promised(dtype: str, *, exact: bool) -> str:
-        """What `lossless` says of a dtype."""
-        if exact:
-            return "the tokens of plain decoding, to the last bit of arithmetic"
-        if dtype == "float32":
-            return "the tokens of plain decoding, but where rounding decides between two; exact=True rules that out"
-        return (
-            f"the tokens of plain decoding but for near ties between two tokens, which {dtype} may round the other way "
-            "in a pass of another width; exact=True rules that out"
-        )

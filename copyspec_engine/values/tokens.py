@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Fingerprint", "TokenArray", "common_prefix_length"]
+__all__ = ["Fingerprint", "TokenArray"]
 
 TokenArray = npt.NDArray[np.int64]
 """Token ids, or the KV slots of tokens, shape (n,)."""
-
-
-def common_prefix_length(a: Sequence[int] | TokenArray, b: Sequence[int] | TokenArray) -> int:
-    """How many tokens at the start of `a` and `b` are equal."""
-    size = min(len(a), len(b))
-    differs = np.asarray(a[:size], dtype=np.int64) != np.asarray(b[:size], dtype=np.int64)
-    return int(differs.argmax()) if differs.any() else size
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from copyspec_engine import ConfigError, GenerationRequest, SamplingParams
-from copyspec_engine.adapters.model import LocalModel
-from copyspec_engine.adapters.options import AdapterOptions
+from copyspec_engine.adapters.model import AdapterOptions, LocalModel
 from copyspec_engine.values.config import ModelOptions
 
 OWN = {"timeout", "session_id", "include_segments", "include_token_ids", "include_explanation"}

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from copyspec_engine import ConfigError, GenerationRequest, Grammar, Reply, ReplyDelta, SamplingParams
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.chat.formats import ChatFormat, find_chat_format
-from copyspec_engine.chat.messages import for_template
 from copyspec_engine.chat.reply import ReplyParser
+from copyspec_engine.chat.template import for_template
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.grammar.state import GrammarCompiler

@@ -13,8 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 import copyspec_engine.chat.template_sandbox as sandbox
 from copyspec_engine import ConfigError
 from copyspec_engine.bundled import bundled_model_path
-from copyspec_engine.chat.messages import for_template
-from copyspec_engine.chat.template import ChatTemplate, describe_template, given_template
+from copyspec_engine.chat.template import ChatTemplate, describe_template, for_template, given_template
 from copyspec_engine.chat.tokenizer import HFTokenizer
 
 TEMPLATES = sorted((Path(__file__).parents[1] / "data" / "chat_templates").glob("*.jinja"))

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from copyspec_engine import ConfigError
-from copyspec_engine.chat.tokenizer import HFTokenizer, StoppingTextStream
+from copyspec_engine.chat.detokenizer import StoppingTextStream
+from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.testing import ByteTokenizer
 from copyspec_engine.values.tokens import Fingerprint
 

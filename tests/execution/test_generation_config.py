@@ -16,8 +16,7 @@ from copyspec_engine.cli.options import engine_config
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.generation_defaults import GenerationDefaults, read_defaults
 from copyspec_engine.execution.loading import prepare
-from copyspec_engine.sampling.bans import Bans
-from copyspec_engine.sampling.processors import ban
+from copyspec_engine.sampling.processors import Bans, ban
 from copyspec_engine.testing import ByteTokenizer
 from tests.conftest import STEP_COST, assert_all_slots_free
 from tests.execution.architectures import END, build_model

@@ -36,7 +36,7 @@ from copyspec_engine.execution.packing import Piece
 from copyspec_engine.testing import ByteTokenizer, loop_of
 from copyspec_engine.values.config import DraftModelUse
 from tests.conftest import STEP_COST, assert_all_slots_free, build_model
-from tests.drafting.test_live_cost import watched_cost
+from tests.drafting.test_cost import watched_cost
 from tests.loop.test_lossless import PROMPT, ids_of, run, same_answer, watch_drafts
 
 USES: dict[DraftModelUse, DrafterConfig] = {

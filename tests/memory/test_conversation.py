@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from copyspec_engine.kv.slots import common_prefix_length
 from copyspec_engine.memory.conversation import ANSWER, DECLARED_TEXT, PROMPT, SessionMemory
 from copyspec_engine.memory.file import SavedSegment
 from copyspec_engine.memory.index import CopyIndex
-from copyspec_engine.values.tokens import common_prefix_length
 
 
 def call(memory: SessionMemory, prompt: list[int], answer: list[int]) -> list[int]:

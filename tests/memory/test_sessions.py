@@ -18,11 +18,10 @@ import torch
 from copyspec_engine import Engine, EngineConfig, EngineStoppedError, GenerationRequest, MemoryFileError, SamplingParams
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.memory import store
-from copyspec_engine.memory.conversation import SessionMemory
+from copyspec_engine.memory import conversation
+from copyspec_engine.memory.conversation import SessionMemory, SessionStore
 from copyspec_engine.memory.file import MemoryFile, SavedSegment
 from copyspec_engine.memory.index import BREAK, CopyIndex
-from copyspec_engine.memory.store import SessionStore
 from copyspec_engine.testing import ByteTokenizer, loop_of, scripted_engine
 from copyspec_engine.values.tokens import Fingerprint
 from tests.conftest import assert_all_slots_free
@@ -168,7 +167,7 @@ def test_a_session_without_texts_that_is_forgotten_while_it_runs_keeps_nothing(m
 
 
 def test_the_least_recently_used_pool_is_forgotten(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_MAX_POOLS", 2)
+    monkeypatch.setattr(conversation, "_MAX_POOLS", 2)
     engine = make_engine()
     for pool in ("one", "two", "one", "three"):
         passes(engine, memory_pool=pool)
@@ -404,7 +403,7 @@ def test_a_session_that_was_not_used_since_the_start_can_be_forgotten(make_engin
 def test_the_disk_holds_as_many_sessions_and_pools_as_memory_does(
     make_engine: MakeEngine, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_MAX_POOLS", 2)
+    monkeypatch.setattr(conversation, "_MAX_POOLS", 2)
     with make_engine(memory_path=str(path), max_sessions=3) as engine:
         for i in range(6):
             engine.generate(ask(f"text of {i}", session_id=f"s{i}"))
@@ -537,7 +536,7 @@ def test_calls_go_on_whatever_the_disk_does(
 ) -> None:
     with make_engine(memory_path=str(path)) as engine:
         passes(engine, session_id="a", memory_pool="team")
-    monkeypatch.setattr(store, "_MAX_POOLS", 1)
+    monkeypatch.setattr(conversation, "_MAX_POOLS", 1)
     engine = make_engine(memory_path=str(path), max_sessions=2)
     with FullDisk(monkeypatch, "save", "load", "delete", "owners"):
         for i in range(4):

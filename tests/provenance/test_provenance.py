@@ -36,7 +36,7 @@ from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.provenance.explain import _contents, _marked, _texts
 from copyspec_engine.provenance.trail import find_around
 from copyspec_engine.testing import loop_of, scripted_engine
-from copyspec_engine.values.explanation import NOT_COPIED
+from copyspec_engine.values.outputs import NOT_COPIED
 
 DOCUMENT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, does not mind this at all; nor do I."
 TEMPLATES = sorted((Path(__file__).parents[1] / "data" / "chat_templates").glob("*.jinja"))

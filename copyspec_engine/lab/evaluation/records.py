@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from copyspec_engine import ConfigError
 from copyspec_engine.cli.files import write_text
-from copyspec_engine.values.explanation import NOT_COPIED
+from copyspec_engine.values.outputs import NOT_COPIED
 
 __all__ = ["PLAIN", "RUN_FILE", "TURNS_FILE", "RunFacts", "RunFolder", "TurnRecord", "read_turns"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from copyspec_engine.lab.evaluation.records import TurnRecord
 from copyspec_engine.lab.page.transcript import Answer
-from copyspec_engine.values.explanation import NOT_COPIED
+from copyspec_engine.values.outputs import NOT_COPIED
 
 __all__ = ["Figures"]
 

@@ -12,9 +12,9 @@ import torch
 from transformers import DynamicCache
 
 from copyspec_engine.cli.demo.peers import LOOKUP_TOKENS, generate_greedy
+from copyspec_engine.kv.slots import common_prefix_length
 from copyspec_engine.lab.recorded.records import Turn, Written
 from copyspec_engine.lab.recorded.runner import force, next_tokens
-from copyspec_engine.values.tokens import common_prefix_length
 
 __all__ = ["GENERATE_PEERS", "GeneratePeer"]
 

@@ -29,16 +29,27 @@ from copyspec_engine import (
 )
 from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.adapters.model import LocalModel
-from langchain_copyspec._bound import BoundModel
-from langchain_copyspec._calls import PreparedCall, astream_call, stream_call
-from langchain_copyspec._convert import PROVIDER, to_engine_messages
-from langchain_copyspec._explain import explain
-from langchain_copyspec._options import CallOptions, deciding, deciding_config
+from langchain_copyspec._calls import (
+    BoundModel,
+    ConversationalModel,
+    PreparedCall,
+    astream_call,
+    session_of,
+    stream_call,
+    with_session,
+)
+from langchain_copyspec._messages import PROVIDER, ReplyWriter, explain, to_engine_messages
+from langchain_copyspec._options import (
+    CallOptions,
+    Tool,
+    ToolOptions,
+    convert_tools,
+    deciding,
+    deciding_config,
+    json_schema_of,
+)
 from langchain_copyspec._profile import model_profile
-from langchain_copyspec._replies import ReplyWriter
-from langchain_copyspec._sessions import ConversationalModel, session_of, with_session
 from langchain_copyspec._structured import Method, answer_parser, call_parser, with_raw
-from langchain_copyspec._tools import Tool, ToolOptions, convert_tools, json_schema_of
 
 if TYPE_CHECKING:
     from copyspec_engine import ConversationMemory

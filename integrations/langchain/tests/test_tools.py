@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from copyspec_engine import ConfigError, CopySpecError, Engine
 from langchain_copyspec import ChatCopySpec
-from langchain_copyspec._tools import ToolOptions
+from langchain_copyspec._options import ToolOptions
 
 MakeEngine = Callable[..., Engine]
 

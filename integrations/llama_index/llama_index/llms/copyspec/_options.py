@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from llama_index.core.tools.types import BaseTool
 from pydantic import BaseModel, field_validator
 
 from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
-from copyspec_engine.adapters.options import AdapterOptions
-from copyspec_engine.adapters.tools import calls_grammar, guides_calls, tool_choice_of
-from llama_index.llms.copyspec._convert import to_function_schemas
+from copyspec_engine.adapters.model import AdapterOptions
+from copyspec_engine.adapters.tools import calls_grammar, check_nesting, guides_calls, tool_choice_of
 
-__all__ = ["CallOptions", "CheckedCall", "ToolUse", "take_tools"]
+__all__ = ["CallOptions", "CheckedCall", "ToolUse", "take_tools", "to_function_schemas"]
 
 _WRITTEN_AS_BY_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How calls are written: as chat templates write those of earlier turns, so that they can be copied."""
 
 _TOOL_OPTIONS = ("tools", "tool_choice", "parallel_tool_calls")
+
+
+def to_function_schemas(tools: Iterable[BaseTool | dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """OpenAI-style schemas, under the tools' own names: calls are looked up by them.
+
+    Raises:
+        ConfigError: this is no list, or one of something else.
+    """
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise ConfigError(f"Got tools={tools!r} but expected a list of tools or function schemas")
+    return tuple(_to_function_schema(position, tool) for position, tool in enumerate(tools))
+
+
+def _to_function_schema(position: int, tool: object) -> dict[str, Any]:
+    if isinstance(tool, dict):
+        check_nesting(tool, f"tools[{position}]")
+        return tool
+    if not isinstance(tool, BaseTool):
+        raise ConfigError(
+            f"Got tools[{position}]={tool!r} but expected a tool or a function schema: FunctionTool.from_defaults "
+            "makes a tool of a function"
+        )
+    schema = tool.metadata.to_openai_tool(skip_length_check=True)
+    return {**schema, "function": {**schema["function"], "name": tool.metadata.get_name()}}
 
 
 class CallOptions(AdapterOptions):

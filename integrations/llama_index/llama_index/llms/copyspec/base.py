@@ -35,9 +35,8 @@ from copyspec_engine import ConfigError, Engine, Explanation, GenerationRequest
 from copyspec_engine.adapters.answers import explain_metadata
 from copyspec_engine.adapters.conversations import Talk, first_named
 from copyspec_engine.adapters.model import ChatFormat, LocalModel, model_facts
-from llama_index.llms.copyspec._convert import to_engine_messages, to_function_schemas
-from llama_index.llms.copyspec._options import CallOptions, CheckedCall, take_tools
-from llama_index.llms.copyspec._responses import Answer, refuse_cut_off
+from llama_index.llms.copyspec._messages import Answer, refuse_cut_off, to_engine_messages
+from llama_index.llms.copyspec._options import CallOptions, CheckedCall, take_tools, to_function_schemas
 from llama_index.llms.copyspec._room import SHORT_CHATS, tokens_around
 from llama_index.llms.copyspec._sessions import named_session, step_session
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM

@@ -24,9 +24,9 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from pydantic import ConfigDict, Field
 from typing_extensions import override
 
-from copyspec_engine.adapters.options import clear_errors
+from copyspec_engine.adapters.model import clear_errors
+from llama_index.llms.copyspec._messages import Answer
 from llama_index.llms.copyspec._options import CheckedCall
-from llama_index.llms.copyspec._responses import Answer
 from llama_index.llms.copyspec._room import SHORT_CHATS
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM
 from llama_index.llms.copyspec.base import CopySpec

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from copyspec_engine import ConfigError, Engine, EngineBusyError, EngineConfig, EngineStoppedError, GenerationRequest
-from copyspec_engine.engine.admission import Admission
+from copyspec_engine.engine.thread import Admission
 from copyspec_engine.testing import loop_of, scripted_engine
 from tests.conftest import assert_all_slots_free
 

@@ -12,7 +12,7 @@ from llama_index.core.llms import (
 )
 
 from copyspec_engine import ConfigError
-from llama_index.llms.copyspec._convert import to_engine_messages
+from llama_index.llms.copyspec._messages import to_engine_messages
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from copyspec_engine import ConfigError, CopySpecError, EngineConfig, GenerationRequest
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.chat.formats import find_chat_format
-from copyspec_engine.chat.messages import for_template
 from copyspec_engine.chat.reply import ReplyParser
-from copyspec_engine.chat.template import ChatTemplate
+from copyspec_engine.chat.template import ChatTemplate, for_template
 from copyspec_engine.chat.tokenizer import HFTokenizer
 
 CHATML = (

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from copyspec_engine import AdaptiveDrafter, ConfigError, EngineConfig, GenerationRequest, NoDrafter, SamplingParams
-from copyspec_engine.adapters.options import AdapterOptions
-from copyspec_engine.values.option_names import _NAMES, _NEEDLESS, _OURS
-from copyspec_engine.values.options import Options, _homes
+from copyspec_engine.adapters.model import AdapterOptions
+from copyspec_engine.values.options import _NAMES, _NEEDLESS, _OURS, Options, _homes
 
 
 class OfCalls(AdapterOptions):
