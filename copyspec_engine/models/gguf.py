@@ -111,11 +111,14 @@ def _folder(paths: tuple[Path, ...], digest: str, root: Path) -> Path:
 
 def _kept(digest: str) -> Converted | None:
     """What was made of a content, by whatever name its file had then."""
-    for folder in converted_folders(digest):
-        with contextlib.suppress(FileNotFoundError):
-            if folder.name.endswith(f"-{_FORMAT}"):
-                note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
-                return Converted(folder, str(note["quantization"]))
+    for folder in (folder for folder in converted_folders(digest) if folder.name.endswith(f"-{_FORMAT}")):
+        note = folder / _NOTE
+        try:
+            return Converted(folder, str(json.loads(note.read_text(encoding="utf-8"))["quantization"]))
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s): the GGUF file is converted anew", note, error)
     return None
 
 

@@ -111,12 +111,13 @@ def _as_texts(value: object) -> object:
 
 
 def _drafter_from_name(value: object) -> object:
-    """The drafter with default options for its name; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    if value not in _DRAFTERS:
-        raise ValueError(f"one of {', '.join(_DRAFTERS)}")
-    return _DRAFTERS[value]()
+    """The drafter with default options for its name; an object, or a dict with a name, as it is."""
+    if isinstance(value, str) and value in _DRAFTERS:
+        return _DRAFTERS[value]()
+    is_named = isinstance(value, Mapping) and value.get("name") in list(_DRAFTERS)
+    if not is_named and not isinstance(value, tuple(_DRAFTERS.values())):
+        raise ValueError(f"one of {', '.join(_DRAFTERS)}, or an object, say CopySpecDrafter(block=5)")
+    return value
 
 
 DrafterConfig = Annotated[
@@ -144,7 +145,7 @@ def _checked_points(value: object) -> Points | None:
 
 
 def _checked_cost(value: object) -> object:
-    if isinstance(value, str) and value not in ("measured", "remeasure"):
+    if value is None or (isinstance(value, str) and value not in ("measured", "remeasure")):
         raise ValueError("'measured', 'remeasure' or (tokens, seconds) pairs")
     return value if isinstance(value, str) else _checked_points(value)
 
@@ -183,6 +184,8 @@ class DraftModel(_Options):
 
 
 def _draft_model_of_name(value: object) -> object:
+    if value is not None and not isinstance(value, str | Mapping | DraftModel):
+        raise ValueError("the name of a model, or a DraftModel")
     return DraftModel(value) if isinstance(value, str) else value
 
 

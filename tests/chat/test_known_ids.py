@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from copyspec_engine import Engine, EngineConfig, GenerationOutput, GenerationRequest, NoDrafter, SamplingParams
 from copyspec_engine.chat.known_ids import KnownIds, Spelling
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.testing import loop_of
+from tests.chat.byte_level import byte_level_tokenizer
 from tests.conftest import Written
 
 TEMPLATE = (
@@ -33,18 +32,8 @@ USER = {"role": "user", "content": "Which house?"}
 @pytest.fixture(scope="module")
 def tokenizer() -> HFTokenizer:
     """A small byte-level BPE."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|s|>", "<|e|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["the cat sat on the mat and the other dog sat in the house and on the log"] * 3, trainer)
-    bpe.add_tokens(["<think>", "</think>"])
-    return HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|e|>", chat_template=TEMPLATE))
+    text = "the cat sat on the mat and the other dog sat in the house and on the log"
+    return byte_level_tokenizer(text, TEMPLATE, added=["<think>", "</think>"])
 
 
 def letters(tokenizer: HFTokenizer, text: str) -> list[int]:

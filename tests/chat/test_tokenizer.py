@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from copyspec_engine import ConfigError
@@ -17,6 +17,7 @@ from copyspec_engine.chat.detokenizer import StoppingTextStream
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.testing import ByteTokenizer
 from copyspec_engine.values.tokens import Fingerprint
+from tests.chat.byte_level import byte_level_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<|s|>{{ m.role }}\n{{ m.content }}<|e|>\n{% endfor %}"
@@ -27,17 +28,8 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def tokenizer() -> HFTokenizer:
     """A small byte-level BPE with a chat template."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|s|>", "<|e|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 3, trainer)
-    return HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|e|>", chat_template=TEMPLATE))
+    text = "the cat sat on the mat and the dog sat on the log"
+    return byte_level_tokenizer(text, TEMPLATE)
 
 
 def test_a_fingerprint_changes_with_what_gives_tokens_their_meaning(tokenizer: HFTokenizer) -> None:

@@ -206,6 +206,17 @@ def test_a_model_is_converted_once_and_found_again_by_its_content(
     assert {progress.unit for progress in told} == {None, "B"}
 
 
+@pytest.mark.parametrize("note", ["{", "[]", "{}"])
+def test_a_folder_with_a_damaged_note_is_made_anew(file: Path, note: str, caplog: pytest.LogCaptureFixture) -> None:
+    first = convert(str(file))
+    (first.folder / "copyspec.json").write_text(note)
+    assert convert(str(file)) == first
+    assert "copyspec.json is damaged" in caplog.text
+    caplog.clear()
+    assert convert(str(file)) == first
+    assert not caplog.text
+
+
 def test_a_file_under_another_name_is_not_converted_again(file: Path, cache: Path) -> None:
     first = convert(str(file))
     other = file.with_name("other.gguf")

@@ -26,7 +26,8 @@ __all__ = [
 bench = typer.Typer(
     no_args_is_help=True,
     help="Measure: drafts and propose replay recorded conversations without a model, engine builds one that writes "
-    "them, in free-text and context a model writes as it likes, and lossless counts answers that drafting changes.",
+    "them, in free-text and context a model writes as it likes, lossless counts answers that drafting changes, and "
+    "report puts what all of them have found into tables and plots.",
 )
 
 MOST_MEMORY = 20_000_000
