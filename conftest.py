@@ -133,12 +133,12 @@ def same_when_drafted(monkeypatch: pytest.MonkeyPatch) -> Compare:
 
     Gives what the scenario with drafts gives, and the outputs of its calls in the order in which they ended.
     """
-    from copyspec_engine.engine.thread import EngineLoop
+    from copyspec_engine.engine.thread import LoopThread
 
     outputs: list[GenerationOutput] = []
-    enqueue = EngineLoop.enqueue
+    enqueue = LoopThread.enqueue
 
-    def recorded(loop: EngineLoop, sequence: Request, sink: Sink) -> None:
+    def recorded(loop: LoopThread, sequence: Request, sink: Sink) -> None:
         def take(item: StreamChunk | Exception) -> None:
             if not isinstance(item, Exception) and item.output is not None:
                 outputs.append(item.output)
@@ -147,7 +147,7 @@ def same_when_drafted(monkeypatch: pytest.MonkeyPatch) -> Compare:
         enqueue(loop, sequence, take)
 
     def compare(scenario: Scenario) -> tuple[Any, list[GenerationOutput]]:
-        monkeypatch.setattr(EngineLoop, "enqueue", recorded)
+        monkeypatch.setattr(LoopThread, "enqueue", recorded)
         scenario("none")
         plain = outputs.copy()
         outputs.clear()

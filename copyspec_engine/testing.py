@@ -23,7 +23,7 @@ from copyspec_engine.chat.known_ids import Spelling
 from copyspec_engine.chat.tokenizer import SpecialTokens
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.engine.engine import Engine, close_shared_engines
-from copyspec_engine.engine.thread import EngineLoop
+from copyspec_engine.engine.thread import LoopThread
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.values.config import EngineConfig
@@ -210,7 +210,7 @@ def scripted_engine(replies: Sequence[str] | Callable[[str], str], config: Engin
     return Engine(config, model=model)
 
 
-def loop_of(engine: Engine) -> EngineLoop:
+def loop_of(engine: Engine) -> LoopThread:
     """What is behind an engine: its loop, with its `core` and `model`, for tests that look inside or replace a part.
 
     All of it belongs to the loop's thread: look when no request is on its way.

@@ -49,7 +49,7 @@ def assert_all_slots_free(engine: Engine) -> None:
     """After every request is over, only rows that are kept for later calls use slots, each as often as it says."""
     core = loop_of(engine).core
     users = np.zeros(core.kv.pool.num_slots, dtype=np.int32)
-    for row in core.kv.cache.rows:
+    for row in core.kv.cache.sequences:
         assert len(row.slots) == len(row.token_ids) == len(np.unique(row.slots))
         users[row.slots] += 1
     assert (users == core.kv.pool.users).all()

@@ -19,7 +19,7 @@ from numba.core.dispatcher import Dispatcher
 from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams
 from copyspec_engine.drafting import cost
 from copyspec_engine.drafting.kernels import branch_points, candidates, growth
-from copyspec_engine.loop.step import warm_up
+from copyspec_engine.loop.warm_up import warm_up
 from copyspec_engine.memory import acceptance, alternatives, index
 from copyspec_engine.provenance import trail
 from copyspec_engine.sampling import gumbel

@@ -55,7 +55,7 @@ class AdapterOptions(Documented):
     model_config = ConfigDict(extra="forbid")
 
     called: ClassVar[str | None] = None
-    """What errors call the owner of the options; default: the class."""
+    """What errors call the class of the options; default: the class."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Names of options that are taken along with these, for advice about one that is not known."""
     told_by = (SamplingParams, GenerationRequest)
@@ -134,18 +134,18 @@ class AdapterOptions(Documented):
 
 
 @contextmanager
-def clear_errors(owner: type[BaseModel], *, called: str | None = None, beside: Iterable[str] = ()) -> Iterator[None]:
+def clear_errors(target: type[BaseModel], *, called: str | None = None, beside: Iterable[str] = ()) -> Iterator[None]:
     """Raise pydantic's validation errors as one `ConfigError` that names each option, its value, and what to do.
 
     Args:
-        owner: whose options are checked.
-        called: the owner's name in the text; default: that of the class.
-        beside: names of options that are taken along with the owner's.
+        target: the options that are checked.
+        called: its name in the text; default: that of the class.
+        beside: names of options that are taken along with its own.
     """
     try:
         yield
     except ValidationError as error:
-        raise ConfigError(explain_errors(owner, error, called=called, beside=beside)) from None
+        raise ConfigError(explain_errors(target, error, called=called, beside=beside)) from None
 
 
 class LocalModel(AdapterOptions, ModelOptions):

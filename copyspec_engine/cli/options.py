@@ -16,7 +16,7 @@ from typer.models import ParameterInfo
 from copyspec_engine import EngineConfig
 from copyspec_engine.cli.exits import console, exit_with
 
-__all__ = ["BUNDLED", "DEFAULT", "Device", "Dtype", "DtypeName", "ModelOptions", "add_command", "engine_config"]
+__all__ = ["BUNDLED", "DEFAULT", "Device", "Dtype", "DtypeName", "ModelArguments", "add_command", "engine_config"]
 
 BUNDLED = "bundled"
 DEFAULT = "smollm2"
@@ -42,7 +42,7 @@ def engine_config(model: str, device: str, dtype: DtypeName, **options: Any) -> 
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
+class ModelArguments:
     """The options of a command that loads a model to measure it."""
 
     model: Annotated[

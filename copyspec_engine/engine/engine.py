@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.reports import Reports
-from copyspec_engine.engine.thread import FORKED, EngineLoop, Sink
+from copyspec_engine.engine.thread import FORKED, LoopThread, Sink
 from copyspec_engine.values.config import EngineConfig, GenerationRequest
 from copyspec_engine.values.errors import ConfigError, EngineStoppedError, RequestFailedError
 from copyspec_engine.values.info import EngineInfo, EngineMetrics
@@ -157,7 +157,7 @@ class Engine:
         self._config = config or EngineConfig()
         with Reports(on_progress) as reports:
             load = partial(_load, self._config, model, reports)
-            self._loop = EngineLoop(self._config, load, reports, partial(_unshare, self._config, weakref.ref(self)))
+            self._loop = LoopThread(self._config, load, reports, partial(_unshare, self._config, weakref.ref(self)))
         self._load_seconds = reports.seconds
         self._model, self._core = self._loop.model, self._loop.core
         # The loop's thread must not keep us alive: an engine that everybody has let go of ends it.
@@ -373,7 +373,7 @@ def inspect_model(config: EngineConfig | None = None, on_progress: OnProgress | 
 def _load(config: EngineConfig, model: LoadedModel | None, reports: Reports) -> LoadedModel:
     """The model and then, as a wrong name should be told at once, the compiled code; in the loop's thread."""
     loaded = model or _read(config, reports)
-    from copyspec_engine.loop.step import warm_up
+    from copyspec_engine.loop.warm_up import warm_up
 
     warm_up(reports)
     reports.end()

@@ -15,7 +15,7 @@ from copyspec_engine.chat.known_ids import KnownIds
 from copyspec_engine.chat.reply import Form, ReplyParser
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.grammar.state import GrammarCompiler
-from copyspec_engine.kv.slots import Row
+from copyspec_engine.kv.slots import KVSequence
 from copyspec_engine.loop.request import Answer, Asked, Drafting, Request
 from copyspec_engine.sampling.processors import Bans
 from copyspec_engine.values.config import (
@@ -124,7 +124,9 @@ class Preparation:
             grammar=None if call.grammar is None else self._grammars.begin(self._placed(call.grammar, reply)),
             reply=reply,
         )
-        return Request(asked, Row(token_ids), answer, Drafting("never" if model.draft is None else drafter.draft_model))
+        return Request(
+            asked, KVSequence(token_ids), answer, Drafting("never" if model.draft is None else drafter.draft_model)
+        )
 
     def _bans(self, params: SamplingParams, ends: frozenset[int], num_prompt_tokens: int) -> Bans | None:
         """What may not come in the answer to a request.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORKED",
     "Admission",
-    "EngineLoop",
+    "LoopThread",
     "Sink",
 ]
 
@@ -174,7 +174,7 @@ Sink = Callable[[StreamChunk | Exception], None]
 """Takes a request's chunks, or the error that ended it; called on the loop thread, must not block."""
 
 
-class EngineLoop:
+class LoopThread:
     """A running loop, with its model loaded. Thread-safe.
 
     Args:

@@ -21,7 +21,7 @@ from copyspec_engine.grammar.patterns import FORMATS, UnreadablePatternError, pa
 from copyspec_engine.grammar.schema import Json, Plain, SchemaReader, fits_limits, joined, merged, property_schema
 from copyspec_engine.values.errors import ConfigError
 
-__all__ = ["ANY_TEXT", "Spelling", "key_regex", "plain_regex", "value_rules"]
+__all__ = ["ANY_TEXT", "JsonSpelling", "key_regex", "plain_regex", "value_rules"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def plain_regex(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Spelling:
+class JsonSpelling:
     """How values are written."""
 
     space: str = ""
@@ -72,7 +72,9 @@ class _Way(NamedTuple):
     """Rules without which it is none."""
 
 
-def value_rules(prefix: str, schema: Json, spelling: Spelling, *, owner: str, lenient: bool, closed: bool) -> list[str]:
+def value_rules(
+    prefix: str, schema: Json, spelling: JsonSpelling, *, owner: str, lenient: bool, closed: bool
+) -> list[str]:
     """Rules in Lark of which the first, named `prefix`, takes a value that fits a schema.
 
     Args:
@@ -90,7 +92,9 @@ def value_rules(prefix: str, schema: Json, spelling: Spelling, *, owner: str, le
 
 
 class _Writer:
-    def __init__(self, prefix: str, root: Json, spelling: Spelling, *, owner: str, lenient: bool, closed: bool) -> None:
+    def __init__(
+        self, prefix: str, root: Json, spelling: JsonSpelling, *, owner: str, lenient: bool, closed: bool
+    ) -> None:
         self._prefix, self._spelling, self._owner = prefix, spelling, owner
         self._lenient, self._closed = lenient, closed
         self._reader = SchemaReader(root, self._leave_out, self._refused)

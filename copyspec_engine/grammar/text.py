@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-from copyspec_engine.grammar.json_values import ANY_TEXT, Spelling, key_regex, plain_regex, value_rules
+from copyspec_engine.grammar.json_values import ANY_TEXT, JsonSpelling, key_regex, plain_regex, value_rules
 from copyspec_engine.grammar.schema import Json
 from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.grammar import Grammar, ToolCalls
@@ -51,13 +51,15 @@ def translate(grammar: Grammar, literal: Callable[[str], str]) -> tuple[str, byt
     return LLMatcher.grammar_from_lark("\n".join(["start: value", *rules])), marker, False
 
 
-def _json_rules(name: str, schema: Json, grammar: Grammar, owner: str, spelling: Spelling | None = None) -> list[str]:
+def _json_rules(
+    name: str, schema: Json, grammar: Grammar, owner: str, spelling: JsonSpelling | None = None
+) -> list[str]:
     """Rules for JSON, the first of which has this name; spelled as the schema says, or as something around it does."""
     spelling = spelling or _spelling(schema, owner)
     return value_rules(name, schema, spelling, owner=owner, lenient=grammar.lenient, closed=grammar.closed)
 
 
-def _spelling(schema: Json, owner: str) -> Spelling:
+def _spelling(schema: Json, owner: str) -> JsonSpelling:
     """How a schema's JSON is written: white space may stand everywhere, unless the schema's "x-guidance" says more."""
     asked = schema.get("x-guidance", {}) if isinstance(schema, dict) else {}
     known = ("whitespace_flexible", "item_separator", "key_separator")
@@ -65,7 +67,7 @@ def _spelling(schema: Json, owner: str) -> Spelling:
         raise ConfigError(f"Got x-guidance={asked!r} in {owner} but expected a dict of {', '.join(known)}")
     space = _WHITE_SPACE if asked.get("whitespace_flexible", True) else ""
     comma, colon = (str(asked.get(key, usual)) for key, usual in (("item_separator", ","), ("key_separator", ":")))
-    return Spelling(space, re.escape(comma), re.escape(colon))
+    return JsonSpelling(space, re.escape(comma), re.escape(colon))
 
 
 class _ToolRules:
@@ -141,7 +143,7 @@ class _ToolRules:
         written = quoted(name) if name is not None else "UNKNOWN"
         call = f"{rule}: {written} {call_id} ({name_end}) {rule}a {literal(options.arguments_end)}"
         quote = literal(options.string_quote)
-        spelling = Spelling(quote=quote) if quote else None
+        spelling = JsonSpelling(quote=quote) if quote else None
         rules = [call, *_json_rules(f"{rule}a", parameters, self._grammar, owner, spelling)]
         known = "|".join(map(plain_regex, self._names))
         return rules if name is not None else [*rules, rf"UNKNOWN: /[\w.\-]+/ & ~/{known}/"]

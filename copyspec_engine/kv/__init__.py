@@ -1,4 +1,4 @@
-"""Who holds which slots of the KV cache, and which rows are kept for the next call.
+"""Who holds which slots of the KV cache, and which sequences are kept for the next call.
 
-May import: values. Nouns: `KVRows`, `Row`, `KVPool`, slot, `PrefixCache`.
+May import: values. Nouns: `KVSlots`, `KVSequence`, `KVPool`, slot, `PrefixCache`.
 """

@@ -28,10 +28,10 @@ from copyspec_engine.values.tokens import TokenArray
 
 __all__ = [
     "KVPool",
-    "KVRows",
+    "KVSequence",
+    "KVSlots",
     "Owner",
     "PrefixCache",
-    "Row",
     "common_prefix_length",
 ]
 
@@ -109,10 +109,10 @@ class KVPool:
 
 
 Owner: TypeAlias = str | int
-"""Whose a kept row is: a conversation's, by its id, or a single request's, by its number."""
+"""Whose a kept sequence is: a conversation's, by its id, or a single request's, by its number."""
 
 _MOST_SHARED = 4
-"""Slots of all rows together, as a multiple of those there are."""
+"""Slots of all sequences together, as a multiple of those there are."""
 _NO_SLOTS: TokenArray = np.empty(0, dtype=np.int64)
 
 
@@ -123,100 +123,102 @@ def common_prefix_length(a: Sequence[int] | TokenArray, b: Sequence[int] | Token
     return int(differs.argmax()) if differs.any() else size
 
 
-class _Row(NamedTuple):
+class _KeptSequence(NamedTuple):
     token_ids: TokenArray
     slots: TokenArray
     salt: str | None
 
 
 class PrefixCache:
-    """The rows that are kept, least recently used first; each is a user of its slots.
+    """The sequences that are kept, least recently used first; each is a user of its slots.
 
     Args:
         pool: whose slots they are.
-        max_rows: the least recently used row goes when there are more, or when they are too long together: rows may
-            share what they begin with.
+        max_sequences: the least recently used one goes when there are more, or when they are too long together: those
+            that begin alike share slots.
     """
 
-    def __init__(self, pool: KVPool, max_rows: int) -> None:
-        self._pool, self._max_rows = pool, max_rows
-        self._rows: OrderedDict[Owner, _Row] = OrderedDict()
+    def __init__(self, pool: KVPool, max_sequences: int) -> None:
+        self._pool, self._max_sequences = pool, max_sequences
+        self._sequences: OrderedDict[Owner, _KeptSequence] = OrderedDict()
         self._kept = np.zeros(pool.num_slots, dtype=np.int32)
         """See `users`."""
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._sequences)
 
     @property
-    def rows(self) -> list[_Row]:
+    def sequences(self) -> list[_KeptSequence]:
         """Those that are kept, the least recently used one first."""
-        return list(self._rows.values())
+        return list(self._sequences.values())
 
     @property
     def users(self) -> npt.NDArray[np.int32]:
-        """How many kept rows use each slot, shape (num_slots,); not to be changed."""
+        """How many kept sequences use each slot, shape (num_slots,); not to be changed."""
         return self._kept
 
     @property
     def num_idle_slots(self) -> int:
-        """Slots that would be free if no row were kept."""
+        """Slots that would be free if no sequence were kept."""
         return int(((self._kept > 0) & (self._kept == self._pool.users)).sum())
 
     def match(self, token_ids: TokenArray, owners: Sequence[Owner], salt: str | None) -> TokenArray:
-        """The slots of the longest kept beginning of a text, shape (n,), in the rows that its caller may use."""
+        """The slots of the longest kept beginning of a text, shape (n,), in the sequences that its caller may use."""
         best, best_key = _NO_SLOTS, None
-        for key, row in self._rows.items():
-            if key in owners or (salt is not None and salt == row.salt):
-                length = common_prefix_length(token_ids, row.token_ids)
+        for key, sequence in self._sequences.items():
+            if key in owners or (salt is not None and salt == sequence.salt):
+                length = common_prefix_length(token_ids, sequence.token_ids)
                 if length > len(best):
-                    best, best_key = row.slots[:length], key
+                    best, best_key = sequence.slots[:length], key
         if best_key is not None:
-            self._rows.move_to_end(best_key)
+            self._sequences.move_to_end(best_key)
         return best
 
     def keep(self, owner: Owner, token_ids: TokenArray, slots: TokenArray, salt: str | None) -> None:
-        """Keep a row instead of the one that its owner had; the caller's part in the slots passes to the cache."""
+        """Keep a sequence instead of the one that its owner had; the caller's part in the slots passes to the cache."""
         self.drop(owner)
-        self._rows[owner] = _Row(token_ids, slots, salt)
+        self._sequences[owner] = _KeptSequence(token_ids, slots, salt)
         self._kept[slots] += 1
         most = _MOST_SHARED * self._pool.num_slots
-        while len(self._rows) > self._max_rows or int(self._kept.sum()) > most:
-            self.drop(next(iter(self._rows)))
+        while len(self._sequences) > self._max_sequences or int(self._kept.sum()) > most:
+            self.drop(next(iter(self._sequences)))
 
     def drop(self, owner: Owner) -> bool:
-        """Let go of an owner's row; False if there is none."""
-        row = self._rows.pop(owner, None)
-        if row is not None:
-            self._kept[row.slots] -= 1
-            self._pool.release(row.slots)
-        return row is not None
+        """Let go of an owner's sequence; False if there is none."""
+        sequence = self._sequences.pop(owner, None)
+        if sequence is not None:
+            self._kept[sequence.slots] -= 1
+            self._pool.release(sequence.slots)
+        return sequence is not None
 
     def evict(self, count: int) -> None:
         """Free slots until `count` are free, or all that are kept are in use."""
         if self._pool.num_free >= count:
             return
-        for owner, row in list(self._rows.items()):
-            idle = np.flatnonzero(self._kept[row.slots] == self._pool.users[row.slots])
+        for owner, sequence in list(self._sequences.items()):
+            idle = np.flatnonzero(self._kept[sequence.slots] == self._pool.users[sequence.slots])
             missing = count - self._pool.num_free
             if missing <= 0:
                 return
             if not len(idle):
                 continue
             length = int(idle[-min(missing, len(idle))])
-            self._kept[row.slots[length:]] -= 1
-            self._pool.release(row.slots[length:])
+            self._kept[sequence.slots[length:]] -= 1
+            self._pool.release(sequence.slots[length:])
             if length:
-                self._rows[owner] = _Row(row.token_ids[:length], row.slots[:length], row.salt)
+                self._sequences[owner] = _KeptSequence(
+                    sequence.token_ids[:length], sequence.slots[:length], sequence.salt
+                )
             else:
-                del self._rows[owner]
+                del self._sequences[owner]
 
 
 _AHEAD = 256
-"""Slots that a row takes at a time while many are free, so that it lies in one piece."""
+"""Slots that a sequence takes at a time while many are free, so that it lies in one piece."""
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class KVSequence:
     """A text that a model reads bit by bit."""
 
     token_ids: list[int]
@@ -230,7 +232,7 @@ class Row:
         return len(self.token_ids) - self.num_computed
 
     def keep_nodes(self, accepted: Sequence[int]) -> None:
-        """Make the slots of accepted draft nodes the next ones of the row.
+        """Make the slots of accepted draft nodes the next ones of the sequence.
 
         Draft nodes were written to the slots behind `num_computed` in node order. Listing the accepted ones first keeps
         their KV without moving it; the others are written over by the next pass.
@@ -244,12 +246,12 @@ class Row:
         self.num_computed = base + count
 
 
-class KVRows:
+class KVSlots:
     """Hands out the slots of one model's KV.
 
     Args:
         num_slots: of the pool.
-        max_kept: rows that are kept for later calls.
+        max_kept: sequences that are kept for later calls.
     """
 
     def __init__(self, num_slots: int, max_kept: int) -> None:
@@ -258,12 +260,12 @@ class KVRows:
 
     @property
     def num_available(self) -> int:
-        """Slots that are free, or would be if no row were kept."""
+        """Slots that are free, or would be if no sequence were kept."""
         return self.pool.num_free + self.cache.num_idle_slots
 
     @property
     def num_held(self) -> int:
-        """Uses of slots that no kept row accounts for: those of rows that are read, or lost."""
+        """Uses of slots that no kept sequence accounts for: those of sequences that are read, or lost."""
         return int(np.abs(self.pool.users - self.cache.users).sum())
 
     def begin(self, token_ids: Sequence[int], owners: Sequence[Owner], salt: str | None) -> TokenArray:
@@ -271,18 +273,18 @@ class KVRows:
 
         Args:
             token_ids: the text.
-            owners: whose kept rows it may begin with.
+            owners: whose kept sequences it may begin with.
             salt: besides all that were kept with this salt, if it is not None.
         """
         slots: TokenArray = self.cache.match(np.array(token_ids, dtype=np.int64), owners, salt).copy()
         self.pool.share(slots)
         return slots
 
-    def secure(self, row: Row, count: int, make_room: Callable[[], bool], most: int = _AHEAD) -> bool:
-        """Slots for the next `count` tokens of a row, and for some behind them while many are free.
+    def secure(self, sequence: KVSequence, count: int, make_room: Callable[[], bool], most: int = _AHEAD) -> bool:
+        """Slots for the next `count` tokens of a sequence, and for some behind them while many are free.
 
         Args:
-            row: which grows.
+            sequence: which grows.
             count: tokens that a pass is going to read.
             make_room: called as long as there are too few; False: nobody gives way (any more).
             most: slots that it has a use for.
@@ -290,7 +292,7 @@ class KVRows:
         Returns:
             False if there are too few.
         """
-        missing = row.num_computed + count - len(row.slots)
+        missing = sequence.num_computed + count - len(sequence.slots)
         if missing <= 0:
             return True
         wanted = max(missing, min(_AHEAD, most, self.num_available // 4))
@@ -299,24 +301,24 @@ class KVRows:
             if not make_room():
                 return False
             self.cache.evict(missing)
-        self.extend(row, min(wanted, self.pool.num_free))
+        self.extend(sequence, min(wanted, self.pool.num_free))
         return True
 
-    def extend(self, row: Row, count: int) -> None:
-        """Give a row `count` free slots more, where it ends if these are free."""
-        after = int(row.slots[-1]) if len(row.slots) else None
-        row.slots = np.concatenate((row.slots, self.pool.allocate(count, after=after)))
+    def extend(self, sequence: KVSequence, count: int) -> None:
+        """Give a sequence `count` free slots more, where it ends if these are free."""
+        after = int(sequence.slots[-1]) if len(sequence.slots) else None
+        sequence.slots = np.concatenate((sequence.slots, self.pool.allocate(count, after=after)))
 
-    def trim(self, row: Row) -> None:
-        """Take back what a row holds ahead of its tokens, for drafts of earlier passes or to lie in one piece."""
-        length = len(row.token_ids)
-        self.pool.release(row.slots[length:])
-        row.slots = row.slots[:length]
+    def trim(self, sequence: KVSequence) -> None:
+        """Take back what a sequence holds ahead of its tokens, for drafts of earlier passes or to lie in one piece."""
+        length = len(sequence.token_ids)
+        self.pool.release(sequence.slots[length:])
+        sequence.slots = sequence.slots[:length]
 
-    def end(self, row: Row, owner: Owner | None = None, salt: str | None = None) -> None:
-        """A row is over, or has to wait: keep what is computed of it for `owner`, if there is one; free the rest."""
-        slots, length = row.slots, 0 if owner is None else row.num_computed
-        row.slots, row.num_computed = slots[:0], 0
+    def end(self, sequence: KVSequence, owner: Owner | None = None, salt: str | None = None) -> None:
+        """One is over, or has to wait: keep what is computed of it for `owner`, if there is one; free the rest."""
+        slots, length = sequence.slots, 0 if owner is None else sequence.num_computed
+        sequence.slots, sequence.num_computed = slots[:0], 0
         self.pool.release(slots[length:])
         if owner is not None and length:
-            self.cache.keep(owner, np.array(row.token_ids[:length], dtype=np.int64), slots[:length], salt)
+            self.cache.keep(owner, np.array(sequence.token_ids[:length], dtype=np.int64), slots[:length], salt)

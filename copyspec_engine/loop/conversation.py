@@ -14,7 +14,7 @@ from functools import partial
 
 from copyspec_engine.chat.known_ids import KnownIds
 from copyspec_engine.drafting.drafter import answer_texts
-from copyspec_engine.kv.slots import KVRows
+from copyspec_engine.kv.slots import KVSlots
 from copyspec_engine.loop.request import Request
 from copyspec_engine.memory.conversation import SessionMemory, SessionStore
 from copyspec_engine.memory.file import MemoryFile
@@ -41,19 +41,19 @@ class Conversations:
     def __init__(
         self,
         config: EngineConfig,
-        kv: KVRows,
-        draft_kv: KVRows | None,
+        kv: KVSlots,
+        draft_kv: KVSlots | None,
         file: MemoryFile | None,
         vocab_size: int,
     ) -> None:
         self._kv, self._draft_kv, self._keeps_token_ids = kv, draft_kv, config.keep_token_ids
         self.known_ids = KnownIds()
         """What they were written with; for any thread."""
-        self.texts = SessionStore(config, self._drop, file, vocab_size)
+        self.store = SessionStore(config, self._drop, file, vocab_size)
 
     def __len__(self) -> int:
         """Those that are remembered, on disk included."""
-        return len(self.texts)
+        return len(self.store)
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
@@ -62,11 +62,11 @@ class Conversations:
         if request.drafting.memory is not None:
             return
         call = request.asked.call
-        request.drafting.session = self.texts.open(call.session_id, keep_texts=call.keep_texts)
+        request.drafting.session = self.store.open(call.session_id, keep_texts=call.keep_texts)
         if call.memory_pool is None:
             _use(request, request.drafting.session.memory)
         else:
-            _use(request, self.texts.open_pool(call.memory_pool, _owner(call)))
+            _use(request, self.store.open_pool(call.memory_pool, _owner(call)))
 
     def keep(self, request: Request) -> None:
         """A request is over: keep its texts, KV and ids for later calls, in place of those of its conversation's last.
@@ -80,14 +80,14 @@ class Conversations:
         finally:
             owner = None if has_failed else request.kept_as
             if self._keeps_token_ids and isinstance(owner, str) and request.asked.call.messages is not None:
-                self.known_ids.keep(owner, request.row.token_ids)
-            self._kv.end(request.row, owner, request.asked.cache_salt)
+                self.known_ids.keep(owner, request.sequence.token_ids)
+            self._kv.end(request.sequence, owner, request.asked.cache_salt)
 
     def detach(self, request: Request) -> None:
         """Take a request out of its memory, which is erased; it gets another one that ends with it."""
         memory = request.drafting.memory
         if memory is None:  # it waits, and has none yet
-            request.drafting.session = self.texts.open(None)
+            request.drafting.session = self.store.open(None)
             _use(request, request.drafting.session.memory)
             return
         memory.owner = None  # nothing of it is saved any more
@@ -98,7 +98,7 @@ class Conversations:
         finally:
             request.answer.trail.withdraw()
             memory.erase()
-            _use(request, self.texts.open(None).memory)
+            _use(request, self.store.open(None).memory)
 
     def _keep_texts(self, request: Request, *, keep: bool) -> None:
         """Finish a request's drafter and save its texts, or take them out of the memory again.
@@ -113,7 +113,7 @@ class Conversations:
         try:
             with memory.noting(drafting.texts):
                 request.answer.trail.resolve(
-                    request.row.token_ids,
+                    request.sequence.token_ids,
                     request.asked.num_prompt_tokens,
                     memory,
                     answer_texts(drafter),
@@ -129,13 +129,13 @@ class Conversations:
             if not keep:
                 memory.withdraw(drafting.texts)
             memory.end_call()
-            self.texts.save(memory)
+            self.store.save(memory)
 
     # ---- their owners ----------------------------------------------------------------------------------------------
 
     def look(self, session_id: str) -> Snapshot:
         """What a conversation remembers."""
-        return snapshot(self.texts.peek(session_id))
+        return snapshot(self.store.peek(session_id))
 
     def forget(self, session_id: str, in_flight: Iterable[Request]) -> bool:
         """Erase all of a conversation; calls of it in flight go on and keep nothing. See `SessionStore.forget`.
@@ -151,14 +151,14 @@ class Conversations:
             else:  # what it copies from is not the conversation's
                 request.drafting.session.keeps_kv = False
         had_kv = self._drop(session_id)  # also that of one that keeps no texts
-        return self.texts.forget(session_id) or had_kv
+        return self.store.forget(session_id) or had_kv
 
     def forget_pool(self, name: str, in_flight: Iterable[Request]) -> bool:
         """Erase a shared pool, as `forget` does a conversation."""
         for request in in_flight:
             if request.asked.call.memory_pool == name:
                 self.detach(request)
-        return self.texts.forget_pool(name)
+        return self.store.forget_pool(name)
 
     def _drop(self, session_id: str) -> bool:
         """Let go of a conversation's KV and ids; False if there was no KV."""

@@ -215,7 +215,7 @@ class Combination:
         if gain > 0:
             missing = self.draft_model.follow(request)
             reading = pace * (self._passes(missing) - self._passes(1))
-            left = request.asked.max_total_tokens - len(request.row.token_ids)
+            left = request.asked.max_total_tokens - len(request.sequence.token_ids)
             if known.lost + min(known.lost + _HORIZON * gain, left * gain) >= reading:
                 known.lost = 0.0
                 return True

@@ -13,7 +13,7 @@ from copyspec_engine.chat.reply import ReplyParser
 from copyspec_engine.drafting.drafter import Drafter
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.grammar.state import GrammarState
-from copyspec_engine.kv.slots import Owner, Row
+from copyspec_engine.kv.slots import KVSequence, Owner
 from copyspec_engine.memory.conversation import Session, SessionMemory
 from copyspec_engine.memory.index import Span
 from copyspec_engine.provenance.trail import CopyTrail, cut
@@ -152,7 +152,7 @@ class Request:
     """A request's state. Only the engine's loop thread touches it once it is queued."""
 
     asked: Asked
-    row: Row
+    sequence: KVSequence
     """Prompt and sampled tokens, and their KV."""
     answer: Answer
     drafting: Drafting = field(default_factory=Drafting)
@@ -186,7 +186,7 @@ class Request:
     @property
     def max_draft_tokens(self) -> int:
         """Draft nodes that fit, of whatever shape: each takes a slot, and one more token is sampled behind them."""
-        return self.asked.max_total_tokens - len(self.row.token_ids) - 1
+        return self.asked.max_total_tokens - len(self.sequence.token_ids) - 1
 
     # ---- its answer ------------------------------------------------------------------------------------------------
 
@@ -202,12 +202,12 @@ class Request:
         count = 0
         for token, copied in zip(verdict.tokens, _copied(verdict), strict=True):
             count += 1
-            self.row.token_ids.append(token)
+            self.sequence.token_ids.append(token)
             is_end = token in self.asked.eos_token_ids
             segments += answer.push(token, copied=copied, is_end=is_end)
             if is_end or answer.is_complete:
                 answer.finish_reason = "stop"
-            elif len(self.row.token_ids) >= self.asked.max_total_tokens:
+            elif len(self.sequence.token_ids) >= self.asked.max_total_tokens:
                 answer.finish_reason = "length"
             if answer.finish_reason is not None:
                 segments += answer.text.flush()
@@ -231,7 +231,7 @@ class Request:
         return chunk if answer.finish_reason is None else self._last(chunk, answer.finish_reason)
 
     def _last(self, chunk: StreamChunk, finish_reason: FinishReason) -> StreamChunk:
-        answer, prompt, token_ids = self.answer, self.asked.num_prompt_tokens, self.row.token_ids
+        answer, prompt, token_ids = self.answer, self.asked.num_prompt_tokens, self.sequence.token_ids
         reply, deltas = (None, []) if answer.reply is None else answer.reply.finish()
         text = "".join(segment.text for segment in answer.segments)
         output = GenerationOutput(

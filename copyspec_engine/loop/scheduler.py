@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.kv.slots import KVRows, Row
+from copyspec_engine.kv.slots import KVSequence, KVSlots
 from copyspec_engine.loop.request import Request
 from copyspec_engine.sampling.verify import Verdict
 
@@ -63,7 +63,7 @@ class StepRow:
     request: Request
     num_tokens: int
     """Pending tokens that it reads."""
-    samples: bool
+    is_sampled: bool
     """The last pending token is among them, so a token is sampled and a draft may follow."""
     draft: DraftTree = field(default_factory=DraftTree)
     verdict: Verdict | None = None
@@ -74,7 +74,7 @@ class StepRow:
     @property
     def piece(self) -> Piece:
         """What the model reads."""
-        return piece_of(self.request.id, self.request.row, self.num_tokens, self.draft)
+        return piece_of(self.request.id, self.request.sequence, self.num_tokens, self.draft)
 
 
 class Scheduler:
@@ -87,7 +87,7 @@ class Scheduler:
         counts: of the engine.
     """
 
-    def __init__(self, kv: KVRows, max_running: int, max_prefill_tokens: int, counts: Counts) -> None:
+    def __init__(self, kv: KVSlots, max_running: int, max_prefill_tokens: int, counts: Counts) -> None:
         self._kv, self._counts = kv, counts
         self._max_running, self._max_prefill_tokens = max_running, max_prefill_tokens
         self.waiting: deque[Request] = deque()
@@ -137,15 +137,15 @@ class Scheduler:
     def schedule(self) -> list[StepRow]:
         """Give every running request its part of the next step, and slots for it."""
         rows: list[StepRow] = []
-        pending = [request.row.num_pending for request in self.running]
+        pending = [request.sequence.num_pending for request in self.running]
         for request, count in zip(list(self.running), split_evenly(pending, self._max_prefill_tokens), strict=True):
             if request in self.running and self._secure(request, count):  # else it has given way to one before it
-                rows.append(StepRow(request, count, samples=count == request.row.num_pending))
+                rows.append(StepRow(request, count, is_sampled=count == request.sequence.num_pending))
         return rows
 
     def fit(self, row: StepRow, draft: DraftTree) -> DraftTree:
         """As much of a draft as there are slots for; nobody gives way for a draft."""
-        own = row.request.row
+        own = row.request.sequence
         needed = own.num_computed + row.num_tokens + len(draft)
         if needed > len(own.slots):
             self._kv.extend(own, min(needed - len(own.slots), self._kv.pool.num_free))
@@ -162,18 +162,18 @@ class Scheduler:
             self._preempt(last)
             return last is not request
 
-        row = request.row
+        row = request.sequence
         return self._kv.secure(row, count, make_room, most=request.asked.max_total_tokens - len(row.slots))
 
     @property
     def _num_spare(self) -> int:
         """Slots that rows hold ahead of their tokens."""
-        rows = [request.row for request in self.running]
+        rows = [request.sequence for request in self.running]
         return sum(max(len(row.slots) - len(row.token_ids), 0) for row in rows)
 
     def _take_back_spare(self) -> None:
         for request in self.running:
-            self._kv.trim(request.row)
+            self._kv.trim(request.sequence)
 
     def _preempt(self, request: Request) -> None:
         """Make a running request wait again; what it has computed is kept as long as there is room for it."""
@@ -181,11 +181,11 @@ class Scheduler:
         self._counts.num_preemptions += 1
         self.running.remove(request)
         self.waiting.appendleft(request)
-        self._kv.end(request.row, request.number, request.asked.cache_salt)
+        self._kv.end(request.sequence, request.number, request.asked.cache_salt)
 
     def _admit(self, request: Request) -> bool:
         """Give a request the KV that is kept of its beginning, and slots for the rest of it; False: it has to wait."""
-        kv, row, progress = self._kv, request.row, request.progress
+        kv, row, progress = self._kv, request.sequence, request.progress
         # The last token is always computed: its logits choose the next one.
         begun = kv.begin(row.token_ids[:-1], [request.number, *request.begins_with], request.asked.cache_salt)
         need = len(row.token_ids) - len(begun)
@@ -225,7 +225,7 @@ def split_evenly(pending: Sequence[int], most: int) -> list[int]:
     return counts
 
 
-def piece_of(key: str, row: Row, num_tokens: int, draft: DraftTree) -> Piece:
+def piece_of(key: str, row: KVSequence, num_tokens: int, draft: DraftTree) -> Piece:
     """The next `num_tokens` pending tokens of a row and a draft behind them, with logits if they are the last ones."""
     base = row.num_computed
     ids = [*row.token_ids[base : base + num_tokens], *draft.tokens]

@@ -7,36 +7,30 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from copyspec_engine.chat.known_ids import KnownIds
-from copyspec_engine.compiled import counting_compilations
-from copyspec_engine.drafting.cost import CostCurve, LiveCost
-from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes, wants_alternatives
+from copyspec_engine.drafting.cost import LiveCost
+from copyspec_engine.drafting.drafter import DraftingPolicy, wants_alternatives
 from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.execution.runner import LoadedModel
-from copyspec_engine.kv.slots import KVRows
+from copyspec_engine.kv.slots import KVSlots
 from copyspec_engine.loop.conversation import Conversations
 from copyspec_engine.loop.draft_model import DraftWriter
 from copyspec_engine.loop.mix import Combination
 from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import Counts, Scheduler, StepRow
-from copyspec_engine.memory.alternatives import NUM_ALTERNATIVES, Alternatives
-from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.view import Snapshot
-from copyspec_engine.provenance.trail import find_around, trace
-from copyspec_engine.sampling.gumbel import warm_up_noise
+from copyspec_engine.provenance.trail import trace
 from copyspec_engine.sampling.sampler import SampleRow, sample
 from copyspec_engine.sampling.verify import Verdict, add_alternatives, add_logprobs, verify
 from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.values.info import EngineMetrics, Held
 from copyspec_engine.values.outputs import FinishReason, StreamChunk
-from copyspec_engine.values.progress import LoadProgress, OnProgress
 
-__all__ = ["EngineCore", "warm_up"]
+__all__ = ["EngineCore"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +48,8 @@ class EngineCore:
         self.file, self.memory_error = _open_memory(config.memory_path, model)
         is_stateful = model.info.drafting_error is not None  # nothing of a text can be read without all before it
         max_kept = 0 if is_stateful else _PER_SESSION * config.max_sessions
-        self.kv = KVRows(model.info.num_kv_slots, max_kept)
-        draft_kv = None if model.draft is None else KVRows(model.draft.info.num_kv_slots, max_kept)
+        self.kv = KVSlots(model.info.num_kv_slots, max_kept)
+        draft_kv = None if model.draft is None else KVSlots(model.draft.info.num_kv_slots, max_kept)
         vocab_size = model.runner.vocab_size
         self.conversations = Conversations(config, self.kv, draft_kv, self.file, vocab_size)
         self.counts = Counts()
@@ -102,7 +96,7 @@ class EngineCore:
                     drafting.drafter = self.policy.begin(
                         asked.drafter,
                         drafting.memory,
-                        request.row.token_ids,
+                        request.sequence.token_ids,
                         asked.eos_token_ids,
                         asked.prediction_ids,
                     )
@@ -113,7 +107,7 @@ class EngineCore:
     def _draft(self, rows: Sequence[StepRow]) -> None:
         """What to verify behind each row's last token; nothing behind a piece of a prompt. Can be done again."""
         width = sum(row.num_tokens for row in rows)
-        sampling = [row for row in rows if row.samples]
+        sampling = [row for row in rows if row.is_sampled]
         for row in sampling:
             row.draft = self._copies(row, width)
         if self.combination is not None:
@@ -159,7 +153,7 @@ class EngineCore:
 
     def _sample(self, rows: Sequence[StepRow], logits: torch.Tensor) -> list[tuple[SampleRow, list[int]]]:
         """The model's own tokens behind the text of each row that samples and behind each node of its draft."""
-        asked = [_sample_row(row) for row in rows if row.samples]
+        asked = [_sample_row(row) for row in rows if row.is_sampled]
         return list(zip(asked, sample(logits, asked), strict=True)) if asked else []
 
     def _verify(
@@ -170,7 +164,7 @@ class EngineCore:
         verdicts = [verify(one.draft, tokens) for one, tokens in sampled]
         add_alternatives(logits, asked, verdicts)
         add_logprobs(logits, asked, verdicts)
-        for row, verdict in zip((row for row in rows if row.samples), verdicts, strict=True):
+        for row, verdict in zip((row for row in rows if row.is_sampled), verdicts, strict=True):
             verdict.runs = _runs(row, verdict)
             row.verdict = verdict
 
@@ -191,14 +185,14 @@ class EngineCore:
     def _take(self, row: StepRow) -> StreamChunk | None:
         """Write down what a row has sampled; one that only read prompt tokens has nothing to tell."""
         request, verdict = row.request, row.verdict
-        request.row.num_computed += row.num_tokens
+        request.sequence.num_computed += row.num_tokens
         if verdict is None:
             request.progress.num_prefill_passes += 1
             return None
         if self.combination is not None:
             self.combination.observe(request, verdict.tokens)
         segments = request.write(verdict)
-        request.row.keep_nodes(verdict.accepted)
+        request.sequence.keep_nodes(verdict.accepted)
         request.progress.draft_lengths.append(len(row.draft))
         request.progress.accepted_lengths.append(len(verdict.accepted))
         self.counts.note(len(row.draft), len(verdict.tokens), [(run.num_tokens, run.kind) for run in verdict.runs])
@@ -355,46 +349,6 @@ def _noting_errors(rows: Sequence[StepRow]) -> Iterator[None]:
             row.error = error
 
 
-def warm_up(on_progress: OnProgress = lambda _: None) -> None:
-    """Load the compiled code of drafting and sampling, or compile it.
-
-    Everything that a call does is done here first, so that no call ever waits for a compiler. Once after an
-    installation that takes about 20 seconds.
-
-    Args:
-        on_progress: told of each function that is compiled, in this thread.
-    """
-    on_progress(LoadProgress("compile", "loading the compiled drafting code"))
-
-    def told(count: int) -> None:
-        text = "compiling the drafting code, once after an installation"
-        on_progress(LoadProgress("compile", text, done=count, unit="it"))
-
-    with counting_compilations(told):
-        _use_everything()
-
-
-def _use_everything() -> None:
-    """Draft, observe and sample once, on made-up tokens."""
-    policy, memory = DraftingPolicy(CostCurve(((1, 1.0), (64, 1.1)))), SessionMemory(4096)
-    prompt = [*range(200), *range(100)]
-    for _ in range(2):
-        drafter = policy.begin(AdaptiveDrafter(recycle=True), memory, prompt, prediction_ids=range(50, 150))
-        draft = drafter.propose(1, 64)
-        likely_nodes(drafter, draft)
-        policy.share((drafter, drafter), (draft, draft), 1)
-        drafter.observe(draft, (), (0,))
-        drafter.finish()
-        for size in (1, 1000) if wants_alternatives(drafter) else ():  # until the table grows
-            likely = np.ones((2, size, NUM_ALTERNATIVES))
-            contexts = np.arange(2 * size).reshape(-1, 2)
-            memory.alternatives.add(Alternatives(contexts, likely[0].astype(np.int32), likely[1].astype(np.int8)))
-    LiveCost(((1, 1.0), (64, 1.1)), is_fixed=False).observe(1, 1.0)
-    tokens = np.arange(8)
-    find_around(tokens, tokens, 2, 4)
-    warm_up_noise()
-
-
 def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | None, str | None]:
     """The memory file, or why there is none."""
     if path is None:
@@ -418,7 +372,7 @@ def _runs(row: StepRow, verdict: Verdict) -> Sequence[Run]:
 
 def _sample_row(row: StepRow) -> SampleRow:
     """What decides the tokens behind a row's last token and behind each node of its draft."""
-    asked, answer, draft, token_ids = row.request.asked, row.request.answer, row.draft, row.request.row.token_ids
+    asked, answer, draft, token_ids = row.request.asked, row.request.answer, row.draft, row.request.sequence.token_ids
     params = asked.call.sampling
     if params.has_penalties:
         answer.counts.update(token_ids, asked.num_prompt_tokens)

@@ -61,7 +61,7 @@ class SessionMemory:
     Args:
         max_tokens: tokens of text to keep; see `CopyIndex`.
         index: texts shared with other conversations; default: an index of its own.
-        alternatives: candidates shared with them; default: a table of its own.
+        alternatives: shared with them; default: a table of its own.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class SessionMemory:
         return not self._num_calls and not any(map(self.index.holds, self._spans))
 
     def erase(self) -> None:
-        """Take this conversation's texts out of the index, and forget candidates and what was learnt."""
+        """Take this conversation's texts out of the index, and forget alternatives and what was learnt."""
         self.index.erase(self._spans)
         self.alternatives.erase()  # with those of the others who share it, since nobody knows whose is whose
         self.acceptance = self.draft_acceptance = None
@@ -233,7 +233,7 @@ class SessionStore:
 
     Args:
         config: how many there may be, and how much text in each.
-        drop_kv: called with each session that is forgotten.
+        on_forget: called with each session that is forgotten.
         file: keeps the texts on disk; None: nothing does.
         vocab_size: of the model; saved texts with other token ids are not used.
     """
@@ -241,11 +241,11 @@ class SessionStore:
     def __init__(
         self,
         config: EngineConfig,
-        drop_kv: Callable[[str], object],
+        on_forget: Callable[[str], object],
         file: MemoryFile | None = None,
         vocab_size: int = 1 << 31,
     ) -> None:
-        self._config, self._drop_kv, self._file, self._vocab_size = config, drop_kv, file, vocab_size
+        self._config, self._on_forget, self._file, self._vocab_size = config, on_forget, file, vocab_size
         # None stands for one that is only on disk yet.
         self._sessions: OrderedDict[str, Session | None] = OrderedDict()
         self._pools: OrderedDict[str, Pool | None] = OrderedDict()
@@ -351,7 +351,7 @@ class SessionStore:
         session = self._sessions.pop(session_id)
         if session is not None:
             session.keeps_kv, session.memory.owner = False, None
-            self._drop_kv(session_id)
+            self._on_forget(session_id)
         return True
 
     def _drop_pool(self, name: str) -> bool:

@@ -113,17 +113,17 @@ def is_secret(name: str) -> bool:
     return bool(re.search(r"api_?key|secret|password|auth|(hf|api)_?token|credential|headers", name, re.IGNORECASE))
 
 
-def advice(name: str, owner: type[BaseModel], homes: Iterable[type[BaseModel]], beside: Iterable[str] = ()) -> str:
-    """What to do about an option `name` that `owner` does not have.
+def advice(name: str, target: type[BaseModel], homes: Iterable[type[BaseModel]], beside: Iterable[str] = ()) -> str:
+    """What to do about an option `name` that `target` does not have.
 
     Args:
         name: as it was given.
-        owner: whose option it should be.
+        target: the options among which it was given.
         homes: other classes whose options it may be.
-        beside: names of options that are taken along with the owner's.
+        beside: names of options that are taken along with its own.
     """
     homes = tuple(homes)
-    own = {field: field for field in (*owner.model_fields, *beside)}
+    own = {field: field for field in (*target.model_fields, *beside)}
     elsewhere = {field: field for home in homes for field in home.model_fields}
     known = {**elsewhere, **_REASONS, **_OURS, **own}
     wanted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
@@ -133,27 +133,27 @@ def advice(name: str, owner: type[BaseModel], homes: Iterable[type[BaseModel]], 
         return f"expected one of {', '.join(own)}"
     if found in _NEEDLESS:
         return f"leave it out, {found}"
-    return _instead(found, owner, homes, own)
+    return _instead(found, target, homes, own)
 
 
-def _instead(ours: str, owner: type[BaseModel], homes: tuple[type[BaseModel], ...], own: Mapping[str, str]) -> str:
-    """Where one of our options is set: in the owner, in an object that the owner takes, or elsewhere."""
+def _instead(ours: str, target: type[BaseModel], homes: tuple[type[BaseModel], ...], own: Mapping[str, str]) -> str:
+    """Where one of our options is set: in the class, in an object that it takes, or elsewhere."""
     for text in ours.split() if "=" not in ours else (ours,):
         name = text.split("=")[0]
         if name in own:
             return f"use {text}"
         value = text if "=" in text else f"{text}=..."
         for depth in range(1, _MAX_DEPTH + 1):
-            if path := next(_paths(name, value, owner, depth), None):
+            if path := next(_paths(name, value, target, depth), None):
                 return f"use {path}"
         if home := next((home for home in homes if name in home.model_fields), None):
             return f"use {text} of {home.__name__}"
     return f"expected one of {', '.join(own)}"
 
 
-def _paths(name: str, value: str, owner: type[BaseModel], depth: int) -> Iterator[str]:
-    """How `value` of option `name` is set in an object `depth` steps below the owner."""
-    for field, info in owner.model_fields.items():
+def _paths(name: str, value: str, target: type[BaseModel], depth: int) -> Iterator[str]:
+    """How `value` of option `name` is set in an object `depth` steps below it."""
+    for field, info in target.model_fields.items():
         for kind in _models(info.annotation):
             if any(other.is_required() for other in kind.model_fields.values()):
                 continue  # which would have to be given too
@@ -243,24 +243,24 @@ class Options(Documented):
 
 
 def explain_errors(
-    owner: type[BaseModel], error: ValidationError, *, called: str | None = None, beside: Iterable[str] = ()
+    target: type[BaseModel], error: ValidationError, *, called: str | None = None, beside: Iterable[str] = ()
 ) -> str:
     """What pydantic found, in one line: `Got temperature=-1 but expected ...`.
 
     Args:
-        owner: whose options were checked.
+        target: the options that were checked.
         error: what pydantic raised.
-        called: the owner's name in the text; default: that of the class.
-        beside: names of options that are taken along with the owner's.
+        called: its name in the text; default: that of the class.
+        beside: names of options that are taken along with its own.
     """
-    lines, called = [], called or owner.__name__
-    homes = (*owner.__subclasses__(), *_homes())
+    lines, called = [], called or target.__name__
+    homes = (*target.__subclasses__(), *_homes())
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("Drafter", "Validator()]")))
         expected = re.sub(r"^(Value error, |Input should be |\w+ should have )", "", problem["msg"])
         given = name if is_secret(name) else f"{name}={_shown(problem['input'])}"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"Got unknown option {given} for {called}: {advice(name, owner, homes, beside)}")
+            lines.append(f"Got unknown option {given} for {called}: {advice(name, target, homes, beside)}")
         elif problem["type"] == "missing":
             lines.append(f"Got no {name} for {called} but it is required")
         elif not name or expected.startswith("Got "):  # the message of nested options or of a whole object

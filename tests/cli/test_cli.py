@@ -24,8 +24,8 @@ from copyspec_engine.cli.demo import frameworks
 from copyspec_engine.cli.demo import run as demo
 from copyspec_engine.cli.demo.chain import chain_for, steps_for
 from copyspec_engine.cli.demo.edits import EditStep, Outcome
-from copyspec_engine.cli.demo.figures import GENERATE, LLAMA, LOOKUP, PeerAnswer, Turn, figures
-from copyspec_engine.cli.demo.frameworks import FRAMEWORKS, Answer
+from copyspec_engine.cli.demo.figures import GENERATE, LLAMA, LOOKUP, DemoTurn, PeerAnswer, figures
+from copyspec_engine.cli.demo.frameworks import FRAMEWORKS, FrameworkAnswer
 from copyspec_engine.cli.documents import Document, load_document, shipped_names
 from copyspec_engine.cli.files import write_text
 from copyspec_engine.cli.main import app
@@ -128,9 +128,9 @@ def test_the_demo_exits_with_1_and_says_which_turn_differs(
     def sometimes_wrong(engine: Engine, drafter: Any = None) -> Any:
         ask = real(engine, drafter)
 
-        def wrong(*arguments: Any) -> Answer:
+        def wrong(*arguments: Any) -> FrameworkAnswer:
             answer = ask(*arguments)
-            return answer if next(calls) != 3 else Answer("other", 1, 1, 0.0, 0.1, 0.1, (1,))
+            return answer if next(calls) != 3 else FrameworkAnswer("other", 1, 1, 0.0, 0.1, 0.1, (1,))
 
         return wrong if drafter else ask
 
@@ -185,9 +185,11 @@ def test_brackets_in_a_file_or_model_name_are_shown_as_they_are(
 
 
 def test_the_table_sums_tokens_and_times_and_divides_the_sums() -> None:
-    fast = Answer("x", tokens=90, forward_passes=3, copied_share=1.0, ttft_s=0.01, seconds=0.1, token_ids=(1,))
-    slow = Answer("x", tokens=10, forward_passes=2, copied_share=0.0, ttft_s=0.03, seconds=0.4, token_ids=(1,))
-    plain = Answer("x", tokens=90, forward_passes=90, copied_share=0.0, ttft_s=0.1, seconds=2.0, token_ids=(1,))
+    fast = FrameworkAnswer("x", tokens=90, forward_passes=3, copied_share=1.0, ttft_s=0.01, seconds=0.1, token_ids=(1,))
+    slow = FrameworkAnswer("x", tokens=10, forward_passes=2, copied_share=0.0, ttft_s=0.03, seconds=0.4, token_ids=(1,))
+    plain = FrameworkAnswer(
+        "x", tokens=90, forward_passes=90, copied_share=0.0, ttft_s=0.1, seconds=2.0, token_ids=(1,)
+    )
 
     def peers(generate_s: float, lookup_s: float, same: bool) -> dict[str, PeerAnswer]:
         return {
@@ -198,8 +200,10 @@ def test_the_table_sums_tokens_and_times_and_divides_the_sums() -> None:
 
     cells = figures(
         [
-            Turn(EditStep("append", {}), (), fast, plain, Outcome(made=True, words_off=1), peers(3.0, 1.0, same=True)),
-            Turn(
+            DemoTurn(
+                EditStep("append", {}), (), fast, plain, Outcome(made=True, words_off=1), peers(3.0, 1.0, same=True)
+            ),
+            DemoTurn(
                 EditStep("repeat", {}), (), slow, plain, Outcome(made=False, words_off=3), peers(2.0, 0.5, same=False)
             ),
         ]
@@ -231,9 +235,11 @@ def test_the_table_sums_tokens_and_times_and_divides_the_sums() -> None:
 
 
 def test_a_peer_that_dropped_out_has_no_cell_for_all_turns() -> None:
-    answer = Answer("x", tokens=90, forward_passes=3, copied_share=1.0, ttft_s=0.01, seconds=0.1, token_ids=(1,))
+    answer = FrameworkAnswer(
+        "x", tokens=90, forward_passes=3, copied_share=1.0, ttft_s=0.01, seconds=0.1, token_ids=(1,)
+    )
     turns = [
-        Turn(EditStep("repeat", {}), (), answer, answer, Outcome(made=True, words_off=0), peers)
+        DemoTurn(EditStep("repeat", {}), (), answer, answer, Outcome(made=True, words_off=0), peers)
         for peers in ({LLAMA: PeerAnswer(50, 2.0, text="x", write_s=1.0)}, {})
     ]
     assert figures(turns[:1])["llama.cpp"] == "2.00 s"
@@ -241,9 +247,9 @@ def test_a_peer_that_dropped_out_has_no_cell_for_all_turns() -> None:
 
 
 def test_equal_texts_of_different_tokens_are_not_the_same_answer() -> None:
-    one = Answer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(1, 2))
-    assert not one.same_as(Answer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(3, 2)))
-    assert one.same_as(Answer("x", 2, 2, 0.5, 0.2, 0.3, token_ids=(1, 2)))
+    one = FrameworkAnswer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(1, 2))
+    assert not one.same_as(FrameworkAnswer("x", 2, 1, 0.0, 0.1, 0.1, token_ids=(3, 2)))
+    assert one.same_as(FrameworkAnswer("x", 2, 2, 0.5, 0.2, 0.3, token_ids=(1, 2)))
 
 
 # On the bundled model

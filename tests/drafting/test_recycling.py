@@ -214,7 +214,7 @@ def test_forgetting_a_session_erases_its_alternatives(make_engine: MakeEngine) -
     engine = engine_for(make_engine, "recycled")
     shared = loop_of(engine).core.policy.acceptance.copy()
     first = run(engine, FRESH, ON, session="a", max_tokens=80)
-    memory = loop_of(engine).core.conversations.texts.peek("a")
+    memory = loop_of(engine).core.conversations.store.peek("a")
     assert memory is not None
     assert kept_tokens(memory)
     assert engine.memory("a").num_bytes > memory.index.num_bytes
@@ -231,7 +231,7 @@ def test_forgetting_while_an_answer_is_written_erases_its_alternatives(make_engi
     )
     stream = engine.stream(request)
     next(stream)
-    memory = loop_of(engine).core.conversations.texts.peek("a")
+    memory = loop_of(engine).core.conversations.store.peek("a")
     engine.forget("a")
     assert same_answer(plain, stream.result())
     assert memory is not None
@@ -245,7 +245,7 @@ def test_nothing_is_kept_where_nobody_wants_it(make_engine: MakeEngine) -> None:
     engine = make_engine("llama", step_cost=CHEAP)
     for drafter in (OFF, "none", "copyspec"):
         run(engine, PROMPT, drafter, session="s")
-    memory = loop_of(engine).core.conversations.texts.peek("s")
+    memory = loop_of(engine).core.conversations.store.peek("s")
     assert memory is not None
     assert not kept_tokens(memory)
     assert not recycled(engine)
@@ -254,7 +254,7 @@ def test_nothing_is_kept_where_nobody_wants_it(make_engine: MakeEngine) -> None:
 def test_nothing_is_kept_where_verifying_is_expensive(make_engine: MakeEngine) -> None:
     engine = make_engine("llama", step_cost=((1, 1.0), (2, 1.9), (64, 60.0)))
     output = run(engine, PROMPT, ON, session="s")
-    memory = loop_of(engine).core.conversations.texts.peek("s")
+    memory = loop_of(engine).core.conversations.store.peek("s")
     assert memory is not None
     assert not kept_tokens(memory)
     assert output.tokens_per_forward < 1.2
@@ -266,7 +266,7 @@ def test_the_engine_and_each_request_switch_it() -> None:
         for drafter, wanted in ((None, False), (ON, True), (OFF, False)):
             session = f"{drafter}"
             engine.generate(GenerationRequest(prompt="x", drafter=drafter, session_id=session))
-            memory = loop_of(engine).core.conversations.texts.peek(session)
+            memory = loop_of(engine).core.conversations.store.peek(session)
             assert memory is not None
             assert bool(kept_tokens(memory)) == wanted
 

@@ -297,7 +297,7 @@ def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> l
 
 
 def open_spans(engine: Engine) -> list[Any]:
-    texts = loop_of(engine).core.conversations.texts
+    texts = loop_of(engine).core.conversations.store
     sessions = [session for session in texts._sessions.values() if session is not None]
     return [span for session in sessions for span in session.memory.index.spans if span.is_open]
 

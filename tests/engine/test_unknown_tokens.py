@@ -92,7 +92,7 @@ def test_a_saved_text_with_ids_that_the_model_lacks_is_left_out(tmp_path: Path) 
         for prompt in ("a plain prompt", "an extra prompt"):
             engine.generate(GenerationRequest(prompt=prompt, session_id="s"))
     with scripted_engine([], config) as engine:
-        loop_of(engine).core.conversations.texts._vocab_size = ord("x")  # as a smaller model would
+        loop_of(engine).core.conversations.store._vocab_size = ord("x")  # as a smaller model would
         assert [text.text for text in engine.memory("s").texts()] == ["a plain prompt"]
     with scripted_engine([], config) as engine:
         assert [text.text for text in engine.memory("s").texts()] == ["a plain prompt"]
@@ -138,9 +138,9 @@ def test_a_call_that_failed_leaves_nothing_behind(tmp_path: Path, drafter: str, 
             engine.generate(GenerationRequest(prompt="a bad one", prediction="all is well! so be it", **options))
         assert engine.generate(GenerationRequest(prompt="a good one", **options)).text == good.text
         held = (
-            loop_of(engine).core.conversations.texts.peek_pool("team").index
+            loop_of(engine).core.conversations.store.peek_pool("team").index
             if pool
-            else loop_of(engine).core.conversations.texts.peek("s").index
+            else loop_of(engine).core.conversations.store.peek("s").index
         )
         stored = [engine.decode(held.tokens_of(span).tolist()) for span in held.spans]
         assert stored

@@ -164,7 +164,7 @@ def test_nothing_is_lost_in_any_order_of_events() -> None:
         users = np.zeros(100, dtype=np.int32)
         for _, slots in running:
             users[slots] += 1
-        for row in cache.rows:
+        for row in cache.sequences:
             users[row.slots] += 1
         assert (users == pool.users).all()
         assert pool.num_free == (users == 0).sum()

@@ -85,7 +85,7 @@ def assert_no_draft_rows_left(engine: Engine) -> None:
     assert combination is not None
     draft = combination.draft_model
     users = np.zeros(draft.kv.pool.num_slots, dtype=np.int32)
-    for row in draft.kv.cache.rows:
+    for row in draft.kv.cache.sequences:
         assert len(row.slots) == len(row.token_ids) == len(np.unique(row.slots))
         users[row.slots] += 1
     assert (users == draft.kv.pool.users).all()

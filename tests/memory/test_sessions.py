@@ -137,7 +137,7 @@ def test_a_session_keeps_its_kv_and_what_it_has_learnt_when_it_uses_a_pool(make_
     engine.generate(ask("hello", session_id="a", memory_pool="team"))
     assert engine.generate(ask("hello", session_id="a", memory_pool="team")).usage.cached_tokens > 20
     assert engine.generate(ask("hello", session_id="b", memory_pool="team")).usage.cached_tokens == 0
-    pool = loop_of(engine).core.conversations.texts.peek_pool("team")
+    pool = loop_of(engine).core.conversations.store.peek_pool("team")
     assert pool is not None
     first, second = pool.memories["a"], pool.memories["b"]
     assert first.index is second.index
@@ -179,7 +179,7 @@ def test_the_record_of_who_wrote_into_a_pool_does_not_grow_for_ever(make_engine:
     engine = make_engine(memory_tokens=4096, max_sessions=3)
     for i in range(60):
         engine.generate(ask(f"{i} " * 300, session_id=f"s{i}", memory_pool="team"))
-    pool = loop_of(engine).core.conversations.texts.peek_pool("team")
+    pool = loop_of(engine).core.conversations.store.peek_pool("team")
     assert pool is not None
     assert len(pool.memories) < 30
     assert len(pool.index) <= 4 * 4096 + 2048
@@ -202,7 +202,7 @@ def test_a_forgotten_session_is_gone_from_its_pools_too(make_engine: MakeEngine)
         assert passes(engine, session_id="c", memory_pool=pool, sampling=SamplingParams(seed=1)) > 100
         engine.forget("c")
     assert not engine.forget("a")
-    pool = loop_of(engine).core.conversations.texts.peek_pool("one")
+    pool = loop_of(engine).core.conversations.store.peek_pool("one")
     assert pool is not None
     assert b"hello from b" in tokens_in(pool.index)
     assert TEXT.encode()[:20] not in tokens_in(pool.index)
@@ -262,7 +262,7 @@ def test_two_calls_of_a_session_in_flight_are_both_forgotten(make_engine: MakeEn
         next(stream)
     assert engine.forget("a")
     assert [stream.result().text for stream in streams] == [TEXT, TEXT]
-    pool = loop_of(engine).core.conversations.texts.peek_pool("team")
+    pool = loop_of(engine).core.conversations.store.peek_pool("team")
     assert pool is not None
     assert tokens_in(pool.index) == b""
     assert pool.memories == {}

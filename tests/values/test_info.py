@@ -43,7 +43,7 @@ def test_counts_are_those_of_the_answers(make_engine: Callable[..., Engine]) -> 
     }
     assert after.finished == {"length": 3}
     assert (after.num_running, after.num_waiting, after.num_kv_slots_running, after.num_sessions) == (0, 0, 0, 2)
-    assert after.num_kv_slots_cached == sum(len(row.slots) for row in loop_of(engine).core.kv.cache.rows)
+    assert after.num_kv_slots_cached == sum(len(row.slots) for row in loop_of(engine).core.kv.cache.sequences)
     assert after.step_cost == engine.info.step_cost
 
 

@@ -12,15 +12,15 @@ from rich.table import Table
 
 from copyspec_engine import EngineInfo, Segment
 from copyspec_engine.cli.demo.edits import EditStep, Outcome
-from copyspec_engine.cli.demo.frameworks import Answer
+from copyspec_engine.cli.demo.frameworks import FrameworkAnswer
 
 __all__ = [
     "GENERATE",
     "LLAMA",
     "LLAMA_NGRAM",
     "LOOKUP",
+    "DemoTurn",
     "PeerAnswer",
-    "Turn",
     "as_json",
     "figures",
     "table",
@@ -48,20 +48,20 @@ class PeerAnswer:
     """From the call to the end of the first forward pass; of transformers only, as the next one."""
     forward_passes: int | None = None
 
-    def same_as(self, answer: Answer) -> bool:
+    def same_as(self, answer: FrameworkAnswer) -> bool:
         """Whether it is the same answer."""
         return self.token_ids == answer.token_ids if self.text is None else self.text == answer.text
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class DemoTurn:
     """One turn of the chain and the same turn without drafting; peers where they were asked for."""
 
     step: EditStep
     pieces: tuple[Segment, ...]
     """The answer as it was shown."""
-    answer: Answer
-    plain: Answer
+    answer: FrameworkAnswer
+    plain: FrameworkAnswer
     outcome: Outcome
     peers: Mapping[str, PeerAnswer] = field(default_factory=dict)
     """By name; those that took part in this turn."""
@@ -79,7 +79,7 @@ class Turn:
         return asked.same_as(self.plain) if asked is not None and self.exact else None
 
 
-def as_json(turns: Sequence[Turn], framework: str, info: EngineInfo) -> dict[str, Any]:
+def as_json(turns: Sequence[DemoTurn], framework: str, info: EngineInfo) -> dict[str, Any]:
     """The figures as they go into the file; a peer's keys are there only if it took part."""
     return {
         "turns": [_turn_json(turn) for turn in turns],
@@ -90,7 +90,7 @@ def as_json(turns: Sequence[Turn], framework: str, info: EngineInfo) -> dict[str
     }
 
 
-def _turn_json(turn: Turn) -> dict[str, Any]:
+def _turn_json(turn: DemoTurn) -> dict[str, Any]:
     row: dict[str, Any] = {
         "tokens": turn.answer.tokens,
         "forward_passes": turn.answer.forward_passes,
@@ -113,7 +113,7 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
     }
 
 
-def table(turns: Sequence[Turn]) -> Table:
+def table(turns: Sequence[DemoTurn]) -> Table:
     """A column per turn and one for all of them; speed-ups are ratios of wall-clock times."""
     title = "Each turn beside plain decoding of the same prompt"
     grid = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
@@ -132,13 +132,13 @@ def table(turns: Sequence[Turn]) -> Table:
 _SECTION_ENDS = ("words off", "copied", "time", "over plain", "over generate", "over lookup", "same answer, ngram")
 
 
-def figures(turns: Sequence[Turn]) -> dict[str, str]:
+def figures(turns: Sequence[DemoTurn]) -> dict[str, str]:
     """The cells of one column: sums over `turns`, rates and ratios of sums, and the mean time to the first token.
 
     A peer's cells are there if it took part in each of the turns.
     """
 
-    def total(value: Callable[[Turn], float]) -> float:
+    def total(value: Callable[[DemoTurn], float]) -> float:
         return sum(value(turn) for turn in turns)
 
     tokens, passes = total(lambda t: t.answer.tokens), total(lambda t: t.answer.forward_passes)
@@ -169,7 +169,7 @@ def figures(turns: Sequence[Turn]) -> dict[str, str]:
     return rows
 
 
-def _peer_figures(name: str, answers: Sequence[PeerAnswer], turns: Sequence[Turn], ours: float) -> dict[str, str]:
+def _peer_figures(name: str, answers: Sequence[PeerAnswer], turns: Sequence[DemoTurn], ours: float) -> dict[str, str]:
     seconds = sum(answer.seconds for answer in answers)
     if name in (GENERATE, LOOKUP):
         return {name: _time(seconds), f"over {name.removeprefix('prompt ')}": f"{seconds / ours:.1f}x"}

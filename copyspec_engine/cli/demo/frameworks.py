@@ -24,7 +24,7 @@ from copyspec_engine import (
 if TYPE_CHECKING:
     from copyspec_engine import Engine
 
-__all__ = ["FRAMEWORKS", "Answer", "Ask", "Message", "Show", "ask_engine", "ask_through", "check_framework"]
+__all__ = ["FRAMEWORKS", "Ask", "FrameworkAnswer", "Message", "Show", "ask_engine", "ask_through", "check_framework"]
 
 Message = Mapping[str, str]
 """A chat message: "role" and "content"."""
@@ -34,7 +34,7 @@ FRAMEWORKS = ("engine", "langchain", "llama-index")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class FrameworkAnswer:
     """An answer with the engine's counts and times."""
 
     text: str
@@ -45,7 +45,7 @@ class Answer:
     seconds: float
     token_ids: tuple[int, ...]
 
-    def same_as(self, other: Answer) -> bool:
+    def same_as(self, other: FrameworkAnswer) -> bool:
         """Whether both are the same tokens."""
         return self.token_ids == other.token_ids
 
@@ -53,7 +53,9 @@ class Answer:
 class Ask(Protocol):
     """Asks for one answer in a conversation."""
 
-    def __call__(self, messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> Answer: ...
+    def __call__(
+        self, messages: Sequence[Message], session_id: str, max_tokens: int, show: Show
+    ) -> FrameworkAnswer: ...
 
 
 def check_framework(framework: str) -> None:
@@ -82,7 +84,7 @@ def ask_through(framework: str, engine: Engine) -> Ask:
 def ask_engine(engine: Engine, drafter: NoDrafter | None = None) -> Ask:
     """The engine without a framework; `NoDrafter()` is plain decoding."""
 
-    def ask(messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> Answer:
+    def ask(messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> FrameworkAnswer:
         request = GenerationRequest(
             messages=tuple(dict(message) for message in messages),
             sampling=SamplingParams(max_tokens=max_tokens),
@@ -98,9 +100,9 @@ def ask_engine(engine: Engine, drafter: NoDrafter | None = None) -> Ask:
     return ask
 
 
-def _answer(output: GenerationOutput | None) -> Answer:
+def _answer(output: GenerationOutput | None) -> FrameworkAnswer:
     assert output is not None, "the last chunk of a stream has the whole output"
-    return Answer(
+    return FrameworkAnswer(
         text=output.text,
         tokens=output.usage.completion_tokens,
         forward_passes=output.draft_stats.num_forward_passes,
@@ -116,7 +118,7 @@ def _ask_langchain(engine: Engine) -> Ask:
 
     llm = ChatCopySpec(engine=engine, include_segments=True, include_token_ids=True)
 
-    def ask(messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> Answer:
+    def ask(messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> FrameworkAnswer:
         turns = [(message["role"], message["content"]) for message in messages]
         text, last = "", None
         for chunk in llm.stream(turns, config={"configurable": {"thread_id": session_id}}, max_tokens=max_tokens):
@@ -137,7 +139,7 @@ def _ask_llama_index(engine: Engine) -> Ask:
 
     llm = CopySpec(engine=engine, include_segments=True, include_token_ids=True)
 
-    def ask(messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> Answer:
+    def ask(messages: Sequence[Message], session_id: str, max_tokens: int, show: Show) -> FrameworkAnswer:
         turns = [ChatMessage(role=message["role"], content=message["content"]) for message in messages]
         last: Any = None
         for last in llm.stream_chat(turns, session_id=session_id, max_tokens=max_tokens):
@@ -151,8 +153,8 @@ def _segments(stats: Mapping[str, Any]) -> list[Segment]:
     return [Segment(piece["text"], piece["copied"]) for piece in stats.get("segments", [])]
 
 
-def _answer_of(text: str, tokens: int, stats: Mapping[str, Any]) -> Answer:
-    return Answer(
+def _answer_of(text: str, tokens: int, stats: Mapping[str, Any]) -> FrameworkAnswer:
+    return FrameworkAnswer(
         text=text,
         tokens=tokens,
         forward_passes=stats["num_forward_passes"],

@@ -22,7 +22,7 @@ from rich.text import Text
 from copyspec_engine import Engine, EngineConfig, EngineInfo, GenerationRequest, NoDrafter, Segment, shared_engine
 from copyspec_engine.cli.demo.chain import ChainTask, chain_for
 from copyspec_engine.cli.demo.edits import EditStep, Outcome
-from copyspec_engine.cli.demo.figures import Turn, as_json, figures, table
+from copyspec_engine.cli.demo.figures import DemoTurn, as_json, figures, table
 from copyspec_engine.cli.demo.frameworks import Ask, Message, Show, ask_engine, ask_through, check_framework
 from copyspec_engine.cli.documents import CHAT_DOCUMENT, Document, load_document
 from copyspec_engine.cli.exits import loading
@@ -87,7 +87,7 @@ def run_demo(options: DemoOptions, console: Console) -> int:
     return code
 
 
-def _picture(document: Document, engine: Engine, framework: str, turns: Sequence[Turn]) -> str:
+def _picture(document: Document, engine: Engine, framework: str, turns: Sequence[DemoTurn]) -> str:
     """The first turns and the table once more, as an SVG image of a terminal that wraps long lines."""
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=PICTURE_WIDTH, file=nowhere, highlight=False)
@@ -117,7 +117,7 @@ def _introduce(console: Console, document: Document, engine: Engine, framework: 
     )
 
 
-def _verdict(turns: Sequence[Turn], info: EngineInfo, console: Console) -> int:
+def _verdict(turns: Sequence[DemoTurn], info: EngineInfo, console: Console) -> int:
     wrong = [number for number, turn in enumerate(turns, 1) if not turn.identical]
     if wrong:
         colour = "bold red" if info.is_lossless else "yellow"
@@ -171,7 +171,7 @@ class Chain:
             self._peers.start_servers(self._document.text)
             self._peers.warm_up(self._engine.tokenize(_request(messages)))
 
-    def run(self, console: Console) -> list[Turn]:
+    def run(self, console: Console) -> list[DemoTurn]:
         """The turns, each shown while it is written."""
         answers: list[str] = []
         turns = []
@@ -185,7 +185,7 @@ class Chain:
             answers.append(turn.answer.text)
         return turns
 
-    def _turn(self, number: int, before: str, answers: Sequence[str], show: Show) -> Turn:
+    def _turn(self, number: int, before: str, answers: Sequence[str], show: Show) -> DemoTurn:
         swap, step = number % 2 == 0, self._task.steps[number - 1]
         messages, room = self._task.messages(self._document.text, answers), self._room(before)
         pieces: list[Segment] = []
@@ -199,7 +199,7 @@ class Chain:
             lambda: self._plain(messages, f"{self._session}, plain", room, _show_nothing),
             swap=swap,
         )
-        turn = Turn(step, tuple(pieces), answer, plain, step.judge(before, answer.text))
+        turn = DemoTurn(step, tuple(pieces), answer, plain, step.judge(before, answer.text))
         if self._peers is None:
             return turn
         peers = self._peers.answer(self._engine.tokenize(_request(messages)), room, backwards=swap)
@@ -209,7 +209,7 @@ class Chain:
         return len(self._engine.encode(text)) * 5 // 4 + ROOM_TOKENS
 
 
-def _summary(turn: Turn) -> str:
+def _summary(turn: DemoTurn) -> str:
     cells = figures([turn])
     return (
         f"{_edit_in_words(turn.outcome)}. {cells['tokens']} tokens in {cells['forward passes']} forward passes, "

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from copyspec_engine import ConfigError, EngineConfig
-from copyspec_engine.cli.options import BUNDLED, Device, DtypeName, ModelOptions, add_command, engine_config
+from copyspec_engine.cli.options import BUNDLED, Device, DtypeName, ModelArguments, add_command, engine_config
 
 __all__ = [
     "ContextOptions",
@@ -147,7 +147,7 @@ def propose(options: ProposeOptions, command: str, console: Console) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FreeTextOptions(ModelOptions):
+class FreeTextOptions(ModelArguments):
     """Options of `bench free-text`."""
 
     cost_model: Annotated[
@@ -181,7 +181,7 @@ def free_text(options: FreeTextOptions, command: str, console: Console) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContextOptions(ModelOptions):
+class ContextOptions(ModelArguments):
     """Options of `bench context`."""
 
     file: Annotated[
@@ -223,7 +223,7 @@ def by_context(options: ContextOptions, command: str, console: Console) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LosslessOptions(ModelOptions):
+class LosslessOptions(ModelArguments):
     """Options of `bench lossless`."""
 
     model: Annotated[

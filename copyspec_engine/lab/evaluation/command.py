@@ -21,7 +21,7 @@ from copyspec_engine import (
     EngineConfig,
     NoDrafter,
 )
-from copyspec_engine.cli.options import BUNDLED, ModelOptions, add_command, engine_config
+from copyspec_engine.cli.options import BUNDLED, ModelArguments, add_command, engine_config
 from copyspec_engine.lab.evaluation.benchmarks import BENCHMARKS, Benchmark
 
 __all__ = ["EvalOptions", "ReportOptions", "evaluations"]
@@ -57,7 +57,7 @@ class DraftUse(str, Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalOptions(ModelOptions):
+class EvalOptions(ModelArguments):
     """Options of every benchmark."""
 
     named: Benchmark

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from copyspec_engine.lab.evaluation.records import TurnRecord
-from copyspec_engine.lab.page.transcript import Answer
+from copyspec_engine.lab.page.transcript import ShownAnswer
 from copyspec_engine.values.outputs import NOT_COPIED
 
 __all__ = ["Figures"]
@@ -34,7 +34,7 @@ class Figures:
     """Answers that plain decoding wrote token for token the same; None unless it wrote all of them."""
 
     @classmethod
-    def of(cls, answers: Sequence[Answer]) -> Figures:
+    def of(cls, answers: Sequence[ShownAnswer]) -> Figures:
         """The figures of at least one answer."""
         own = [answer.record for answer in answers]
         plain = [answer.plain for answer in answers if answer.plain is not None]

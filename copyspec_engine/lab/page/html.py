@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from copyspec_engine import CopiedSpan, CopySource
 from copyspec_engine.lab.page.figures import Figures
-from copyspec_engine.lab.page.transcript import Answer, Conversation, Message, Piece
+from copyspec_engine.lab.page.transcript import ShownAnswer, ShownConversation, ShownMessage, ShownPiece
 
 __all__ = ["render_page"]
 
@@ -50,7 +50,7 @@ LONG_CHARACTERS, LONG_LINES = 1500, 18
 """Messages of more than this are folded until someone asks for them."""
 
 
-def render_page(title: str, facts: Sequence[str], writer: str, conversations: Sequence[Conversation]) -> str:
+def render_page(title: str, facts: Sequence[str], writer: str, conversations: Sequence[ShownConversation]) -> str:
     """The whole file.
 
     Args:
@@ -91,18 +91,18 @@ def exact(text: str) -> Markup:
     return Markup(str(escape(text)).replace("\r", "&#13;").replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
 
-def _sources_in(answers: Sequence[Answer]) -> list[CopySource]:
+def _sources_in(answers: Sequence[ShownAnswer]) -> list[CopySource]:
     """The kinds of sources that the page's legend has to explain."""
     spans = {piece.span.source for answer in answers for piece in answer.pieces if piece.span is not None}
     counted = {source for answer in answers for source in answer.record.accepted_by_source}
     return [source for source in KINDS if source in spans | counted]
 
 
-def _is_long(message: Message) -> bool:
+def _is_long(message: ShownMessage) -> bool:
     return len(message.text) > LONG_CHARACTERS or message.text.count("\n") >= LONG_LINES
 
 
-def _is_reachable(piece: Piece) -> bool:
+def _is_reachable(piece: ShownPiece) -> bool:
     """Whether the Tab key stops at a copied piece: it can be seen there, and there is more to say of it."""
     return bool(piece.text.strip()) and piece.span is not None and piece.span.source not in ("grammar", "frequent")
 
@@ -113,7 +113,7 @@ def _mark(span: CopiedSpan) -> str:
     return KINDS[span.source].mark if span.message is None else str(span.message)
 
 
-def _place(piece: Piece) -> str:
+def _place(piece: ShownPiece) -> str:
     """Where a copied piece came from, in words."""
     span, place = piece.span, piece.place
     assert span is not None

@@ -23,13 +23,13 @@ from copyspec_engine import ConfigError, CopiedSpan
 from copyspec_engine.lab.evaluation.records import PLAIN, TurnRecord
 from copyspec_engine.lab.page.passes import Decode, pass_ends
 
-__all__ = ["Answer", "Conversation", "Message", "Piece", "Place", "transcripts"]
+__all__ = ["Place", "ShownAnswer", "ShownConversation", "ShownMessage", "ShownPiece", "transcripts"]
 
 _SPANS = TypeAdapter(tuple[CopiedSpan, ...])
 
 
 @dataclass(frozen=True)
-class Message:
+class ShownMessage:
     """A message of a prompt."""
 
     key: str
@@ -54,13 +54,13 @@ class Message:
 class Place:
     """Where in the page a copied span came from, in UTF-16 code units of a message's text."""
 
-    message: Message
+    message: ShownMessage
     start: int
     stop: int
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ShownPiece:
     """A stretch of an answer; `span` if it was copied, with `place` if that is in the page."""
 
     text: str
@@ -70,33 +70,33 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer(Message):
+class ShownAnswer(ShownMessage):
     """An answer, which is also a message for the turns after it."""
 
     record: TurnRecord
     plain: TurnRecord | None
     """What plain decoding wrote for the same turn, if the run has it."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShownPiece, ...]
     ends: tuple[int, ...]
     """Where in `text` each forward pass ended, in UTF-16 code units; empty if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class ShownConversation:
     """All answers of one writer to one task."""
 
     task: str
     category: str
-    blocks: tuple[tuple[Message, ...], ...]
+    blocks: tuple[tuple[ShownMessage, ...], ...]
 
     @property
-    def answers(self) -> list[Answer]:
-        return [message for block in self.blocks for message in block if isinstance(message, Answer)]
+    def answers(self) -> list[ShownAnswer]:
+        return [message for block in self.blocks for message in block if isinstance(message, ShownAnswer)]
 
 
 def transcripts(
     records: Sequence[TurnRecord], writer: str, tasks: Sequence[str], decode: Decode | None = None
-) -> list[Conversation]:
+) -> list[ShownConversation]:
     """The conversations of one writer.
 
     Args:
@@ -115,7 +115,9 @@ def transcripts(
             lines[record.task].append((line, record))
     builder = _Builder(plain, decode)
     return [
-        Conversation(task, found[0][1].category, tuple(builder.blocks(sorted(found, key=lambda pair: pair[1].turn))))
+        ShownConversation(
+            task, found[0][1].category, tuple(builder.blocks(sorted(found, key=lambda pair: pair[1].turn)))
+        )
         for task, found in lines.items()
     ]
 
@@ -127,8 +129,8 @@ class _Builder:
         self._plain, self._decode = plain, decode
         self._message_keys, self._piece_keys = count(1), count(1)
 
-    def blocks(self, records: Iterable[tuple[int, TurnRecord]]) -> list[tuple[Message, ...]]:
-        found: list[list[Message]] = []
+    def blocks(self, records: Iterable[tuple[int, TurnRecord]]) -> list[tuple[ShownMessage, ...]]:
+        found: list[list[ShownMessage]] = []
         said: list[dict[str, Any]] = []
         for line, record in records:
             messages = list(record.messages)
@@ -144,13 +146,13 @@ class _Builder:
     def _key(self) -> str:
         return f"m{next(self._message_keys)}"
 
-    def _message(self, number: int, message: Mapping[str, Any]) -> Message:
+    def _message(self, number: int, message: Mapping[str, Any]) -> ShownMessage:
         extra = {name: value for name, value in message.items() if name not in ("role", "content") and value}
         shown = json.dumps(extra, ensure_ascii=False, indent=1) if extra else ""
-        return Message(self._key(), number, str(message.get("role", "")), _text(message.get("content")), shown)
+        return ShownMessage(self._key(), number, str(message.get("role", "")), _text(message.get("content")), shown)
 
-    def _answer(self, line: int, record: TurnRecord, before: Sequence[Message]) -> Answer:
-        bare = Message(self._key(), len(before), "assistant", record.text)
+    def _answer(self, line: int, record: TurnRecord, before: Sequence[ShownMessage]) -> ShownAnswer:
+        bare = ShownMessage(self._key(), len(before), "assistant", record.text)
         texts = [*before, bare]
         pieces, end = [], 0
         for span in _spans(line, record):
@@ -159,13 +161,13 @@ class _Builder:
                     line, span, f"expected them in order, apart, and within its {len(record.text)} characters"
                 )
             if end < span.start:
-                pieces.append(Piece(record.text[end : span.start]))
+                pieces.append(ShownPiece(record.text[end : span.start]))
             text, end = record.text[span.start : span.stop], span.stop
-            pieces.append(Piece(text, f"c{next(self._piece_keys)}", span, _place(line, span, text, texts)))
+            pieces.append(ShownPiece(text, f"c{next(self._piece_keys)}", span, _place(line, span, text, texts)))
         if end < len(record.text):
-            pieces.append(Piece(record.text[end:]))
+            pieces.append(ShownPiece(record.text[end:]))
         ends = () if self._decode is None else pass_ends(record, self._decode)
-        return Answer(
+        return ShownAnswer(
             bare.key,
             bare.number,
             bare.role,
@@ -194,7 +196,7 @@ def _spans(line: int, record: TurnRecord) -> tuple[CopiedSpan, ...]:
         raise ConfigError(f"Got on line {line} copies that are no spans: {where}: {problem['msg']}") from None
 
 
-def _place(line: int, span: CopiedSpan, text: str, texts: Sequence[Message]) -> Place | None:
+def _place(line: int, span: CopiedSpan, text: str, texts: Sequence[ShownMessage]) -> Place | None:
     """Where a span came from, if the page shows it; the last of `texts` is the answer itself."""
     if span.offset is None or (span.message is None and span.source != "answer"):
         return None

@@ -32,11 +32,11 @@ from copyspec_engine.lab.evaluation.report.tables import (
 )
 from copyspec_engine.lab.evaluation.summary import ALL, complete_tasks, histogram, identical, rows
 
-__all__ = ["Run", "charts", "load_runs", "tables"]
+__all__ = ["ComparedRun", "charts", "load_runs", "tables"]
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """One drafter's run: what was run, the records of its complete tasks, and its summary where it is finished."""
 
     letter: str
@@ -66,7 +66,7 @@ class Run:
         return {tokens: cost / points[0][1] for tokens, cost in points}
 
 
-def load_runs(paths: Sequence[Path]) -> list[Run]:
+def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     """The runs in these folders; one with several drafters counts as a run of each.
 
     Raises:
@@ -84,11 +84,11 @@ def _letter(number: int) -> str:
     return chr(ord("A") + number) if number < 26 else f"R{number + 1}"
 
 
-def _load(letter: str, path: Path, drafter: str) -> Run:
+def _load(letter: str, path: Path, drafter: str) -> ComparedRun:
     folder = RunFolder(path)
     run = folder.facts()
     records = tuple(complete_tasks(run, folder.turns()))
-    return Run(letter, path, run.of(drafter), records, _summary(path / run.file("summary.json", drafter)))
+    return ComparedRun(letter, path, run.of(drafter), records, _summary(path / run.file("summary.json", drafter)))
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _summary(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Got {path}, which is no summary of a run: {error!r}. Run `copyspec eval` again") from None
 
 
-def tables(runs: Sequence[Run]) -> list[Table]:
+def tables(runs: Sequence[ComparedRun]) -> list[Table]:
     """Every table that has a row."""
     benchmarks = dict.fromkeys(run.facts.benchmark for run in runs)
     found = [
@@ -121,13 +121,13 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def _turns(runs: Sequence[Run], benchmark: str) -> list[tuple[Run, Mapping[str, Any]]]:
+def _turns(runs: Sequence[ComparedRun], benchmark: str) -> list[tuple[ComparedRun, Mapping[str, Any]]]:
     """The rows of a benchmark's runs, those of one turn under one another."""
     found = [(run, row) for run in runs if run.facts.benchmark == benchmark for row in run.rows]
     return sorted(found, key=lambda each: (each[1]["turn"] == ALL, str(each[1]["turn"])))
 
 
-def _facts_table(runs: Sequence[Run]) -> Table:
+def _facts_table(runs: Sequence[ComparedRun]) -> Table:
     """A column for each run; what none of them has is left out."""
     columns = [_facts_column(run) for run in runs]
     body = tuple((name, *(column[name] or NONE for column in columns)) for name in columns[0])
@@ -135,7 +135,7 @@ def _facts_table(runs: Sequence[Run]) -> Table:
     return Table("Runs", ("run", *(run.letter for run in runs)), shown)
 
 
-def _facts_column(run: Run) -> dict[str, str]:
+def _facts_column(run: ComparedRun) -> dict[str, str]:
     facts, same = run.facts, identical(run.facts, run.records)
     left = facts.num_tasks - run.num_tasks
     return {
@@ -154,7 +154,7 @@ def _facts_column(run: Run) -> dict[str, str]:
     }
 
 
-def _figures_table(benchmark: str, runs: Sequence[Run]) -> Table:
+def _figures_table(benchmark: str, runs: Sequence[ComparedRun]) -> Table:
     """The runs of each turn and category under one another."""
     found = {(row["turn"], row["category"], run.letter): row for run in runs for row in run.rows}
     body = tuple(
@@ -169,7 +169,7 @@ def _figures_table(benchmark: str, runs: Sequence[Run]) -> Table:
     return Table(f"{benchmark} by turn and category", ("turn", "category", "run", *FIGURES), body, 3, note)
 
 
-def _groups(runs: Sequence[Run]) -> list[tuple[int | str, str]]:
+def _groups(runs: Sequence[ComparedRun]) -> list[tuple[int | str, str]]:
     """(turn, category) of any of the runs, all of something behind the single ones."""
     keys = dict.fromkeys((row["turn"], row["category"]) for run in runs for row in run.rows)
     categories = list(dict.fromkeys(category for _, category in keys))
@@ -181,12 +181,12 @@ def _groups(runs: Sequence[Run]) -> list[tuple[int | str, str]]:
     return sorted(keys, key=order)
 
 
-def _agreement_table(runs: Sequence[Run]) -> Table:
+def _agreement_table(runs: Sequence[ComparedRun]) -> Table:
     body = tuple(row for first, second in combinations(runs, 2) for row in _agreements(first, second))
     return Table("Identical outputs between runs", ("runs", "answers of", "identical", "first difference"), body, 2)
 
 
-def _agreements(first: Run, second: Run) -> Iterator[tuple[str, ...]]:
+def _agreements(first: ComparedRun, second: ComparedRun) -> Iterator[tuple[str, ...]]:
     """Tasks that two runs of a benchmark wrote token for token the same, of those that both hold."""
     runs = f"{first.letter} and {second.letter}"
     if first.facts.benchmark != second.facts.benchmark:
@@ -210,7 +210,7 @@ Answers = dict[int, tuple[int, ...]]
 """Token ids by turn."""
 
 
-def _written(run: Run, writer: str) -> dict[str, Answers]:
+def _written(run: ComparedRun, writer: str) -> dict[str, Answers]:
     answers: dict[str, Answers] = {}
     for record in run.records:
         if record.writer == writer:
@@ -228,7 +228,7 @@ def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {**summary["metrics"], **plain}
 
 
-def _metrics_table(runs: Sequence[Run]) -> Table:
+def _metrics_table(runs: Sequence[ComparedRun]) -> Table:
     columns = [_metrics(run.summary) for run in runs]
     names = dict.fromkeys(name for column in columns for name in column)
     body = tuple(
@@ -237,7 +237,7 @@ def _metrics_table(runs: Sequence[Run]) -> Table:
     return Table("Metrics", ("metric", *(run.letter for run in runs)), body)
 
 
-def _cost_table(runs: Sequence[Run]) -> Table:
+def _cost_table(runs: Sequence[ComparedRun]) -> Table:
     costs = [run.relative_cost for run in runs]
     counts = sorted({tokens for cost in costs for tokens in cost})
     body = tuple((str(tokens), *(times(cost.get(tokens)) for cost in costs)) for tokens in counts)
@@ -245,7 +245,7 @@ def _cost_table(runs: Sequence[Run]) -> Table:
     return Table(title, ("k", *(run.letter for run in runs)), body)
 
 
-def charts(runs: Sequence[Run]) -> list[Chart]:
+def charts(runs: Sequence[ComparedRun]) -> list[Chart]:
     """What the tables say, to look at; a chart without a figure is left out."""
     found: list[Chart] = []
     for name in dict.fromkeys(run.facts.benchmark for run in runs):
@@ -260,7 +260,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     return found
 
 
-def _benchmark_charts(benchmark: str, runs: Sequence[Run]) -> Iterator[Bars]:
+def _benchmark_charts(benchmark: str, runs: Sequence[ComparedRun]) -> Iterator[Bars]:
     """Speed-up and tokens per forward of each turn by category, or where there is but one category by turn."""
     groups = _groups(runs)
     categories = len({category for _, category in groups}) > 1
@@ -278,7 +278,7 @@ def _benchmark_charts(benchmark: str, runs: Sequence[Run]) -> Iterator[Bars]:
                 yield Bars(f"{label}: {where}", unit, names, series, 1.0)
 
 
-def _compared(runs: Sequence[Run]) -> tuple[tuple[str, str, str], ...]:
+def _compared(runs: Sequence[ComparedRun]) -> tuple[tuple[str, str, str], ...]:
     """(title, unit, key of a summary's row); speed is modelled where none of the runs was timed."""
     timed = any(row["speedup"] is not None for run in runs for row in run.rows)
     speed = ("Speed over plain decoding", "times", "speedup")

@@ -55,7 +55,7 @@ from copyspec_engine.adapters.conversations import Talk
 from llama_index.llms.copyspec._options import CheckedCall
 
 __all__ = [
-    "Answer",
+    "ResponseWriter",
     "refuse_cut_off",
     "to_engine_messages",
 ]
@@ -187,7 +187,7 @@ class _WrittenCall:
         return ToolCallBlock(tool_call_id=self.id, tool_name=self.name, tool_kwargs=self.arguments)
 
 
-class Answer:
+class ResponseWriter:
     """One answer as it grows.
 
     Args:
@@ -219,7 +219,7 @@ class Answer:
         call: CheckedCall,
         talk: Talk,
         output: GenerationOutput,
-    ) -> Answer:
+    ) -> ResponseWriter:
         """An answer that came in one piece; its responses have no `delta`."""
         answer = cls(engine, model, request, call, talk)
         answer.take(

@@ -35,7 +35,7 @@ from copyspec_engine import ConfigError, Engine, Explanation, GenerationRequest
 from copyspec_engine.adapters.answers import explain_metadata
 from copyspec_engine.adapters.conversations import Talk, first_named
 from copyspec_engine.adapters.model import ChatFormat, LocalModel, model_facts
-from llama_index.llms.copyspec._messages import Answer, refuse_cut_off, to_engine_messages
+from llama_index.llms.copyspec._messages import ResponseWriter, refuse_cut_off, to_engine_messages
 from llama_index.llms.copyspec._options import CallOptions, CheckedCall, take_tools, to_function_schemas
 from llama_index.llms.copyspec._room import SHORT_CHATS, tokens_around
 from llama_index.llms.copyspec._sessions import named_session, step_session
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["CopySpec"]
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
-Respond = Callable[[Answer], Response]
+Respond = Callable[[ResponseWriter], Response]
 
 
 class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM):
@@ -234,39 +234,39 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
     @override
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
-        return self._whole(self._chat_call(messages, options), Answer.chat)
+        return self._whole(self._chat_call(messages, options), ResponseWriter.chat)
 
     @override
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseGen:
-        return self._parts(self._chat_call(messages, options), Answer.chat)
+        return self._parts(self._chat_call(messages, options), ResponseWriter.chat)
 
     @override
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
-        return await self._awhole(self._chat_call(messages, await self._with_session(options)), Answer.chat)
+        return await self._awhole(self._chat_call(messages, await self._with_session(options)), ResponseWriter.chat)
 
     @override
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponseAsyncGen:
-        return self._aparts(self._chat_call(messages, await self._with_session(options)), Answer.chat)
+        return self._aparts(self._chat_call(messages, await self._with_session(options)), ResponseWriter.chat)
 
     @override
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
         """Answer `prompt`, as a user's message or as `completion_to_prompt` has it; if `formatted`, go on with it."""
-        return self._whole(self._prompt_call(prompt, formatted, options), Answer.completion)
+        return self._whole(self._prompt_call(prompt, formatted, options), ResponseWriter.completion)
 
     @override
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponseGen:
-        return self._parts(self._prompt_call(prompt, formatted, options), Answer.completion)
+        return self._parts(self._prompt_call(prompt, formatted, options), ResponseWriter.completion)
 
     @override
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
         call = self._prompt_call(prompt, formatted, await self._with_session(options))
-        return await self._awhole(call, Answer.completion)
+        return await self._awhole(call, ResponseWriter.completion)
 
     @override
     @llm_completion_callback()
@@ -274,7 +274,7 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseAsyncGen:
         call = self._prompt_call(prompt, formatted, await self._with_session(options))
-        return self._aparts(call, Answer.completion)
+        return self._aparts(call, ResponseWriter.completion)
 
     # Tools
 
@@ -377,17 +377,17 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
     def _whole(self, call: CheckedCall, respond: Respond[Response]) -> Response:
         engine = self._get_engine()
         request, talk = self._begin(engine, call)
-        return respond(Answer.whole(engine, self.model, request, call, talk, engine.generate(request)))
+        return respond(ResponseWriter.whole(engine, self.model, request, call, talk, engine.generate(request)))
 
     async def _awhole(self, call: CheckedCall, respond: Respond[Response]) -> Response:
         engine = await self._aget_engine()
         request, talk = self._begin(engine, call)
-        return respond(Answer.whole(engine, self.model, request, call, talk, await engine.agenerate(request)))
+        return respond(ResponseWriter.whole(engine, self.model, request, call, talk, await engine.agenerate(request)))
 
     def _parts(self, call: CheckedCall, respond: Respond[Response]) -> Generator[Response, None, None]:
         engine = self._get_engine()
         request, talk = self._begin(engine, call)
-        answer = Answer(engine, self.model, request, call, talk)
+        answer = ResponseWriter(engine, self.model, request, call, talk)
         with engine.stream(request) as chunks:
             for chunk in chunks:
                 if answer.take(chunk):
@@ -396,7 +396,7 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
     async def _aparts(self, call: CheckedCall, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
         engine = await self._aget_engine()
         request, talk = self._begin(engine, call)
-        answer = Answer(engine, self.model, request, call, talk)
+        answer = ResponseWriter(engine, self.model, request, call, talk)
         async with aclosing(engine.astream(request)) as chunks:
             async for chunk in chunks:
                 if answer.take(chunk):

@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import override
 
 from copyspec_engine.adapters.model import clear_errors
-from llama_index.llms.copyspec._messages import Answer
+from llama_index.llms.copyspec._messages import ResponseWriter
 from llama_index.llms.copyspec._options import CheckedCall
 from llama_index.llms.copyspec._room import SHORT_CHATS
 from llama_index.llms.copyspec._structured import GrammarStructuredLLM
@@ -85,18 +85,18 @@ class CopySpecCompletion(GrammarStructuredLLM, CustomLLM):
     @override
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
-        return self.llm._whole(self._call(prompt, formatted, options), Answer.completion)
+        return self.llm._whole(self._call(prompt, formatted, options), ResponseWriter.completion)
 
     @override
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponseGen:
-        return self.llm._parts(self._call(prompt, formatted, options), Answer.completion)
+        return self.llm._parts(self._call(prompt, formatted, options), ResponseWriter.completion)
 
     @override
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
         call = self._call(prompt, formatted, await self.llm._with_session(options))
-        return await self.llm._awhole(call, Answer.completion)
+        return await self.llm._awhole(call, ResponseWriter.completion)
 
     @override
     @llm_completion_callback()
@@ -104,7 +104,7 @@ class CopySpecCompletion(GrammarStructuredLLM, CustomLLM):
         self, prompt: str, formatted: bool = False, **options: Any
     ) -> CompletionResponseAsyncGen:
         call = self._call(prompt, formatted, await self.llm._with_session(options))
-        return self.llm._aparts(call, Answer.completion)
+        return self.llm._aparts(call, ResponseWriter.completion)
 
     @override
     @llm_chat_callback()
