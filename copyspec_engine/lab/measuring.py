@@ -20,7 +20,16 @@ from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.files import check_writable, write_text
 from copyspec_engine.execution.calibration import cpu_name
 
-__all__ = ["Measured", "drafting_engine", "facts_of_engine", "machine", "recorded", "version", "versions"]
+__all__ = [
+    "Measured",
+    "drafting_engine",
+    "facts_of_engine",
+    "machine",
+    "memory_of",
+    "recorded",
+    "version",
+    "versions",
+]
 
 Measured = tuple[int, dict[str, Any]]
 """The exit code of a command, and the figures for its file."""
@@ -111,3 +120,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def memory_of(pid: int) -> dict[str, int] | None:
+    """Bytes of main memory that a process holds, and the most that it held; None where the system has no /proc.
+
+    Pages of a mapped file count as soon as they are read.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return {key: int(found[name].split()[0]) * 1024 for key, name in (("bytes", "VmRSS"), ("peak_bytes", "VmHWM"))}

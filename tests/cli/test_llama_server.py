@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,60 +18,11 @@ from copyspec_engine.cli.demo.figures import GENERATE, LLAMA, LLAMA_NGRAM, LOOKU
 from copyspec_engine.cli.demo.llama_server import LlamaServer, LlamaServerError, find_llama_server
 from copyspec_engine.cli.demo.peers import Peers
 from copyspec_engine.cli.main import app
+from tests.cli.llama_servers import is_running, put_stand_in, starts
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in is a script with a #! line")
 
 PROBE = "one two three"
-STAND_IN = """#!{python}
-import json, os, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-mode = {mode!r}
-with open({record!r}, "a") as file:
-    file.write(json.dumps([os.getpid(), sys.argv[1:]]) + "\\n")
-if mode == "crash":
-    print("loading", flush=True)
-    sys.exit("cannot read the file")
-if mode == "never ready":
-    time.sleep(60)
-
-class Handler(BaseHTTPRequestHandler):
-    answered = 0
-
-    def say(self, data, status=200):
-        body = json.dumps(data).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        self.say({{"status": "ok"}})
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize":
-            tokens = json.loads({tokens!r})
-            return self.say({{"tokens": tokens[1:] if mode == "other model" else tokens}})
-        assert self.path == "/completion" and asked["temperature"] == 0 and asked["cache_prompt"] is True
-        assert all(isinstance(token, int) for token in asked["prompt"])
-        Handler.answered += 1
-        if mode == "slow":
-            time.sleep(60)
-        if mode == "dies" and Handler.answered > 1:
-            os._exit(7)
-        if mode == "refuses":
-            return self.say({{"error": "too long"}}, 400)
-        if mode == "other version":
-            return self.say({{"content": "x"}})
-        self.say({{"content": "said", "tokens_predicted": asked["n_predict"], "timings": {{"predicted_ms": 2.0}}}})
-
-    def log_message(self, *_):
-        pass
-
-HTTPServer((words["--host"], int(words["--port"])), Handler).serve_forever()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -85,26 +35,10 @@ def put_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine)
     """put_on_path("crash") -> the file that each start of the stand-in adds its process and command line to."""
 
     def put(mode: str) -> Path:
-        record, program = tmp_path / "started", tmp_path / "llama-server"
-        tokens = json.dumps(list(engine.encode(PROBE)))
-        program.write_text(STAND_IN.format(python=sys.executable, mode=mode, record=str(record), tokens=tokens))
-        program.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        return record
+        return put_stand_in(tmp_path, mode, engine.encode(PROBE))
 
     return put
-
-
-def starts(record: Path) -> list[Any]:
-    return [json.loads(line) for line in record.read_text().splitlines()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def run_server(**options: Any) -> LlamaServer:
@@ -120,7 +54,8 @@ def test_a_server_answers_and_is_ended(put_on_path: Callable[[str], Path]) -> No
         ((pid, words),) = starts(record)
         assert is_running(pid)
     assert (answer.text, answer.tokens, answer.write_s) == ("said", 7, 0.002)
-    assert answer.seconds > 0
+    assert answer.ttft_s is not None
+    assert 0 < answer.ttft_s < answer.seconds - 0.04, "the first piece comes before the others"
     assert not is_running(pid)
     for pair in ("-m m.gguf", "--host 127.0.0.1", "-t 2", "-c 8192 -np 1 --jinja", "--spec-type ngram-mod"):
         assert pair in " ".join(words)
@@ -152,6 +87,7 @@ def test_a_program_that_cannot_be_run_is_told(tmp_path: Path) -> None:
     [
         ("slow", "gave no answer in 1 s"),
         ("refuses", "answered /completion with status 400"),
+        ("fails on the way", 'answered /completion with an error: {"message": "out of memory"}'),
         ("other version", "lacks tokens_predicted, timings"),
     ],
 )
@@ -169,7 +105,7 @@ def test_an_answer_that_does_not_come_is_told(put_on_path: Callable[[str], Path]
 
 @pytest.fixture
 def peers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(demo_peers, "_gguf_file", lambda _: Path("m.gguf"))
+    monkeypatch.setattr(demo_peers, "gguf_file", lambda _: Path("m.gguf"))
     started = Peers(engine)
     yield started
     started.close()
@@ -222,7 +158,7 @@ def test_the_demo_shows_the_figures_of_llama_cpp(
     put_on_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     record = put_on_path("answers")
-    monkeypatch.setattr(demo_peers, "_gguf_file", lambda _: Path("m.gguf"))
+    monkeypatch.setattr(demo_peers, "gguf_file", lambda _: Path("m.gguf"))
     own, path = tmp_path / "own.txt", tmp_path / "figures.json"
     own.write_text(PROBE)
     words = ["demo", "--model", "bundled", "--device", "cpu", "--compare", "--file", str(own), "--json", str(path)]

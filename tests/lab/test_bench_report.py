@@ -147,6 +147,14 @@ def recorded(drafter: str, model: str, passes: float, speed: float | None) -> di
     return {**record, "rows": [row, {**row, "turn": "all"}], "identical": {"same": 0, "of": 0}, "facts": facts}
 
 
+PEERS = (
+    ("llama", 2.0, False),
+    ("ours", 1.0, True),
+    ("ours-langchain", 1.25, True),
+    ("ours-plain", 4.0, True),
+    ("llama-langchain", 2.5, False),
+)
+"""Who wrote, the seconds of each turn, and whether it was the answer of plain decoding."""
 ALL: dict[str, dict[str, Any]] = {
     "drafts_gpu": drafts({"none": 1.0, "copyspec": 1.5, "arctic-tuned": 2.0, "adaptive": 3.0}),
     "drafts_cpu": drafts({"arctic-tuned": 2.0, "adaptive": 2.5}, curve="cpu"),
@@ -188,6 +196,35 @@ ALL: dict[str, dict[str, Any]] = {
         "device": "cpu",
         "dtype": "float32",
         "command": "copyspec bench context --model some/model",
+        "machine": CPU,
+    },
+    "peers": {
+        "results": [
+            {
+                "peer": peer,
+                "kind": "rewrite",
+                "conversation": "letter.txt",
+                "turn": turn,
+                "tokens": 100,
+                "seconds": seconds,
+                "ttft_s": 0.25,
+                "same_as_plain": same,
+            }
+            for peer, seconds, same in PEERS
+            for turn in (1, 2)
+            if (peer, turn) != ("llama", 2)
+        ],
+        "memory": [
+            {"process": "copyspec", "peers": ["ours", "ours-langchain", "ours-plain"], "peak_bytes": 1_234_000_000},
+            {"process": "llama", "peers": ["llama"], "peak_bytes": None},
+        ],
+        "left_out": {"llama": "llama-server gave no answer"},
+        "threads": 2,
+        "max_tokens": 256,
+        "model": "models/some.gguf",
+        "device": "cpu",
+        "dtype": "float32",
+        "command": "copyspec bench peers --model some.gguf",
         "machine": CPU,
     },
     "free_text": {
@@ -291,6 +328,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "ingredients": "| chats | 3.00 / 1.50 | -20.0% / -20.0% |",
         "propose": "| 16,000 | 53 us | 389 us | 35 ms | 2 MB |",
         "context": "| some/model | 1,010 | 2 | **30.0** | 10.0 | 5.00 | 3.00x | 6.00x | 4.00 | 12.5% |",
+        "peers": "| over plain decoding | 4.00x | 4.00x | 4.00x |",
         "free-text": "| measured | 0 | copies and recycled | 1,000 | 1.60 | 80.0 | 1.25x |",
         "lossless": "| some/model | bfloat16 | no | 2,000 | 25,000 | 3 | 0.12 |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
@@ -338,6 +376,21 @@ def test_each_table_says_where_its_figures_come_from(report: Callable[..., Resul
         assert files.removesuffix("```\n").splitlines()[-2:] == ["```bash", command]
 
 
+def test_peers_are_compared_where_both_wrote_and_frameworks_with_each_other(report: Callable[..., Result]) -> None:
+    assert report().exit_code == 0
+    speeds, ratios, counts = block_of("peers").split("*\n\n")[1:]
+    assert "|  | rewrite 1 | rewrite 2 | all |" in speeds
+    assert "| llama.cpp | 50.0 | - | 50.0 |" in speeds
+    assert [line.split(" | ") for line in ratios.splitlines() if line.startswith("| over")] == [
+        ["| over plain decoding", "4.00x", "4.00x", "4.00x |"],
+        ["| over llama.cpp", "2.00x", "-", "2.00x |"],
+        ["| over llama.cpp in LangChain", "2.00x", "2.00x", "2.00x |"],
+    ]
+    assert "| copyspec | 2 | 250 ms | 2/2 | 1,234 MB |" in counts
+    assert "| llama.cpp | 1 | 250 ms | 0/1 | - |" in counts
+    assert "2 CPU cores (AMD EPYC), date not recorded: `peers.json`." in counts
+
+
 def test_files_of_one_run_share_its_command(report: Callable[..., Result]) -> None:
     command = f"copyspec bench lossless --seed {'1' * 60} --seed {'2' * 60}"
     for name in ("twice_a", "twice_b"):
@@ -378,6 +431,7 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
         "drafts_gpu",
         "context_bundled_cpu_float32",
         "growth_model_cpu_float32",
+        "peers_some.gguf_cpu",
         "workloads_bundled_cpu_float32",
         "evaluation",
     }
@@ -395,6 +449,14 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
     assert bars.series == (("adaptive", (3.0,)), ("copyspec (paper)", (1.5,)), ("Arctic, tuned", (2.0,)))
     (runs,) = plots["evaluation"].charts
     assert runs.series == (("some/model, adaptive", (1.5, 3.0, 2.5)), ("some/model, copyspec", (None, None, 1.25)))
+    (bars,) = plots["peers_some.gguf_cpu"].charts
+    assert isinstance(bars, Bars)
+    assert bars.groups == ("rewrite, turn 1", "rewrite, turn 2", "all")
+    assert bars.series == (
+        ("copyspec", (100.0, 100.0, 100.0)),
+        ("plain decoding", (25.0, 25.0, 25.0)),
+        ("llama.cpp", (50.0, None, 50.0)),
+    )
     speeds, passes = plots["growth_model_cpu_float32"].charts
     assert isinstance(speeds, Lines)
     assert speeds.series[0] == ("copyspec", ((510.0, 30.0), (1010.0, 30.0)))

@@ -42,15 +42,17 @@ class PeerAnswer:
     token_ids: tuple[int, ...] | None = None
     """None for a peer that is compared by its text."""
     text: str | None = None
+    """None for a peer that is compared by its tokens alone."""
     write_s: float | None = None
     """Of the seconds, those behind the prompt; None where the peer does not tell."""
     ttft_s: float | None = None
-    """From the call to the end of the first forward pass; of transformers only, as the next one."""
+    """From the call to the first piece of the answer; of transformers to the end of the first forward pass."""
     forward_passes: int | None = None
+    """Of transformers only."""
 
-    def same_as(self, answer: FrameworkAnswer) -> bool:
+    def same_as(self, answer: FrameworkAnswer | PeerAnswer) -> bool:
         """Whether it is the same answer."""
-        return self.token_ids == answer.token_ids if self.text is None else self.text == answer.text
+        return self.text == answer.text if self.token_ids is None else self.token_ids == answer.token_ids
 
 
 @dataclass(frozen=True, slots=True)

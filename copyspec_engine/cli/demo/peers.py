@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from copyspec_engine import Engine, ModelLoadError
 from copyspec_engine.cli.demo.figures import GENERATE, LLAMA, LLAMA_NGRAM, LOOKUP, PeerAnswer
-from copyspec_engine.cli.demo.llama_server import LlamaServer, LlamaServerError, find_llama_server
-from copyspec_engine.models import find_model, locate_model
+from copyspec_engine.cli.demo.llama_server import LlamaServers, find_llama_server, gguf_file
+from copyspec_engine.models import locate_model
 
-__all__ = ["LOOKUP_TOKENS", "Peers", "generate_greedy"]
+__all__ = ["LOOKUP_TOKENS", "Lane", "Peers", "generate_greedy", "transformers_lanes"]
 
 LOOKUP_TOKENS = 10
 """`prompt_lookup_num_tokens`, the value that the transformers documentation uses."""
@@ -34,26 +33,23 @@ class Peers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._lanes: dict[str, Lane] = dict(_transformers_lanes(engine))
-        self._servers: dict[str, LlamaServer] = {}
-        self.notes: list[str] = []
+        info, trusted = engine.info, engine.config.trust_remote_code
+        self._lanes = transformers_lanes(info.model, info.device, info.dtype, trust_remote_code=trusted)
+        self._servers: LlamaServers | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        told = self._servers.notes if self._servers is not None else {}
+        return [f"{name} is left out: {reason}" for name, reason in told.items()]
 
     def start_servers(self, probe: str) -> None:
         """Start llama.cpp if it is there and the model is a GGUF file; `probe` is a text that all must cut alike."""
-        binary, gguf = find_llama_server(), _gguf_file(self._engine.info.model)
+        binary, gguf = find_llama_server(), gguf_file(self._engine.info.model)
         if binary is None or gguf is None:
             return
-        for name in LLAMA_OPTIONS:
-            self._start_server(name, binary, gguf, probe)
-
-    def _start_server(self, name: str, binary: str, gguf: Path, probe: str) -> None:
-        try:
-            server = LlamaServer(binary, gguf, threads=torch.get_num_threads(), options=LLAMA_OPTIONS[name])
-            self._servers[name] = server
-            server.check_tokens(probe, self._engine.encode(probe))
-            self._lanes[name] = _server_lane(server)
-        except LlamaServerError as error:
-            self._leave_out(name, error)
+        self._servers = LlamaServers(binary, gguf, torch.get_num_threads())
+        for name, options in LLAMA_OPTIONS.items():
+            self._servers.start(name, options, probe, self._engine.encode(probe))
 
     def warm_up(self, prompt_ids: Sequence[int]) -> None:
         """Ask each once for a few tokens."""
@@ -61,7 +57,7 @@ class Peers:
 
     def answer(self, prompt_ids: Sequence[int], max_tokens: int, *, backwards: bool = False) -> dict[str, PeerAnswer]:
         """The answers of all, asked one after the other, the last one first if `backwards`."""
-        names = list(self._lanes)
+        names = [*self._lanes, *(self._servers.running if self._servers is not None else ())]
         asked = {name: self._ask(name, prompt_ids, max_tokens) for name in (names[::-1] if backwards else names)}
         return {name: answer for name in names if (answer := asked[name]) is not None}
 
@@ -71,47 +67,47 @@ class Peers:
 
     def close(self) -> None:
         """End the servers."""
-        for server in self._servers.values():
-            server.close()
-        self._servers.clear()
+        if self._servers is not None:
+            self._servers.close()
 
     def _ask(self, name: str, prompt_ids: Sequence[int], max_tokens: int) -> PeerAnswer | None:
-        """None for one that fails, and takes no further part."""
-        try:
+        """None from one that fails."""
+        if name in self._lanes:
             return self._lanes[name](prompt_ids, max_tokens)
-        except LlamaServerError as error:
-            self._leave_out(name, error)
-            return None
-
-    def _leave_out(self, name: str, error: LlamaServerError) -> None:
-        self.notes.append(f"{name} is left out: {error}")
-        self._lanes.pop(name, None)
-        if name in self._servers:
-            self._servers.pop(name).close()
+        assert self._servers is not None
+        return self._servers.answer(name, prompt_ids, max_tokens)
 
 
-def _transformers_lanes(engine: Engine) -> dict[str, Lane]:
-    """The same checkpoint loaded once more by transformers alone, on the same device, in the same type.
+def transformers_lanes(model: str, device: str, dtype: str, *, trust_remote_code: bool) -> dict[str, Lane]:
+    """A checkpoint loaded by transformers alone, and its lanes `GENERATE` and `LOOKUP`.
 
     The whole prompt goes into every call, since `generate` keeps nothing from one call to the next.
+
+    Args:
+        model: a name or path, as the engine knows it.
+        device: as torch calls it.
+        dtype: of the weights, as torch calls it.
+        trust_remote_code: whether code of the checkpoint may run.
+
+    Raises:
+        ModelLoadError: transformers cannot load it.
     """
-    info = engine.info
-    path = str(locate_model(info.model).as_folder().path)
+    path = str(locate_model(model).as_folder().path)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, info.dtype), trust_remote_code=engine.config.trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
-        model = model.to(torch.device(info.device)).eval()
-        passes = _Passes(model)
+        loaded = loaded.to(torch.device(device)).eval()
+        passes = _Passes(loaded)
     except (OSError, RuntimeError, MemoryError) as error:
         raise ModelLoadError(
-            f"Cannot load {path} a second time for --compare: {error}. Leave --compare out, or take a smaller model"
+            f"Cannot load {path} a second time for transformers: {error}. Leave its peers out, or take a smaller model"
         ) from None
 
     def lane(**options: int) -> Lane:
         def ask(prompt_ids: Sequence[int], max_tokens: int) -> PeerAnswer:
             start = passes.reset()
-            token_ids, seconds = generate_greedy(model, prompt_ids, max_tokens, **options)
+            token_ids, seconds = generate_greedy(loaded, prompt_ids, max_tokens, **options)
             return PeerAnswer(
                 len(token_ids),
                 seconds,
@@ -177,17 +173,3 @@ class _Passes:
             if device.type == "cuda":
                 torch.accelerator.synchronize(device)
             self.first_s = time.perf_counter()
-
-
-def _server_lane(server: LlamaServer) -> Lane:
-    def ask(prompt_ids: Sequence[int], max_tokens: int) -> PeerAnswer:
-        said = server.answer(prompt_ids, max_tokens)
-        return PeerAnswer(said.tokens, said.seconds, text=said.text, write_s=said.write_s)
-
-    return ask
-
-
-def _gguf_file(model: str) -> Path | None:
-    """The GGUF file that a model is read from; None for another kind of checkpoint."""
-    found = find_model(model)
-    return found.path if found is not None and found.path.suffix.lower() == ".gguf" else None

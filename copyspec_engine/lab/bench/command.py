@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,13 +13,16 @@ from rich.console import Console
 
 from copyspec_engine import ConfigError, EngineConfig
 from copyspec_engine.cli.options import BUNDLED, Device, DtypeName, ModelArguments, add_command, engine_config
+from copyspec_engine.lab.evaluation.benchmarks import BENCHMARKS
 
 __all__ = [
+    "BenchPeer",
     "ContextOptions",
     "DraftsOptions",
     "EngineOptions",
     "FreeTextOptions",
     "LosslessOptions",
+    "PeersOptions",
     "ProposeOptions",
     "ReportOptions",
     "bench",
@@ -26,8 +31,8 @@ __all__ = [
 bench = typer.Typer(
     no_args_is_help=True,
     help="Measure: drafts and propose replay recorded conversations without a model, engine builds one that writes "
-    "them, in free-text and context a model writes as it likes, lossless counts answers that drafting changes, and "
-    "report puts what all of them have found into tables and plots.",
+    "them, in free-text, context and peers a model writes as it likes, lossless counts answers that drafting changes, "
+    "and report puts what all of them have found into tables and plots.",
 )
 
 MOST_MEMORY = 20_000_000
@@ -329,3 +334,116 @@ def engine(options: EngineOptions, command: str, console: Console) -> int:
     from copyspec_engine.lab.measuring import recorded
 
     return recorded(measure_engine, options, command, console)
+
+
+class BenchPeer(str, Enum):
+    """Who may write."""
+
+    ours = "ours"
+    ours_plain = "ours-plain"
+    generate = "generate"
+    prompt_lookup = "prompt-lookup"
+    llama = "llama"
+    llama_ngram_mod = "llama-ngram-mod"
+    llama_ngram_simple = "llama-ngram-simple"
+    ours_langchain = "ours-langchain"
+    llama_langchain = "llama-langchain"
+
+
+class KindName(str, Enum):
+    """What may be asked."""
+
+    rewrite = "rewrite"
+    mt_redundant = "mt-redundant"
+    cnndm = "cnndm"
+    gsm8k = "gsm8k"
+    mt_bench = "mt-bench"
+    humaneval = "humaneval"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeersOptions:
+    """Options of `bench peers`."""
+
+    model: Annotated[
+        str, typer.Option(metavar="M.gguf", help="A GGUF file, or any other model: llama.cpp is left out then.")
+    ] = BUNDLED
+    llama_server: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="The program; default: llama-server on the PATH (scripts/build_llama_server.sh)."
+        ),
+    ] = None
+    peer: Annotated[
+        tuple[BenchPeer, ...],
+        typer.Option(
+            help="Who writes; ours-plain always does, since all go on from its answers. Default: all that can.",
+        ),
+    ] = ()
+    kind: Annotated[tuple[KindName, ...], typer.Option(help="Kinds of conversations.")] = (
+        KindName.rewrite,
+        KindName.mt_redundant,
+        KindName.cnndm,
+        KindName.gsm8k,
+    )
+    data: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            metavar="KIND=FILE...",
+            help="Tasks of a kind, as --data of copyspec eval names them; default: a few that come along.",
+        ),
+    ] = ()
+    file: Annotated[
+        tuple[str, ...],
+        typer.Option(metavar="FILE...", help="Documents of rewrite: your own, or shipped ones by their names."),
+    ] = ("letter.txt", "meeting_notes.md", "article.txt")
+    limit: Annotated[int, typer.Option(help="Conversations of each kind, at most.")] = 3
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 256
+    threads: Annotated[int | None, typer.Option(help="Threads of every peer; default: one a processor.")] = None
+    json: JsonPath = None
+
+    def __post_init__(self) -> None:
+        _check_count("--limit", self.limit)
+        _check_count("--max-tokens", self.max_tokens)
+        _check_count("--threads", self.threads, 1024)
+        for given in self.data:
+            kind, sign, file = given.partition("=")
+            if kind not in BENCHMARKS or not sign or not file:
+                raise ConfigError(f"Got --data {given} but expected KIND=FILE with one of {', '.join(BENCHMARKS)}")
+            if kind not in self.kinds:
+                raise ConfigError(f"Got --data {given} without --kind {kind}: name the kind too")
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Who is to write, in the order of `BenchPeer`."""
+        chosen = {*self.peer, BenchPeer.ours_plain} if self.peer else set(BenchPeer)
+        return tuple(name.value for name in BenchPeer if name in chosen)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.value for name in self.kind))
+
+    @property
+    def files_by_kind(self) -> dict[str, str]:
+        return dict(given.split("=", 1) for given in self.data)
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or os.cpu_count() or 1
+
+    @property
+    def config(self) -> EngineConfig:
+        """In float32 on the CPU, where it is compared."""
+        return engine_config(self.model, "cpu", "float32")
+
+
+@add_command(bench, PeersOptions)
+def peers(options: PeersOptions, command: str, console: Console) -> int:
+    """Let a model write freely, turn by turn beside what else runs it on a CPU: transformers and llama.cpp.
+
+    All get the same prompts, with the answers of plain decoding in them. Exit code 1 if drafts change a token.
+    """
+    from copyspec_engine.lab.bench.peers import measure_peers
+    from copyspec_engine.lab.measuring import recorded
+
+    return recorded(measure_peers, options, command, console)

@@ -93,6 +93,10 @@ KINDS = {
         frozenset({"results", "lengths", "documents", "model", "device", "dtype", *_FACTS}),
         frozenset({"length", "way", "turns", "prompt_tokens", "loop_share", *_SPEEDS}),
     ),
+    "peers": Kind(
+        frozenset({"results", "memory", "left_out", "threads", "max_tokens", "model", "device", "dtype", *_FACTS}),
+        frozenset({"peer", "kind", "conversation", "turn", "tokens", "seconds", "ttft_s", "same_as_plain"}),
+    ),
     "lossless": Kind(
         frozenset(
             {"cases", "differences", "differences_per_1000_tokens", "tokens", "by_feature", "dtype", "exact", *_FACTS}

@@ -38,6 +38,7 @@ from copyspec_engine.lab.results.evaluation import (
 from copyspec_engine.lab.results.files import Results, commands, load_results
 from copyspec_engine.lab.results.free_text import free_text_tables
 from copyspec_engine.lab.results.lossless import lossless_tables
+from copyspec_engine.lab.results.peers import peers_plots, peers_tables
 
 __all__ = ["BLOCKS", "COMMANDS", "fill_readmes"]
 
@@ -48,6 +49,7 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "propose": propose_tables,
     "free-text": free_text_tables,
     "context": context_tables,
+    "peers": peers_tables,
     "lossless": lossless_tables,
     "engine": engine_tables,
     "speed": speed_tables,
@@ -60,7 +62,13 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
 """The tables that a README may hold."""
 COMMANDS = "commands"
 """The block of the commands that wrote the result files."""
-PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (drafts_plots, engine_plots, context_plots, eval_plots)
+PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (
+    drafts_plots,
+    engine_plots,
+    context_plots,
+    peers_plots,
+    eval_plots,
+)
 BLOCK = re.compile(r"(<!-- bench: begin (.*?) -->\n)(.*?)(<!-- bench: end -->)", flags=re.DOTALL)
 
 
