@@ -510,7 +510,7 @@ def refuse_other_vocabulary(name: str, tokenizer: ChatTokenizer, draft_name: str
         )
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise ModelLoadError(
-            f"Got draft={draft_name!r} but its vocabulary is not that of {name}: {shown}{more}. Take a smaller "
+            f"Got draft_model={draft_name!r} but its vocabulary is not that of {name}: {shown}{more}. Take a smaller "
             "model of the same family"
         )
 

@@ -125,7 +125,7 @@ class Preparation:
             reply=reply,
         )
         return Request(
-            asked, KVSequence(token_ids), answer, Drafting("never" if model.draft is None else drafter.draft_model)
+            asked, KVSequence(token_ids), answer, Drafting("never" if model.draft is None else drafter.draft_model_use)
         )
 
     def _bans(self, params: SamplingParams, ends: frozenset[int], num_prompt_tokens: int) -> Bans | None:
@@ -152,7 +152,7 @@ class Preparation:
             return NoDrafter()
         drafter = request.drafter or self._config.drafter
         if isinstance(drafter, DraftModelDrafter) and self._model.draft is None:
-            raise ConfigError("Got drafter='draft-model' but no draft model: set EngineConfig(draft=...)")
+            raise ConfigError("Got drafter='draft-model' but no draft model: set EngineConfig(draft_model=...)")
         return drafter
 
     def _placed(self, grammar: Grammar, reply: ReplyParser | None) -> Grammar:

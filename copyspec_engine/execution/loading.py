@@ -71,7 +71,7 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None = None) -> L
         CopySpecError: a package that the options need is not installed.
     """
     model = _read(config, on_progress)
-    draft = None if config.draft is None else _read(config.of_draft(config.draft), on_progress)
+    draft = None if config.draft_model is None else _read(config.of_draft(config.draft_model), on_progress)
     with _load_failures(config):
         beside = None if draft is None else (draft.model, draft.tokenizer)
         loaded = prepare(model.model, model.tokenizer, config, on_progress, beside)
@@ -168,13 +168,13 @@ def prepare(
 ) -> LoadedModel:
     """Make a model that is in memory ready to serve, with its draft model if there is one (see `load_model`)."""
     served = _check(model, config, on_progress)
-    if config.draft is None or draft is None or served.reason is not None:
+    if config.draft_model is None or draft is None or served.reason is not None:
         return _ready(model, tokenizer, config, served, on_progress)
-    own = config.of_draft(config.draft)
+    own = config.of_draft(config.draft_model)
     refuse_other_vocabulary(config.model, tokenizer, own.model, draft[1])
     beside = _check(draft[0], own, on_progress, decides=False)
     if beside.reason is not None:
-        raise UnsupportedModelError(f"Got draft={own.model!r} but it cannot draft: {beside.reason}")
+        raise UnsupportedModelError(f"Got draft_model={own.model!r} but it cannot draft: {beside.reason}")
     if beside.num_parameters >= served.num_parameters:
         logger.warning(
             "The draft model %s has %d weights and the model %d: its drafts cost more than they can save",

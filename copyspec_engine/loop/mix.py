@@ -71,7 +71,7 @@ class _Writer:
 
     def start(self) -> None:
         """Nothing has been asked yet."""
-        is_fixed, eos = self.request.drafting.draft_model != "in-tree", self.request.asked.eos_token_ids
+        is_fixed, eos = self.request.drafting.draft_model_use != "in-tree", self.request.asked.eos_token_ids
         self.chain = DraftChain(self._copies, self._likely, self._most, self.known.acceptance, eos, is_fixed=is_fixed)
 
 
@@ -134,7 +134,7 @@ class Combination:
 
     def _writer(self, request: Request, draft: DraftTree, room: int) -> _Writer | None:
         """A request that may ask the draft model, or None."""
-        use = request.drafting.draft_model
+        use = request.drafting.draft_model_use
         if use == "never" or not request.progress.first_token_s or self.error is not None:
             return None
         guessed = draft.probabilities
@@ -248,7 +248,7 @@ class Combination:
             error,
             exc_info=error,
         )
-        request.drafting.draft_model = "never"
+        request.drafting.draft_model_use = "never"
         self._known.pop(request, None)
         self.draft_model.drop(request)
         if self._failures >= _MOST_FAILURES:

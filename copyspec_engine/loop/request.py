@@ -61,7 +61,7 @@ class Asked:
 class Drafting:
     """What a request copies from, and who drafts for it."""
 
-    draft_model: DraftModelUse = "never"
+    draft_model_use: DraftModelUse = "never"
     """What the draft model is asked for; "never" where there is none, or it failed."""
     session: Session | None = None
     """Set after the first admission, with the next two."""

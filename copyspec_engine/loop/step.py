@@ -58,9 +58,9 @@ class EngineCore:
         self.cost = LiveCost(model.info.step_cost or _UNMEASURED, is_fixed=not model.cost_is_measured)
         self.policy = DraftingPolicy(self.cost.relative)
         self.combination: Combination | None = None
-        if model.draft is not None and draft_kv is not None and config.draft is not None:
+        if model.draft is not None and draft_kv is not None and config.draft_model is not None:
             draft_model = DraftWriter(model.draft, draft_kv, vocab_size, config.max_prefill_tokens)
-            self.combination = Combination(draft_model, self.policy, self.cost, config.draft.max_tokens)
+            self.combination = Combination(draft_model, self.policy, self.cost, config.draft_model.max_tokens)
 
     # ---- one step --------------------------------------------------------------------------------------------------
 

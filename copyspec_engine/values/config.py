@@ -61,7 +61,7 @@ class AdaptiveDrafter(_Options):
     recycle: bool = False
     """Also draft tokens that the model itself held likely behind the same one or two tokens earlier in the
     conversation, where verifying is cheap; for text that can be copied from nowhere."""
-    draft_model: Literal["in-tree", "after-copies", "never"] = "in-tree"
+    draft_model_use: Literal["in-tree", "after-copies", "never"] = "in-tree"
     """What the engine's draft model does, if it has one. "in-tree": it writes into the same draft, each token as far as
     it is worth its time, its own passes included. "after-copies": it writes `DraftModel.max_tokens` where no copy is
     more likely right than wrong (the rule of arXiv 2502.08923). "never": nothing."""
@@ -76,7 +76,7 @@ class CopySpecDrafter(_Options):
     """Tokens that must match before copying starts (the paper's gamma)."""
     block: int = Field(default=10, ge=1, le=1024)
     """Tokens drafted after each match."""
-    draft_model: Literal["after-copies", "never"] = "after-copies"
+    draft_model_use: Literal["after-copies", "never"] = "after-copies"
     """What the engine's draft model does, if it has one. "after-copies": it writes `DraftModel.max_tokens` where
     nothing matches. "never": nothing."""
 
@@ -86,7 +86,7 @@ class DraftModelDrafter(_Options):
 
     name: Literal["draft-model"] = "draft-model"
     """Which drafter this is."""
-    draft_model: ClassVar[Literal["alone"]] = "alone"
+    draft_model_use: ClassVar[Literal["alone"]] = "alone"
 
 
 class NoDrafter(_Options):
@@ -94,7 +94,7 @@ class NoDrafter(_Options):
 
     name: Literal["none"] = "none"
     """Which drafter this is."""
-    draft_model: ClassVar[Literal["never"]] = "never"
+    draft_model_use: ClassVar[Literal["never"]] = "never"
 
 
 _DRAFTERS = {
@@ -171,7 +171,7 @@ class DraftModel(_Options):
     name: str = Field(min_length=1)
     """A model, as `EngineConfig.model`."""
     max_tokens: int = Field(default=5, ge=1, le=64)
-    """Tokens that it writes before a pass of the model; with AdaptiveDrafter(draft_model="in-tree") at most."""
+    """Tokens that it writes before a pass of the model; with AdaptiveDrafter(draft_model_use="in-tree") at most."""
     device: Annotated[str | None, AfterValidator(_checked_device)] = None
     """Where it goes, as `EngineConfig.device`; default: where the model goes."""
     step_cost: Annotated[Points | None, BeforeValidator(_checked_points)] = None
@@ -273,7 +273,7 @@ class EngineConfig(ModelOptions, _Options):
     drafter: DrafterConfig = AdaptiveDrafter()
     """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec", "draft-model" or
     "none". The first two use the draft model too, if there is one."""
-    draft: Annotated[DraftModel | None, BeforeValidator(_draft_model_of_name)] = None
+    draft_model: Annotated[DraftModel | None, BeforeValidator(_draft_model_of_name)] = None
     """A smaller model that drafts where copying cannot: a `DraftModel`, or its name as a string. Default: none."""
     keep_token_ids: bool = True
     """Spell what a session has said with the very token ids that were read and sampled, so that its KV is reused up to
@@ -316,10 +316,10 @@ class EngineConfig(ModelOptions, _Options):
 
     @model_validator(mode="after")
     def _check_draft(self) -> EngineConfig:
-        if self.draft is None:
+        if self.draft_model is None:
             if isinstance(self.drafter, DraftModelDrafter):
-                raise ValueError("Got drafter='draft-model' without a draft model: set draft")
-        elif (self.points is None) != (self.draft.step_cost is None):
+                raise ValueError("Got drafter='draft-model' without a draft model: set draft_model")
+        elif (self.points is None) != (self.draft_model.step_cost is None):
             raise ValueError(
                 "Got one of EngineConfig(step_cost=...) and DraftModel(step_cost=...) but expected both, in one unit, "
                 "or neither"

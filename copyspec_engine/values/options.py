@@ -39,12 +39,12 @@ _NAMES = {
     "kv_cache_tokens": "gpu_memory_utilization kv_cache_size max_cache_len num_gpu_blocks",
     "max_running": "max_num_seqs max_batch_size batch_size n_parallel num_parallel",
     "max_prefill_tokens": "max_num_batched_tokens n_batch num_batch prefill_chunk_size",
-    "draft": "draft_model assistant_model speculative_model draft_model_name",
-    "draft=DraftModel(name, max_tokens=...)": "max_draft_model_tokens num_speculative_tokens num_assistant_tokens "
-    "draft_max",
-    "draft=DraftModel(name, device=...)": "draft_model_device",
-    "draft=DraftModel(name, step_cost=...)": "draft_model_step_cost",
-    "drafter=AdaptiveDrafter(draft_model=...)": "combine",
+    "draft_model": "draft assistant_model speculative_model draft_model_name",
+    "draft_model=DraftModel(name, max_tokens=...)": "max_draft_model_tokens num_speculative_tokens "
+    "num_assistant_tokens draft_max",
+    "draft_model=DraftModel(name, device=...)": "draft_model_device",
+    "draft_model=DraftModel(name, step_cost=...)": "draft_model_step_cost",
+    "drafter=AdaptiveDrafter(draft_model_use=...)": "combine",
     "memory_tokens": "max_session_tokens max_pool_tokens max_pools",
     'step_cost="remeasure"': "calibrate",
     "max_draft_tokens": "prompt_lookup_num_tokens num_draft_tokens",

@@ -78,7 +78,7 @@ def test_the_constructor_loads_nothing(kind: Kind, monkeypatch: pytest.MonkeyPat
         ({"cache_salt": ""}, "cache_salt=''"),
         ({"temprature": 1}, "unknown option temprature=1 for (ChatCopySpec|CopySpec): use temperature"),
         ({"max_new_tokens": 5}, "use max_tokens"),
-        ({"combine": "tree"}, r"use drafter=AdaptiveDrafter\(draft_model=...\)"),
+        ({"combine": "tree"}, r"use drafter=AdaptiveDrafter\(draft_model_use=...\)"),
         ({"num_ctx": 5}, r"use engine=EngineConfig\(max_model_len=...\)"),
         ({"context_window": 5}, r"use engine=EngineConfig\(max_model_len=...\)"),
         ({"model_name": "m"}, "use model"),

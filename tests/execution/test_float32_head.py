@@ -140,7 +140,7 @@ def test_a_recurrent_model_decides_in_float32_too() -> None:
 
 def test_a_draft_model_decides_about_nothing() -> None:
     model, draft = build_model("llama").bfloat16(), build_model("llama", seed=2).bfloat16()
-    config = CONFIG.model_copy(update={"draft": DraftModel("draft", step_cost=STEP_COST)})
+    config = CONFIG.model_copy(update={"draft_model": DraftModel("draft", step_cost=STEP_COST)})
     prepare(model, ByteTokenizer(), config, draft=(draft, ByteTokenizer()))
     assert wrapped(model) == ["model.norm", "lm_head"]
     assert not wrapped(draft)

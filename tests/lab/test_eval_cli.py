@@ -292,7 +292,11 @@ def test_a_draft_model_takes_part(
     output = passed("mt-redundant", *options, *words, "--output", tmp_path)
     assert "identical outputs: 1/1" in output
     facts = RunFolder(tmp_path).facts()
-    assert (facts.drafter, facts.drafter_options.get("draft_model"), facts.drafter_options["delta"]) == (writer, use, 3)
+    assert (facts.drafter, facts.drafter_options.get("draft_model_use"), facts.drafter_options["delta"]) == (
+        writer,
+        use,
+        3,
+    )
     records = written(tmp_path)
     assert {record.writer for record in records} == {writer, "none"}
     (row,) = [r for r in json.loads((tmp_path / "summary.json").read_text())["rows"] if r["turn"] == "all"]

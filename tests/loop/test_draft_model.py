@@ -40,9 +40,9 @@ from tests.drafting.test_cost import watched_cost
 from tests.loop.test_lossless import PROMPT, ids_of, run, same_answer, watch_drafts
 
 USES: dict[DraftModelUse, DrafterConfig] = {
-    "never": AdaptiveDrafter(draft_model="never"),
+    "never": AdaptiveDrafter(draft_model_use="never"),
     "alone": DraftModelDrafter(),
-    "after-copies": AdaptiveDrafter(draft_model="after-copies"),
+    "after-copies": AdaptiveDrafter(draft_model_use="after-copies"),
     "in-tree": AdaptiveDrafter(),
 }
 """What a draft model may be asked for, and the drafter that asks for it."""
@@ -67,7 +67,7 @@ def make_drafted() -> Iterator[MakeDrafted]:
     engines: list[Engine] = []
 
     def make(small: PreTrainedModel | None = None, name: str = "llama", **options: Any) -> Engine:
-        defaults = {"model": name, "draft": DraftModel("draft", step_cost=CHEAP), "step_cost": STEP_COST}
+        defaults = {"model": name, "draft_model": DraftModel("draft", step_cost=CHEAP), "step_cost": STEP_COST}
         config = EngineConfig(**{**defaults, **options})
         draft = small or build_model("llama"), ByteTokenizer()
         loaded = prepare(build_model(name), ByteTokenizer(), config, draft=draft)
@@ -101,7 +101,7 @@ def by_source(output: GenerationOutput) -> dict[str, int]:
 
 
 def test_a_draft_model_has_a_cost_of_its_own(make_drafted: MakeDrafted) -> None:
-    engine = make_drafted(perturbed(0.02), step_cost="measured", draft="draft")
+    engine = make_drafted(perturbed(0.02), step_cost="measured", draft_model="draft")
     combination = loop_of(engine).core.combination
     assert combination is not None
     steps, passes = watched_cost(loop_of(engine).core.cost), watched_cost(combination.own_cost)
@@ -170,11 +170,11 @@ def test_one_engine_decodes_in_five_ways(make_drafted: MakeDrafted) -> None:
     assert run(engine, PROMPT, "none").tokens_per_forward == 1
 
 
-@pytest.mark.parametrize("drafter", [AdaptiveDrafter(draft_model="after-copies"), CopySpecDrafter()])
+@pytest.mark.parametrize("drafter", [AdaptiveDrafter(draft_model_use="after-copies"), CopySpecDrafter()])
 def test_the_reference_asks_for_a_fixed_number_where_nothing_is_copied(
     make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch, drafter: Any
 ) -> None:
-    engine = make_drafted(draft=DraftModel("draft", max_tokens=4, step_cost=CHEAP))
+    engine = make_drafted(draft_model=DraftModel("draft", max_tokens=4, step_cost=CHEAP))
     drafts = watch_drafts(engine, monkeypatch)
     run(engine, PROMPT, drafter, max_tokens=100, ignore_eos=True)
     asked = [draft for draft in drafts if len(draft) and draft.cost]
@@ -184,7 +184,7 @@ def test_the_reference_asks_for_a_fixed_number_where_nothing_is_copied(
 
 
 def test_a_tree_may_hold_branches_of_both(make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_drafted(perturbed(0.03), draft=DraftModel("draft", step_cost=((1, 0.01), (64, 0.02))))
+    engine = make_drafted(perturbed(0.03), draft_model=DraftModel("draft", step_cost=((1, 0.01), (64, 0.02))))
     drafts = watch_drafts(engine, monkeypatch)
     for seed in range(4):
         run(engine, PROMPT, "adaptive", "chat", max_tokens=100, temperature=0.05, seed=seed)
@@ -196,7 +196,7 @@ def test_a_tree_may_hold_branches_of_both(make_drafted: MakeDrafted, monkeypatch
 def test_strong_copies_never_pay_for_the_draft_model(
     make_drafted: MakeDrafted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_drafted(draft=DraftModel("draft", step_cost=((1, 0.3), (64, 0.5))))
+    engine = make_drafted(draft_model=DraftModel("draft", step_cost=((1, 0.3), (64, 0.5))))
     drafts = watch_drafts(engine, monkeypatch)
     output = run(engine, PROMPT, "adaptive", max_tokens=300, ignore_eos=True)
     assert by_source(output)["draft_model"] > 0
@@ -212,7 +212,7 @@ def _copied_mass(draft: DraftTree) -> float:
 
 
 def test_a_draft_model_that_is_not_worth_its_time_is_not_asked_and_keeps_nothing(make_drafted: MakeDrafted) -> None:
-    engine = make_drafted(build_model("qwen2", 7), draft=DraftModel("draft", step_cost=((1, 0.5), (64, 0.8))))
+    engine = make_drafted(build_model("qwen2", 7), draft_model=DraftModel("draft", step_cost=((1, 0.5), (64, 0.8))))
     before = engine.metrics().draft_model_passes
     output = run(engine, PROMPT, "adaptive", max_tokens=300, ignore_eos=True)
     assert same_answer(output, run(engine, PROMPT, "none", max_tokens=300, ignore_eos=True))
@@ -364,7 +364,7 @@ def test_both_models_are_loaded_from_folders(tmp_path: Path) -> None:
     own = save(tmp_path / "own", build_model("llama"), BYTES)
     small = save(tmp_path / "small", build_model("llama", 3), BYTES)
     said: list[LoadProgress] = []
-    config = EngineConfig(model=own, draft=DraftModel(small, step_cost=CHEAP), step_cost=STEP_COST)
+    config = EngineConfig(model=own, draft_model=DraftModel(small, step_cost=CHEAP), step_cost=STEP_COST)
     with Engine(config, on_progress=said.append) as engine:
         assert engine.info.draft_model == small
         assert engine.info.draft_model_step_cost == CHEAP
@@ -382,10 +382,10 @@ def test_another_vocabulary_is_refused_by_its_tokens(tmp_path: Path) -> None:
     swapped = save(tmp_path / "small", build_model("llama"), [*BYTES[:at], "B", "A", *BYTES[at + 2 :]])
     message = f"its vocabulary is not that of .*: id {at} is 'A' and 'B'; id {at + 1} is 'B' and 'A'. Take a smaller"
     with pytest.raises(ModelLoadError, match=message):
-        load_model(EngineConfig(model=own, draft=swapped))
+        load_model(EngineConfig(model=own, draft_model=swapped))
     shorter = save(tmp_path / "shorter", build_model("llama"), BYTES[:250])
     with pytest.raises(ModelLoadError, match=r"and missing; .* and missing; and 3 more\. Take a smaller"):
-        load_model(EngineConfig(model=own, draft=shorter))
+        load_model(EngineConfig(model=own, draft_model=shorter))
 
 
 def test_a_draft_model_that_is_not_smaller_is_served_with_a_warning(
@@ -401,19 +401,19 @@ def test_a_draft_model_has_a_device_of_its_own(tmp_path: Path) -> None:
     """Only the CPU is there in this test: a device that is missing is named, and the CPU can be asked for."""
     own = save(tmp_path / "own", build_model("llama"), BYTES)
     with pytest.raises(ModelLoadError, match="Got device='cuda:7' but this machine shows"):
-        load_model(EngineConfig(model=own, draft=DraftModel(own, device="cuda:7")))
+        load_model(EngineConfig(model=own, draft_model=DraftModel(own, device="cuda:7")))
     config = EngineConfig(device="cuda:1")
     assert config.of_draft(DraftModel("small", device="cpu")).device == "cpu"
     assert config.of_draft(DraftModel("small")).device == "cuda:1"
     draft = DraftModel(own, device="cpu", step_cost=CHEAP)
-    loaded = load_model(EngineConfig(model=own, draft=draft, step_cost=STEP_COST))
+    loaded = load_model(EngineConfig(model=own, draft_model=draft, step_cost=STEP_COST))
     assert loaded.draft is not None
     assert loaded.draft.info.device == "cpu"
 
 
 def test_both_pools_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "memory_of", lambda _device: (4_000_000, 4_000_000))
-    config = EngineConfig(model="m", draft=DraftModel("d", step_cost=CHEAP), step_cost=STEP_COST)
+    config = EngineConfig(model="m", draft_model=DraftModel("d", step_cost=CHEAP), step_cost=STEP_COST)
     alone = prepare(build_model("llama"), ByteTokenizer(), EngineConfig(model="m", step_cost=STEP_COST))
     pair = prepare(build_model("llama"), ByteTokenizer(), config, draft=(build_model("llama"), ByteTokenizer()))
     assert pair.draft is not None
@@ -422,7 +422,7 @@ def test_both_pools_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_draft_model_that_cannot_forget_is_refused(make_drafted: MakeDrafted) -> None:
-    with pytest.raises(UnsupportedModelError, match="Got draft='draft' but it cannot draft: MambaForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match="Got draft_model='draft' but it cannot draft: MambaForCausalLM"):
         make_drafted(build_model("mamba"))
 
 
@@ -436,14 +436,14 @@ def test_a_model_that_nothing_can_be_drafted_for_needs_no_draft_model(make_draft
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drafter": "draft-model"}, "Got drafter='draft-model' without a draft model: set draft"),
-        ({"draft": {"max_tokens": 5}}, "Got no name for DraftModel"),
-        ({"draft": {"name": "d", "device": "tpu"}}, "auto, all, cpu, cuda, cuda:N, mps, xpu or xpu:N"),
-        ({"draft": "d", "step_cost": STEP_COST}, "expected both, in one unit, or neither"),
-        ({"draft": DraftModel("d", step_cost=CHEAP)}, "expected both, in one unit, or neither"),
-        ({"draft": {"name": "d", "max_tokens": 0}}, "greater than or equal to 1"),
-        ({"drafter": {"name": "adaptive", "draft_model": "both"}}, "'in-tree', 'after-copies' or 'never'"),
-        ({"drafter": {"name": "copyspec", "draft_model": "in-tree"}}, "'after-copies' or 'never'"),
+        ({"drafter": "draft-model"}, "Got drafter='draft-model' without a draft model: set draft_model"),
+        ({"draft_model": {"max_tokens": 5}}, "Got no name for DraftModel"),
+        ({"draft_model": {"name": "d", "device": "tpu"}}, "auto, all, cpu, cuda, cuda:N, mps, xpu or xpu:N"),
+        ({"draft_model": "d", "step_cost": STEP_COST}, "expected both, in one unit, or neither"),
+        ({"draft_model": DraftModel("d", step_cost=CHEAP)}, "expected both, in one unit, or neither"),
+        ({"draft_model": {"name": "d", "max_tokens": 0}}, "greater than or equal to 1"),
+        ({"drafter": {"name": "adaptive", "draft_model_use": "both"}}, "'in-tree', 'after-copies' or 'never'"),
+        ({"drafter": {"name": "copyspec", "draft_model_use": "in-tree"}}, "'after-copies' or 'never'"),
     ],
 )
 def test_options_that_cannot_work_are_named(options: dict[str, Any], message: str) -> None:
@@ -453,6 +453,8 @@ def test_options_that_cannot_work_are_named(options: dict[str, Any], message: st
 
 def test_a_drafter_without_its_draft_model_is_refused(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine("llama")
-    with pytest.raises(ConfigError, match=r"Got drafter='draft-model' but no draft model: set EngineConfig\(draft="):
+    with pytest.raises(
+        ConfigError, match=r"Got drafter='draft-model' but no draft model: set EngineConfig\(draft_model="
+    ):
         run(engine, PROMPT, "draft-model")
     assert run(engine, PROMPT, USES["never"]).token_ids

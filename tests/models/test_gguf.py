@@ -118,7 +118,7 @@ def test_a_draft_model_may_be_a_gguf_file_too(models: Callable[[str], PreTrained
     with Engine(EngineConfig(model=large, step_cost=STEP_COST)) as engine:
         alone = engine.generate(request).token_ids
     draft = DraftModel(small, step_cost=((1, 0.1), (8, 0.11)))
-    with Engine(EngineConfig(model=large, draft=draft, step_cost=STEP_COST)) as engine:
+    with Engine(EngineConfig(model=large, draft_model=draft, step_cost=STEP_COST)) as engine:
         assert engine.info.draft_model == small
         assert engine.generate(request).token_ids == alone
 

@@ -63,7 +63,7 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (EngineConfig, {"drafter": "fast"}, "drafter='fast' but expected one of adaptive, copyspec, draft-model, none"),
         (EngineConfig, {"drafter": {"block": 5}}, "Got drafter={'block': 5} but expected one of adaptive, copyspec"),
         (GenerationRequest, {"prompt": "a", "drafter": 5}, "Got drafter=5 but expected one of adaptive, copyspec"),
-        (EngineConfig, {"draft": 5}, "Got draft=5 but expected the name of a model, or a DraftModel"),
+        (EngineConfig, {"draft_model": 5}, "Got draft_model=5 but expected the name of a model, or a DraftModel"),
         (EngineConfig, {"step_cost": None}, "Got step_cost=None but expected 'measured', 'remeasure' or (tokens"),
         (EngineConfig, {"dtype": "int4"}, "dtype='int4'"),
         (EngineConfig, {"device": "tpu"}, "device='tpu'"),
@@ -91,12 +91,16 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (EngineConfig, {"memory_tokens": 100}, "memory_tokens=100"),
         (EngineConfig, {"max_pools": 3}, "unknown option max_pools=3 for EngineConfig: use memory_tokens"),
         (EngineConfig, {"max_session_tokens": 1}, "use memory_tokens"),
-        (EngineConfig, {"draft_model": "d"}, "unknown option draft_model='d' for EngineConfig: use draft"),
-        (EngineConfig, {"max_draft_model_tokens": 5}, "use draft=DraftModel(name, max_tokens=...)"),
-        (EngineConfig, {"draft_model_device": "cpu"}, "use draft=DraftModel(name, device=...)"),
-        (EngineConfig, {"draft_model_step_cost": ()}, "use draft=DraftModel(name, step_cost=...)"),
-        (EngineConfig, {"combine": "tree"}, "use drafter=AdaptiveDrafter(draft_model=...)"),
-        (GenerationRequest, {"prompt": "a", "combine": "tree"}, "use drafter=AdaptiveDrafter(draft_model=...)"),
+        (
+            EngineConfig,
+            {"assistant_model": "d"},
+            "unknown option assistant_model='d' for EngineConfig: use draft_model",
+        ),
+        (EngineConfig, {"max_draft_model_tokens": 5}, "use draft_model=DraftModel(name, max_tokens=...)"),
+        (EngineConfig, {"draft_model_device": "cpu"}, "use draft_model=DraftModel(name, device=...)"),
+        (EngineConfig, {"draft_model_step_cost": ()}, "use draft_model=DraftModel(name, step_cost=...)"),
+        (EngineConfig, {"combine": "tree"}, "use drafter=AdaptiveDrafter(draft_model_use=...)"),
+        (GenerationRequest, {"prompt": "a", "combine": "tree"}, "use drafter=AdaptiveDrafter(draft_model_use=...)"),
         (EngineConfig, {"calibrate": "always"}, 'use step_cost="remeasure"'),
         (EngineConfig, {"device_map": "auto"}, 'use device="all"'),
         (EngineConfig, {"cache_salt": "s"}, "use cache_salt of GenerationRequest"),
@@ -171,7 +175,7 @@ def test_help_reads_well() -> None:
     assert "    max_model_len: int | None = None (>= 2)\n        Longest prompt plus answer, in tokens; " in told
     assert "    dtype: 'auto' | 'float32' | 'bfloat16' | 'float16' = 'auto'\n" in told
     assert "    step_cost: tuple[tuple[int, float], ...] | 'measured' | 'remeasure' = 'measured'\n" in told
-    assert "    draft: DraftModel | None = None\n" in told
+    assert "    draft_model: DraftModel | None = None\n" in told
     assert "    drafter: AdaptiveDrafter | CopySpecDrafter | DraftModelDrafter | NoDrafter = Adaptive" in told
     assert "    temperature: float = 0.0 (>= 0.0, <= 100.0)\n        0 is greedy" in (SamplingParams.__doc__ or "")
 

@@ -71,7 +71,7 @@ def test_a_name_of_others_has_one_meaning_and_is_none_of_ours_in_its_place() -> 
     assert len(names) == len(set(names))
     ours = {name for kind in (*_homes(), AdapterOptions) for name in kind.model_fields}
     # One is a call's, the other a request's; a drafter says what the draft model does, the engine which one it is.
-    assert set(names) & ours == {"timeout", "timeout_s", "draft_model"}
+    assert set(names) & ours == {"timeout", "timeout_s"}
 
 
 @pytest.mark.parametrize("ours", sorted(set(_OURS.values())))

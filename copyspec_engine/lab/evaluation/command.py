@@ -174,7 +174,7 @@ class EvalOptions(ModelArguments):
 
     @property
     def config(self) -> EngineConfig:
-        return engine_config(self.model, self.device, self.dtype, draft=_draft_model(self))
+        return engine_config(self.model, self.device, self.dtype, draft_model=_draft_model(self))
 
 
 def _drafters(options: EvalOptions) -> tuple[DrafterConfig, ...]:
@@ -201,7 +201,7 @@ def _drafters(options: EvalOptions) -> tuple[DrafterConfig, ...]:
         raise ConfigError("Got --draft-path with --drafter none, which is plain decoding: leave one of them out")
     if draft is None and "draft-model" in names:
         raise ConfigError("Got --drafter draft-model without a draft model: name one with --draft-path")
-    beside: dict[str, Any] = {} if use is None else {"draft_model": use}
+    beside: dict[str, Any] = {} if use is None else {"draft_model_use": use}
     known: dict[str, Callable[[], DrafterConfig]] = {
         "adaptive": lambda: AdaptiveDrafter(**beside),
         "copyspec": lambda: CopySpecDrafter(**given, **beside),

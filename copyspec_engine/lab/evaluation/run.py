@@ -169,9 +169,9 @@ def _measured(options: EvalOptions) -> tuple[Writer, ...]:
 
 def _about_drafter(options: EvalOptions, writer: Writer) -> dict[str, Any]:
     """A drafter's options as they go into the run's facts, with the draft model's if there is one."""
-    draft, about = options.config.draft, writer.drafter.model_dump(mode="json", exclude={"name"})
+    draft, about = options.config.draft_model, writer.drafter.model_dump(mode="json", exclude={"name"})
     if draft is None:
-        return {name: value for name, value in about.items() if name != "draft_model"}
+        return {name: value for name, value in about.items() if name != "draft_model_use"}
     return {**about, "draft": draft.name, "delta": draft.max_tokens}
 
 

@@ -22,10 +22,10 @@ from copyspec_engine.values.outputs import GenerationOutput
 __all__ = ["DRAFT_PEERS", "OUR_PEERS", "OurPeer"]
 
 OUR_PEERS: dict[str, dict[str, Any]] = {
-    "ours": {"drafter": AdaptiveDrafter(draft_model="never")},
+    "ours": {"drafter": AdaptiveDrafter(draft_model_use="never")},
     "ours-plain": {"drafter": NoDrafter()},
     "ours-draft": {"drafter": DraftModelDrafter()},
-    "ours-copy-first": {"drafter": AdaptiveDrafter(draft_model="after-copies")},
+    "ours-copy-first": {"drafter": AdaptiveDrafter(draft_model_use="after-copies")},
     "ours-tree": {"drafter": AdaptiveDrafter()},
 }
 """How their requests draft, by name."""

@@ -163,7 +163,7 @@ def _config(options: SetupOptions, longest: int) -> EngineConfig:
         max_running=max(16, options.concurrency),
         max_sessions=max(256, 8 * options.concurrency),
         step_cost=options.step_cost or "measured",
-        draft=draft and DraftModel(draft.shape, max_tokens=draft.max_tokens, step_cost=draft.step_cost),
+        draft_model=draft and DraftModel(draft.shape, max_tokens=draft.max_tokens, step_cost=draft.step_cost),
     )
 
 

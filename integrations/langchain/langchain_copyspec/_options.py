@@ -219,4 +219,4 @@ def deciding(options: dict[str, Any]) -> dict[str, Any]:
 
 def deciding_config(config: EngineConfig) -> dict[str, Any]:
     """What decides the answers of an engine, as plain values."""
-    return config.model_dump(mode="json", exclude={**dict.fromkeys(_CAPACITY, True), "draft": {"step_cost"}})
+    return config.model_dump(mode="json", exclude={**dict.fromkeys(_CAPACITY, True), "draft_model": {"step_cost"}})

@@ -228,10 +228,10 @@ def test_traces_name_the_options_in_force() -> None:
 
 
 def test_a_call_says_what_a_draft_model_does() -> None:
-    with Engine(EngineConfig(model="bundled", draft="bundled", max_model_len=1024)) as engine:
+    with Engine(EngineConfig(model="bundled", draft_model="bundled", max_model_len=1024)) as engine:
         llm = ChatCopySpec(engine=engine, max_tokens=40)
         accepted, answers = [], set()
-        for drafter in (AdaptiveDrafter(draft_model="never"), "draft-model", None):
+        for drafter in (AdaptiveDrafter(draft_model_use="never"), "draft-model", None):
             before = engine.metrics().accepted_by_source.get("draft_model", 0)
             answers.add(
                 llm.invoke("Repeat: one two three four five six.", drafter=drafter, session_id=f"{drafter}").text
