@@ -17,7 +17,7 @@ from copyspec_engine.cli.demo.frameworks import FRAMEWORKS
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.models import models, run_pull
-from copyspec_engine.cli.options import BUNDLED, DEFAULT, Device, Dtype, engine_config
+from copyspec_engine.cli.options import BUNDLED, DEFAULT, Device, Dtype, Memory, engine_config
 from copyspec_engine.lab.bench.command import bench
 from copyspec_engine.lab.evaluation.command import evaluations
 
@@ -93,6 +93,7 @@ def chat(
     model: Model = DEFAULT,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory: Memory = "wide",
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; default: the checkpoint's own, else 0.")
     ] = None,
@@ -102,7 +103,7 @@ def chat(
     """Talk to a model; copied text is coloured."""
 
     def run() -> int:
-        config = engine_config(model, device, dtype, generation_config="auto")
+        config = engine_config(model, device, dtype, memory=memory, generation_config="auto")
         from copyspec_engine.cli.chat import run_chat
 
         given = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
@@ -117,6 +118,7 @@ def info(
     model: Model = DEFAULT,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory: Memory = "wide",
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON for a bug report: no names of users, no folders.")
     ] = False,
@@ -124,7 +126,7 @@ def info(
     """Show the device, the model, its memory and the versions."""
 
     def run() -> int:
-        config = engine_config(model, device, dtype, generation_config="auto")
+        config = engine_config(model, device, dtype, memory=memory, generation_config="auto")
         from copyspec_engine.cli.info import run_info
 
         return run_info(config, console(), as_json=json)

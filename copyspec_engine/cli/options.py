@@ -16,7 +16,17 @@ from typer.models import ParameterInfo
 from copyspec_engine import EngineConfig
 from copyspec_engine.cli.exits import console, exit_with
 
-__all__ = ["BUNDLED", "DEFAULT", "Device", "Dtype", "DtypeName", "ModelArguments", "add_command", "engine_config"]
+__all__ = [
+    "BUNDLED",
+    "DEFAULT",
+    "Device",
+    "Dtype",
+    "DtypeName",
+    "Memory",
+    "ModelArguments",
+    "add_command",
+    "engine_config",
+]
 
 BUNDLED = "bundled"
 DEFAULT = "smollm2"
@@ -26,6 +36,10 @@ Device = Annotated[str, typer.Option(help="auto, all (GPUs), cpu, cuda, cuda:N, 
 Dtype = Annotated[
     DtypeName,
     typer.Option(help="auto is float32 on a CPU and the checkpoint's own type on a GPU."),
+]
+Memory = Annotated[
+    Literal["wide", "narrow"],
+    typer.Option(help="On a CPU: wide keeps weights as float32, narrow in the fewer bits that they came in."),
 ]
 
 Options = TypeVar("Options")

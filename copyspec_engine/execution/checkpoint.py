@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from copyspec_engine.chat.tokenizer import ChatTokenizer
 from copyspec_engine.execution.accelerator import best_device, device_count
 from copyspec_engine.execution.config_checks import refuse_impossible, refuse_unreadable
+from copyspec_engine.execution.narrow_loading import NarrowLayers, fill_narrow
 from copyspec_engine.models.gguf import is_converted
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ModelLoadError, UnsupportedModelError, missing_extra
@@ -86,13 +88,9 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
     refuse_unsupported(config.model, hf_config)
     _without_foreign_kernels(config.model, hf_config)
     quantized = getattr(hf_config, "quantization_config", None) is not None
-    if config.quantization is not None:
-        if quantized:
-            raise ModelLoadError(
-                f"Got quantization={config.quantization!r} but the weights of {config.model} are quantized already: "
-                "leave it out"
-            )
-        options["quantization_config"] = _int8_weights()
+    form = _form_of_weights(config, device, quantized)
+    if form is not None:
+        options["quantization_config"] = form
     if config.device == "all":
         options["device_map"] = "auto"
     elif quantized and device.type != "cpu":  # many kinds cannot be moved once they are read
@@ -108,12 +106,7 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
         **options,
     )
     model, report = loaded
-    absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
-    if absent:
-        raise ModelLoadError(
-            f"{config.model} lacks {len(absent)} weights that its config asks for, or has them in another shape (the "
-            f"first: {absent[0]}): is the download complete?"
-        )
+    _refuse_incomplete(config.model, report)
     if "device_map" not in options and not (quantized and device.type == "cpu"):  # some kinds refuse even that
         model = model.to(device)
     if any(parameter.device.type in ("meta", "cpu") for parameter in model.parameters()) and config.device == "all":
@@ -121,8 +114,45 @@ def read_model(path: str, device: torch.device, config: EngineConfig) -> PreTrai
             f"{config.model} does not fit in the memory of this machine's GPUs: use a smaller model, dtype='bfloat16' "
             "or quantization='int8'"
         )
+    if config.memory == "narrow":
+        fill_narrow(model, Path(path), config.model)
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+def _form_of_weights(config: EngineConfig, device: torch.device, quantized: bool) -> QuantizationConfigMixin | None:
+    """What transformers makes of linear layers while it reads them; None: what they are.
+
+    Raises:
+        ModelLoadError: the weights are quantized already, or the device has no narrow ones.
+    """
+    if config.quantization is not None:
+        if quantized:
+            raise ModelLoadError(
+                f"Got quantization={config.quantization!r} but the weights of {config.model} are quantized already: "
+                "leave it out"
+            )
+        return _int8_weights()
+    if config.memory == "wide":
+        return None
+    if quantized or device.type != "cpu":
+        what = (
+            f"the weights of {config.model} are quantized in a way of their own"
+            if quantized
+            else f"{config.model} goes to {device}"
+        )
+        raise ModelLoadError(f"Got memory='narrow' but {what}: leave it out{'' if quantized else ', or use the CPU'}")
+    return NarrowLayers()
+
+
+def _refuse_incomplete(name: str, report: dict[str, Any]) -> None:
+    """Turn away a model of which weights are missing or have another shape, as transformers reports."""
+    absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    if absent:
+        raise ModelLoadError(
+            f"{name} lacks {len(absent)} weights that its config asks for, or has them in another shape (the "
+            f"first: {absent[0]}): is the download complete?"
+        )
 
 
 def _without_foreign_kernels(name: str, hf_config: PreTrainedConfig) -> None:

@@ -37,6 +37,7 @@ from copyspec_engine.execution.checkpoint import (
 from copyspec_engine.execution.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.execution.float32_head import decide_in_float32
 from copyspec_engine.execution.generation_defaults import GenerationDefaults, read_defaults
+from copyspec_engine.execution.narrow_loading import count_weights, weight_bytes
 from copyspec_engine.execution.pass_cost import facts_of, find_pass_cost
 from copyspec_engine.execution.peft_adapter import base_of_adapter, merge_adapter, tokenizer_path
 from copyspec_engine.execution.runner import LoadedModel, ModelRunner, Runner
@@ -212,7 +213,7 @@ def _check(
     reason = why_no_rollback(model)
     if reason is not None and config.exact:
         raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")
-    num_parameters = model.num_parameters()  # before tied weights are laid out apart
+    num_parameters = count_weights(model)  # before tied weights are laid out apart
     with _phase("check", "checking", config, on_progress):
         if decides:
             decide_in_float32(model, config.model)
@@ -255,6 +256,10 @@ def _ready(
         on_progress: see `load_model`.
         bytes_beside: what else a token takes on this device, in the KV of a draft model.
     """
+    wide_bytes, narrow_bytes = weight_bytes(model)
+    logger.info(
+        "%s: weights take %.1f MB, and in fewer bits %.1f MB", config.model, wide_bytes / 1e6, narrow_bytes / 1e6
+    )
     limit = longest_context(model.config.get_text_config(), config.model)
     max_model_len, checked = min(config.max_model_len or limit, limit), served.checked
     bytes_per_token = served.bytes_per_token
@@ -275,6 +280,8 @@ def _ready(
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=max_model_len,
         num_parameters=served.num_parameters,
+        weight_bytes=wide_bytes,
+        narrow_weight_bytes=narrow_bytes,
         num_kv_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
         step_cost=step_cost,

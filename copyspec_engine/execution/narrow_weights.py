@@ -181,7 +181,7 @@ def _panels(num_rows: int, width: int) -> Iterator[slice]:
 def _lay_out(rows: Array, first_row: int, target: Array) -> None:
     """Write rows, shape (rows, width), into blocks, shape (blocks, width, LANES), from a whole block on."""
     block, whole = first_row // LANES, len(rows) // LANES
-    sides = rows[: whole * LANES].reshape(whole, LANES, -1)
+    sides = rows[: whole * LANES].reshape(whole, LANES, rows.shape[1])
     target[block : block + whole] = sides.transpose(0, 2, 1)
     if rest := len(rows) % LANES:
         target[block + whole, :, :rest] = rows[whole * LANES :].T

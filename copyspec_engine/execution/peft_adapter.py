@@ -24,7 +24,7 @@ def base_of_adapter(path: str, config: EngineConfig) -> str | None:
 
     Raises:
         ModelLoadError: it is one and cannot be used: peft is not installed, it names no base model, the weights are
-            to be quantized, or whole weights lie beside it.
+            to be quantized or to stay narrow, or whole weights lie beside it.
     """
     found = find_adapter_config_file(path)
     if found is None:
@@ -39,6 +39,8 @@ def base_of_adapter(path: str, config: EngineConfig) -> str | None:
         raise ModelLoadError(f"{what} with the weights of a whole model beside it: keep one of them in the folder")
     if config.quantization is not None:
         raise ModelLoadError(f"{what} with quantization={config.quantization!r}: leave it out, or merge the adapter")
+    if config.memory == "narrow":
+        raise ModelLoadError(f"{what} with memory={config.memory!r}: leave it out, or merge the adapter")
     base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelLoadError(f"{what} whose base_model_name_or_path is {base!r}: name its base model there")

@@ -300,6 +300,11 @@ class EngineConfig(ModelOptions, _Options):
     quantization: Literal["int8"] | None = None
     """"int8" rounds the weights of linear layers to 8 bits while they are read: half of bfloat16's memory, and other
     answers than the full weights give. A checkpoint that is quantized already is served as it is, without this."""
+    memory: Literal["wide", "narrow"] = "wide"
+    """On a CPU, how weights lie in memory that came in fewer bits than float32 has, as bfloat16 or in a GGUF file.
+    "wide": as float32, for which all passes are fast. "narrow": only as they came; passes of many tokens, as of a
+    prompt, take longer. What is computed is the same but for the order of sums. Texts that the engine remembers are
+    bounded by `memory_tokens`."""
     compile_layers: bool = True
     """On a GPU, fuse what stands between matrix products with torch.compile: faster steps, and a slower first load.
     Where that fails the layers run as they are, and `Engine.info` says why."""
@@ -313,6 +318,20 @@ class EngineConfig(ModelOptions, _Options):
     @classmethod
     def _expand_home(cls, path: str | None) -> str | None:
         return None if path is None else os.path.expanduser(path)
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> EngineConfig:
+        if self.memory == "narrow":
+            if self.dtype not in ("auto", "float32"):
+                raise ValueError(
+                    f"Got memory='narrow' with dtype={self.dtype!r}, but it computes in float32: leave one out"
+                )
+            if self.quantization is not None:
+                raise ValueError(
+                    f"Got memory='narrow' with quantization={self.quantization!r}, but it keeps weights as they came: "
+                    "leave one out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_draft(self) -> EngineConfig:
@@ -337,6 +356,7 @@ class EngineConfig(ModelOptions, _Options):
             model=draft.name,
             device=draft.device or ("auto" if self.device == "all" else self.device),
             dtype=self.dtype,
+            memory=self.memory,
             max_model_len=self.max_model_len,
             step_cost=draft.step_cost or self.step_cost,
             compile_layers=self.compile_layers,

@@ -85,6 +85,10 @@ class EngineInfo:
     step_cost: tuple[tuple[int, float], ...]
     """(tokens, seconds) of a verify pass, measured when the model was loaded or given by the caller; empty if nothing
     is drafted."""
+    weight_bytes: int = 0
+    """Bytes of the weights that are kept in `dtype`, or as a checkpoint of quantized weights has them."""
+    narrow_weight_bytes: int = 0
+    """Bytes of the weights that are kept in the fewer bits in which they came, see `EngineConfig.memory`."""
     quantization: str | None = None
     """How the weights are or were rounded: "int8", or the kind of a GGUF file ("GGUF Q4_K_M"), whose weights are used
     in `dtype`; None: not by what is known here."""

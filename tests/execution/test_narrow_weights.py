@@ -11,6 +11,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
+from copyspec_engine.execution.narrow_panels import dequantise_across
 from copyspec_engine.execution.narrow_weights import LANES, NarrowWeight, from_gguf, narrow_weight
 
 OUT, IN = 43, 768
@@ -152,3 +153,22 @@ def test_a_weight_that_is_no_whole_row_after_row_is_read_too() -> None:
         weight = narrow_weight(given)
         assert weight is not None
         assert np.array_equal(weight.dequantised(0, 64), values.float().numpy())
+
+
+def test_fewer_rows_than_a_block_are_one_block() -> None:
+    raw = random_bytes(Kind.Q8_0, 5, 64)
+    weight = from_gguf(raw, Kind.Q8_0, 64)
+    assert weight is not None
+    assert_laid_out(weight, 64)
+    assert np.array_equal(weight.dequantised(0, 5), dequantize(raw, Kind.Q8_0))
+
+
+@pytest.mark.parametrize("kind", [*HALVES, Kind.F16, Kind.BF16], ids=lambda kind: kind.name)
+def test_rows_are_the_same_as_columns(kind: Kind) -> None:
+    values = halves(torch.float16 if kind == Kind.F16 else torch.bfloat16, width=IN).view(torch.uint8).numpy()
+    weight = from_gguf(random_bytes(kind, OUT, IN) if kind in HALVES else values, kind, IN)
+    assert weight is not None
+    columns = np.full((IN, 2 * LANES), np.nan, np.float32)
+    dequantise_across(weight, slice(1, 3), columns)
+    assert np.array_equal(columns[:, : OUT - LANES].T, weight.dequantised(LANES, OUT))
+    assert not columns[:, OUT - LANES :].any()

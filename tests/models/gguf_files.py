@@ -19,7 +19,7 @@ __all__ = ["BYTES", "END", "TOKENS", "build", "metadata_of", "split", "write", "
 BYTES = list(bytes_to_unicode().values())
 TOKENS = [*BYTES, "<|start|>", "<|im_end|>"]
 END = 257
-_WITHOUT_QUANTIZE = {Kind.Q5_K: (slice(0, 4),), Kind.Q6_K: (slice(208, 210),)}
+_WITHOUT_QUANTIZE = {Kind.Q3_K: (slice(108, 110),), Kind.Q5_K: (slice(0, 4),), Kind.Q6_K: (slice(208, 210),)}
 """Types that gguf cannot write, and where their blocks have half-precision scales."""
 _ARCHITECTURES = {"gemma3_text": "gemma3"}
 
