@@ -22,6 +22,7 @@ from copyspec_engine.execution.checkpoint import read_model
 from copyspec_engine.execution.loading import load_model
 from copyspec_engine.execution.narrow_linear import NarrowEmbedding, NarrowLinear
 from copyspec_engine.execution.narrow_loading import narrow_weights, weight_bytes
+from copyspec_engine.models.find import find_model
 from copyspec_engine.models.gguf import convert
 from copyspec_engine.values.errors import ModelLoadError
 from tests.conftest import STEP_COST
@@ -234,6 +235,49 @@ def test_the_weights_are_never_all_in_float32(tmp_path: Path) -> None:
     shown = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True).stdout
     assert large.stat().st_size > 50_000_000
     assert 1024 * int(shown.split()[-1]) < 1.5 * large.stat().st_size
+
+
+MEASURED = """
+import json, os
+from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
+from copyspec_engine.execution.loading import read_tokenizer
+from copyspec_engine.testing import scripted_engine
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+sampling = SamplingParams(temperature=0.0, max_tokens=40)
+with scripted_engine(lambda _: "a word and a word and " * 9) as engine:  # loads what is compiled
+    engine.generate(GenerationRequest(prompt="a word and a word and ", sampling=sampling))
+tokenizer, slots = read_tokenizer(EngineConfig(model="smollm2")), 2048
+base = resident()
+config = EngineConfig(model="smollm2", memory="narrow", kv_cache_tokens=slots, generation_config="ignore")
+with Engine(config) as engine:
+    messages = [{"role": "user", "content": "Repeat this: The lake was calm, and we walked along the lake."}]
+    request = GenerationRequest(messages=messages, sampling=sampling)
+    answers = [engine.generate(request.model_copy(update={"drafter": name})) for name in (None, "none")]
+    taken = resident() - base - slots * engine.info.kv_bytes_per_token
+    print(json.dumps([taken, engine.info.check_difference, *(answer.token_ids for answer in answers)]))
+"""
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_a_real_model_takes_its_file_s_size_and_answers_the_same(
+    smollm2: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # its converted weights are in the cache of all tests
+    shown = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True).stdout
+    taken, difference, drafted, plain = json.loads(shown.splitlines()[-1])
+    messages = [{"role": "user", "content": "Repeat this: The lake was calm, and we walked along the lake."}]
+    sampling = SamplingParams(temperature=0.0, max_tokens=40)
+    wide = smollm2.generate(GenerationRequest(messages=messages, sampling=sampling))
+    assert drafted == plain == list(wide.token_ids)
+    assert difference < 1e-4
+    file = find_model("smollm2")
+    assert file is not None
+    if file.path.is_file():  # else the hub's checkpoint in bfloat16
+        assert taken < 1.3 * file.path.stat().st_size
 
 
 # ---- what has no narrow form -----------------------------------------------------------------------------------------
