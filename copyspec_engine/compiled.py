@@ -14,34 +14,63 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
+from numba.core.caching import NullCache
+from numba.core.ccallback import CFunc
 from numba.core.event import Event, Listener, install_listener
+from numba.core.sigutils import normalize_signature
 
-__all__ = ["compiled", "counting_compilations", "inlined", "sources"]
+__all__ = ["compiled", "compiled_address", "counting_compilations", "inlined", "sources"]
 
 logger = logging.getLogger(__name__)
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+"""A division by zero gives infinity: loops that must look for one cannot be made into vector code."""
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def compiled(function: _Function) -> _Function:
     """Compile a function at its first call with each type of arguments."""
     try:
-        kept: Any = njit(cache=True, nogil=True)(function)
+        kept: Any = njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # no folder can be written
-        return cast(_Function, njit(nogil=True)(function))
-    file: Any = getattr(kept._cache, "_cache_file", None)
+        return cast(_Function, njit(**_OPTIONS)(function))
+    if not _guarded(kept._cache):
+        return cast(_Function, njit(**_OPTIONS)(function))
+    return cast(_Function, kept)
+
+
+def compiled_address(function: Callable[..., int], signature: object) -> int:
+    """The address of a function, compiled now for one signature in Numba's types, for compiled code to call."""
+    arguments, result = normalize_signature(signature)  # type: ignore[no-untyped-call]
+    callback: Any = CFunc(function, (arguments, result), locals={}, options=dict(_OPTIONS))
+    with suppress(RuntimeError):  # no folder can be written
+        callback.enable_caching()
+        if not _guarded(callback._cache):
+            callback._cache = NullCache()
+    callback.compile()
+    _callbacks.append(callback)
+    return cast(int, callback.address)
+
+
+_callbacks: list[object] = []
+"""Their machine code lasts as long as they do."""
+
+
+def _guarded(cache: Any) -> bool:  # noqa: ANN401
+    """Let what Numba keeps count only while none of all files with compiled functions has changed."""
+    file: Any = getattr(cache, "_cache_file", None)
     if not hasattr(file, "_source_stamp"):
         logger.warning("this version of Numba keeps machine code elsewhere; drafting is compiled anew in each process")
-        return cast(_Function, njit(nogil=True)(function))
+        return False
     file._source_stamp = _stamp()  # in Numba's own terms the digest of one file
     file._load_index = _forgiving(file._load_index)
-    return cast(_Function, kept)
+    return True
 
 
 def _forgiving(load_index: Callable[[], dict[Any, Any]]) -> Callable[[], dict[Any, Any]]:
@@ -58,13 +87,17 @@ def _forgiving(load_index: Callable[[], dict[Any, Any]]) -> Callable[[], dict[An
 
 def inlined(function: _Function) -> _Function:
     """Write a function out wherever compiled code calls it, which costs compilation but no time to hand on tuples."""
-    return cast(_Function, njit(nogil=True, inline="always")(function))
+    return cast(_Function, njit(inline="always", **_OPTIONS)(function))
 
 
 def sources() -> list[Path]:
     """The files with compiled functions, and this one."""
     files = ((path, path.read_bytes()) for path in sorted(Path(__file__).parent.rglob("*.py")))
-    return [path for path, text in files if re.search(rb"^@(compiled|inlined)$|^def compiled\(", text, re.MULTILINE)]
+    return [
+        path
+        for path, text in files
+        if re.search(rb"^@(compiled|inlined|intrinsic_of)\b|^def compiled\(", text, re.MULTILINE)
+    ]
 
 
 @cache

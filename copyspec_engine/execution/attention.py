@@ -40,6 +40,8 @@ class KVStore:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.scorings: dict[int, Scoring] = {}
+        """What each layer has asked of attention."""
 
     @property
     def num_layers(self) -> int:
@@ -239,6 +241,7 @@ def _attend(
     assert kv_batch is not None
     kv_batch = kv_batch.on(query.device)
     layer: int = module.layer_idx  # type: ignore[assignment]
+    kv_batch.store.scorings[layer] = scoring
     if kv_batch.paged is not None:
         keys, values = kv_batch.store.layer(layer, key[0], value[0])
         paged_attention.write(key[0], value[0], keys, values, kv_batch.paged.write)

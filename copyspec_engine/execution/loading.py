@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ from copyspec_engine.execution.checkpoint import (
 from copyspec_engine.execution.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.execution.float32_head import decide_in_float32
 from copyspec_engine.execution.generation_defaults import GenerationDefaults, read_defaults
-from copyspec_engine.execution.narrow_loading import count_weights, weight_bytes
+from copyspec_engine.execution.narrow_loading import count_weights, narrow_weights, weight_bytes
+from copyspec_engine.execution.narrow_weights import NarrowWeight
 from copyspec_engine.execution.pass_cost import facts_of, find_pass_cost
 from copyspec_engine.execution.peft_adapter import base_of_adapter, merge_adapter, tokenizer_path
 from copyspec_engine.execution.runner import LoadedModel, ModelRunner, Runner
@@ -53,7 +55,7 @@ from copyspec_engine.values.errors import CopySpecError, ModelLoadError, Unsuppo
 from copyspec_engine.values.info import EngineInfo
 from copyspec_engine.values.progress import LoadPhase, LoadProgress, OnProgress
 
-__all__ = ["load_model", "prepare", "read_tokenizer"]
+__all__ = ["ReadModel", "load_model", "prepare", "read_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,27 +78,29 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None = None) -> L
     model = _read(config, on_progress)
     draft = None if config.draft_model is None else _read(config.of_draft(config.draft_model), on_progress)
     with _load_failures(config):
-        beside = None if draft is None else (draft.model, draft.tokenizer)
-        loaded = prepare(model.model, model.tokenizer, config, on_progress, beside)
+        loaded = prepare(model.model, model.tokenizer, config, on_progress, draft, model.weights)
     _give_back_memory()
+    assert model.origin is not None
     quantization = model.origin.quantization or config.quantization
     loaded.info = replace(loaded.info, model_source=model.origin.source, quantization=quantization)
-    if draft is not None and loaded.draft is not None:
+    if draft is not None and draft.origin is not None and loaded.draft is not None:
         loaded.info = replace(loaded.info, draft_model_source=draft.origin.source)
     return loaded
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class ReadModel:
     """What was read of a model."""
 
     model: PreTrainedModel
     """On its device."""
     tokenizer: ChatTokenizer
-    origin: ModelFolder
+    origin: ModelFolder | None = None
+    weights: Path | None = None
+    """The folder that its weights are from; None: they have changed since, or came from elsewhere."""
 
 
-def _read(config: EngineConfig, on_progress: OnProgress | None) -> _Read:
+def _read(config: EngineConfig, on_progress: OnProgress | None) -> ReadModel:
     if config.chat_template is not None:
         ChatTemplate(given_template(config.chat_template), {})  # refused before anything is fetched or read
     device, origin = resolve_device(config), _folder(config.model, on_progress)
@@ -111,7 +115,7 @@ def _read(config: EngineConfig, on_progress: OnProgress | None) -> _Read:
             model = read_model(base or path, device, config)
             if base is not None:
                 model = merge_adapter(model, path)
-        return _Read(model, _read_tokenizer(path, base, config), origin)
+        return ReadModel(model, _read_tokenizer(path, base, config), origin, Path(path) if base is None else None)
 
 
 def read_tokenizer(config: EngineConfig) -> ChatTokenizer:
@@ -168,15 +172,16 @@ def prepare(
     tokenizer: ChatTokenizer,
     config: EngineConfig,
     on_progress: OnProgress | None = None,
-    draft: tuple[PreTrainedModel, ChatTokenizer] | None = None,
+    draft: ReadModel | None = None,
+    weights: Path | None = None,
 ) -> LoadedModel:
     """Make a model that is in memory ready to serve, with its draft model if there is one (see `load_model`)."""
-    served = _check(model, config, on_progress)
+    served = _check(model, config, on_progress, weights)
     if config.draft_model is None or draft is None or served.reason is not None:
         return _ready(model, tokenizer, config, served, on_progress)
     own = config.of_draft(config.draft_model)
-    refuse_other_vocabulary(config.model, tokenizer, own.model, draft[1])
-    beside = _check(draft[0], own, on_progress, decides=False)
+    refuse_other_vocabulary(config.model, tokenizer, own.model, draft.tokenizer)
+    beside = _check(draft.model, own, on_progress, draft.weights, decides=False)
     if beside.reason is not None:
         raise UnsupportedModelError(f"Got draft_model={own.model!r} but it cannot draft: {beside.reason}")
     if beside.num_parameters >= served.num_parameters:
@@ -186,10 +191,10 @@ def prepare(
             beside.num_parameters,
             served.num_parameters,
         )
-    shared = draft[0].device == model.device
+    shared = draft.model.device == model.device
     loaded = _ready(model, tokenizer, config, served, on_progress, beside.bytes_per_token if shared else 0)
     own = own.model_copy(update={"kv_cache_tokens": loaded.info.num_kv_slots})
-    loaded.draft = _ready(*draft, own, beside, on_progress)
+    loaded.draft = _ready(draft.model, draft.tokenizer, own, beside, on_progress)
     loaded.info = replace(loaded.info, draft_model=own.model, draft_model_step_cost=loaded.draft.info.step_cost)
     return loaded
 
@@ -208,7 +213,12 @@ class _Served:
 
 
 def _check(
-    model: PreTrainedModel, config: EngineConfig, on_progress: OnProgress | None, *, decides: bool = True
+    model: PreTrainedModel,
+    config: EngineConfig,
+    on_progress: OnProgress | None,
+    weights: Path | None,
+    *,
+    decides: bool = True,
 ) -> _Served:
     """Check how a model can be served; one that only drafts does not decide about tokens."""
     refuse_unsupported(config.model, model.config)
@@ -222,12 +232,20 @@ def _check(
             decide_in_float32(model, config.model)
         if reason is None:
             tried = EXACT_WIDTHS if config.exact else None
-            checked = check_equivalence(model, config, partial(ModelRunner, model, exact_widths=tried))
+            make_runner = partial(ModelRunner, model, exact_widths=tried)
+            checked = check_equivalence(model, config, make_runner, _narrow_weights(model, config, weights))
             widths = _exact_widths(model, config, checked) if tried else None
             return _Served(checked, checked.bytes_per_token, None, None, num_parameters, widths)
         stateful, bytes_per_token = check_state(model, config.model)
         logger.warning("%s runs without drafting: %s", config.model, reason)
         return _Served(Checked(0), bytes_per_token, stateful, reason, num_parameters)
+
+
+def _narrow_weights(model: PreTrainedModel, config: EngineConfig, folder: Path | None) -> dict[str, NarrowWeight]:
+    """Weights in the precision that they came in, where passes of few tokens can read them."""
+    if config.exact or model.device.type != "cpu" or model.dtype != torch.float32:
+        return {}
+    return narrow_weights(model, folder)
 
 
 def _exact_widths(model: PreTrainedModel, config: EngineConfig, checked: Checked) -> tuple[int, ...]:
@@ -259,7 +277,9 @@ def _ready(
         on_progress: see `load_model`.
         bytes_beside: what else a token takes on this device, in the KV of a draft model.
     """
-    wide_bytes, narrow_bytes = weight_bytes(model)
+    wide_bytes, narrow_bytes = weight_bytes(
+        model, [] if served.checked.narrow is None else served.checked.narrow.weights
+    )
     logger.info(
         "%s: weights take %.1f MB, and in fewer bits %.1f MB", config.model, wide_bytes / 1e6, narrow_bytes / 1e6
     )
@@ -267,7 +287,9 @@ def _ready(
     max_model_len, checked = min(config.max_model_len or limit, limit), served.checked
     bytes_per_token = served.bytes_per_token
     num_slots = choose_num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
-    runner: Runner = served.stateful or ModelRunner(model, num_slots, served.exact_widths, checked.execution)
+    runner: Runner = served.stateful or ModelRunner(
+        model, num_slots, served.exact_widths, checked.execution, checked.narrow
+    )
     step_cost, is_measured = config.points or (), False
     if not step_cost and isinstance(runner, ModelRunner):
         is_measured = True

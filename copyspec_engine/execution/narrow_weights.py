@@ -27,7 +27,7 @@ _PANEL = 1 << 20
 """Weights that are laid out at a time: what is needed for that besides the result stays small."""
 _BFLOAT16_SHIFT = np.uint32(16)
 
-Kind = Literal["bfloat16", "float16", "4-bit", "8-bit"]
+Kind = Literal["float32", "bfloat16", "float16", "4-bit", "8-bit"]
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
 

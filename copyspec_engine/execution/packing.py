@@ -17,7 +17,7 @@ import numpy.typing as npt
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.values.tokens import TokenArray
 
-__all__ = ["Bucket", "Piece", "pack", "visibility_words"]
+__all__ = ["Bucket", "Piece", "pack", "visibility_words", "wanted_tokens"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -161,7 +161,7 @@ def pack(pieces: Sequence[Piece], bucket: Bucket, padding_slot: int, out: Int32A
         _describe(fields, row, token, len(piece.ids), piece.context, first_slot)
         token, first_slot = new.stop, first_slot + piece.context
     _describe(fields, len(pieces), token, bucket.tokens - token, 0, 0)
-    wanted = list(_wanted(pieces))
+    wanted = list(wanted_tokens(pieces))
     fields["wanted"][: len(wanted)] = wanted
     return size
 
@@ -173,7 +173,7 @@ def _describe(fields: dict[str, Int32Array], row: int, start: int, num_new: int,
     fields["slot_start"][row] = slot_start
 
 
-def _wanted(pieces: Sequence[Piece]) -> Iterator[int]:
+def wanted_tokens(pieces: Sequence[Piece]) -> Iterator[int]:
     """The tokens whose logits are wanted, in order."""
     stop = 0
     for piece in pieces:

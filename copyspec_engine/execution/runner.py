@@ -28,6 +28,7 @@ from copyspec_engine.execution.checkpoint import (
 )
 from copyspec_engine.execution.cuda_graphs import StaticPasses
 from copyspec_engine.execution.generation_defaults import GenerationDefaults
+from copyspec_engine.execution.narrow_decoder import NarrowDecoder, NarrowPasses
 from copyspec_engine.execution.ordered_attention import OrderedRow
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.values.info import EngineInfo, Execution
@@ -66,7 +67,8 @@ class ModelRunner:
         num_slots: token slots of the KV pool.
         exact_widths: fill passes up to one of these numbers of tokens, ascending, and sum in an order that a token's
             own path decides, so that its bits depend on nothing else (exact_passes.py); None: as is fastest.
-        execution: how passes run, see `EngineInfo.execution`; those for a GPU not in exact mode.
+        execution: how passes run, see `EngineInfo.execution`; those for a GPU and narrow ones not in exact mode.
+        narrow: the model's narrow weights, for "narrow".
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ModelRunner:
         num_slots: int,
         exact_widths: tuple[int, ...] | None = None,
         execution: Execution = "eager",
+        narrow: NarrowDecoder | None = None,
     ) -> None:
         self._model = model
         self.device = model.device
@@ -85,6 +88,10 @@ class ModelRunner:
         """How passes run that are packed; None: all run through the model's own path."""
         if execution in ("paged", "graphs", "compiled"):
             self.passes = StaticPasses(model, self._store, use_graphs=execution != "paged")
+        self._narrow: NarrowPasses | None = None
+        if execution == "narrow":
+            assert narrow is not None
+            self._narrow = NarrowPasses(narrow, self._store)
 
     @property
     def vocab_size(self) -> int:
@@ -127,6 +134,8 @@ class ModelRunner:
         """
         if self.passes is not None:
             return self.passes.run(pieces)
+        if self._narrow is not None and self._narrow.takes(pieces):
+            return self._narrow.run(pieces)
         ids = [token for piece in pieces for token in piece.ids]
         written = len(ids)
         ids += [0] * (self._filled(written) - written)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -15,6 +16,8 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.attention import ATTENTION_NAME, KVStore
 from copyspec_engine.execution.checkpoint import relative_difference, tolerance, vocab_size
 from copyspec_engine.execution.cuda_graphs import compile_layers, undo_compile, why_not_paged
+from copyspec_engine.execution.narrow_decoder import MOST_TOKENS, NarrowDecoder, UnmatchedError, match_decoder
+from copyspec_engine.execution.narrow_weights import NarrowWeight
 from copyspec_engine.execution.ordered_experts import order_experts
 from copyspec_engine.execution.packed_linear import pack_linears, unpack_linears, why_not_packed
 from copyspec_engine.execution.packing import Piece
@@ -42,27 +45,35 @@ class PassRunner(Protocol):
 class MakeRunner(Protocol):
     """Makes one."""
 
-    def __call__(self, *, num_slots: int, execution: Execution = "eager") -> PassRunner: ...
+    def __call__(
+        self, *, num_slots: int, execution: Execution = "eager", narrow: NarrowDecoder | None = None
+    ) -> PassRunner: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """What the check of a model found.
 
-    Bytes of KV for one token, how its passes run, why not faster, and the relative difference of their logits from the
-    model's own.
+    Bytes of KV for one token, how its passes run, why not faster, the relative difference of their logits from the
+    model's own, and for "narrow" passes what they read.
     """
 
     bytes_per_token: int
     execution: Execution = "eager"
     error: str | None = None
     difference: float | None = None
+    narrow: NarrowDecoder | None = None
 
 
 _TOKENS = 12
 
 
-def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner: MakeRunner) -> Checked:
+def check_equivalence(
+    model: PreTrainedModel,
+    config: EngineConfig,
+    make_runner: MakeRunner,
+    narrow: Mapping[str, NarrowWeight] | None = None,
+) -> Checked:
     """Compare passes over our KV with the model's own on a few tokens, and switch it to our attention.
 
     The fastest way of running passes that gives the model's own logits is the one that is taken.
@@ -71,6 +82,7 @@ def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner:
         model: with its own attention.
         config: what to load.
         make_runner: `ModelRunner` of this model.
+        narrow: weights of linear layers by their names, where there are any in less than float32.
 
     Raises:
         UnsupportedModelError: the logits differ, so drafts would be verified against a wrong model.
@@ -87,6 +99,16 @@ def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner:
         raise UnsupportedModelError(
             f"{config.model} ({type(model).__name__}) cannot run over our KV: {error}"
         ) from error
+    checked = _check_wide(model, config, make_runner, ids, expected)
+    if not narrow or config.exact or model.device.type != "cpu" or model.dtype != torch.float32:
+        return checked
+    return _check_narrow(model, config.model, checked, make_runner, ids, expected, narrow)
+
+
+def _check_wide(
+    model: PreTrainedModel, config: EngineConfig, make_runner: MakeRunner, ids: list[int], expected: torch.Tensor
+) -> Checked:
+    """How passes of any number of tokens run fastest."""
     executions, why_not = _candidates(model, config)
     for execution in executions:
         found = _check_fast(model, config.model, execution, make_runner, ids, expected, why_not)
@@ -96,6 +118,38 @@ def check_equivalence(model: PreTrainedModel, config: EngineConfig, make_runner:
     runner = make_runner(num_slots=2 * _TOKENS)
     num_bytes, difference = _compare(runner, model, config.model, ids, expected)
     return Checked(num_bytes, error=why_not, difference=difference)
+
+
+def _check_narrow(
+    model: PreTrainedModel,
+    name: str,
+    wide: Checked,
+    make_runner: MakeRunner,
+    ids: list[int],
+    expected: torch.Tensor,
+    weights: Mapping[str, NarrowWeight],
+) -> Checked:
+    """Let passes of few tokens read narrow weights, if they then give the model's own logits; else all stays as it is.
+
+    Args:
+        model: with our attention.
+        name: for messages.
+        wide: how its other passes run.
+        make_runner: see above.
+        ids: tokens.
+        expected: the model's own logits, shape (tokens, vocabulary).
+        weights: see `check_equivalence`.
+    """
+    try:
+        runner = make_runner(num_slots=2 * _TOKENS)
+        runner.run([Piece(np.arange(1), 0, ids[:1], DraftTree(), 0)])  # by which each layer tells its scoring
+        decoder = match_decoder(model, weights, runner.store.scorings)
+        runner = make_runner(num_slots=2 * _TOKENS, execution="narrow", narrow=decoder)
+        num_bytes, difference = _compare(runner, model, name, ids, expected, most=MOST_TOKENS)
+        return Checked(num_bytes, "narrow", wide.error, max(difference, wide.difference or 0.0), decoder)
+    except (UnmatchedError, UnsupportedModelError) as error:
+        logger.warning("%s: passes of few tokens read all weights as float32: %s", name, error)
+        return replace(wide, error=wide.error or str(error))
 
 
 def _candidates(model: PreTrainedModel, config: EngineConfig) -> tuple[tuple[Execution, ...], str | None]:
@@ -160,24 +214,26 @@ def _check_fast(
 
 
 def _compare(
-    runner: PassRunner, model: PreTrainedModel, name: str, ids: list[int], expected: torch.Tensor
+    runner: PassRunner,
+    model: PreTrainedModel,
+    name: str,
+    ids: list[int],
+    expected: torch.Tensor,
+    most: int | None = None,
 ) -> tuple[int, float]:
     """Bytes of KV for one token, and the relative difference of the logits, if passes in pieces give the model's own.
 
     Raises:
         UnsupportedModelError: they do not.
     """
-    # Scattered on purpose, and not in order.
-    slots, other = np.random.default_rng(0).permutation(2 * _TOKENS).reshape(2, _TOKENS)
-    first = [Piece(slots, 0, ids[:7], DraftTree(), 7), Piece(other, 0, ids[:3], DraftTree(), 0)]
-    second = [Piece(slots, 7, ids[7:], DraftTree(), 5), Piece(other, 3, ids[3:], DraftTree(), 9)]
+    passes = _wide_passes(ids) if most is None else _narrow_passes(ids, most)
     try:
-        got = torch.cat([runner.run(pieces).float() for pieces in (first, second)])  # good until the next pass only
+        got = torch.cat([runner.run(pieces).float() for pieces in passes])  # good until the next pass only
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
     except Exception as error:
         raise UnsupportedModelError(f"{name} ({type(model).__name__}) cannot run over our KV: {error}") from error
-    expected = torch.cat((expected, expected[3:]))
+    expected, got = torch.cat((expected, expected[3:])), got[: 2 * _TOKENS - 3]
     layers = int(model.config.get_text_config().num_hidden_layers)
     difference = relative_difference(got, expected)
     if runner.store.num_layers != layers or not difference < tolerance(model):
@@ -187,3 +243,26 @@ def _compare(
             "architecture is not supported yet"
         )
     return runner.store.bytes_per_token, difference
+
+
+def _two_rows() -> npt.NDArray[np.int64]:
+    """Slots of two rows, scattered on purpose, and not in order."""
+    return np.random.default_rng(0).permutation(2 * _TOKENS).reshape(2, _TOKENS)
+
+
+def _wide_passes(ids: list[int]) -> Iterator[list[Piece]]:
+    """Passes that read a text twice: logits of all its tokens, and then of those from the fourth on."""
+    slots, other = _two_rows()
+    yield [Piece(slots, 0, ids[:7], DraftTree(), 7), Piece(other, 0, ids[:3], DraftTree(), 0)]
+    yield [Piece(slots, 7, ids[7:], DraftTree(), 5), Piece(other, 3, ids[3:], DraftTree(), 9)]
+
+
+def _narrow_passes(ids: list[int], most: int) -> Iterator[list[Piece]]:
+    """The same in passes of at most `most` tokens, at least 8, the last ones of them a draft with a branch besides."""
+    slots, other = _two_rows()
+    at = most - 3
+    yield [Piece(slots, 0, ids[:at], DraftTree(), at), Piece(other, 0, ids[:3], DraftTree(), 0)]
+    yield [Piece(slots, at, ids[at:], DraftTree(), _TOKENS - at)]
+    yield [Piece(other, 3, ids[3:8], DraftTree(), 5)]
+    draft = DraftTree((*ids[9:], ids[0]), (-1, 0, 1, -1))
+    yield [Piece(np.append(other, slots[0]), 8, [ids[8], *draft.tokens], draft, 5)]  # the branch's logits come last

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 __all__ = ["EngineInfo", "EngineMetrics", "Execution", "Held"]
 
-Execution = Literal["eager", "packed", "paged", "graphs", "compiled"]
+Execution = Literal["eager", "packed", "narrow", "paged", "graphs", "compiled"]
 
 
 class Held(NamedTuple):
@@ -100,9 +100,10 @@ class EngineInfo:
     """Why this model runs without drafting, whatever drafter is asked for; None if it drafts."""
     execution: Execution = "eager"
     """How passes run. "eager": operation by operation, each request's keys and values gathered first; where nothing
-    else works, and on a GPU with exact=True. "packed": so on a CPU, with float32 weights in oneDNN's layout. "paged":
-    kernels on a GPU read keys and values in place. "graphs": so, and replayed as CUDA graphs. "compiled": so, of layers
-    that torch.compile has fused."""
+    else works, and on a GPU with exact=True. "packed": so on a CPU, with float32 weights in oneDNN's layout. "narrow":
+    so, and passes of up to eight tokens as one compiled function that reads weights in the precision they came in.
+    "paged": kernels on a GPU read keys and values in place. "graphs": so, and replayed as CUDA graphs. "compiled":
+    so, of layers that torch.compile has fused."""
     execution_error: str | None = None
     """Why passes do not run faster; None if nothing stood in the way."""
     draft_model: str | None = None

@@ -31,7 +31,7 @@ from copyspec_engine import (
 )
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import loading
-from copyspec_engine.execution.loading import load_model, prepare
+from copyspec_engine.execution.loading import ReadModel, load_model, prepare
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.testing import ByteTokenizer, loop_of
 from copyspec_engine.values.config import DraftModelUse
@@ -69,7 +69,7 @@ def make_drafted() -> Iterator[MakeDrafted]:
     def make(small: PreTrainedModel | None = None, name: str = "llama", **options: Any) -> Engine:
         defaults = {"model": name, "draft_model": DraftModel("draft", step_cost=CHEAP), "step_cost": STEP_COST}
         config = EngineConfig(**{**defaults, **options})
-        draft = small or build_model("llama"), ByteTokenizer()
+        draft = ReadModel(small or build_model("llama"), ByteTokenizer())
         loaded = prepare(build_model(name), ByteTokenizer(), config, draft=draft)
         engines.append(Engine(config, model=loaded))
         return engines[-1]
@@ -415,7 +415,9 @@ def test_both_pools_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "memory_of", lambda _device: (4_000_000, 4_000_000))
     config = EngineConfig(model="m", draft_model=DraftModel("d", step_cost=CHEAP), step_cost=STEP_COST)
     alone = prepare(build_model("llama"), ByteTokenizer(), EngineConfig(model="m", step_cost=STEP_COST))
-    pair = prepare(build_model("llama"), ByteTokenizer(), config, draft=(build_model("llama"), ByteTokenizer()))
+    pair = prepare(
+        build_model("llama"), ByteTokenizer(), config, draft=ReadModel(build_model("llama"), ByteTokenizer())
+    )
     assert pair.draft is not None
     assert alone.info.num_kv_slots * alone.info.kv_bytes_per_token <= 1_000_000
     assert pair.draft.info.num_kv_slots == pair.info.num_kv_slots == alone.info.num_kv_slots // 2

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from copyspec_engine.chat.tokenizer import HFTokenizer
 from copyspec_engine.drafting.cost import Points
 from copyspec_engine.engine.engine import Engine
-from copyspec_engine.execution.loading import prepare
+from copyspec_engine.execution.loading import ReadModel, prepare
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.lab.recorded.curve import CONTEXTS, NODES, ROWS, measure_curve, measure_limit
 from copyspec_engine.lab.recorded.generate import GENERATE_PEERS, GeneratePeer
@@ -141,7 +141,7 @@ def open_setup(
     model = random_model(options.shape, end, options.device, options.dtype)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
     theirs = _sharing_weights(model)
-    small = None if draft is None else (random_model(draft.shape, end, options.device, options.dtype), spoken)
+    small = None if draft is None else ReadModel(random_model(draft.shape, end, options.device, options.dtype), spoken)
     loaded = prepare(model, spoken, config, draft=small)
     facts = _measured(model, loaded, options.curve_s)
     loaded.runner = runner = RecordedRunner(loaded.runner)

@@ -1,0 +1,512 @@
+"""Vector code for compiled functions: sums of products that stay in registers, read from weights of several types.
+
+Numba makes vectors out of loops where it can; here it could not keep sums in registers, so these few operations are
+written down as LLVM has them. All of them take addresses (of float32 where nothing else is said) and add up in an order
+that does not depend on how many rows there are: a row's bits are the same alone and among others.
+
+Weights stand in blocks of `LANES` output rows that lie side by side (narrow_weights.py); a `UNIT` of them is computed
+at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from copyspec_engine.compiled import compiled_address
+
+__all__ = [
+    "BFLOAT16",
+    "EIGHT_BITS",
+    "EIGHT_BITS_BY_16",
+    "EIGHT_BITS_LEAST",
+    "FLOAT16",
+    "FLOAT32",
+    "FOUR_BITS",
+    "LANES",
+    "MOST_ROWS",
+    "UNIT",
+    "add_and_fetch",
+    "dot",
+    "fetch",
+    "give_way",
+    "kernel",
+    "multiply",
+    "number_at",
+    "put_number",
+    "slot_at",
+    "weighted_sum",
+]
+
+_FEATURES = llvm.get_host_cpu_features()
+WIDTH = 16 if _FEATURES.get("avx512f") else 8
+"""float32 numbers of a vector."""
+LANES = 16
+"""Output rows of a block of weights."""
+UNIT = 4 * WIDTH
+"""Output rows that are computed at a time: as many sums as hide how long each takes."""
+MOST_ROWS = 8
+"""Input rows that are computed at a time."""
+_SUMS = 8
+"""Vectors of sums that are kept in registers at a time."""
+
+FLOAT32, BFLOAT16, FLOAT16, FOUR_BITS, EIGHT_BITS, EIGHT_BITS_LEAST, EIGHT_BITS_BY_16 = range(1, 8)
+"""How weights are stored; the quantized ones in groups of 32 inputs (the last: 16), each with a scale for every lane.
+
+`FOUR_BITS` and `EIGHT_BITS_LEAST` have a least value too. Scales are float16, or float32 where `WIDE_SCALES` is added.
+"""
+WIDE_SCALES = 16
+_QUANTIZED = (FOUR_BITS, EIGHT_BITS, EIGHT_BITS_LEAST, EIGHT_BITS_BY_16)
+KINDS = (FLOAT32, BFLOAT16, FLOAT16, *_QUANTIZED, *(kind + WIDE_SCALES for kind in _QUANTIZED))
+
+# Columns of a linear layer. Addresses are 0 where there is nothing; `CODE_BYTES` and `SCALE_BYTES` are those of a unit.
+KERNEL, CODES, SCALES, LEAST, BIAS, NUM_INPUTS, NUM_OUTPUTS, CODE_BYTES, SCALE_BYTES = range(9)
+LINEAR_COLUMNS = 9
+
+_float, _half, _int64 = ir.FloatType(), ir.HalfType(), ir.IntType(64)
+_vector = ir.VectorType(_float, WIDTH)
+_Value = Any  # llvmlite's values have no types
+
+
+# ---- sums of products ------------------------------------------------------------------------------------------------
+
+
+_Result = TypeVar("_Result")
+
+
+def intrinsic_of(
+    result: type[_Result], *, prefer_literal: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., _Result]]:
+    """Numba's `intrinsic`, with the type that its call has for a reader."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., _Result]:
+        return cast("Callable[..., _Result]", intrinsic(prefer_literal=prefer_literal)(function))
+
+    return decorate
+
+
+Kernel = int
+"""The address of a compiled function that multiplies some rows with a unit of weights of one kind."""
+
+
+@cache
+def kernel(kind: int) -> Kernel:
+    """The function for weights of a kind; compiled at the first call.
+
+    It is called by its address (`multiply`), so that the kinds that a model does not have need not be compiled, and
+    none is compiled again into what calls it. Its arguments are int64, all but two of them addresses: how many rows,
+    1, 2, 4 or 8; inputs (num_inputs, rows), with what the rows have of an input side by side; the sums of the inputs of
+    each group (num_inputs / 32, rows); a linear layer's columns (see `LINEAR_COLUMNS`); the number of the unit; the
+    outputs (rows, UNIT), which are written.
+    """
+
+    def multiply_unit(rows: int, x: int, sums: int, linear: int, number: int, out: int) -> int:
+        return _multiply(kind, rows, x, sums, linear, number, out)
+
+    return compiled_address(multiply_unit, types.int64(*[types.int64] * 6))
+
+
+@intrinsic_of(int, prefer_literal=True)
+def _multiply(typing_context: Any, kind: Any, rows: Any, x: Any, sums: Any, linear: Any, number: Any, out: Any) -> Any:
+    """See `kernel`; `kind` is a constant."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        _, chosen, inputs, sums, linear, number, out = values
+
+        def column(which: int) -> _Value:
+            return _load(builder, builder.add(linear, _constant(8 * which)), _int64, 8)
+
+        codes = builder.add(column(CODES), builder.mul(number, column(CODE_BYTES)))
+        scale_offset = builder.mul(number, column(SCALE_BYTES))
+        scales, least = (builder.add(column(which), scale_offset) for which in (SCALES, LEAST))
+        unit = inputs, sums, codes, scales, least, column(NUM_INPUTS), out
+        done = builder.append_basic_block("done")
+        switch = builder.switch(chosen, done)
+        for count in (1, 2, 4, 8):
+            block = builder.append_basic_block(f"rows_{count}")
+            switch.add_case(_constant(count), block)
+            builder.position_at_end(block)
+            at_once = min(UNIT // WIDTH, _SUMS // count)
+            for first in range(0, UNIT // WIDTH, at_once):
+                _multiply_vectors(builder, kind.literal_value, count, range(first, first + at_once), unit)
+            builder.branch(done)
+        builder.position_at_end(done)
+        return _constant(0)
+
+    return types.int64(kind, *[types.int64] * 6), generate
+
+
+@intrinsic_of(int)
+def multiply(typing_context: Any, kernel: Any, rows: Any, x: Any, sums: Any, linear: Any, number: Any, out: Any) -> Any:
+    """Call a `kernel`, with its arguments behind its address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        kind = ir.FunctionType(_int64, [_int64] * 6)
+        return builder.call(_pointer(builder, values[0], kind), values[1:])
+
+    return types.int64(*[types.int64] * 7), generate
+
+
+def _multiply_vectors(builder: Any, kind: int, rows: int, vectors: range, values: Sequence[_Value]) -> None:
+    """Products of all rows with some vectors of lanes of a unit."""
+    x, sums, codes, scales, least, num_inputs, out = values
+    wide_scales, stored = divmod(kind, WIDE_SCALES)
+    pairs = [(row, vector) for row in range(rows) for vector in range(len(vectors))]
+    read = _READERS[stored]
+    steps = builder.udiv(num_inputs, _constant(read.inputs))
+    placed = [_place(builder, codes, builder.mul(steps, _constant(LANES * read.bytes)), v, read.bytes) for v in vectors]
+
+    accumulate = _accumulating(builder, read, rows, x, placed)
+    zeros = [_zero()] * len(pairs)
+    if stored not in _QUANTIZED:
+        totals = _loop(builder, _constant(0), steps, zeros, accumulate)
+    else:
+        group = 16 if stored == EIGHT_BITS_BY_16 else 32
+        size = 4 if wide_scales else 2
+        groups = builder.udiv(num_inputs, _constant(group))
+        block = builder.mul(groups, _constant(LANES * size))
+        scaled, lowest = ([_place(builder, base, block, v, size) for v in vectors] for base in (scales, least))
+
+        def read_scales(places: Sequence[_Value], number: _Value) -> list[_Value]:
+            offset, kind = builder.mul(number, _constant(LANES * size)), _float if wide_scales else _half
+            return [_load_floats(builder, builder.add(place, offset), kind, size) for place in places]
+
+        def add_group(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
+            """One group further: its products by their scale, and its least value by the sum of its inputs."""
+            begin = builder.mul(number, _constant(group // read.inputs))
+            parts = _loop(builder, begin, builder.add(begin, _constant(group // read.inputs)), zeros, accumulate)
+            factors = read_scales(scaled, number)
+            result = [
+                _fma(builder, factors[vector], part, total)
+                for (_, vector), part, total in zip(pairs, parts, so_far, strict=True)
+            ]
+            if stored not in (FOUR_BITS, EIGHT_BITS_LEAST):
+                return result
+            lows, first = read_scales(lowest, number), builder.mul(number, _constant(4 * rows))
+            for index, (row, vector) in enumerate(pairs):
+                at = builder.add(sums, builder.add(first, _constant(4 * row)))
+                result[index] = _fma(
+                    builder, lows[vector], _spread(builder, _load(builder, at, _float, 4)), result[index]
+                )
+            return result
+
+        totals = _loop(builder, _constant(0), groups, zeros, add_group)
+    for (row, vector), total in zip(pairs, totals, strict=True):
+        at = builder.add(out, _constant(4 * UNIT * row))
+        _store(builder, total, builder.add(at, _constant(4 * WIDTH * vectors[vector])))
+
+
+def _accumulating(
+    builder: Any, read: _Reader, rows: int, x: _Value, placed: Sequence[_Value]
+) -> Callable[[_Value, Sequence[_Value]], list[_Value]]:
+    """What a loop over inputs does in a step: it adds to the sums, row by row, each weight times its input."""
+
+    def accumulate(step: _Value, so_far: Sequence[_Value]) -> list[_Value]:
+        offset = builder.mul(step, _constant(LANES * read.bytes))
+        weights = [read.weights(builder, builder.add(place, offset)) for place in placed]
+        first, result = builder.add(x, builder.mul(step, _constant(4 * rows * read.inputs))), list(so_far)
+        for i in range(read.inputs):
+            for row in range(rows):
+                at = builder.add(first, _constant(4 * (i * rows + row)))
+                spread = _spread(builder, _load(builder, at, _float, 4))
+                for vector in range(len(placed)):
+                    index = row * len(placed) + vector
+                    result[index] = _fma(builder, spread, weights[vector][i], result[index])
+        return result
+
+    return accumulate
+
+
+class _Reader:
+    """How weights are read: `inputs` of each lane at a time, from `bytes` bytes."""
+
+    def __init__(self, inputs: int, num_bytes: int, weights: Callable[[Any, _Value], list[_Value]]) -> None:
+        self.inputs, self.bytes, self.weights = inputs, num_bytes, weights
+
+
+def _float32(builder: Any, at: _Value) -> list[_Value]:
+    return [_load(builder, at, _vector, 4)]
+
+
+def _bfloat16(builder: Any, at: _Value) -> list[_Value]:
+    words = ir.VectorType(ir.IntType(32), WIDTH)
+    upper = builder.zext(_load(builder, at, ir.VectorType(ir.IntType(16), WIDTH), 2), words)
+    return [builder.bitcast(builder.shl(upper, ir.Constant(words, [16] * WIDTH)), _vector)]
+
+
+def _float16(builder: Any, at: _Value) -> list[_Value]:
+    return [_load_floats(builder, at, _half, 2)]
+
+
+def _four_bits(builder: Any, at: _Value) -> list[_Value]:
+    words = ir.VectorType(ir.IntType(32), WIDTH)
+    both = builder.zext(_load(builder, at, ir.VectorType(ir.IntType(8), WIDTH), 1), words)
+    low = builder.and_(both, ir.Constant(words, [15] * WIDTH))
+    return [builder.sitofp(part, _vector) for part in (low, builder.lshr(both, ir.Constant(words, [4] * WIDTH)))]
+
+
+def _eight_bits(builder: Any, at: _Value) -> list[_Value]:
+    words = ir.VectorType(ir.IntType(32), WIDTH)
+    return [builder.sitofp(builder.sext(_load(builder, at, ir.VectorType(ir.IntType(8), WIDTH), 1), words), _vector)]
+
+
+_READERS = {
+    FLOAT32: _Reader(1, 4, _float32),
+    BFLOAT16: _Reader(1, 2, _bfloat16),
+    FLOAT16: _Reader(1, 2, _float16),
+    FOUR_BITS: _Reader(2, 1, _four_bits),
+    **dict.fromkeys((EIGHT_BITS, EIGHT_BITS_LEAST, EIGHT_BITS_BY_16), _Reader(1, 1, _eight_bits)),
+}
+
+
+@intrinsic_of(float)
+def dot(typing_context: Any, a: Any, b: Any, count: Any) -> Any:
+    """The sum of the products of `count` numbers at two addresses, float32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        first, second, length = values
+        vectors = builder.udiv(length, _constant(2 * WIDTH))
+
+        def step(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
+            offset = builder.mul(number, _constant(8 * WIDTH))
+            result = []
+            for half, total in enumerate(so_far):
+                at = builder.add(offset, _constant(4 * WIDTH * half))
+                pair = [_load(builder, builder.add(base, at), _vector, 4) for base in (first, second)]
+                result.append(_fma(builder, pair[0], pair[1], total))
+            return result
+
+        halves = _loop(builder, _constant(0), vectors, [_zero()] * 2, step)
+        total = _sum_of_lanes(builder, builder.fadd(*halves))
+
+        def rest(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
+            at = builder.mul(number, _constant(4))
+            pair = [_load(builder, builder.add(base, at), _float, 4) for base in (first, second)]
+            return [builder.fma(pair[0], pair[1], so_far[0])]
+
+        (total,) = _loop(builder, builder.mul(vectors, _constant(2 * WIDTH)), length, [total], rest)
+        return total
+
+    return types.float32(a, b, count), generate
+
+
+@intrinsic_of(int)
+def weighted_sum(
+    typing_context: Any,
+    weights: Any,
+    values: Any,
+    slots: Any,
+    num_slots: Any,
+    dim: Any,
+    out: Any,
+) -> Any:
+    """Add to `out` (dim) the rows of `values` (any, dim) at `slots` (num_slots, int64) times `weights` (num_slots)."""
+    at_once = 8
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Sequence[_Value]) -> _Value:
+        weights_at, values_at, slots_at, count, width, out_at = given
+        row_bytes = builder.mul(width, _constant(4))
+
+        def columns(first: _Value, kinds: Sequence[Any], sizes: Sequence[int]) -> None:
+            """Some columns: vectors or single numbers, at offsets of `sizes` bytes from the first one."""
+            target = builder.add(out_at, builder.mul(first, _constant(4)))
+            source = builder.add(values_at, builder.mul(first, _constant(4)))
+            begun = [
+                _load(builder, builder.add(target, _constant(size)), kind, 4)
+                for kind, size in zip(kinds, sizes, strict=True)
+            ]
+
+            def step(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
+                slot = _load(builder, builder.add(slots_at, builder.mul(number, _constant(8))), _int64, 8)
+                row = builder.add(source, builder.mul(slot, row_bytes))
+                weight = _load(builder, builder.add(weights_at, builder.mul(number, _constant(4))), _float, 4)
+                result = []
+                for kind, size, total in zip(kinds, sizes, so_far, strict=True):
+                    read = _load(builder, builder.add(row, _constant(size)), kind, 4)
+                    if kind is _vector:
+                        result.append(_fma(builder, _spread(builder, weight), read, total))
+                    else:
+                        result.append(builder.fma(weight, read, total))
+                return result
+
+            for size, total in zip(sizes, _loop(builder, _constant(0), count, begun, step), strict=True):
+                _store(builder, total, builder.add(target, _constant(size)))
+
+        def many(number: _Value, _: Sequence[_Value]) -> list[_Value]:
+            columns(
+                builder.mul(number, _constant(at_once * WIDTH)),
+                [_vector] * at_once,
+                [4 * WIDTH * i for i in range(at_once)],
+            )
+            return []
+
+        def one(number: _Value, _: Sequence[_Value]) -> list[_Value]:
+            columns(builder.mul(number, _constant(WIDTH)), [_vector], [0])
+            return []
+
+        def single(number: _Value, _: Sequence[_Value]) -> list[_Value]:
+            columns(number, [_float], [0])
+            return []
+
+        wide = builder.udiv(width, _constant(at_once * WIDTH))
+        vectors = builder.udiv(width, _constant(WIDTH))
+        _loop(builder, _constant(0), wide, [], many)
+        _loop(builder, builder.mul(wide, _constant(at_once)), vectors, [], one)
+        _loop(builder, builder.mul(vectors, _constant(WIDTH)), width, [], single)
+        return _constant(0)
+
+    return types.int64(weights, values, slots, num_slots, dim, out), generate
+
+
+@intrinsic_of(float)
+def number_at(typing_context: Any, address: Any) -> Any:
+    """The float32 at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        return _load(builder, values[0], _float, 4)
+
+    return types.float32(address), generate
+
+
+@intrinsic_of(int)
+def slot_at(typing_context: Any, address: Any) -> Any:
+    """The int64 at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        return _load(builder, values[0], _int64, 8)
+
+    return types.int64(address), generate
+
+
+@intrinsic_of(int)
+def put_number(typing_context: Any, address: Any, number: Any) -> Any:
+    """Write a float32 to an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        _store(builder, values[1], values[0])
+        return _constant(0)
+
+    return types.int64(address, types.float32), generate
+
+
+# ---- threads that wait for each other --------------------------------------------------------------------------------
+
+
+@intrinsic_of(int)
+def add_and_fetch(typing_context: Any, address: Any, amount: Any) -> Any:
+    """Add to an int64 at an address, as one act among all threads; what it was before."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        return builder.atomic_rmw("add", _pointer(builder, values[0], _int64), values[1], "acq_rel")
+
+    return types.int64(address, amount), generate
+
+
+@intrinsic_of(int)
+def fetch(typing_context: Any, address: Any) -> Any:
+    """An int64 at an address as other threads have last written it, and all that they wrote before."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        return builder.load_atomic(_pointer(builder, values[0], _int64), "acquire", 8)
+
+    return types.int64(address), generate
+
+
+# ---- what all of them are made of ------------------------------------------------------------------------------------
+
+
+def _constant(value: int) -> _Value:
+    return ir.Constant(_int64, value)
+
+
+def _zero() -> _Value:
+    return ir.Constant(_vector, [0.0] * WIDTH)
+
+
+def _pointer(builder: Any, address: _Value, kind: Any) -> _Value:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _load(builder: Any, address: _Value, kind: Any, align: int) -> _Value:
+    return builder.load(_pointer(builder, address, kind), align=align)
+
+
+def _load_floats(builder: Any, address: _Value, kind: Any, size: int) -> _Value:
+    read = _load(builder, address, ir.VectorType(kind, WIDTH), size)
+    return read if kind is _float else builder.fpext(read, _vector)
+
+
+def _store(builder: Any, value: _Value, address: _Value) -> None:
+    builder.store(value, _pointer(builder, address, value.type), align=4)
+
+
+def _spread(builder: Any, number: _Value) -> _Value:
+    """A vector that holds one number everywhere."""
+    first = builder.insert_element(ir.Constant(_vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+    return builder.shuffle_vector(first, ir.Constant(_vector, ir.Undefined), mask)
+
+
+def _fma(builder: Any, a: _Value, b: _Value, c: _Value) -> _Value:
+    """A * b + c, of vectors."""
+    if not _FEATURES.get("fma") and not _FEATURES.get("neon"):  # it would be a call for every number
+        return builder.fadd(builder.fmul(a, b), c)
+    kind = ir.FunctionType(_vector, [_vector] * 3)
+    name = f"llvm.fma.v{WIDTH}f32"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, (a, b, c))
+
+
+def _sum_of_lanes(builder: Any, vector: _Value) -> _Value:
+    """Pair by pair: lane i and lane i + half."""
+    half = WIDTH // 2
+    word = ir.IntType(32)
+    while half:
+        mask = ir.Constant(ir.VectorType(word, WIDTH), [(i + half) % WIDTH for i in range(WIDTH)])
+        vector = builder.fadd(vector, builder.shuffle_vector(vector, ir.Constant(_vector, ir.Undefined), mask))
+        half //= 2
+    return builder.extract_element(vector, ir.Constant(word, 0))
+
+
+def _place(builder: Any, base: _Value, block_bytes: _Value, vector: int, size: int) -> _Value:
+    """Where a unit's vector of lanes begins, in numbers of `size` bytes."""
+    block, lane = divmod(vector * WIDTH, LANES)
+    return builder.add(base, builder.add(builder.mul(block_bytes, _constant(block)), _constant(lane * size)))
+
+
+def _loop(
+    builder: Any,
+    begin: _Value,
+    end: _Value,
+    values: Sequence[_Value],
+    body: Callable[[_Value, Sequence[_Value]], list[_Value]],
+) -> list[_Value]:
+    """Values that go round a loop from `begin` to below `end`."""
+    before = builder.block
+    head, inside, behind = (builder.append_basic_block(name) for name in ("loop", "loop_body", "loop_end"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(_int64)
+    index.add_incoming(begin, before)
+    carried = [builder.phi(value.type) for value in values]
+    for phi, value in zip(carried, values, strict=True):
+        phi.add_incoming(value, before)
+    builder.cbranch(builder.icmp_signed("<", index, end), inside, behind)
+    builder.position_at_end(inside)
+    after = body(index, carried)
+    index.add_incoming(builder.add(index, _constant(1)), builder.block)
+    for phi, value in zip(carried, after, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(behind)
+    return carried
+
+
+give_way = types.ExternalFunction("sched_yield", types.int32())
+"""Let other threads run on this core."""

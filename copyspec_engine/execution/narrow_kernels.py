@@ -1,0 +1,503 @@
+"""A whole forward pass of a few tokens as one compiled function, which several threads run side by side.
+
+Decoding reads every weight for one to eight tokens, so it takes as long as reading them does, and as the several
+hundred small operations in between do. Here weights are read as they are stored (lanes.py), keys and values where they
+lie, and nothing is called in between. Each thread runs `run_pass` from beginning to end, takes what is to be computed
+next from a counter, and waits for the others wherever something is needed that they may still be computing.
+
+A token's bits depend on its own path alone: not on what else is in the pass, nor on how many threads there are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from copyspec_engine.compiled import compiled, inlined
+from copyspec_engine.execution.lanes import (
+    BIAS,
+    KERNEL,
+    LINEAR_COLUMNS,
+    NUM_OUTPUTS,
+    UNIT,
+    add_and_fetch,
+    dot,
+    fetch,
+    give_way,
+    multiply,
+    number_at,
+    put_number,
+    slot_at,
+    weighted_sum,
+)
+
+__all__ = ["CHUNK", "GROUP", "Own", "Shared", "Work", "run_pass"]
+
+CHUNK = 128
+"""Positions whose keys and values are one piece of work; their parts of the softmax are put together afterwards."""
+GROUP = 32
+"""Inputs that share a least value."""
+_PATIENCE = 2000
+"""Looks at the counter before a waiting thread lets others have its core."""
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+# Columns of a decoder layer: addresses of its norms' weights and of its keys and values, and its linear layers.
+BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, QUERY_NORM, KEY_NORM, KEYS, VALUES, WINDOW, ROTARY = range(10)
+QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(10, 10 + 7 * LINEAR_COLUMNS, LINEAR_COLUMNS)
+LAYER_COLUMNS = 10 + 7 * LINEAR_COLUMNS
+
+# Columns of the model.
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, KV_SLOTS, ACTIVATION, LAST_NORM, HEAD = range(10)
+MODEL_COLUMNS = HEAD + LINEAR_COLUMNS
+SILU, GELU_TANH = range(2)
+EPSILON, SCALING, LOGITS_CAP = range(3)
+
+# Columns of a token: slots that it shares with others of its sequence, a multiple of CHUNK of them, and then its own.
+SHARED_START, NUM_SHARED, OWN_START, NUM_OWN, WRITE, POSITION = range(6)
+TOKEN_COLUMNS = 6
+
+REGIONS = 7
+"""Counters that a layer needs."""
+FIRST_REGION = 8
+"""Counter of the first region: in another line of the cache than the one that all threads wait at."""
+
+
+class Work(NamedTuple):
+    """What a pass reads."""
+
+    layers: IntArray
+    """(layers, LAYER_COLUMNS)."""
+    model: IntArray
+    """(MODEL_COLUMNS,)."""
+    numbers: FloatArray
+    """EPSILON, SCALING and LOGITS_CAP."""
+    tokens: IntArray
+    """(tokens, TOKEN_COLUMNS)."""
+    slots: IntArray
+    """Of all that tokens point to."""
+    angles: FloatArray
+    """(kinds of rotary embeddings, cos and sin, positions, ROTARY_DIM)."""
+    wanted: IntArray
+    """Tokens whose logits are wanted, in order."""
+    rows: int
+    """1, 2, 4 or 8: at least as many as tokens."""
+    rows_wanted: int
+    """The same for `wanted`."""
+    num_threads: int
+    """That call `run_pass`."""
+    arrivals: int
+    """Of threads at points where all wait for each other, before this pass."""
+
+
+class Shared(NamedTuple):
+    """What the threads of a pass hand to each other. Where it says "across", the rows of an input lie side by side."""
+
+    counters: IntArray
+    """Of threads that have come to a point where all wait, then of what is taken in each region."""
+    embedded: FloatArray
+    """(rows, HIDDEN)."""
+    queries: FloatArray
+    """(rows, HEADS * HEAD_DIM)."""
+    keys: FloatArray
+    """(rows, KV_HEADS * HEAD_DIM)."""
+    values: FloatArray
+    """(rows, KV_HEADS * HEAD_DIM)."""
+    partial: FloatArray
+    """(rows, HEADS, chunks, 2 + HEAD_DIM): the greatest score of a chunk, the sum of powers, the sum of values."""
+    attended: FloatArray
+    """Across, (HEADS * HEAD_DIM * rows,)."""
+    inner: FloatArray
+    """Across, (INNER * rows,)."""
+    branch: FloatArray
+    """(rows, HIDDEN): what attention or MLP adds."""
+    logits: FloatArray
+    """(wanted, vocabulary)."""
+
+
+class Own(NamedTuple):
+    """What one thread alone reads and writes."""
+
+    hidden: FloatArray
+    """(rows, HIDDEN)."""
+    x: FloatArray
+    """Across: the inputs of a linear layer."""
+    sums: FloatArray
+    """Across, (inputs / 32 * rows,)."""
+    unit: FloatArray
+    """(rows, UNIT)."""
+    other_unit: FloatArray
+    """(rows, UNIT)."""
+    scores: FloatArray
+    """(CHUNK,)."""
+
+
+@compiled
+def run_pass(work: Work, shared: Shared, own: Own) -> None:
+    """Read tokens through all layers and the head; each of `num_threads` threads calls this."""
+    model, numbers, tokens, rows, num_threads = work.model, work.numbers, work.tokens, work.rows, work.num_threads
+    hidden, x, counters = own.hidden, own.x, shared.counters
+    size, across = model[HIDDEN], model[HEADS] * model[HEAD_DIM]
+    num_chunks = 1
+    for token in range(tokens.shape[0]):
+        num_chunks = max(num_chunks, -(-(tokens[token, NUM_SHARED] + tokens[token, NUM_OWN]) // CHUNK))
+    for row in range(rows):
+        for i in range(size):
+            hidden[row, i] = shared.embedded[row, i]
+    arrivals, region = work.arrivals, 0
+    for number in range(work.layers.shape[0]):
+        layer = work.layers[number]
+        for row in range(rows):
+            _norm(hidden, row, size, layer[BEFORE_ATTENTION], numbers[EPSILON], x, row, rows)
+        _sum_groups(x, size, rows, own.sums)
+        _project(layer, rows, region, shared, own)
+        arrivals = _meet(counters, arrivals, num_threads)
+        _rotate(layer, work, region + 1, shared)
+        arrivals = _meet(counters, arrivals, num_threads)
+        _attend(layer, work, num_chunks, region + 2, shared, own.scores)
+        arrivals = _meet(counters, arrivals, num_threads)
+        _combine(work, region + 3, shared)
+        arrivals = _meet(counters, arrivals, num_threads)
+        _sum_groups(shared.attended, across, rows, own.sums)
+        _add(layer, OUTPUT, shared.attended, rows, region + 4, shared.branch, shared, own)
+        arrivals = _meet(counters, arrivals, num_threads)
+        _take_branch(shared.branch, hidden, layer[AFTER_ATTENTION], numbers[EPSILON], rows, size)
+        for row in range(rows):
+            _norm(hidden, row, size, layer[BEFORE_MLP], numbers[EPSILON], x, row, rows)
+        _sum_groups(x, size, rows, own.sums)
+        _gate(layer, model[ACTIVATION], rows, region + 5, shared, own)
+        arrivals = _meet(counters, arrivals, num_threads)
+        _sum_groups(shared.inner, model[INNER], rows, own.sums)
+        _add(layer, DOWN, shared.inner, rows, region + 6, shared.branch, shared, own)
+        arrivals = _meet(counters, arrivals, num_threads)
+        _take_branch(shared.branch, hidden, layer[AFTER_MLP], numbers[EPSILON], rows, size)
+        region += REGIONS
+    for i in range(size * work.rows_wanted):
+        x[i] = 0
+    for i in range(work.wanted.shape[0]):
+        _norm(hidden, work.wanted[i], size, model[LAST_NORM], numbers[EPSILON], x, i, work.rows_wanted)
+    if work.wanted.shape[0]:
+        _sum_groups(x, size, work.rows_wanted, own.sums)
+        _add(model, HEAD, x, work.rows_wanted, region, shared.logits, shared, own)
+    _meet(counters, arrivals, num_threads)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _meet(counters: IntArray, arrivals: int, num_threads: int) -> int:
+    """Wait until all threads have come here; `arrivals` is how many had come anywhere before, and then by now."""
+    address = counters.ctypes.data
+    arrivals += num_threads
+    add_and_fetch(address, 1)
+    looks = 0
+    while fetch(address) < arrivals:
+        looks += 1
+        if looks > _PATIENCE:
+            give_way()
+    return arrivals
+
+
+@compiled
+def _take(counters: IntArray, region: int) -> int:
+    """The number of what is to be computed next in a region."""
+    return add_and_fetch(counters.ctypes.data + 8 * (FIRST_REGION + region), 1)
+
+
+# ---- linear layers ---------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _num_units(table: IntArray, linear: int) -> int:
+    units: int = -(-table[linear + NUM_OUTPUTS] // UNIT)
+    return units
+
+
+@compiled
+def _multiply_unit(
+    table: IntArray, linear: int, number: int, x: FloatArray, sums: FloatArray, rows: int, out: FloatArray
+) -> None:
+    """Products of all rows with one unit of a linear layer, with its bias, into `out` (rows, UNIT)."""
+    address = table.ctypes.data + 8 * linear
+    multiply(table[linear + KERNEL], rows, x.ctypes.data, sums.ctypes.data, address, number, out.ctypes.data)
+    bias = table[linear + BIAS]
+    if bias:
+        for i in range(min(UNIT, table[linear + NUM_OUTPUTS] - number * UNIT)):
+            added = number_at(bias + 4 * (number * UNIT + i))
+            for row in range(rows):
+                out[row, i] += added
+
+
+@compiled
+def _add(
+    table: IntArray,
+    linear: int,
+    x: FloatArray,
+    rows: int,
+    region: int,
+    out: FloatArray,
+    shared: Shared,
+    own: Own,
+) -> None:
+    """A linear layer of `x` (across) into `out` (rows, outputs)."""
+    units, outputs, used, unit = _num_units(table, linear), table[linear + NUM_OUTPUTS], out.shape[0], own.unit
+    number = _take(shared.counters, region)
+    while number < units:
+        _multiply_unit(table, linear, number, x, own.sums, rows, unit)
+        begin = number * UNIT
+        for row in range(min(used, rows)):
+            for i in range(min(UNIT, outputs - begin)):
+                out[row, begin + i] = unit[row, i]
+        number = _take(shared.counters, region)
+
+
+@compiled
+def _project(layer: IntArray, rows: int, region: int, shared: Shared, own: Own) -> None:
+    """Queries, keys and values."""
+    of_queries = _num_units(layer, QUERY)
+    of_keys = of_queries + _num_units(layer, KEY)
+    total, unit = of_keys + _num_units(layer, VALUE), own.unit
+    number = _take(shared.counters, region)
+    while number < total:
+        if number < of_queries:
+            linear, out, first = QUERY, shared.queries, number
+        elif number < of_keys:
+            linear, out, first = KEY, shared.keys, number - of_queries
+        else:
+            linear, out, first = VALUE, shared.values, number - of_keys
+        _multiply_unit(layer, linear, first, own.x, own.sums, rows, unit)
+        begin = first * UNIT
+        for row in range(rows):
+            for i in range(min(UNIT, layer[linear + NUM_OUTPUTS] - begin)):
+                out[row, begin + i] = unit[row, i]
+        number = _take(shared.counters, region)
+
+
+@compiled
+def _gate(layer: IntArray, activation: int, rows: int, region: int, shared: Shared, own: Own) -> None:
+    """The inner states of the MLP: the activation of the gate times what goes up."""
+    units, outputs, gate, up, inner = (
+        _num_units(layer, GATE),
+        layer[GATE + NUM_OUTPUTS],
+        own.unit,
+        own.other_unit,
+        shared.inner,
+    )
+    number = _take(shared.counters, region)
+    while number < units:
+        _multiply_unit(layer, GATE, number, own.x, own.sums, rows, gate)
+        _multiply_unit(layer, UP, number, own.x, own.sums, rows, up)
+        begin = number * UNIT
+        for row in range(rows):
+            if activation == SILU:
+                for i in range(UNIT):
+                    value = gate[row, i]
+                    gate[row, i] = value / (np.float32(1) + _exp(-value)) * up[row, i]
+            else:
+                for i in range(UNIT):
+                    gate[row, i] = _gelu_tanh(gate[row, i]) * up[row, i]
+            for i in range(min(UNIT, outputs - begin)):
+                inner[(begin + i) * rows + row] = gate[row, i]
+        number = _take(shared.counters, region)
+
+
+@compiled
+def _sum_groups(x: FloatArray, inputs: int, rows: int, sums: FloatArray) -> None:
+    """The sums of the inputs of each group; both across."""
+    for group in range(inputs // GROUP):
+        for row in range(rows):
+            sums[group * rows + row] = 0
+        for i in range(group * GROUP, (group + 1) * GROUP):
+            for row in range(rows):
+                sums[group * rows + row] += x[i * rows + row]
+
+
+# ---- norms and activations -------------------------------------------------------------------------------------------
+
+
+@compiled
+def _norm(
+    hidden: FloatArray, row: int, size: int, weight: int, epsilon: float, out: FloatArray, column: int, columns: int
+) -> None:
+    """The root mean square norm of a row, written across."""
+    address = hidden.ctypes.data + 4 * row * hidden.shape[1]
+    factor = np.float32(1) / np.sqrt(dot(address, address, size) / np.float32(size) + epsilon)
+    for i in range(size):
+        out[i * columns + column] = hidden[row, i] * factor * number_at(weight + 4 * i)
+
+
+@compiled
+def _take_branch(branch: FloatArray, hidden: FloatArray, weight: int, epsilon: float, rows: int, size: int) -> None:
+    """Add what attention or MLP gave, after a norm of its own if the model has one there."""
+    for row in range(rows):
+        if weight:
+            address = branch.ctypes.data + 4 * row * branch.shape[1]
+            factor = np.float32(1) / np.sqrt(dot(address, address, size) / np.float32(size) + epsilon)
+            for i in range(size):
+                hidden[row, i] += branch[row, i] * factor * number_at(weight + 4 * i)
+        else:
+            for i in range(size):
+                hidden[row, i] += branch[row, i]
+
+
+@inlined
+def _exp(x: float) -> float:
+    """E to the power of `x`, to about 2 units in the last place; a loop over it becomes vector code."""
+    x = min(max(x, np.float32(-87)), np.float32(88))
+    power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    rest = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    series = np.float32(1.9875691500e-4)
+    series = series * rest + np.float32(1.3981999507e-3)
+    series = series * rest + np.float32(8.3334519073e-3)
+    series = series * rest + np.float32(4.1665795894e-2)
+    series = series * rest + np.float32(1.6666665459e-1)
+    series = series * rest + np.float32(5.0000001201e-1)
+    series = series * rest * rest + rest + np.float32(1)
+    result: float = series * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return result
+
+
+@inlined
+def _gelu_tanh(x: float) -> float:
+    """X / 2 * (1 + tanh(y)) is x / (1 + exp(-2 y))."""
+    y = np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x)
+    result: float = x / (np.float32(1) + _exp(np.float32(-2) * y))
+    return result
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _rotate(layer: IntArray, work: Work, region: int, shared: Shared) -> None:
+    """Norm and rotate queries and keys, and write keys and values to their slots."""
+    model, numbers, tokens, rotary = work.model, work.numbers, work.tokens, work.angles
+    heads, dim, kinds = model[HEADS], model[HEAD_DIM], model[HEADS] + model[KV_HEADS]
+    number = _take(shared.counters, region)
+    while number < tokens.shape[0] * kinds:
+        token, head = number // kinds, number % kinds
+        if head < heads:
+            state, norm = shared.queries.ctypes.data + 4 * dim * (token * heads + head), layer[QUERY_NORM]
+        else:
+            state = shared.keys.ctypes.data + 4 * dim * (token * model[KV_HEADS] + head - heads)
+            norm = layer[KEY_NORM]
+        if norm:
+            factor = np.float32(1) / np.sqrt(dot(state, state, dim) / np.float32(dim) + numbers[EPSILON])
+            for i in range(dim):
+                put_number(state + 4 * i, number_at(state + 4 * i) * factor * number_at(norm + 4 * i))
+        if layer[ROTARY] >= 0:
+            turned, positions = model[ROTARY_DIM], rotary.shape[2]
+            cos = rotary.ctypes.data + 4 * turned * (2 * layer[ROTARY] * positions + tokens[token, POSITION])
+            _rotate_head(state, cos, cos + 4 * turned * positions, turned)
+        if head >= heads:
+            place = 4 * dim * ((head - heads) * model[KV_SLOTS] + tokens[token, WRITE])
+            value = shared.values.ctypes.data + 4 * dim * (token * model[KV_HEADS] + head - heads)
+            for i in range(dim):
+                put_number(layer[KEYS] + place + 4 * i, number_at(state + 4 * i))
+                put_number(layer[VALUES] + place + 4 * i, number_at(value + 4 * i))
+        number = _take(shared.counters, region)
+
+
+@compiled
+def _rotate_head(state: int, cos: int, sin: int, dim: int) -> None:
+    """The first `dim` numbers of a head, the first half of them against the second; all are addresses."""
+    half = dim // 2
+    for i in range(half):
+        low, high = 4 * i, 4 * (half + i)
+        first, second = number_at(state + low), number_at(state + high)
+        put_number(state + low, first * number_at(cos + low) - second * number_at(sin + low))
+        put_number(state + high, second * number_at(cos + high) + first * number_at(sin + high))
+
+
+@compiled
+def _attend(layer: IntArray, work: Work, num_chunks: int, region: int, shared: Shared, scores: FloatArray) -> None:
+    """For each chunk of positions: what the queries find there, as yet unscaled."""
+    model, tokens, slots = work.model, work.tokens, work.slots
+    kv_heads, dim, group = model[KV_HEADS], model[HEAD_DIM], model[HEADS] // model[KV_HEADS]
+    number = _take(shared.counters, region)
+    while number < num_chunks * kv_heads:
+        chunk, kv_head = number // kv_heads, number % kv_heads
+        offset = 4 * dim * kv_head * model[KV_SLOTS]
+        for token in range(tokens.shape[0]):
+            context = tokens[token, NUM_SHARED] + tokens[token, NUM_OWN]
+            begin = chunk * CHUNK
+            if begin >= context:
+                continue
+            start = tokens[token, SHARED_START] + begin
+            if begin >= tokens[token, NUM_SHARED]:
+                start = tokens[token, OWN_START] + begin - tokens[token, NUM_SHARED]
+            skipped = max(context - layer[WINDOW] - begin, 0) if layer[WINDOW] else 0
+            count = min(CHUNK, context - begin)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                part = _part(shared.partial, token, head, chunk)
+                put_number(part, np.float32(-np.inf))
+                for i in range(1, 2 + dim):
+                    put_number(part + 4 * i, np.float32(0))
+                if skipped < count:
+                    query = shared.queries.ctypes.data + 4 * (token * shared.queries.shape[1] + head * dim)
+                    seen = slots.ctypes.data + 8 * (start + skipped)
+                    _attend_head(
+                        query, layer[KEYS] + offset, layer[VALUES] + offset, seen, count - skipped, work, scores, part
+                    )
+        number = _take(shared.counters, region)
+
+
+@compiled
+def _attend_head(
+    query: int, keys: int, values: int, slots: int, count: int, work: Work, scores: FloatArray, part: int
+) -> None:
+    """What one head finds at `count` slots, into its part; queries, keys, values, slots and part are addresses."""
+    dim, scaling = work.model[HEAD_DIM], work.numbers[SCALING]
+    greatest = np.float32(-np.inf)
+    for i in range(count):
+        scores[i] = dot(query, keys + 4 * dim * slot_at(slots + 8 * i), dim) * scaling
+        greatest = max(greatest, scores[i])
+    for i in range(count):
+        scores[i] = _exp(scores[i] - greatest)
+    total = np.float32(0)
+    for i in range(count):
+        total += scores[i]
+    put_number(part, greatest)
+    put_number(part + 4, total)
+    weighted_sum(scores.ctypes.data, values, slots, count, dim, part + 8)
+
+
+@compiled
+def _combine(work: Work, region: int, shared: Shared) -> None:
+    """Put the chunks of each head together, written across."""
+    model, tokens, rows = work.model, work.tokens, work.rows
+    heads, dim, attended = model[HEADS], model[HEAD_DIM], shared.attended
+    number = _take(shared.counters, region)
+    while number < tokens.shape[0] * heads:
+        token, head = number // heads, number % heads
+        context = tokens[token, NUM_SHARED] + tokens[token, NUM_OWN]
+        chunks = -(-context // CHUNK)
+        greatest = np.float32(-np.inf)
+        for chunk in range(chunks):
+            greatest = max(greatest, number_at(_part(shared.partial, token, head, chunk)))
+        total = np.float32(0)
+        for chunk in range(chunks):
+            part = _part(shared.partial, token, head, chunk)
+            factor = _exp(number_at(part) - greatest)
+            total += factor * number_at(part + 4)
+            put_number(part, factor)
+        for i in range(dim):
+            found = np.float32(0)
+            for chunk in range(chunks):
+                part = _part(shared.partial, token, head, chunk)
+                found += number_at(part) * number_at(part + 8 + 4 * i)
+            attended[(head * dim + i) * rows + token] = found / total
+        number = _take(shared.counters, region)
+
+
+@inlined
+def _part(partial: FloatArray, token: int, head: int, chunk: int) -> int:
+    """The address of what one head found in one chunk."""
+    address: int = partial.ctypes.data + 4 * partial.shape[3] * (
+        (token * partial.shape[1] + head) * partial.shape[2] + chunk
+    )
+    return address
