@@ -53,6 +53,8 @@ UNIT = 4 * WIDTH
 """Output rows that are computed at a time: as many sums as hide how long each takes."""
 MOST_ROWS = 8
 """Input rows that are computed at a time."""
+_AHEAD = 2048
+"""Bytes in front of what is read that memory is asked for: the processor itself does not look beyond a page."""
 _SUMS = 8
 """Vectors of sums that are kept in registers at a time."""
 
@@ -180,6 +182,10 @@ def _multiply_vectors(builder: Any, kind: int, rows: int, vectors: range, values
         def add_group(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
             """One group further: its products by their scale, and its least value by the sum of its inputs."""
             begin = builder.mul(number, _constant(group // read.inputs))
+            for vector in range(0, len(vectors), LANES // WIDTH):
+                ahead = builder.add(placed[vector], builder.mul(begin, _constant(LANES * read.bytes)))
+                for line in range(0, group // read.inputs * LANES * read.bytes, 64):
+                    _prefetch(builder, builder.add(ahead, _constant(_AHEAD + line)))
             parts = _loop(builder, begin, builder.add(begin, _constant(group // read.inputs)), zeros, accumulate)
             factors = read_scales(scaled, number)
             result = [
@@ -444,6 +450,15 @@ def _load_floats(builder: Any, address: _Value, kind: Any, size: int) -> _Value:
 
 def _store(builder: Any, value: _Value, address: _Value) -> None:
     builder.store(value, _pointer(builder, address, value.type), align=4)
+
+
+def _prefetch(builder: Any, address: _Value) -> None:
+    """Ask for a line of the cache; an address that is nobody's does no harm."""
+    word, byte = ir.IntType(32), ir.IntType(8)
+    kind, name = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word]), "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    to_read, keep, data = (ir.Constant(word, number) for number in (0, 3, 1))
+    builder.call(function, (_pointer(builder, address, byte), to_read, keep, data))
 
 
 def _spread(builder: Any, number: _Value) -> _Value:

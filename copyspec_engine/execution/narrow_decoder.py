@@ -29,11 +29,11 @@ from copyspec_engine.execution.threads import team
 
 __all__ = ["MOST_TOKENS", "NarrowDecoder", "NarrowPasses", "UnmatchedError", "match_decoder"]
 
-MOST_TOKENS = 8
+MOST_TOKENS = 32
 """Of a pass; wider ones are faster when weights are read once for many tokens at a time."""
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that do not change with the length of the text."""
-_ROWS = (1, 1, 2, 4, 4, 8, 8, 8, 8)
+_ROWS = (1, 1, 2, 4, 4, *(-(-count // k.PANEL) * k.PANEL for count in range(5, MOST_TOKENS + 1)))
 """For so many tokens: the rows that kernels know."""
 
 IntArray = npt.NDArray[np.int64]
@@ -358,11 +358,6 @@ class NarrowPasses:
         self._shared: dict[tuple[int, int], dict[str, npt.NDArray[np.float32]]] = {}
         self._own: dict[tuple[int, int], k.Own] = {}
         self._angles = decoder.angles(1)
-
-    @staticmethod
-    def takes(pieces: Sequence[Piece]) -> bool:
-        """Whether these are few enough tokens."""
-        return sum(len(piece.ids) for piece in pieces) <= MOST_TOKENS
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:

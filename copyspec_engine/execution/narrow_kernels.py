@@ -20,6 +20,8 @@ from copyspec_engine.execution.lanes import (
     BIAS,
     KERNEL,
     LINEAR_COLUMNS,
+    MOST_ROWS,
+    NUM_INPUTS,
     NUM_OUTPUTS,
     UNIT,
     add_and_fetch,
@@ -37,6 +39,8 @@ __all__ = ["CHUNK", "GROUP", "Own", "Shared", "Work", "run_pass"]
 
 CHUNK = 128
 """Positions whose keys and values are one piece of work; their parts of the softmax are put together afterwards."""
+PANEL = MOST_ROWS
+"""Rows that are multiplied at a time; more of them stand in panels, one behind the other."""
 GROUP = 32
 """Inputs that share a least value."""
 _PATIENCE = 2000
@@ -84,7 +88,7 @@ class Work(NamedTuple):
     wanted: IntArray
     """Tokens whose logits are wanted, in order."""
     rows: int
-    """1, 2, 4 or 8: at least as many as tokens."""
+    """1, 2, 4 or a multiple of PANEL: at least as many as tokens."""
     rows_wanted: int
     """The same for `wanted`."""
     num_threads: int
@@ -94,7 +98,10 @@ class Work(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What the threads of a pass hand to each other. Where it says "across", the rows of an input lie side by side."""
+    """What the threads of a pass hand to each other.
+
+    Where it says "across", the rows of an input lie side by side, up to PANEL of them.
+    """
 
     counters: IntArray
     """Of threads that have come to a point where all wait, then of what is taken in each region."""
@@ -151,7 +158,7 @@ def run_pass(work: Work, shared: Shared, own: Own) -> None:
     for number in range(work.layers.shape[0]):
         layer = work.layers[number]
         for row in range(rows):
-            _norm(hidden, row, size, layer[BEFORE_ATTENTION], numbers[EPSILON], x, row, rows)
+            _norm(hidden, row, size, layer[BEFORE_ATTENTION], numbers[EPSILON], x, _first(row, size, rows))
         _sum_groups(x, size, rows, own.sums)
         _project(layer, rows, region, shared, own)
         arrivals = _meet(counters, arrivals, num_threads)
@@ -166,7 +173,7 @@ def run_pass(work: Work, shared: Shared, own: Own) -> None:
         arrivals = _meet(counters, arrivals, num_threads)
         _take_branch(shared.branch, hidden, layer[AFTER_ATTENTION], numbers[EPSILON], rows, size)
         for row in range(rows):
-            _norm(hidden, row, size, layer[BEFORE_MLP], numbers[EPSILON], x, row, rows)
+            _norm(hidden, row, size, layer[BEFORE_MLP], numbers[EPSILON], x, _first(row, size, rows))
         _sum_groups(x, size, rows, own.sums)
         _gate(layer, model[ACTIVATION], rows, region + 5, shared, own)
         arrivals = _meet(counters, arrivals, num_threads)
@@ -178,7 +185,7 @@ def run_pass(work: Work, shared: Shared, own: Own) -> None:
     for i in range(size * work.rows_wanted):
         x[i] = 0
     for i in range(work.wanted.shape[0]):
-        _norm(hidden, work.wanted[i], size, model[LAST_NORM], numbers[EPSILON], x, i, work.rows_wanted)
+        _norm(hidden, work.wanted[i], size, model[LAST_NORM], numbers[EPSILON], x, _first(i, size, work.rows_wanted))
     if work.wanted.shape[0]:
         _sum_groups(x, size, work.rows_wanted, own.sums)
         _add(model, HEAD, x, work.rows_wanted, region, shared.logits, shared, own)
@@ -222,8 +229,17 @@ def _multiply_unit(
     table: IntArray, linear: int, number: int, x: FloatArray, sums: FloatArray, rows: int, out: FloatArray
 ) -> None:
     """Products of all rows with one unit of a linear layer, with its bias, into `out` (rows, UNIT)."""
-    address = table.ctypes.data + 8 * linear
-    multiply(table[linear + KERNEL], rows, x.ctypes.data, sums.ctypes.data, address, number, out.ctypes.data)
+    address, width, inputs = table.ctypes.data + 8 * linear, min(rows, PANEL), table[linear + NUM_INPUTS]
+    for panel in range(rows // width):
+        multiply(
+            table[linear + KERNEL],
+            width,
+            x.ctypes.data + 4 * panel * width * inputs,
+            sums.ctypes.data + 4 * panel * width * (inputs // GROUP),
+            address,
+            number,
+            out.ctypes.data + 4 * panel * width * UNIT,
+        )
     bias = table[linear + BIAS]
     if bias:
         for i in range(min(UNIT, table[linear + NUM_OUTPUTS] - number * UNIT)):
@@ -300,20 +316,31 @@ def _gate(layer: IntArray, activation: int, rows: int, region: int, shared: Shar
             else:
                 for i in range(UNIT):
                     gate[row, i] = _gelu_tanh(gate[row, i]) * up[row, i]
+            first, step = _first(row, outputs, rows)
             for i in range(min(UNIT, outputs - begin)):
-                inner[(begin + i) * rows + row] = gate[row, i]
+                inner[first + (begin + i) * step] = gate[row, i]
         number = _take(shared.counters, region)
 
 
 @compiled
 def _sum_groups(x: FloatArray, inputs: int, rows: int, sums: FloatArray) -> None:
     """The sums of the inputs of each group; both across."""
-    for group in range(inputs // GROUP):
-        for row in range(rows):
-            sums[group * rows + row] = 0
-        for i in range(group * GROUP, (group + 1) * GROUP):
-            for row in range(rows):
-                sums[group * rows + row] += x[i * rows + row]
+    width, groups = min(rows, PANEL), inputs // GROUP
+    for panel in range(rows // width):
+        for group in range(groups):
+            first = (panel * groups + group) * width
+            for row in range(width):
+                sums[first + row] = 0
+            for i in range(GROUP):
+                for row in range(width):
+                    sums[first + row] += x[(panel * inputs + group * GROUP + i) * width + row]
+
+
+@inlined
+def _first(row: int, inputs: int, rows: int) -> tuple[int, int]:
+    """Where a row's first input is across, and how far it is to its next one."""
+    width = min(rows, PANEL)
+    return (row // width * inputs * width + row % width, width)
 
 
 # ---- norms and activations -------------------------------------------------------------------------------------------
@@ -321,13 +348,14 @@ def _sum_groups(x: FloatArray, inputs: int, rows: int, sums: FloatArray) -> None
 
 @compiled
 def _norm(
-    hidden: FloatArray, row: int, size: int, weight: int, epsilon: float, out: FloatArray, column: int, columns: int
+    hidden: FloatArray, row: int, size: int, weight: int, epsilon: float, out: FloatArray, place: tuple[int, int]
 ) -> None:
-    """The root mean square norm of a row, written across."""
+    """The root mean square norm of a row, written across (see `_first`)."""
     address = hidden.ctypes.data + 4 * row * hidden.shape[1]
     factor = np.float32(1) / np.sqrt(dot(address, address, size) / np.float32(size) + epsilon)
+    first, step = place
     for i in range(size):
-        out[i * columns + column] = hidden[row, i] * factor * number_at(weight + 4 * i)
+        out[first + i * step] = hidden[row, i] * factor * number_at(weight + 4 * i)
 
 
 @compiled
@@ -485,12 +513,13 @@ def _combine(work: Work, region: int, shared: Shared) -> None:
             factor = _exp(number_at(part) - greatest)
             total += factor * number_at(part + 4)
             put_number(part, factor)
+        first, step = _first(token, heads * dim, rows)
         for i in range(dim):
             found = np.float32(0)
             for chunk in range(chunks):
                 part = _part(shared.partial, token, head, chunk)
                 found += number_at(part) * number_at(part + 8 + 4 * i)
-            attended[(head * dim + i) * rows + token] = found / total
+            attended[first + (head * dim + i) * step] = found / total
         number = _take(shared.counters, region)
 
 

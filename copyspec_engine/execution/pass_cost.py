@@ -49,11 +49,22 @@ def find_pass_cost(
         execution: how its passes run.
     """
     context = min(_CALIBRATION_CONTEXT, room // 2)
-    measure = partial(measure_pass_cost, runner, context, room)
     facts = facts_of(model, config.model)
     facts |= {"context": str(context), "max_width": str(min(room - context, max(STEP_WIDTHS)))}
     facts |= {"execution": execution, "exact": str(runner.exact_widths)}
-    if config.step_cost == "remeasure":
+    found = partial(_find, partial(measure_pass_cost, runner, context, room), anew=config.step_cost == "remeasure")
+    if not runner.narrow_tokens:
+        return found(facts)
+    narrow = found(facts | {"narrow_tokens": str(runner.narrow_tokens)})
+    most, runner.narrow_tokens = runner.narrow_tokens, 0
+    wide = dict(found(facts | {"narrow_tokens": "0"}))
+    runner.narrow_tokens = max((width for width, s in narrow if width <= most and s <= wide.get(width, s)), default=0)
+    return undisturbed([(width, s if width <= runner.narrow_tokens else wide.get(width, s)) for width, s in narrow])
+
+
+def _find(measure: Callable[..., Points], facts: Mapping[str, str], *, anew: bool) -> Points:
+    """The curve that is kept for these facts, else a measured one."""
+    if anew:
         points = measure(budget_s=5.0)
         calibration.keep(facts, points)
         return points

@@ -28,7 +28,7 @@ from copyspec_engine.execution.checkpoint import (
 )
 from copyspec_engine.execution.cuda_graphs import StaticPasses
 from copyspec_engine.execution.generation_defaults import GenerationDefaults
-from copyspec_engine.execution.narrow_decoder import NarrowDecoder, NarrowPasses
+from copyspec_engine.execution.narrow_decoder import MOST_TOKENS, NarrowDecoder, NarrowPasses
 from copyspec_engine.execution.ordered_attention import OrderedRow
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.values.info import EngineInfo, Execution
@@ -89,9 +89,11 @@ class ModelRunner:
         if execution in ("paged", "graphs", "compiled"):
             self.passes = StaticPasses(model, self._store, use_graphs=execution != "paged")
         self._narrow: NarrowPasses | None = None
+        self.narrow_tokens = 0
+        """Passes of up to so many tokens are narrow ones."""
         if execution == "narrow":
             assert narrow is not None
-            self._narrow = NarrowPasses(narrow, self._store)
+            self._narrow, self.narrow_tokens = NarrowPasses(narrow, self._store), MOST_TOKENS
 
     @property
     def vocab_size(self) -> int:
@@ -134,7 +136,7 @@ class ModelRunner:
         """
         if self.passes is not None:
             return self.passes.run(pieces)
-        if self._narrow is not None and self._narrow.takes(pieces):
+        if self._narrow is not None and sum(len(piece.ids) for piece in pieces) <= self.narrow_tokens:
             return self._narrow.run(pieces)
         ids = [token for piece in pieces for token in piece.ids]
         written = len(ids)

@@ -16,7 +16,7 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.attention import ATTENTION_NAME, KVStore
 from copyspec_engine.execution.checkpoint import relative_difference, tolerance, vocab_size
 from copyspec_engine.execution.cuda_graphs import compile_layers, undo_compile, why_not_paged
-from copyspec_engine.execution.narrow_decoder import MOST_TOKENS, NarrowDecoder, UnmatchedError, match_decoder
+from copyspec_engine.execution.narrow_decoder import NarrowDecoder, UnmatchedError, match_decoder
 from copyspec_engine.execution.narrow_weights import NarrowWeight
 from copyspec_engine.execution.ordered_experts import order_experts
 from copyspec_engine.execution.packed_linear import pack_linears, unpack_linears, why_not_packed
@@ -145,8 +145,9 @@ def _check_narrow(
         runner.run([Piece(np.arange(1), 0, ids[:1], DraftTree(), 0)])  # by which each layer tells its scoring
         decoder = match_decoder(model, weights, runner.store.scorings)
         runner = make_runner(num_slots=2 * _TOKENS, execution="narrow", narrow=decoder)
-        num_bytes, difference = _compare(runner, model, name, ids, expected, most=MOST_TOKENS)
-        return Checked(num_bytes, "narrow", wide.error, max(difference, wide.difference or 0.0), decoder)
+        _, difference = _compare(runner, model, name, ids, expected)
+        num_bytes, in_few = _compare(runner, model, name, ids, expected, in_few=True)
+        return Checked(num_bytes, "narrow", wide.error, max(difference, in_few, wide.difference or 0.0), decoder)
     except (UnmatchedError, UnsupportedModelError) as error:
         logger.warning("%s: passes of few tokens read all weights as float32: %s", name, error)
         return replace(wide, error=wide.error or str(error))
@@ -219,14 +220,15 @@ def _compare(
     name: str,
     ids: list[int],
     expected: torch.Tensor,
-    most: int | None = None,
+    *,
+    in_few: bool = False,
 ) -> tuple[int, float]:
     """Bytes of KV for one token, and the relative difference of the logits, if passes in pieces give the model's own.
 
     Raises:
         UnsupportedModelError: they do not.
     """
-    passes = _wide_passes(ids) if most is None else _narrow_passes(ids, most)
+    passes = _narrow_passes(ids) if in_few else _wide_passes(ids)
     try:
         got = torch.cat([runner.run(pieces).float() for pieces in passes])  # good until the next pass only
     except UnsupportedModelError as error:
@@ -257,12 +259,11 @@ def _wide_passes(ids: list[int]) -> Iterator[list[Piece]]:
     yield [Piece(slots, 7, ids[7:], DraftTree(), 5), Piece(other, 3, ids[3:], DraftTree(), 9)]
 
 
-def _narrow_passes(ids: list[int], most: int) -> Iterator[list[Piece]]:
-    """The same in passes of at most `most` tokens, at least 8, the last ones of them a draft with a branch besides."""
+def _narrow_passes(ids: list[int]) -> Iterator[list[Piece]]:
+    """The same in passes of at most eight tokens, the last ones of them a draft with a branch besides."""
     slots, other = _two_rows()
-    at = most - 3
-    yield [Piece(slots, 0, ids[:at], DraftTree(), at), Piece(other, 0, ids[:3], DraftTree(), 0)]
-    yield [Piece(slots, at, ids[at:], DraftTree(), _TOKENS - at)]
+    yield [Piece(slots, 0, ids[:5], DraftTree(), 5), Piece(other, 0, ids[:3], DraftTree(), 0)]
+    yield [Piece(slots, 5, ids[5:], DraftTree(), 7)]
     yield [Piece(other, 3, ids[3:8], DraftTree(), 5)]
     draft = DraftTree((*ids[9:], ids[0]), (-1, 0, 1, -1))
     yield [Piece(np.append(other, slots[0]), 8, [ids[8], *draft.tokens], draft, 5)]  # the branch's logits come last

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from copyspec_engine import CopySpecDrafter, Engine, EngineConfig, GenerationRequest, SamplingParams
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.execution import pass_cost
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.narrow_decoder import MOST_TOKENS, NarrowPasses
@@ -187,10 +188,36 @@ def test_float32_weights_among_narrow_ones() -> None:
     assert found.execution == "narrow"
 
 
-def test_wider_passes_run_as_before() -> None:
-    pieces = [Piece(np.arange(20), 0, [1] * MOST_TOKENS, DraftTree(), 1)]
-    assert NarrowPasses.takes(pieces)
-    assert not NarrowPasses.takes([*pieces, Piece(np.arange(20, 22), 0, [1], DraftTree(), 1)])
+def test_wider_passes_run_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rounded("llama")
+    runner = ModelRunner(model, 80, execution="narrow", narrow=checked(model).narrow)
+    narrow: list[int] = []
+    run = NarrowPasses.run
+    monkeypatch.setattr(
+        NarrowPasses, "run", lambda self, pieces: narrow.append(len(pieces[0].ids)) or run(self, pieces)
+    )
+    for width in (1, MOST_TOKENS, MOST_TOKENS + 1):
+        runner.run([Piece(np.arange(80), 0, [1] * width, DraftTree(), 1)])
+    assert narrow == [1, MOST_TOKENS]
+
+
+@pytest.mark.parametrize(("wide_s", "most"), [(1.0, MOST_TOKENS), (0.25, 16), (0.0, 0)])
+def test_the_faster_way_is_taken_as_far_as_it_is_faster(
+    wide_s: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrow passes take as long as they have tokens here, wide ones always as long."""
+    model = rounded("llama")
+    runner = ModelRunner(model, 600, execution="narrow", narrow=checked(model).narrow)
+
+    def measure(runner: ModelRunner, *_: Any, **__: Any) -> Any:
+        widths = (1, 2, 4, 8, 16, 32, 64)
+        return tuple((width, width / 64 if width <= runner.narrow_tokens else wide_s) for width in widths)
+
+    monkeypatch.setattr(pass_cost, "measure_pass_cost", measure)
+    config = EngineConfig(model="tiny", step_cost="remeasure")
+    points = dict(pass_cost.find_pass_cost(runner, model, config, 600, "narrow"))
+    assert runner.narrow_tokens == most
+    assert points[64] == wide_s or most == MOST_TOKENS
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "mistral"])
