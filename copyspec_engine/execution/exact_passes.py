@@ -41,20 +41,23 @@ class MakeWidthRunner(Protocol):
     def __call__(self, *, num_slots: int, exact_widths: tuple[int, ...]) -> WidthRunner: ...
 
 
-def agreeing_widths(name: str, vocabulary: int, make_runner: MakeWidthRunner) -> tuple[int, ...]:
-    """The most widths of `EXACT_WIDTHS` that agree on the bits of a token; of as many, the widest.
+def agreeing_widths(
+    name: str, vocabulary: int, make_runner: MakeWidthRunner, widths: Sequence[int] = EXACT_WIDTHS
+) -> tuple[int, ...]:
+    """The most of some widths that agree on the bits of a token; of as many, the widest.
 
     Args:
         name: of the model, for messages.
         vocabulary: its token ids.
         make_runner: `ModelRunner` of this model.
+        widths: what is tried.
 
     Raises:
         UnsupportedModelError: at no width is a token independent of what is read with it.
     """
     groups: list[tuple[torch.Tensor, tuple[int, ...]]] = []
-    for width in EXACT_WIDTHS:
-        runner = make_runner(num_slots=_TEXT + EXACT_WIDTHS[-1], exact_widths=(width,))
+    for width in widths:
+        runner = make_runner(num_slots=_TEXT + widths[-1], exact_widths=(width,))
         logits = _logits_everywhere(runner, width, vocabulary)
         if not bool((logits == logits[0]).all()):
             continue
@@ -68,9 +71,9 @@ def agreeing_widths(name: str, vocabulary: int, make_runner: MakeWidthRunner) ->
             f"Got exact=True but {name} gives a token other logits here by what else is read with it, at every width "
             "of a pass: leave exact out"
         )
-    widths = max((widths for _, widths in groups), key=lambda widths: (len(widths), widths))
-    logger.info("%s: passes of %s tokens agree to the last bit", name, ", ".join(map(str, widths)))
-    return widths
+    agreeing = max((those for _, those in groups), key=lambda those: (len(those), those))
+    logger.info("%s: passes of %s tokens agree to the last bit", name, ", ".join(map(str, agreeing)))
+    return agreeing
 
 
 def _logits_everywhere(runner: WidthRunner, width: int, vocabulary: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ from copyspec_engine.execution.checkpoint import (
 from copyspec_engine.execution.exact_passes import EXACT_WIDTHS, agreeing_widths
 from copyspec_engine.execution.float32_head import decide_in_float32
 from copyspec_engine.execution.generation_defaults import GenerationDefaults, read_defaults
+from copyspec_engine.execution.narrow_decoder import MOST_TOKENS
 from copyspec_engine.execution.narrow_loading import count_weights, narrow_weights, weight_bytes
 from copyspec_engine.execution.narrow_weights import NarrowWeight
 from copyspec_engine.execution.pass_cost import facts_of, find_pass_cost
@@ -233,7 +234,7 @@ def _check(
         if reason is None:
             tried = EXACT_WIDTHS if config.exact else None
             make_runner = partial(ModelRunner, model, exact_widths=tried)
-            checked = check_equivalence(model, config, make_runner, _narrow_weights(model, config, weights))
+            checked = check_equivalence(model, config, make_runner, _narrow_weights(model, weights))
             widths = _exact_widths(model, config, checked) if tried else None
             return _Served(checked, checked.bytes_per_token, None, None, num_parameters, widths)
         stateful, bytes_per_token = check_state(model, config.model)
@@ -241,15 +242,18 @@ def _check(
         return _Served(Checked(0), bytes_per_token, stateful, reason, num_parameters)
 
 
-def _narrow_weights(model: PreTrainedModel, config: EngineConfig, folder: Path | None) -> dict[str, NarrowWeight]:
+def _narrow_weights(model: PreTrainedModel, folder: Path | None) -> dict[str, NarrowWeight]:
     """Weights in the precision that they came in, where passes of few tokens can read them."""
-    if config.exact or model.device.type != "cpu" or model.dtype != torch.float32:
+    if model.device.type != "cpu" or model.dtype != torch.float32:
         return {}
     return narrow_weights(model, folder)
 
 
 def _exact_widths(model: PreTrainedModel, config: EngineConfig, checked: Checked) -> tuple[int, ...]:
     """The widths that agree: those that a cost curve of the same model and machine was measured for, else tried."""
+    if checked.narrow is not None:  # all passes are narrow then: a token's bits are its own in these
+        make_runner = partial(ModelRunner, model, execution=checked.execution, narrow=checked.narrow)
+        return agreeing_widths(config.model, vocab_size(model), make_runner, widths=(MOST_TOKENS,))
     if config.step_cost == "measured":
         facts = facts_of(model, config.model) | {"execution": checked.execution}
         for curve in calibration.kept_curves():

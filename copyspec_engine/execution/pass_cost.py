@@ -53,7 +53,7 @@ def find_pass_cost(
     facts |= {"context": str(context), "max_width": str(min(room - context, max(STEP_WIDTHS)))}
     facts |= {"execution": execution, "exact": str(runner.exact_widths)}
     found = partial(_find, partial(measure_pass_cost, runner, context, room), anew=config.step_cost == "remeasure")
-    if not runner.narrow_tokens:
+    if not runner.narrow_tokens or runner.exact_widths is not None:  # there all passes are narrow
         return found(facts)
     narrow = found(facts | {"narrow_tokens": str(runner.narrow_tokens)})
     most, runner.narrow_tokens = runner.narrow_tokens, 0

@@ -67,7 +67,7 @@ class ModelRunner:
         num_slots: token slots of the KV pool.
         exact_widths: fill passes up to one of these numbers of tokens, ascending, and sum in an order that a token's
             own path decides, so that its bits depend on nothing else (exact_passes.py); None: as is fastest.
-        execution: how passes run, see `EngineInfo.execution`; those for a GPU and narrow ones not in exact mode.
+        execution: how passes run, see `EngineInfo.execution`; those for a GPU not in exact mode.
         narrow: the model's narrow weights, for "narrow".
     """
 

@@ -23,7 +23,7 @@ from copyspec_engine.execution.narrow_weights import NarrowWeight, narrow_weight
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.execution.self_check import Checked, check_equivalence
-from copyspec_engine.testing import ByteTokenizer
+from copyspec_engine.testing import ByteTokenizer, loop_of
 from tests.conftest import STEP_COST
 from tests.execution.architectures import build_model
 
@@ -222,13 +222,15 @@ def test_the_faster_way_is_taken_as_far_as_it_is_faster(
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "mistral"])
 @pytest.mark.parametrize("drafter", ["adaptive", CopySpecDrafter(min_match_tokens=1, block=6)])
-def test_engine_drafts_without_loss(name: str, drafter: Any) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_engine_drafts_without_loss(name: str, drafter: Any, exact: bool) -> None:
     """A whole engine on narrow passes: drafted and plain, two requests at a time, over turns of a conversation."""
-    config = EngineConfig(model=name, step_cost=STEP_COST)
+    config = EngineConfig(model=name, step_cost=STEP_COST, exact=exact)
     prompts = [[i % 251 for i in range(start, start + 40)] * 2 for start in (3, 90)]
     with Engine(config, model=prepare(rounded(name), ByteTokenizer(), config)) as engine:
         assert engine.info.execution == "narrow"
         assert engine.info.narrow_weight_bytes > 0
+        assert loop_of(engine).model.exact_widths == ((MOST_TOKENS,) if exact else None)
         answers = {}
         for way in ("none", drafter):
             for turn in range(2):
