@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic
 
 from copyspec_engine.compiled import compiled_address
@@ -44,7 +44,16 @@ __all__ = [
     "weighted_sum",
 ]
 
-_FEATURES = llvm.get_host_cpu_features()
+
+def _features() -> dict[str, bool]:
+    """What the processor can do, or what NUMBA_CPU_FEATURES ("+avx2,-fma") leaves of it."""
+    named = config.CPU_FEATURES
+    if named is None:
+        return dict(llvm.get_host_cpu_features())
+    return {feature[1:]: feature[0] == "+" for feature in named.split(",") if feature}
+
+
+_FEATURES = _features()
 WIDTH = 16 if _FEATURES.get("avx512f") else 8
 """float32 numbers of a vector."""
 LANES = 16
