@@ -27,7 +27,8 @@ from tests.lab.test_bench_engine import TINY
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").partition("\n## Commands\n")[0]
-COMMANDS = re.findall(r"^copyspec bench (.*)$", GUIDE, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^copyspec bench ((?!peers).*)$", GUIDE, flags=re.MULTILINE)
+"""Those on a real model are in test_bench_peers.py."""
 RESULT_KEYS = {
     *("source", "drafter", "tokens", "tokens_per_forward", "draft_nodes", "accepted_share", "modelled_speedup"),
     *("propose_us_p50", "propose_us_p99", "index_ms", "observe_us_p50"),

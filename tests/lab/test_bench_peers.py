@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -271,3 +272,13 @@ def test_what_cannot_work_is_said(words: tuple[Any, ...], said: str) -> None:
     result = bench(*words)
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
+
+
+def test_the_guides_commands_name_options_that_there_are() -> None:
+    """They take a real model for as long as it writes, so they are not run as they stand."""
+    guide = Path("benchmarks/README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^copyspec bench peers (.*)$", guide, flags=re.MULTILINE)
+    assert len(commands) == 2
+    known = bench("--help").output
+    for option in {word for command in commands for word in command.split() if word.startswith("--")}:
+        assert option in known
