@@ -61,7 +61,7 @@ def _table(info: EngineInfo) -> Table:
         "read from": info.model_source,
         "architecture": info.architecture,
         "parameters": f"{info.num_parameters:,}",
-        "weights": f"{_size(info.weight_bytes)} in {info.dtype}, {_size(info.narrow_weight_bytes)} in fewer bits",
+        "weights": f"{_size(info.weight_bytes)} in {info.dtype} and {_size(info.narrow_weight_bytes)} in fewer bits",
         "device": _device(info),
         "dtype": info.dtype if info.quantization is None else f"{info.dtype} ({info.quantization})",
         "longest context": f"{info.max_model_len:,} tokens",

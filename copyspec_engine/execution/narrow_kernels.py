@@ -1,6 +1,6 @@
 """A whole forward pass of a few tokens as one compiled function, which several threads run side by side.
 
-Decoding reads every weight for one to eight tokens, so it takes as long as reading them does, and as the several
+Decoding reads every weight for a few tokens, so it takes as long as reading them does, and as the several
 hundred small operations in between do. Here weights are read as they are stored (lanes.py), keys and values where they
 lie, and nothing is called in between. Each thread runs `run_pass` from beginning to end, takes what is to be computed
 next from a counter, and waits for the others wherever something is needed that they may still be computing.

@@ -147,7 +147,7 @@ def _check_narrow(
         runner = make_runner(num_slots=2 * _TOKENS, execution="narrow", narrow=decoder)
         _, difference = _compare(runner, model, name, ids, expected)
         num_bytes, in_few = _compare(runner, model, name, ids, expected, in_few=True)
-        return Checked(num_bytes, "narrow", wide.error, max(difference, in_few, wide.difference or 0.0), decoder)
+        return Checked(num_bytes, "narrow", None, max(difference, in_few, wide.difference or 0.0), decoder)
     except Exception as error:  # whatever it is, a slower way is left
         why = str(error) if isinstance(error, UnmatchedError | UnsupportedModelError) else repr(error)
         logger.warning("%s: passes of few tokens read all weights as float32: %s", name, why)

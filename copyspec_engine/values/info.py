@@ -101,7 +101,7 @@ class EngineInfo:
     execution: Execution = "eager"
     """How passes run. "eager": operation by operation, each request's keys and values gathered first; where nothing
     else works, and on a GPU with exact=True. "packed": so on a CPU, with float32 weights in oneDNN's layout. "narrow":
-    so, and passes of up to eight tokens as one compiled function that reads weights in the precision they came in.
+    so, and passes of up to 32 tokens as one compiled function that reads weights in the precision they came in.
     "paged": kernels on a GPU read keys and values in place. "graphs": so, and replayed as CUDA graphs. "compiled":
     so, of layers that torch.compile has fused."""
     execution_error: str | None = None
