@@ -39,8 +39,8 @@ $(VENV)/.created:
 $(VENV)/.for-demo: $(VENV)/.created $(INPUTS)
 	@echo "==> Installing copyspec with its two integrations (a few minutes the first time)"
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index]'
-	@echo "==> Compiling the drafting code (once)"
-	$(BIN)/python -c 'from copyspec_engine.loop.step import warm_up; warm_up()'
+	@echo "==> Compiling drafting and passes of a few tokens (once, a minute or so)"
+	$(BIN)/python -c 'from copyspec_engine.loop.warm_up import compile_ahead; compile_ahead()'
 	@touch $@
 
 $(VENV)/.for-test: $(VENV)/.for-demo $(INPUTS)

@@ -19,13 +19,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from numba import njit
+from numba import njit, typeof
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
-from numba.core.event import Event, Listener, install_listener
+from numba.core.event import Event, Listener, install_listener, trigger_event
 from numba.core.sigutils import normalize_signature
 
-__all__ = ["compiled", "compiled_address", "counting_compilations", "inlined", "sources"]
+__all__ = ["compile_for", "compiled", "compiled_address", "counting_compilations", "inlined", "sources"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,17 @@ def compiled(function: _Function) -> _Function:
     return cast(_Function, kept)
 
 
+def compile_for(function: Callable[..., object], *arguments: object) -> None:
+    """Compile a function of `compiled` for arguments of these types, or load it, without calling it."""
+    dispatcher: Any = function
+    type_of: Any = typeof
+    dispatcher.compile(tuple(type_of(argument) for argument in arguments))
+
+
 def compiled_address(function: Callable[..., int], signature: object) -> int:
     """The address of a function, compiled now for one signature in Numba's types, for compiled code to call."""
     arguments, result = normalize_signature(signature)  # type: ignore[no-untyped-call]
-    callback: Any = CFunc(function, (arguments, result), locals={}, options=dict(_OPTIONS))
+    callback: Any = _Callback(function, (arguments, result), locals={}, options=dict(_OPTIONS))
     with suppress(RuntimeError):  # no folder can be written
         callback.enable_caching()
         if not _guarded(callback._cache):
@@ -56,6 +63,13 @@ def compiled_address(function: Callable[..., int], signature: object) -> int:
     callback.compile()
     _callbacks.append(callback)
     return cast(int, callback.address)
+
+
+class _Callback(CFunc):
+    def _compile_uncached(self) -> object:
+        whole: Any = super()
+        with trigger_event("numba:compile"):  # as for all other functions
+            return whole._compile_uncached()
 
 
 _callbacks: list[object] = []

@@ -55,12 +55,34 @@ def test_no_call_waits_for_a_compiler() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", NO_CALL_COMPILES], check=True, timeout=300)
 
 
+NO_LOAD_COMPILES = """
+from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
+from copyspec_engine.execution.lanes import kernel
+from copyspec_engine.execution.narrow_kernels import run_pass
+from copyspec_engine.loop.warm_up import compile_ahead
+
+compile_ahead()
+kernels, told = kernel.cache_info(), []
+with Engine(EngineConfig(model="bundled", device="cpu"), on_progress=told.append) as engine:
+    assert engine.info.execution == "narrow"
+    engine.generate(GenerationRequest(prompt="some text", sampling=SamplingParams(max_tokens=4)))
+assert len(run_pass.signatures) == 1, run_pass.signatures
+assert kernel.cache_info().hits > kernels.hits and kernel.cache_info().misses == kernels.misses
+assert told and not any(progress.text.startswith("compiling") for progress in told), told
+"""
+
+
+def test_after_an_installation_no_load_waits_for_a_compiler() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", NO_LOAD_COMPILES], check=True, timeout=300)
+
+
 def test_every_module_with_compiled_code_decides_whether_kept_code_is_used() -> None:
     with_code = set()
     for path in PACKAGE.rglob("*.py"):
         functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
         decorators = [decorator for function in functions for decorator in function.decorator_list]
-        if any(isinstance(decorator, ast.Name) and decorator.id in ("compiled", "inlined") for decorator in decorators):
+        names = {ast.unparse(decorator).partition("(")[0] for decorator in decorators}
+        if names & {"compiled", "inlined", "intrinsic_of"}:
             with_code.add(path)
     assert len(with_code) > 5
     assert set(sources()) == {*with_code, PACKAGE / "compiled.py"}

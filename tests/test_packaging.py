@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -69,6 +70,13 @@ def test_the_source_archive_can_build_the_wheel_and_run_the_tests(built: Path, w
     needed = {"pyproject.toml", "LICENSE", "Makefile", "constraints/cpu.txt", "conftest.py", "tests/conftest.py"}
     assert needed | {"copyspec_engine/memory/acceptance.json"} <= files
     assert {name for name in wheel if name.startswith("copyspec_engine/bundled/model/")} <= files
+
+
+def test_what_the_makefile_runs_of_the_package_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    imports = re.findall(r"from copyspec_engine\S* import \w+", makefile)
+    assert imports
+    subprocess.run([sys.executable, "-c", "\n".join(imports)], check=True)
 
 
 def test_the_bundled_model_is_at_most_24_megabytes() -> None:

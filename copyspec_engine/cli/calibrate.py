@@ -59,7 +59,7 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> int:
 
 def kept_curve_of(info: EngineInfo) -> KeptCurve | None:
     """Where the curve that an engine uses is kept; None if it is not, or was given by the caller."""
-    return next((curve for curve in kept_curves() if curve.points == info.step_cost), None)
+    return next((curve for curve in kept_curves() if curve.cost.points == info.step_cost), None)
 
 
 def _table(info: EngineInfo) -> Table:

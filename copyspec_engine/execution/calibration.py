@@ -24,14 +24,23 @@ from copyspec_engine.models.store import cache_dir, write_whole
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
 
-__all__ = ["KeptCurve", "cpu_name", "keep", "kept_curves", "kept_or_measured"]
+__all__ = ["KeptCurve", "PassCost", "cpu_name", "keep", "kept_curves", "kept_or_measured"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _WIDEST_CHECK = 64
 _LONGEST_CHECK_S = 0.5
 _MOST_DIFFERENCE = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """What passes take, and which of them are narrow ones (narrow_decoder.py)."""
+
+    points: Points
+    narrow_tokens: int = 0
+    """Passes of up to so many tokens are narrow, as those were faster; >= 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,42 +50,42 @@ class KeptCurve:
     path: Path
     facts: dict[str, str]
     """Everything that the cost depends on: model, device, dtype, versions."""
-    points: Points
+    cost: PassCost
     measured_at: str
     """Date and time, ISO 8601, UTC."""
 
 
 def kept_or_measured(
-    facts: Mapping[str, str], measure: Callable[[], Points], check: Callable[[tuple[int, ...]], Points]
-) -> Points:
+    facts: Mapping[str, str], measure: Callable[[], PassCost], check: Callable[[tuple[int, ...], int], Points]
+) -> PassCost:
     """The curve kept for exactly these facts if it still holds, else what `measure` gives, which is then kept.
 
     Args:
         facts: everything that the cost depends on; "model" also names the file.
         measure: measures a whole curve.
-        check: measures passes of these numbers of tokens, quickly.
+        check: measures passes of these numbers of tokens, quickly; its second argument is `PassCost.narrow_tokens`.
     """
     path = _path(facts)
     curve = _read(path)
     if curve is not None and curve.facts != dict(facts):
         logger.warning("Ignored the kept cost curve %s: it is of another model or machine", path)
-    elif curve is not None and _still_holds(curve.points, check):
-        return curve.points
-    points = measure()
-    keep(facts, points)
-    return points
+    elif curve is not None and _still_holds(curve.cost, check):
+        return curve.cost
+    cost = measure()
+    keep(facts, cost)
+    return cost
 
 
-def _still_holds(points: Points, check: Callable[[tuple[int, ...]], Points]) -> bool:
+def _still_holds(kept: PassCost, check: Callable[[tuple[int, ...], int], Points]) -> bool:
     """Whether a wide pass still costs about as many passes of one token as it did.
 
     Where even narrow passes are slow this is not checked: it would take as long as measuring anew.
     """
-    costs = dict(points)
-    widths = [w for w, s in points if 1 < w <= _WIDEST_CHECK and costs[1] + s <= _LONGEST_CHECK_S]
+    costs = dict(kept.points)
+    widths = [w for w, s in kept.points if 1 < w <= _WIDEST_CHECK and costs[1] + s <= _LONGEST_CHECK_S]
     if not widths:
         return True
-    quick = dict(check((1, widths[-1])))
+    quick = dict(check((1, widths[-1]), kept.narrow_tokens))
     before, now = costs[widths[-1]] / costs[1], quick[widths[-1]] / quick[1]
     holds = max(before, now) <= _MOST_DIFFERENCE * min(before, now)
     if not holds:
@@ -89,11 +98,12 @@ def _still_holds(points: Points, check: Callable[[tuple[int, ...]], Points]) -> 
     return holds
 
 
-def keep(facts: Mapping[str, str], points: Points) -> None:
+def keep(facts: Mapping[str, str], cost: PassCost) -> None:
     """Write a curve, whole or not at all."""
     path = _path(facts)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    content = {"format": _FORMAT, "facts": dict(facts), "measured_at": now, "points": points}
+    content = {"format": _FORMAT, "facts": dict(facts), "measured_at": now}
+    content |= {"points": cost.points, "narrow_tokens": cost.narrow_tokens}
     try:
         write_whole(path, json.dumps(content, indent=1))
     except OSError as error:
@@ -115,7 +125,8 @@ def _read(path: Path) -> KeptCurve | None:
         points = EngineConfig(step_cost=content["points"]).points
         if points is None:
             raise ValueError("it has no points")
-        return KeptCurve(path, dict(content["facts"]), points, str(content["measured_at"]))
+        cost = PassCost(points, int(content["narrow_tokens"]))
+        return KeptCurve(path, dict(content["facts"]), cost, str(content["measured_at"]))
     except FileNotFoundError:
         return None
     except (ConfigError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:

@@ -29,6 +29,7 @@ __all__ = [
     "FLOAT16",
     "FLOAT32",
     "FOUR_BITS",
+    "KINDS",
     "LANES",
     "MOST_ROWS",
     "UNIT",

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from copyspec_engine.chat.template import ChatTemplate, given_template
 from copyspec_engine.chat.tokenizer import ChatTokenizer, HFTokenizer, refuse_other_vocabulary
+from copyspec_engine.compiled import counting_compilations
 from copyspec_engine.execution import calibration
 from copyspec_engine.execution.accelerator import memory_of
 from copyspec_engine.execution.checkpoint import (
@@ -228,7 +229,13 @@ def _check(
     if reason is not None and config.exact:
         raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")
     num_parameters = count_weights(model)  # before tied weights are laid out apart
-    with _phase("check", "checking", config, on_progress):
+
+    def told(count: int) -> None:
+        if on_progress is not None:
+            text = f"compiling what {config.model} needs, once after an installation"
+            on_progress(LoadProgress("check", text, done=count, unit="it"))
+
+    with _phase("check", "checking", config, on_progress), counting_compilations(told):
         if decides:
             decide_in_float32(model, config.model)
         if reason is None:

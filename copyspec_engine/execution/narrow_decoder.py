@@ -358,6 +358,7 @@ class NarrowPasses:
         self._shared: dict[tuple[int, int], dict[str, npt.NDArray[np.float32]]] = {}
         self._own: dict[tuple[int, int], k.Own] = {}
         self._angles = decoder.angles(1)
+        k.compile_pass()
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:

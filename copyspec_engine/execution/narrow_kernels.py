@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from copyspec_engine.compiled import compiled, inlined
+from copyspec_engine.compiled import compile_for, compiled, inlined
 from copyspec_engine.execution.lanes import (
     BIAS,
     KERNEL,
@@ -35,7 +35,7 @@ from copyspec_engine.execution.lanes import (
     weighted_sum,
 )
 
-__all__ = ["CHUNK", "GROUP", "Own", "Shared", "Work", "run_pass"]
+__all__ = ["CHUNK", "GROUP", "Own", "Shared", "Work", "compile_pass", "run_pass"]
 
 CHUNK = 128
 """Positions whose keys and values are one piece of work; their parts of the softmax are put together afterwards."""
@@ -140,6 +140,39 @@ class Own(NamedTuple):
     """(rows, UNIT)."""
     scores: FloatArray
     """(CHUNK,)."""
+
+
+def compile_pass() -> None:
+    """Have `run_pass` ready: else the threads of the first pass would all wait for a compiler."""
+    flat, rows = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+    counts, table = np.zeros(0, np.int64), np.zeros((0, 0), np.int64)
+    work = Work(
+        layers=table,
+        model=counts,
+        numbers=flat,
+        tokens=table,
+        slots=counts,
+        angles=np.zeros((0, 0, 0, 0), np.float32),
+        wanted=counts,
+        rows=1,
+        rows_wanted=1,
+        num_threads=1,
+        arrivals=0,
+    )
+    shared = Shared(
+        counters=counts,
+        embedded=rows,
+        queries=rows,
+        keys=rows,
+        values=rows,
+        partial=np.zeros((0, 0, 0, 0), np.float32),
+        attended=flat,
+        inner=flat,
+        branch=rows,
+        logits=rows,
+    )
+    own = Own(hidden=rows, x=flat, sums=flat, unit=rows, other_unit=rows, scores=flat)
+    compile_for(run_pass, work, shared, own)
 
 
 @compiled

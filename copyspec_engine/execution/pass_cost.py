@@ -41,6 +41,8 @@ def find_pass_cost(
 ) -> Points:
     """From the cache, or measured and kept there (see `EngineConfig.step_cost`).
 
+    Of narrow passes the runner then takes those that are faster than wide ones.
+
     Args:
         runner: of the model.
         model: in memory.
@@ -52,23 +54,35 @@ def find_pass_cost(
     facts = facts_of(model, config.model)
     facts |= {"context": str(context), "max_width": str(min(room - context, max(STEP_WIDTHS)))}
     facts |= {"execution": execution, "exact": str(runner.exact_widths)}
-    found = partial(_find, partial(measure_pass_cost, runner, context, room), anew=config.step_cost == "remeasure")
-    if not runner.narrow_tokens or runner.exact_widths is not None:  # there all passes are narrow
-        return found(facts)
-    narrow = found(facts | {"narrow_tokens": str(runner.narrow_tokens)})
-    most, runner.narrow_tokens = runner.narrow_tokens, 0
-    wide = dict(found(facts | {"narrow_tokens": "0"}))
-    runner.narrow_tokens = max((width for width, s in narrow if width <= most and s <= wide.get(width, s)), default=0)
-    return undisturbed([(width, s if width <= runner.narrow_tokens else wide.get(width, s)) for width, s in narrow])
+    facts |= {"most_narrow_tokens": str(runner.narrow_tokens)}
+    measure = partial(_measure_both_ways, runner, runner.narrow_tokens, context, room)
+
+    def check(widths: tuple[int, ...], narrow_tokens: int) -> Points:
+        runner.narrow_tokens = narrow_tokens
+        return measure_pass_cost(runner, context, room, widths, budget_s=0.1)
+
+    if config.step_cost == "remeasure":
+        cost = measure(budget_s=5.0)
+        calibration.keep(facts, cost)
+    else:
+        cost = calibration.kept_or_measured(facts, measure, check)
+    runner.narrow_tokens = cost.narrow_tokens
+    return cost.points
 
 
-def _find(measure: Callable[..., Points], facts: Mapping[str, str], *, anew: bool) -> Points:
-    """The curve that is kept for these facts, else a measured one."""
-    if anew:
-        points = measure(budget_s=5.0)
-        calibration.keep(facts, points)
-        return points
-    return calibration.kept_or_measured(facts, measure, check=partial(measure, budget_s=0.1))
+def _measure_both_ways(
+    runner: ModelRunner, most: int, context: int, room: int, budget_s: float = 1.0
+) -> calibration.PassCost:
+    """Measure passes of up to `most` tokens as narrow and as wide ones, and take the faster way."""
+    runner.narrow_tokens = most
+    narrow = measure_pass_cost(runner, context, room, budget_s=budget_s)
+    if not most or runner.exact_widths is not None:  # in exact ones all are narrow
+        return calibration.PassCost(narrow, most)
+    runner.narrow_tokens = 0
+    wide = dict(measure_pass_cost(runner, context, room, budget_s=budget_s))
+    faster = max((width for width, s in narrow if width <= most and s <= wide.get(width, s)), default=0)
+    points = undisturbed([(width, s if width <= faster else wide.get(width, s)) for width, s in narrow])
+    return calibration.PassCost(points, faster)
 
 
 def measure_pass_cost(

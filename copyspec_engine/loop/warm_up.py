@@ -7,6 +7,8 @@ import numpy as np
 from copyspec_engine.compiled import counting_compilations
 from copyspec_engine.drafting.cost import CostCurve, LiveCost
 from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes, wants_alternatives
+from copyspec_engine.execution.lanes import KINDS, kernel
+from copyspec_engine.execution.narrow_kernels import compile_pass
 from copyspec_engine.memory.alternatives import NUM_ALTERNATIVES, Alternatives
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.provenance.trail import find_around
@@ -14,7 +16,15 @@ from copyspec_engine.sampling.gumbel import warm_up_noise
 from copyspec_engine.values.config import AdaptiveDrafter
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
-__all__ = ["warm_up"]
+__all__ = ["compile_ahead", "warm_up"]
+
+
+def compile_ahead() -> None:
+    """Compile, after an installation, what drafting and the passes of any model need, so that no load has to."""
+    warm_up()
+    compile_pass()
+    for kind in KINDS:
+        kernel(kind)
 
 
 def warm_up(on_progress: OnProgress = lambda _: None) -> None:

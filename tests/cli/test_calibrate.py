@@ -50,7 +50,7 @@ def test_it_shows_tokens_milliseconds_and_passes_of_one_token(run: Callable[...,
 def test_it_keeps_the_curve_and_says_where(run: Callable[..., Result]) -> None:
     result = run("calibrate")
     (curve,) = kept_curves()
-    assert curve.points == CURVE
+    assert curve.cost.points == CURVE
     assert str(curve.path) in result.output
 
 
@@ -60,7 +60,7 @@ def test_it_measures_anew_what_was_kept(run: Callable[..., Result], monkeypatch:
     monkeypatch.setattr(pass_cost, "measure_pass_cost", lambda *_args, **_options: other)
     run("calibrate")
     (curve,) = kept_curves()
-    assert curve.points == other
+    assert curve.cost.points == other
 
 
 def test_its_file_is_a_cost_model_and_a_step_cost(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -110,5 +110,5 @@ def test_the_bundled_model_is_measured_and_kept(cache: Path, device: str) -> Non
     assert result.exit_code == 0, result.output
     (curve,) = kept_curves()
     assert curve.path.is_relative_to(cache)
-    assert [width for width, _ in curve.points] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert [width for width, _ in curve.cost.points] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert curve.facts["model"] == "bundled"

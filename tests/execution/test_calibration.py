@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from copyspec_engine.drafting.cost import Points
-from copyspec_engine.execution.calibration import KeptCurve, cpu_name, keep, kept_curves, kept_or_measured
+from copyspec_engine.execution.calibration import KeptCurve, PassCost, cpu_name, keep, kept_curves, kept_or_measured
 from copyspec_engine.models import store
 from copyspec_engine.models.store import cache_dir
 
@@ -36,16 +36,17 @@ class Machine:
         self.num_measured = 0
         self.checked: list[tuple[int, ...]] = []
 
-    def measure(self) -> Points:
+    def measure(self) -> PassCost:
         self.num_measured += 1
-        return self.curve
+        return PassCost(self.curve)
 
-    def check(self, widths: tuple[int, ...]) -> Points:
+    def check(self, widths: tuple[int, ...], narrow_tokens: int) -> Points:
+        assert narrow_tokens == 0
         self.checked.append(widths)
         return tuple((width, seconds) for width, seconds in self.curve if width in widths)
 
     def load(self, **facts: str) -> Points:
-        return kept_or_measured({**FACTS, **facts}, self.measure, self.check)
+        return kept_or_measured({**FACTS, **facts}, self.measure, self.check).points
 
 
 def the_file(folder: Path) -> Path:
@@ -75,7 +76,7 @@ def test_a_curve_that_no_longer_holds_is_measured_anew_and_replaced(
 ) -> None:
     """A curve measured on a busy machine would otherwise stay for ever."""
     caplog.set_level(logging.INFO)
-    keep(FACTS, ((1, 0.01), (2, 0.012), (64, 0.16), (256, 0.64)))
+    keep(FACTS, PassCost(((1, 0.01), (2, 0.012), (64, 0.16), (256, 0.64))))
     machine = Machine(CURVE)
     assert machine.load() == CURVE
     assert machine.checked == [(1, 64)]
@@ -87,14 +88,14 @@ def test_a_curve_that_no_longer_holds_is_measured_anew_and_replaced(
 
 @pytest.mark.parametrize(("seconds", "num_measured"), [(0.019, 1), (0.021, 0), (0.044, 0), (0.046, 1)])
 def test_a_curve_holds_within_a_factor_of_one_and_a_half(seconds: float, num_measured: int) -> None:
-    keep(FACTS, CURVE)
+    keep(FACTS, PassCost(CURVE))
     machine = Machine(((1, 0.01), (2, 0.012), (64, seconds), (256, 0.1)))
     machine.load()
     assert machine.num_measured == num_measured
 
 
 def test_a_machine_that_is_slower_in_all_widths_alike_keeps_its_curve() -> None:
-    keep(FACTS, CURVE)
+    keep(FACTS, PassCost(CURVE))
     slow = Machine(tuple((width, 9 * seconds) for width, seconds in CURVE))
     assert slow.load() == CURVE
 
@@ -108,14 +109,20 @@ def test_a_machine_that_is_slower_in_all_widths_alike_keeps_its_curve() -> None:
     ],
 )
 def test_the_check_never_takes_long_passes(curve: Points, checked: list[tuple[int, ...]]) -> None:
-    keep(FACTS, curve)
+    keep(FACTS, PassCost(curve))
     machine = Machine(curve)
     assert machine.load() == curve
     assert (machine.checked, machine.num_measured) == (checked, 0)
 
 
 def content(**changed: Any) -> bytes:
-    full = {"format": 1, "facts": FACTS, "measured_at": "2026-01-01T00:00:00+00:00", "points": CURVE}
+    full = {
+        "format": 2,
+        "facts": FACTS,
+        "measured_at": "2026-01-01T00:00:00+00:00",
+        "points": CURVE,
+        "narrow_tokens": 0,
+    }
     return json.dumps({**full, **changed}).encode()
 
 
@@ -129,7 +136,7 @@ def content(**changed: Any) -> bytes:
         b"[]",
         b"null",
         content()[:-20],
-        content(format=2),
+        content(format=1),
         content(facts=[1]),
         content(facts={**FACTS, "model": "another"}),
         content(points=None),
@@ -143,6 +150,7 @@ def content(**changed: Any) -> bytes:
         content(points=[[1, 0.1], [2, float("inf")]]),
         content(points={"1": 0.1}),
         content().replace(b"points", b"pints"),
+        content(narrow_tokens=None),
     ],
 )
 def test_a_damaged_or_foreign_file_is_named_and_measured_over(
@@ -210,27 +218,27 @@ def test_a_read_only_folder_is_a_warning(folder: Path, caplog: pytest.LogCapture
 
 
 def test_a_failed_write_leaves_the_old_file_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep(FACTS, CURVE)
+    keep(FACTS, PassCost(CURVE))
     before = the_file(folder).read_bytes()
     monkeypatch.setattr(os, "replace", full_disk)
-    keep(FACTS, OTHER)
+    keep(FACTS, PassCost(OTHER))
     assert the_file(folder).read_bytes() == before
 
 
 def test_kept_curves_can_be_listed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert list(kept_curves()) == []
-    keep(FACTS, CURVE)
-    keep({**FACTS, "dtype": "bfloat16"}, OTHER)
+    keep(FACTS, PassCost(CURVE))
+    keep({**FACTS, "dtype": "bfloat16"}, PassCost(OTHER, 8))
     (folder / "broken.json").write_text("{")
     curves = list(kept_curves())
-    assert sorted(curve.points for curve in curves) == [CURVE, OTHER]
+    assert {curve.cost for curve in curves} == {PassCost(CURVE), PassCost(OTHER, 8)}
     assert {curve.facts["dtype"] for curve in curves} == {"float32", "bfloat16"}
     assert all(isinstance(curve, KeptCurve) and curve.measured_at.endswith("+00:00") for curve in curves)
     assert "broken.json" in caplog.text
 
 
 def test_names_of_local_folders_make_harmless_file_names(folder: Path) -> None:
-    keep({**FACTS, "model": "../../some where/" + "x" * 300 + "/.."}, CURVE)
+    keep({**FACTS, "model": "../../some where/" + "x" * 300 + "/.."}, PassCost(CURVE))
     assert the_file(folder).name.isascii()
     assert len(the_file(folder).name) < 100
 

@@ -14,7 +14,7 @@ from copyspec_engine.execution.attention import KVStore
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.cuda_graphs import StaticPasses
 from copyspec_engine.execution.float32_head import InFloat32, decide_in_float32
-from copyspec_engine.execution.loading import prepare
+from copyspec_engine.execution.loading import ReadModel, prepare
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import ModelRunner
 from copyspec_engine.testing import ByteTokenizer
@@ -141,6 +141,6 @@ def test_a_recurrent_model_decides_in_float32_too() -> None:
 def test_a_draft_model_decides_about_nothing() -> None:
     model, draft = build_model("llama").bfloat16(), build_model("llama", seed=2).bfloat16()
     config = CONFIG.model_copy(update={"draft_model": DraftModel("draft", step_cost=STEP_COST)})
-    prepare(model, ByteTokenizer(), config, draft=(draft, ByteTokenizer()))
+    prepare(model, ByteTokenizer(), config, draft=ReadModel(draft, ByteTokenizer()))
     assert wrapped(model) == ["model.norm", "lm_head"]
     assert not wrapped(draft)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from copyspec_engine import CopySpecDrafter, Engine, EngineConfig, GenerationRequest, SamplingParams
+from copyspec_engine import CopySpecDrafter, Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
+from copyspec_engine.drafting.cost import undisturbed
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import pass_cost
+from copyspec_engine.execution import lanes, pass_cost
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.narrow_decoder import MOST_TOKENS, NarrowPasses
@@ -201,13 +204,14 @@ def test_wider_passes_run_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     assert narrow == [1, MOST_TOKENS]
 
 
-@pytest.mark.parametrize(("wide_s", "most"), [(1.0, MOST_TOKENS), (0.25, 16), (0.0, 0)])
+@pytest.mark.parametrize(("wide_s", "most"), [(1.0, MOST_TOKENS), (0.25, 16), (1e-9, 0)])
 def test_the_faster_way_is_taken_as_far_as_it_is_faster(
     wide_s: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Narrow passes take as long as they have tokens here, wide ones always as long."""
     model = rounded("llama")
-    runner = ModelRunner(model, 600, execution="narrow", narrow=checked(model).narrow)
+    decoder = checked(model).narrow
+    runner = ModelRunner(model, 600, execution="narrow", narrow=decoder)
 
     def measure(runner: ModelRunner, *_: Any, **__: Any) -> Any:
         widths = (1, 2, 4, 8, 16, 32, 64)
@@ -218,6 +222,29 @@ def test_the_faster_way_is_taken_as_far_as_it_is_faster(
     points = dict(pass_cost.find_pass_cost(runner, model, config, 600, "narrow"))
     assert runner.narrow_tokens == most
     assert points[64] == wide_s or most == MOST_TOKENS
+
+    def measure_a_little(runner: ModelRunner, *_: Any, **options: Any) -> Any:
+        assert options["budget_s"] < 1, "what is kept still holds"
+        return undisturbed(measure(runner))
+
+    monkeypatch.setattr(pass_cost, "measure_pass_cost", measure_a_little)
+    later = ModelRunner(model, 600, execution="narrow", narrow=decoder)
+    assert dict(pass_cost.find_pass_cost(later, model, EngineConfig(model="tiny"), 600, "narrow")) == points
+    assert later.narrow_tokens == most
+
+
+def test_what_loading_compiles_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))  # where nothing is kept yet
+    lanes.kernel.cache_clear()
+    told: list[LoadProgress] = []
+    config = EngineConfig(model="tiny", step_cost=STEP_COST)
+    prepare(rounded("llama"), ByteTokenizer(), config, told.append)
+    compiling = [progress for progress in told if progress.text.startswith("compiling what tiny needs")]
+    assert [progress.done for progress in compiling] == [1]
+    assert {progress.phase for progress in told} == {"check"}
+    lanes.kernel.cache_clear()
+    prepare(rounded("llama"), ByteTokenizer(), config, told.append)
+    assert told[-1] == LoadProgress("check", "checking tiny"), "what is kept is not compiled"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "mistral"])
