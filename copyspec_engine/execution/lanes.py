@@ -48,7 +48,8 @@ __all__ = [
 
 def _features() -> dict[str, bool]:
     """What the processor can do, or what NUMBA_CPU_FEATURES ("+avx2,-fma") leaves of it."""
-    named = config.CPU_FEATURES
+    settings: Any = config  # Numba fills it in when it is imported
+    named: str | None = settings.CPU_FEATURES
     if named is None:
         return dict(llvm.get_host_cpu_features())
     return {feature[1:]: feature[0] == "+" for feature in named.split(",") if feature}
