@@ -50,7 +50,7 @@ class NarrowDecoder:
     Args:
         layers: but for the addresses of keys and values, shape (layers, LAYER_COLUMNS).
         model: but for the number of slots, shape (MODEL_COLUMNS,).
-        numbers: epsilon, scaling and the cap of the logits.
+        numbers: epsilon and scaling.
         vocabulary: size.
         widest: most inputs of a linear layer.
         embed: the model's own, token ids to hidden states.
@@ -113,6 +113,9 @@ class _Matcher:
             raise UnmatchedError(f"{type(self._model).__name__} is built of other parts: {error}") from error
 
     def _match(self) -> NarrowDecoder:
+        cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
+        if cap is not None:  # small logits would pass the check of them
+            raise UnmatchedError(f"it caps its logits at {cap}")
         decoder: Any = self._model.get_decoder()
         rotary, layers = decoder.rotary_emb, list(decoder.layers)
         kinds = self._rotary_kinds(rotary, layers)
@@ -132,7 +135,7 @@ class _Matcher:
         self._refuse_others()
         if len(self._epsilons) != 1 or len(self._scalings) != 1:
             raise UnmatchedError("its layers have several epsilons or scalings")
-        numbers = np.array([*self._epsilons, *self._scalings, 0], np.float32)
+        numbers = np.array([*self._epsilons, *self._scalings], np.float32)
         weights = tuple(self._used.values())
         return NarrowDecoder(
             table, row, numbers, vocabulary, self._widest, embed, rotary, kinds, weights, tuple(self._kept)
@@ -354,8 +357,7 @@ class NarrowPasses:
             keys, values = store.layer(number, like, like)
             row[k.KEYS], row[k.VALUES] = keys.data_ptr(), values.data_ptr()
         self._store = store  # holds what these addresses point to
-        self._counters = np.zeros(k.FIRST_REGION + k.REGIONS * len(self._layers) + 1, np.int64)
-        self._shared: dict[tuple[int, int], dict[str, npt.NDArray[np.float32]]] = {}
+        self._set_up_shared()
         self._own: dict[tuple[int, int], k.Own] = {}
         self._angles = decoder.angles(1)
         k.compile_pass()
@@ -393,8 +395,18 @@ class NarrowPasses:
             num_threads=threads.num_threads,
             arrivals=int(self._counters[0]),
         )
-        threads.run(lambda number: k.run_pass(work, shared, self._own[number, rows]))
+        try:
+            threads.run(lambda number: k.run_pass(work, shared, self._own[number, rows]))
+        except BaseException:  # the others wait for this thread, which was interrupted
+            shared.counters[0] = k.ALL_ARRIVED
+            self._set_up_shared()  # they come to their end in what was theirs
+            raise
         return torch.from_numpy(logits)
+
+    def _set_up_shared(self) -> None:
+        """Make what threads hand to each other anew."""
+        self._counters = np.zeros(k.FIRST_REGION + k.REGIONS * len(self._layers) + 1, np.int64)
+        self._shared: dict[tuple[int, int], dict[str, npt.NDArray[np.float32]]] = {}
 
     def _reach(self, positions: int) -> None:
         """Have the angles of so many positions."""

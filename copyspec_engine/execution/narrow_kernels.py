@@ -58,12 +58,14 @@ LAYER_COLUMNS = 10 + 7 * LINEAR_COLUMNS
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, KV_SLOTS, ACTIVATION, LAST_NORM, HEAD = range(10)
 MODEL_COLUMNS = HEAD + LINEAR_COLUMNS
 SILU, GELU_TANH = range(2)
-EPSILON, SCALING, LOGITS_CAP = range(3)
+EPSILON, SCALING = range(2)
 
 # Columns of a token: slots that it shares with others of its sequence, a multiple of CHUNK of them, and then its own.
 SHARED_START, NUM_SHARED, OWN_START, NUM_OWN, WRITE, POSITION = range(6)
 TOKEN_COLUMNS = 6
 
+ALL_ARRIVED = 1 << 62
+"""Arrivals behind which no thread waits for another any more."""
 REGIONS = 7
 """Counters that a layer needs."""
 FIRST_REGION = 8
@@ -78,7 +80,7 @@ class Work(NamedTuple):
     model: IntArray
     """(MODEL_COLUMNS,)."""
     numbers: FloatArray
-    """EPSILON, SCALING and LOGITS_CAP."""
+    """EPSILON and SCALING."""
     tokens: IntArray
     """(tokens, TOKEN_COLUMNS)."""
     slots: IntArray

@@ -13,7 +13,8 @@ __all__ = ["Team", "team"]
 class Team:
     """The calling thread and `num_threads` - 1 others, which wait for work.
 
-    What they run must come to its end in all threads, or in none; it meets there by itself (narrow_kernels.py).
+    What they run must come to its end in all threads, or in none; it meets there by itself (narrow_kernels.py). Where
+    `run` raises, some may have begun without the caller: whoever called it must let them go on alone.
     """
 
     def __init__(self, num_threads: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ from transformers import PreTrainedModel
 from copyspec_engine import CopySpecDrafter, Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
 from copyspec_engine.drafting.cost import undisturbed
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import lanes, pass_cost
+from copyspec_engine.execution import lanes, narrow_kernels, pass_cost
 from copyspec_engine.execution.checkpoint import relative_difference
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.narrow_decoder import MOST_TOKENS, NarrowPasses
-from copyspec_engine.execution.narrow_kernels import CHUNK
+from copyspec_engine.execution.narrow_kernels import CHUNK, Own, Shared, Work, run_pass
 from copyspec_engine.execution.narrow_weights import NarrowWeight, narrow_weight
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import ModelRunner
@@ -44,7 +46,7 @@ MATCHED = (
     "smollm3",
 )
 UNMATCHED = {
-    "gemma2": "capped scores or sinks",
+    "gemma2": "capped scores or sinks|caps its logits",
     "mixtral": "built of other parts",
     "olmo2": "which is not known here|spans|built of other parts",
     "granite": "gives other logits",
@@ -125,6 +127,29 @@ def test_a_tokens_bits_are_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(narrow.run(others)[2:], alone[:3])
 
 
+def test_an_interrupted_pass_leaves_no_thread_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in one thread while the other has begun: later passes are as before it, also those of another model."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    narrow, other = passes_of(rounded("llama"), 40)[1], passes_of(rounded("llama"), 40)[1]
+    pieces = [Piece(np.arange(40), 0, [1, 2, 3], DraftTree(), 3)]
+    expected = narrow.run(pieces)
+
+    def interrupted(work: Work, shared: Shared, own: Own) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return run_pass(work, shared, own)
+        while shared.counters[0] == work.arrivals:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(narrow_kernels, "run_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        narrow.run([Piece(np.arange(40), 0, [7, 8, 9], DraftTree(), 3)])
+    monkeypatch.setattr(narrow_kernels, "run_pass", run_pass)
+    for _ in range(3):
+        assert torch.equal(narrow.run(pieces), expected)
+    assert torch.equal(other.run(pieces), expected)
+
+
 @pytest.mark.parametrize("name", UNMATCHED)
 def test_what_is_not_known_runs_as_before_and_says_why(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = rounded(name)
@@ -171,6 +196,13 @@ def test_what_would_be_left_out_is_seen(spoil: Any, why: str, caplog: pytest.Log
     found = check_equivalence(model, CONFIG, partial(ModelRunner, model), weights)
     assert found.execution == "eager"
     assert any(part in caplog.text for part in why.split("|")), caplog.text
+
+
+def test_a_cap_on_logits_is_seen_though_small_ones_hardly_show_it(caplog: pytest.LogCaptureFixture) -> None:
+    model = rounded("gemma3")
+    model.config.final_logit_softcapping = 30.0
+    assert checked(model).execution == "eager"
+    assert "caps its logits at 30.0" in caplog.text
 
 
 def test_a_wrong_weight_is_found_by_the_models_own_logits(caplog: pytest.LogCaptureFixture) -> None:
