@@ -23,8 +23,9 @@ from copyspec_engine.loop.scheduler import Counts, Scheduler, StepRow
 from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.view import Snapshot
 from copyspec_engine.provenance.trail import trace
+from copyspec_engine.sampling.likely_tokens import add_alternatives, add_logprobs
 from copyspec_engine.sampling.sampler import SampleRow, sample
-from copyspec_engine.sampling.verify import Verdict, add_alternatives, add_logprobs, verify
+from copyspec_engine.sampling.verify import Verdict, verify
 from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.values.info import EngineMetrics, Held

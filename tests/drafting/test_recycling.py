@@ -25,8 +25,9 @@ from copyspec_engine.memory.acceptance import (
 )
 from copyspec_engine.memory.alternatives import NUM_ALTERNATIVES, Alternatives, buckets_of
 from copyspec_engine.memory.conversation import SessionMemory, SessionStore
+from copyspec_engine.sampling.likely_tokens import add_alternatives
 from copyspec_engine.sampling.sampler import SampleRow
-from copyspec_engine.sampling.verify import add_alternatives, verify
+from copyspec_engine.sampling.verify import verify
 from copyspec_engine.testing import loop_of, scripted_engine
 from copyspec_engine.values.config import EngineConfig
 from tests.conftest import assert_all_slots_free

@@ -21,9 +21,10 @@ from transformers import (
 from copyspec_engine import SamplingParams
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.sampling.gumbel import noise_keys
+from copyspec_engine.sampling.likely_tokens import add_logprobs
 from copyspec_engine.sampling.processors import TokenCounts, mask_tokens, penalise
 from copyspec_engine.sampling.sampler import SampleRow, filtered, sample
-from copyspec_engine.sampling.verify import Verdict, add_logprobs
+from copyspec_engine.sampling.verify import Verdict
 
 
 def chain(count: int) -> DraftTree:
