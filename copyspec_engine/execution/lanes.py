@@ -20,6 +20,7 @@ from numba import config, types
 from numba.extending import intrinsic
 
 from copyspec_engine.compiled import compiled_address
+from copyspec_engine.execution.narrow_weights import LANES
 
 __all__ = [
     "BFLOAT16",
@@ -58,8 +59,6 @@ def _features() -> dict[str, bool]:
 _FEATURES = _features()
 WIDTH = 16 if _FEATURES.get("avx512f") else 8
 """float32 numbers of a vector."""
-LANES = 16
-"""Output rows of a block of weights."""
 UNIT = 4 * WIDTH
 """Output rows that are computed at a time: as many sums as hide how long each takes."""
 MOST_ROWS = 8
