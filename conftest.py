@@ -78,6 +78,15 @@ def smollm2() -> Engine:
 
 
 @pytest.fixture
+def fixed_pass_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are loaded take no measured cost of a pass: their drafts must not depend on how busy a machine is."""
+    from copyspec_engine.execution import calibration
+
+    cost = calibration.PassCost(((1, 1.0), (8, 1.1), (64, 1.6)), narrow_tokens=32)
+    monkeypatch.setattr(calibration, "kept_or_measured", lambda *_: cost)
+
+
+@pytest.fixture
 def make_engine() -> Iterator[Callable[..., Engine]]:
     """make_engine(replies, **options) -> a scripted engine; closed after the test."""
     from copyspec_engine import EngineConfig

@@ -35,6 +35,7 @@ def test_every_example_is_run_here() -> None:
 
 @pytest.mark.filterwarnings("ignore:Skipping serialization of known unserializable key")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LlamaIndex's workflows list pydantic's old names
+@pytest.mark.usefixtures("fixed_pass_cost")
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_the_example_runs_and_shows_what_it_promises(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

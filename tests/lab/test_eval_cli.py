@@ -285,6 +285,7 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--draft-use", "never"), "adaptive", "never"),
     ],
 )
+@pytest.mark.usefixtures("fixed_pass_cost")
 def test_a_draft_model_takes_part(
     draft_model: Path, tmp_path: Path, words: tuple[str, ...], writer: str, use: str | None
 ) -> None:
