@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,21 +21,24 @@ from copyspec_engine import (
     SamplingParams,
     shared_engine,
 )
-from copyspec_engine.cli.demo.run import COPIED, show_on
 from copyspec_engine.cli.documents import load_document
 from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.files import check_writable, write_text
+from copyspec_engine.cli.printing import COPIED, AnswerPrinter
 
 __all__ = ["run_chat"]
 
 SESSION = "copyspec chat"
 HELP = """\
-A line that ends with \\ goes on in the next one.
-/load PATH  put a text file into the conversation, as a message of its own
-/stats      figures of the answers so far
-/why        where the last answer was copied from
-/save PATH  write the conversation as Markdown
-/quit       leave (also Ctrl-D)"""
+A line that ends with \\ goes on in the next one. Ctrl-C stops an answer.
+/load PATH    put a text file into the conversation, as a message of its own
+/system TEXT  what the model is told before the conversation; without a TEXT nothing
+/stats        figures of the answers so far
+/why          where the last answer was copied from
+/save PATH    write the conversation as Markdown
+/clear        begin a new conversation; this one is forgotten, but for what the model is told before it
+/help         show this
+/quit         leave (also Ctrl-D)"""
 ReadLine = Callable[[str], str]
 """Prompts for one line, as `input` does: raises EOFError at the end of the input."""
 
@@ -55,18 +59,20 @@ class Chat:
         request = GenerationRequest(
             messages=tuple(self.messages), sampling=self.sampling, session_id=SESSION, explain=True
         )
-        show, said = show_on(self.console), ""
+        show, said = AnswerPrinter(self.console), ""
         try:
             for chunk in self.engine.stream(request):
                 show(chunk.segments)
                 said += chunk.text
                 if chunk.output is not None:
                     self.outputs.append(chunk.output)
+            show.end()
         except CopySpecError as error:
             self.messages.pop()
             self.console.print(f"[red]{escape(str(error))}[/]")
             return
         except KeyboardInterrupt:
+            show.end()
             self.console.print("\n[yellow]stopped[/]")
         self.messages.append({"role": "assistant", "content": said})
         self.console.print()
@@ -80,6 +86,24 @@ class Chat:
             return
         self.messages.append({"role": "user", "content": document.text})
         self.console.print(f"Loaded {escape(document.name)}, {len(document.text.split())} words. What about it?")
+
+    def instruct(self, text: str) -> None:
+        """Tells the model this before the conversation, from the next answer on; an empty text: nothing."""
+        self.messages = [message for message in self.messages if message["role"] != "system"]
+        if text:
+            self.messages.insert(0, {"role": "system", "content": text})
+        self.console.print("The model is told so." if text else "The model is told nothing before the conversation.")
+
+    def clear(self) -> None:
+        """Begins anew, and has the engine forget what was said."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self.outputs.clear()
+        try:
+            self.engine.forget(SESSION)
+        except CopySpecError as error:
+            self.console.print(f"[red]{escape(str(error))}[/]")
+        else:
+            self.console.print("A new conversation.")
 
     def stats(self) -> None:
         """Prints a row per answer."""
@@ -122,28 +146,47 @@ def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, r
         console.print(f"[yellow]Nothing is drafted:[/] {escape(engine.info.drafting_error)}")
     console.print(HELP, markup=False)
     chat = Chat(engine, sampling, console)
-    commands = {"/load": chat.load, "/save": chat.save}
-    questions = {"/stats": chat.stats, "/why": chat.why}
+    is_leaving = False
     while True:
         try:
             line = _read_message(read_line)
         except EOFError:
             console.print()
             return 0
-        command, _, argument = line.partition(" ")
-        if command == "/quit":
+        except KeyboardInterrupt:
+            if is_leaving:
+                console.print()
+                return 0
+            console.print("\nThe conversation is still here. Ctrl-C again leaves.")
+            is_leaving = True
+            continue
+        is_leaving = False
+        if line == "/quit":
             return 0
-        if command in questions:
-            questions[command]()
-        elif command in commands and argument.strip():
-            commands[command](argument.strip())
-        elif command.startswith("/"):
-            if command != "/help":
-                wrong = f"{command} needs a PATH:" if command in commands else f"There is no {command}:"
-                console.print(wrong, markup=False)
-            console.print(HELP, markup=False)
-        elif line:
-            chat.say(line)
+        _carry_out(chat, line)
+
+
+def _carry_out(chat: Chat, line: str) -> None:
+    """What a line asks for: a command, or an answer."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    with_path = {"/load": chat.load, "/save": chat.save}
+    others: dict[str, Callable[[], None]] = {
+        "/stats": chat.stats,
+        "/why": chat.why,
+        "/clear": chat.clear,
+        "/system": partial(chat.instruct, argument),
+        "/help": partial(chat.console.print, HELP, markup=False),
+    }
+    if command in others:
+        others[command]()
+    elif command in with_path and argument:
+        with_path[command](argument)
+    elif command.startswith("/"):
+        wrong = f"{command} needs a PATH:" if command in with_path else f"There is no {command}:"
+        chat.console.print(f"{wrong}\n{HELP}", markup=False)
+    elif line:
+        chat.say(line)
 
 
 def _read_message(read_line: ReadLine) -> str:

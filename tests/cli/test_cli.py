@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from copyspec_engine.cli.demo.frameworks import FRAMEWORKS, FrameworkAnswer
 from copyspec_engine.cli.documents import Document, load_document, shipped_names
 from copyspec_engine.cli.files import write_text
 from copyspec_engine.cli.main import app
+from copyspec_engine.cli.printing import AnswerPrinter
 from copyspec_engine.testing import scripted_engine
 
 TURN_KEYS = ["tokens", "forward_passes", "copied_share", "ttft_s", "seconds", "plain_seconds"]
@@ -344,19 +346,14 @@ def test_a_missing_framework_says_how_to_install_it(monkeypatch: pytest.MonkeyPa
 def test_an_interrupted_demo_exits_with_130_and_writes_nothing(
     run: Callable[..., Result], engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, shown = demo.show_on, iter(range(100))
+    real, shown = AnswerPrinter.__call__, iter(range(100))
 
-    def interrupt_later(console: Console) -> Any:
-        show = real(console)
+    def interrupt_later(printer: AnswerPrinter, segments: Any) -> None:
+        if next(shown) == 4:
+            raise KeyboardInterrupt
+        real(printer, segments)
 
-        def shows(segments: Any) -> None:
-            if next(shown) == 4:
-                raise KeyboardInterrupt
-            show(segments)
-
-        return shows
-
-    monkeypatch.setattr(demo, "show_on", interrupt_later)
+    monkeypatch.setattr(AnswerPrinter, "__call__", interrupt_later)
     result = run("demo", "--framework", "engine", "--json", str(tmp_path / "x.json"))
     assert result.exit_code == 130
     assert result.stderr == "Interrupted.\n"
@@ -458,16 +455,100 @@ def test_chat_keeps_going_after_a_message_that_does_not_fit(tmp_path: Path) -> N
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: Console) -> Callable[[list[Segment]], None]:
-        def show(_: list[Segment]) -> None:
-            raise KeyboardInterrupt
+    def interrupt(_: AnswerPrinter, __: list[Segment]) -> None:
+        raise KeyboardInterrupt
 
-        return show
-
-    monkeypatch.setattr(chat, "show_on", interrupt)
+    monkeypatch.setattr(AnswerPrinter, "__call__", interrupt)
     talk = chat.Chat(engine, SamplingParams(), Console(quiet=True))
     talk.say("hello")
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+def test_ctrl_c_at_the_prompt_keeps_the_conversation_and_leaves_only_when_it_is_said_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str | type[BaseException]] = [
+        "hello",
+        KeyboardInterrupt,
+        "/stats",
+        KeyboardInterrupt,
+        KeyboardInterrupt,
+    ]
+
+    def read_line(_: str) -> str:
+        line = lines.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(chat, "shared_engine", lambda *_: engine)
+    console = Console(record=True, width=100, file=io.StringIO())
+    assert chat.run_chat(engine.config, SamplingParams(), console, read_line) == 0
+    shown = console.export_text()
+    assert lines == []
+    assert shown.count("The conversation is still here") == 2
+    assert "per pass" in shown
+
+
+def test_a_chat_can_be_told_how_to_answer_and_begun_anew() -> None:
+    seen: list[str] = []
+
+    def answer(prompt: str) -> str:
+        seen.append(prompt)
+        return "yes"
+
+    with scripted_engine(answer) as engine:
+        talk = chat.Chat(engine, SamplingParams(), Console(quiet=True))
+        talk.instruct("Be short.")
+        talk.say("first")
+        assert "system\nBe short." in seen[-1]
+        assert len(engine.memory(chat.SESSION))
+        talk.clear()
+        assert not len(engine.memory(chat.SESSION))
+        talk.say("second")
+        assert "system\nBe short." in seen[-1]
+        assert "first" not in seen[-1]
+        talk.instruct("")
+        talk.say("third")
+        assert "system" not in seen[-1]
+
+
+def written(console: Console) -> str:
+    """What a console over a StringIO has printed."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_no_word_is_broken_at_the_edge_of_a_terminal(size: int) -> None:
+    text = "The quick brown fox\n\n  jumps over the  lazy dog, a_word_that_is_longer_than_the_line and on"
+    console = Console(width=16, file=io.StringIO(), force_terminal=True, color_system=None)
+    printer = AnswerPrinter(console)
+    for start in range(0, len(text), size):
+        printer([Segment(text[start : start + size], copied=start % 2 == 0)])
+    printer.end()
+    lines = written(console).split("\n")
+    assert [line.rstrip() for line in lines] == [
+        "The quick brown",
+        "fox",
+        "",
+        "  jumps over the",
+        "lazy dog, a_word",
+        "_that_is_longer_",
+        "than_the_line",
+        "and on",
+    ]
+
+
+def test_scripts_without_blanks_fill_the_line_and_files_get_the_text_as_it_is() -> None:
+    terminal = Console(width=10, file=io.StringIO(), force_terminal=True, color_system=None)
+    plain = Console(width=10, file=io.StringIO())
+    for console in (terminal, plain):
+        printer = AnswerPrinter(console)
+        printer([Segment("狐狸跳过", copied=False), Segment("了懒狗", copied=True)])
+        printer.end()
+    assert written(terminal) == "狐狸跳过了\n懒狗"
+    assert written(plain) == "狐狸跳过了懒狗"
 
 
 def test_info_names_the_model_its_memory_and_the_versions(run: Callable[..., Result]) -> None:

@@ -28,10 +28,10 @@ from copyspec_engine.cli.documents import CHAT_DOCUMENT, Document, load_document
 from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.files import check_writable, write_text
 from copyspec_engine.cli.options import BUNDLED
+from copyspec_engine.cli.printing import COPIED, AnswerPrinter
 
-__all__ = ["COPIED", "DemoOptions", "run_demo", "show_on"]
+__all__ = ["DemoOptions", "run_demo"]
 
-COPIED = "green"
 """Colour of copied text, here and in `copyspec chat`."""
 A = TypeVar("A")
 PICTURE_TURNS, PICTURE_WIDTH = 2, 88
@@ -178,7 +178,9 @@ class Chain:
         for number, step in enumerate(self._task.steps, 1):
             before = answers[-1] if answers else self._document.text
             _head(console, number, step)
-            turn = self._turn(number, before, answers, show_on(console))
+            show = AnswerPrinter(console)
+            turn = self._turn(number, before, answers, show)
+            show.end()
             console.print()
             console.print(_summary(turn), style="dim")
             turns.append(turn)
@@ -239,13 +241,3 @@ def _request(messages: Sequence[Message]) -> GenerationRequest:
 
 def _show_nothing(_: Sequence[Segment]) -> None:
     """For lanes that are timed only."""
-
-
-def show_on(console: Console) -> Show:
-    """Prints pieces of an answer as they come, copied text in colour."""
-
-    def show(segments: Sequence[Segment]) -> None:
-        for segment in segments:
-            console.print(Text(segment.text, style=COPIED if segment.copied else ""), end="", soft_wrap=True)
-
-    return show
