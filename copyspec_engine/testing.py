@@ -20,6 +20,7 @@ import torch
 from copyspec_engine.chat.detokenizer import StoppingTextStream, TextStream
 from copyspec_engine.chat.formats import ChatFormat, find_chat_format
 from copyspec_engine.chat.known_ids import Spelling
+from copyspec_engine.chat.template import for_template
 from copyspec_engine.chat.tokenizer import SpecialTokens
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.engine.engine import Engine, close_shared_engines
@@ -61,10 +62,8 @@ class ByteTokenizer:
         ids: list[int] = []
         if tools:
             ids += self._turn("system", json.dumps(list(tools)))
-        for message in messages:
-            if not isinstance(message.get("role"), str):
-                raise ConfigError(f"Got a message {message!r} but expected one with a role")
-            ids += self._turn(message["role"], _content_text(message))
+        for message in for_template(messages, self.chat_format()):
+            ids += self._turn(message["role"], _written(message))
         return [*ids, _START, *self.encode("assistant\n")]
 
     def render_text(
@@ -123,16 +122,10 @@ class _ByteVocabulary:
         return list(text.encode() if isinstance(text, str) else text)
 
 
-def _content_text(message: dict[str, Any]) -> str:
+def _written(message: dict[str, Any]) -> str:
     """Content and tool calls as the template writes them."""
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        unreadable = [part for part in content if not isinstance(part, dict) or not isinstance(part.get("text"), str)]
-        if unreadable:
-            raise ConfigError(f"Got content {unreadable[0]!r} but the scripted model reads text only")
-        content = "".join(part["text"] for part in content)
     calls = "".join("\n<tool_call>" + json.dumps(call) + "</tool_call>" for call in message.get("tool_calls") or ())
-    return content + calls
+    return (message.get("content") or "") + calls
 
 
 class ScriptedRunner:

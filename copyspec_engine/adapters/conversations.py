@@ -179,7 +179,7 @@ def _said(message: Mapping[str, Any], call_ids: dict[str, int]) -> str:
     said = {
         "content": _text(message.get("content")),
         "reasoning_content": str(message.get("reasoning_content") or "").strip(),
-        "tool_calls": [_call(call, call_ids) for call in message.get("tool_calls") or ()],
+        "tool_calls": _calls(message.get("tool_calls") or (), call_ids),
         "tool_call_id": call_ids.get(str(message.get("tool_call_id"))),
         # Agents name who answered, and results are named by their calls.
         "name": None if message.get("role") in ("assistant", "tool") else message.get("name"),
@@ -196,9 +196,17 @@ def _text(content: Any) -> Any:  # noqa: ANN401 - whatever a template takes
     return content
 
 
-def _call(call: Mapping[str, Any], call_ids: dict[str, int]) -> list[Any]:
+def _calls(calls: Any, call_ids: dict[str, int]) -> list[Any]:  # noqa: ANN401 - whatever a caller shows
+    """What calls say; what is none, which the engine will refuse, as it is."""
+    parts = calls if isinstance(calls, list | tuple) else [calls]
+    return [_call(call, call_ids) if isinstance(call, Mapping) else call for call in parts]
+
+
+def _call(call: Mapping[str, Any], call_ids: dict[str, int]) -> object:
     call_ids.setdefault(str(call.get("id")), len(call_ids))
     function = call.get("function") or {}
+    if not isinstance(function, Mapping):
+        return call
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         with suppress(ValueError):  # what is no JSON is compared as it was written

@@ -145,7 +145,7 @@ def clear_errors(target: type[BaseModel], *, called: str | None = None, beside: 
     try:
         yield
     except ValidationError as error:
-        raise ConfigError(explain_errors(target, error, called=called, beside=beside)) from None
+        raise explain_errors(target, error, called=called, beside=beside) from None
 
 
 class LocalModel(AdapterOptions, ModelOptions):

@@ -21,7 +21,7 @@ from jinja2 import TemplateSyntaxError
 
 from copyspec_engine.chat.formats import ChatFormat, Part, find_chat_format
 from copyspec_engine.chat.template_sandbox import TemplateLimitError, compile_template, render_template
-from copyspec_engine.values.errors import ConfigError, UnsupportedModelError
+from copyspec_engine.values.errors import ConfigError, UnsupportedModelError, about
 from copyspec_engine.values.grammar import CallLayout
 
 __all__ = [
@@ -54,14 +54,22 @@ def for_template(messages: Sequence[dict[str, Any]], chat_format: ChatFormat) ->
     for position, message in enumerate(messages):
         ready = dict(message)
         if not isinstance(message.get("role"), str):
-            raise ConfigError(f"Got messages[{position}] with role={message.get('role')!r} but expected a text")
+            raise ConfigError(
+                f"Got messages[{position}] with role={message.get('role')!r} but expected a text",
+                f"messages[{position}].role",
+            )
         if "content" in message:
-            ready["content"] = _text(message["content"], f"messages[{position}]")
+            ready["content"] = _text(message["content"], position)
         if message.get("tool_calls"):
-            ready["tool_calls"] = _calls(message["tool_calls"], f"messages[{position}]", chat_format)
+            ready["tool_calls"] = _calls(message["tool_calls"], position, chat_format)
             ready["content"] = ready.get("content") or ""
             names |= {call["id"]: call["function"]["name"] for call in ready["tool_calls"] if "id" in call}
         if message.get("tool_call_id") is not None:
+            if not isinstance(message["tool_call_id"], str | int):
+                raise ConfigError(
+                    f"Got messages[{position}] with tool_call_id={message['tool_call_id']!r} but expected a text",
+                    f"messages[{position}].tool_call_id",
+                )
             ready["tool_call_id"] = _id(message["tool_call_id"], chat_format)
             if message.get("name") is None and ready["tool_call_id"] in names:
                 ready["name"] = names[ready["tool_call_id"]]
@@ -73,8 +81,8 @@ def for_template(messages: Sequence[dict[str, Any]], chat_format: ChatFormat) ->
     return _apart(prepared) if one_by_one else prepared
 
 
-def _text(content: object, where: str) -> str | None:
-    """A message's content as one text.
+def _text(content: object, position: int) -> str | None:
+    """The content of the message at this position as one text.
 
     Raises:
         ConfigError: it is neither a text nor a list of parts that are texts.
@@ -84,8 +92,11 @@ def _text(content: object, where: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
-        raise ConfigError(f"Got {where} with content={content!r} but expected a text, or a list of text parts")
-    return "".join(_part(part, f"{where}, content[{place}]") for place, part in enumerate(content))
+        raise ConfigError(
+            f"Got messages[{position}] with content={content!r} but expected a text, or a list of text parts",
+            f"messages[{position}].content",
+        )
+    return "".join(_part(part, f"messages[{position}].content[{place}]") for place, part in enumerate(content))
 
 
 def _part(part: object, where: str) -> str:
@@ -97,18 +108,20 @@ def _part(part: object, where: str) -> str:
             raise UnsupportedModelError(f"Got a message with a part of type {kind!r} but only text can be read")
         if isinstance(part.get("text"), str):
             return str(part["text"])
-    raise ConfigError(f'Got {where} = {part!r} but expected a text part: {{"type": "text", "text": ...}}')
+    raise ConfigError(f'Got {where}={part!r} but expected a text part: {{"type": "text", "text": ...}}', where)
 
 
-def _calls(calls: object, where: str, chat_format: ChatFormat) -> list[dict[str, Any]]:
-    if not isinstance(calls, list | tuple):
-        raise ConfigError(f"Got {where} with tool_calls={calls!r} but expected a list of calls")
-    for call in calls:
-        function = (call.get("function") or call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ConfigError(f"Got {where} with a tool call {call!r} but expected a dict with its function's name")
-        if not isinstance(call.get("id"), str | int | None):
-            raise ConfigError(f"Got {where} with a tool call of id={call['id']!r} but expected a text")
+def _calls(calls: object, position: int, chat_format: ChatFormat) -> list[dict[str, Any]]:
+    where = f"messages[{position}]"
+    with about(f"{where}.tool_calls"):
+        if not isinstance(calls, list | tuple):
+            raise ConfigError(f"Got {where} with tool_calls={calls!r} but expected a list of calls")
+        for call in calls:
+            function = (call.get("function") or call) if isinstance(call, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ConfigError(f"Got {where} with a tool call {call!r} but expected a dict with its function's name")
+            if not isinstance(call.get("id"), str | int | None):
+                raise ConfigError(f"Got {where} with a tool call of id={call['id']!r} but expected a text")
     return [_call(call, chat_format) for call in calls]
 
 

@@ -30,7 +30,7 @@ from copyspec_engine.chat.template import (
     system_in_users,
     written_in_texts,
 )
-from copyspec_engine.values.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from copyspec_engine.values.errors import ConfigError, ModelLoadError, UnsupportedModelError, about
 from copyspec_engine.values.tokens import Fingerprint
 
 if TYPE_CHECKING:
@@ -258,12 +258,13 @@ class HFTokenizer:
             "tool_use" if "default" not in self._templates or (tools and "tool_use" in self._templates) else "default"
         )
         chat_format, template = self._chat_format, self._templates[name]
-        ready = self._without_forged_keys(for_template(messages, chat_format), [tools, template_kwargs])
         copier = _Copier(self._names)
-        try:
-            ready, known, options = copier.copy(ready), copier.copy(tools), copier.copy(dict(template_kwargs))
-        except RecursionError:
-            raise ConfigError("Got messages, tools or chat_template_kwargs that are nested too deeply") from None
+        with _reading("messages"):
+            ready = copier.copy(self._without_forged_arguments(for_template(messages, chat_format)))
+        with _reading("tools"):
+            known = copier.copy(tools)
+        with _reading("chat_template_kwargs"):
+            options = copier.copy(dict(template_kwargs))
         left_out = None if self._tool_prompt else needs_prompt(ready, known, chat_format)
         if left_out is not None:
             raise ConfigError(
@@ -317,26 +318,17 @@ class HFTokenizer:
         )
         return [token.id for word in words for token in backend.model.tokenize(word)]
 
-    def _without_forged_keys(self, messages: list[dict[str, Any]], others: object) -> list[dict[str, Any]]:
-        """Messages in which no key is a control token's name: nobody could tell it from the template's own.
+    def _without_forged_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages in which the arguments of a call are text if a key in them is a control token's name.
 
-        The arguments of a call that have such a key, which a model may have copied from anywhere, become text.
-
-        Raises:
-            ConfigError: another key is one.
+        Nobody could tell it from the template's own; a model may have copied it from anywhere.
         """
         for message in messages:
             for call in message.get("tool_calls") or ():
                 function = call["function"]
-                if self._forged_key(function.get("arguments")) is not None:
+                if any(map(self._names.search, _keys(function.get("arguments")))):
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-        found = self._forged_key([messages, others])
-        if found is not None:
-            raise ConfigError(f"Got the key {found!r} but it holds the name of a control token: rename it")
         return messages
-
-    def _forged_key(self, value: object) -> str | None:
-        return next((key for key in _keys(value) if self._names.search(key)), None)
 
     def text_stream(
         self, stop: Sequence[str], *, special: SpecialTokens = "none", behind: Sequence[int] = ()
@@ -408,6 +400,8 @@ _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 class _Copier:
     """Copies the caller's values as plain JSON: a template must not get hold of any other object.
 
+    Raises ConfigError for a value that is no JSON, and for a key that is a control token's name.
+
     Args:
         names: finds control tokens' names and marks in texts.
     """
@@ -427,10 +421,26 @@ class _Copier:
         if isinstance(value, int | float):
             return int(value) if isinstance(value, int) else float(value)
         if isinstance(value, Mapping):
-            return {str(key): self.copy(item) for key, item in value.items()}
+            return {self._key(key): self.copy(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.copy(item) for item in value]
         raise ConfigError(f"Got {value!r} in the messages, tools or chat_template_kwargs but expected JSON values")
+
+    def _key(self, key: object) -> str:
+        """A key as it is: the template's own control tokens could not be told from one that holds such a name."""
+        if self._names.search(str(key)):
+            raise ConfigError(f"Got the key {key!r} but it holds the name of a control token: rename it")
+        return str(key)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What is found wrong meanwhile is wrong with this field of a request."""
+    try:
+        with about(name):
+            yield
+    except RecursionError:
+        raise ConfigError(f"Got {name} that are nested too deeply: make them flatter", name) from None
 
 
 @contextlib.contextmanager

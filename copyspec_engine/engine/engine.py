@@ -152,7 +152,8 @@ class Engine:
     ) -> None:
         if config is not None and not isinstance(cast(object, config), EngineConfig):
             raise ConfigError(
-                f"Got config={config!r} but expected an EngineConfig, such as EngineConfig(model='smollm2')"
+                f"Got config={config!r} but expected an EngineConfig, such as EngineConfig(model='smollm2')",
+                "config",
             )
         self._config = config or EngineConfig()
         with Reports(on_progress) as reports:

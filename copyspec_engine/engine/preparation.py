@@ -26,7 +26,7 @@ from copyspec_engine.values.config import (
     NoDrafter,
     SamplingParams,
 )
-from copyspec_engine.values.errors import ConfigError, ContextOverflowError
+from copyspec_engine.values.errors import ConfigError, ContextOverflowError, about
 from copyspec_engine.values.grammar import Grammar
 
 __all__ = ["Preparation"]
@@ -54,7 +54,8 @@ class Preparation:
         if request.messages is not None:
             kept = self._known_ids
             known = (*kept.of(request.session_id), *kept.of(request.continues))
-            ids = self._model.tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
+            with about("messages"):
+                ids = self._model.tokenizer.render(request.messages, request.tools, request.chat_template_kwargs, known)
             return self._known_text("messages", ids)
         if request.prompt is not None:
             return self._known_text("prompt", self._model.tokenizer.encode(request.prompt))
@@ -74,7 +75,8 @@ class Preparation:
             text = self._model.tokenizer.decode([bad], skip_special_tokens=False)
             raise ConfigError(
                 f"Got {name} with {text!r} (token {bad}) but the model's own tokens end at {limit}: its tokenizer "
-                "holds more than it was trained on. Leave that text out"
+                "holds more than it was trained on. Leave that text out",
+                name,
             )
         return ids
 
@@ -82,14 +84,14 @@ class Preparation:
         limit = self._model.runner.vocab_size - 1
         bad = next((token for token in ids if not 0 <= token <= limit), None)
         if bad is not None:
-            raise ConfigError(f"Got {name} with {bad} but expected ids from 0 to {limit}")
+            raise ConfigError(f"Got {name} with {bad} but expected ids from 0 to {limit}", name)
 
     def request(self, call: GenerationRequest) -> Request:
         """Tokenise and check a request. Raises as `Engine.stream` does of its input."""
         model = self._model
         token_ids = self.token_ids(call)
         if not token_ids:
-            raise ConfigError("Got an empty prompt: the text gives no tokens")
+            raise ConfigError("Got an empty prompt: the text gives no tokens", _input_of(call))
         self._check_ids("logit_bias", [token for token, _ in call.sampling.logit_bias])
         for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
             self._check_ids(name, getattr(call.sampling, name))
@@ -111,7 +113,7 @@ class Preparation:
             max_total_tokens=wanted if params.max_tokens else limit,
             eos_token_ids=ends,
             drafter=drafter,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=secrets.randbits(63) if params.seed is None else params.seed % 2**63,
             prediction_ids=self._known_text(
                 "prediction", model.tokenizer.encode(call.prediction or "", special_tokens=False)
             ),
@@ -119,11 +121,9 @@ class Preparation:
             cache_salt=call.cache_salt,
             bans=self._bans(params, ends, len(token_ids)),
         )
-        answer = Answer(
-            answer_stream(model.tokenizer, call, token_ids, params.stop),
-            grammar=None if call.grammar is None else self._grammars.begin(self._placed(call.grammar, reply)),
-            reply=reply,
-        )
+        with about("grammar"):
+            grammar = None if call.grammar is None else self._grammars.begin(self._placed(call.grammar, reply))
+        answer = Answer(answer_stream(model.tokenizer, call, token_ids, params.stop), grammar=grammar, reply=reply)
         return Request(
             asked, KVSequence(token_ids), answer, Drafting("never" if model.draft is None else drafter.draft_model_use)
         )
@@ -142,7 +142,7 @@ class Preparation:
         self._check_ids("bad_words", [token for word in words for token in word])
         most = len({*params.suppress_tokens, *params.begin_suppress_tokens, *ends, *(word[-1] for word in words)})
         if most >= self._model.runner.vocab_size:
-            raise ConfigError(f"Got options that ban {most} tokens, all that the model has: ban fewer")
+            raise ConfigError(f"Got options that ban {most} tokens, all that the model has: ban fewer", "bad_words")
         bans = Bans(params, words, ends, num_prompt_tokens)
         return None if bans.is_empty else bans
 
@@ -152,7 +152,9 @@ class Preparation:
             return NoDrafter()
         drafter = request.drafter or self._config.drafter
         if isinstance(drafter, DraftModelDrafter) and self._model.draft is None:
-            raise ConfigError("Got drafter='draft-model' but no draft model: set EngineConfig(draft_model=...)")
+            raise ConfigError(
+                "Got drafter='draft-model' but no draft model: set EngineConfig(draft_model=...)", "drafter"
+            )
         return drafter
 
     def _placed(self, grammar: Grammar, reply: ReplyParser | None) -> Grammar:
@@ -176,3 +178,8 @@ class Preparation:
             form = "text"
         tools = request.tools or (() if calls is None else calls.tools)
         return ReplyParser(self.chat_format, prompt, tools, form=form)
+
+
+def _input_of(call: GenerationRequest) -> str:
+    """By which field a request gives its prompt."""
+    return next(name for name in ("messages", "prompt", "prompt_token_ids") if getattr(call, name) is not None)

@@ -271,7 +271,9 @@ class LoopThread:
             with self.lock:
                 self.check_running()
                 if request_id in self.requests:
-                    raise ConfigError(f"Got request_id={request_id!r} but a request with this id is running")
+                    raise ConfigError(
+                        f"Got request_id={request_id!r} but a request with this id is running", "request_id"
+                    )
                 self.requests[request_id] = (request, sink)
                 self._commands.put(partial(self.core.add, request))
                 if request.number in self._called_off:

@@ -179,7 +179,7 @@ class DraftModel(_Options):
 
     def __init__(self, name: str | None = None, /, **options: Any) -> None:  # noqa: ANN401 - pydantic checks each value
         if name is not None and "name" in options:
-            raise ConfigError(f"Got name={options['name']!r} for DraftModel({name!r}) but expected one name")
+            raise ConfigError(f"Got name={options['name']!r} for DraftModel({name!r}) but expected one name", "name")
         super().__init__(**options if name is None else {"name": name, **options})
 
 
@@ -325,13 +325,15 @@ class EngineConfig(ModelOptions, _Options):
     def _check_memory(self) -> EngineConfig:
         if self.memory == "narrow":
             if self.dtype not in ("auto", "float32"):
-                raise ValueError(
-                    f"Got memory='narrow' with dtype={self.dtype!r}, but it computes in float32: leave one out"
+                raise ConfigError(
+                    f"Got memory='narrow' with dtype={self.dtype!r}, but it computes in float32: leave one out",
+                    "memory",
                 )
             if self.quantization is not None:
-                raise ValueError(
+                raise ConfigError(
                     f"Got memory='narrow' with quantization={self.quantization!r}, but it keeps weights as they came: "
-                    "leave one out"
+                    "leave one out",
+                    "memory",
                 )
         return self
 
@@ -339,11 +341,12 @@ class EngineConfig(ModelOptions, _Options):
     def _check_draft(self) -> EngineConfig:
         if self.draft_model is None:
             if isinstance(self.drafter, DraftModelDrafter):
-                raise ValueError("Got drafter='draft-model' without a draft model: set draft_model")
+                raise ConfigError("Got drafter='draft-model' without a draft model: set draft_model", "drafter")
         elif (self.points is None) != (self.draft_model.step_cost is None):
-            raise ValueError(
+            raise ConfigError(
                 "Got one of EngineConfig(step_cost=...) and DraftModel(step_cost=...) but expected both, in one unit, "
-                "or neither"
+                "or neither",
+                "step_cost",
             )
         return self
 
@@ -424,9 +427,9 @@ class SamplingParams(_Options):
     above."""
     top_logprobs: int = Field(default=0, ge=0, le=20)
     """Give those of this many most likely tokens at each place too; needs logprobs=True."""
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Each token's noise is a function of (seed, position, token id): the same seed gives the same tokens. Default: a
-    fresh random seed."""
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    """Each token's noise is a function of (seed modulo 2**63, position, token id): the same seed gives the same tokens.
+    Default: a fresh random seed."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Most tokens to generate; default: up to the end of the context."""
     min_tokens: int = Field(default=0, ge=0)
@@ -441,11 +444,15 @@ class SamplingParams(_Options):
     @model_validator(mode="after")
     def _check_stop(self) -> SamplingParams:
         if any(not text for text in self.stop):
-            raise ValueError(f"Got stop={self.stop!r} but expected texts of at least one character")
+            raise ConfigError(f"Got stop={self.stop!r} but expected texts of at least one character", "stop")
         if not all(self.bad_words):
-            raise ValueError(f"Got bad_words={self.bad_words!r} but expected texts or token ids, none of them empty")
+            raise ConfigError(
+                f"Got bad_words={self.bad_words!r} but expected texts or token ids, none of them empty", "bad_words"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"Got min_tokens={self.min_tokens} but expected max_tokens={self.max_tokens} at most")
+            raise ConfigError(
+                f"Got min_tokens={self.min_tokens} but expected max_tokens={self.max_tokens} at most", "min_tokens"
+            )
         return self
 
     @model_validator(mode="after")
@@ -453,9 +460,13 @@ class SamplingParams(_Options):
         tokens = [token for token, _ in self.logit_bias]
         twice = next((token for token in tokens if tokens.count(token) > 1), None)
         if twice is not None:
-            raise ValueError(f"Got logit_bias with token id {twice} more than once: give each id one bias")
+            raise ConfigError(
+                f"Got logit_bias with token id {twice} more than once: give each id one bias", "logit_bias"
+            )
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"Got top_logprobs={self.top_logprobs} without logprobs: set logprobs=True")
+            raise ConfigError(
+                f"Got top_logprobs={self.top_logprobs} without logprobs: set logprobs=True", "top_logprobs"
+            )
         return self
 
     @property
@@ -548,22 +559,39 @@ class GenerationRequest(_Options):
     def _check_input(self) -> GenerationRequest:
         given = [name for name in ("messages", "prompt", "prompt_token_ids") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"Got {' and '.join(given) or 'no input'} but expected exactly one of messages, prompt and "
-                "prompt_token_ids"
+                "prompt_token_ids",
+                given[-1] if given else "messages",
             )
         if not cast("Sequence[object]", getattr(self, given[0])):
-            raise ValueError(f"Got an empty {given[0]} but expected at least one {given[0].removesuffix('s')}")
+            raise ConfigError(
+                f"Got an empty {given[0]} but expected at least one {given[0].removesuffix('s')}", given[0]
+            )
         if self.tools is not None and self.messages is None:
-            raise ValueError("Got tools without messages: tools are written into the prompt by the chat template")
+            raise ConfigError(
+                "Got tools without messages: tools are written into the prompt by the chat template", "tools"
+            )
+        for number, tool in enumerate(self.tools or ()):
+            if not isinstance(tool.get("function") or {}, dict):
+                raise ConfigError(
+                    f"Got tools[{number}] with function={tool['function']!r} but expected a dict with its name",
+                    f"tools[{number}].function",
+                )
         if self.chat_template_kwargs and self.messages is None:
-            raise ValueError("Got chat_template_kwargs without messages: nothing else is put into a chat template")
+            raise ConfigError(
+                "Got chat_template_kwargs without messages: nothing else is put into a chat template",
+                "chat_template_kwargs",
+            )
         reserved = next((name for name in self.chat_template_kwargs if name in _NO_TEMPLATE_VALUES), None)
         if reserved is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"Got chat_template_kwargs with {reserved!r} but expected values that a template reads: "
-                + _NO_TEMPLATE_VALUES[reserved]
+                + _NO_TEMPLATE_VALUES[reserved],
+                "chat_template_kwargs",
             )
         if self.grammar is not None and self.sampling.ignore_eos:
-            raise ValueError("Got ignore_eos=True with a grammar but expected one of them: the grammar ends the answer")
+            raise ConfigError(
+                "Got ignore_eos=True with a grammar but expected one of them: the grammar ends the answer", "ignore_eos"
+            )
         return self

@@ -16,6 +16,8 @@ without a word (LlamaIndex's response synthesizers say "Empty Response").
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "ModelLoadError",
     "RequestFailedError",
     "UnsupportedModelError",
+    "about",
     "missing_extra",
 ]
 
@@ -37,7 +40,16 @@ class CopySpecError(Exception):
 
 
 class ConfigError(CopySpecError):
-    """A value that cannot work; the message names the value and what was expected."""
+    """A value that cannot work; the message names the value and what was expected.
+
+    Attributes:
+        param: the option or field that it is about, with the place in it where that is known ("temperature",
+            "messages[2].content"); of several the first. None: none that the caller gave.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ModelLoadError(CopySpecError):
@@ -110,6 +122,16 @@ class EngineStoppedError(CopySpecError):
 
 class RequestFailedError(CopySpecError):
     """One request failed while the engine was working on it; other requests are not affected."""
+
+
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """What is found wrong meanwhile is wrong with this option, unless the `ConfigError` itself says with which."""
+    try:
+        yield
+    except ConfigError as error:
+        error.param = error.param or param
+        raise
 
 
 def missing_extra(package: str, extra: str) -> CopySpecError:

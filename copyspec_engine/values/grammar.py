@@ -68,7 +68,9 @@ class CallLayout(Options):
     @model_validator(mode="after")
     def _check_begin(self) -> CallLayout:
         if not self.begin and (self.style != "object" or self.before):
-            raise ValueError(f"Got begin='' with style={self.style!r} but expected a text: only bare objects need none")
+            raise ConfigError(
+                f"Got begin='' with style={self.style!r} but expected a text: only bare objects need none", "begin"
+            )
         return self
 
 
@@ -120,19 +122,23 @@ class ToolCalls(CallLayout):
         for tool in self.tools:
             function = tool.get("function")
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise ValueError(f'Got tool {tool!r} but expected {{"type": "function", "function": {{"name": ...}}}}')
+                raise ConfigError(
+                    f'Got tool {tool!r} but expected {{"type": "function", "function": {{"name": ...}}}}', "tools"
+                )
             if not isinstance(function.get("parameters") or {}, dict):
-                raise ValueError(f"Got parameters={function['parameters']!r} but expected a JSON schema")
+                raise ConfigError(f"Got parameters={function['parameters']!r} but expected a JSON schema", "tools")
             names.append(str(function["name"]))
         if len(set(names)) < len(names):
-            raise ValueError(f"Got tools named {names!r} but expected different names")
+            raise ConfigError(f"Got tools named {names!r} but expected different names", "tools")
         if self.tool_choice not in ("auto", "required", *names):
-            raise ValueError(
-                f"Got tool_choice={self.tool_choice!r} but expected auto, required or one of {', '.join(names)}"
+            raise ConfigError(
+                f"Got tool_choice={self.tool_choice!r} but expected auto, required or one of {', '.join(names)}",
+                "tool_choice",
             )
         if self.answer_schema is not None and self.tool_choice != "auto":
-            raise ValueError(
-                f"Got answer_schema with tool_choice={self.tool_choice!r} but expected auto: there must be a choice"
+            raise ConfigError(
+                f"Got answer_schema with tool_choice={self.tool_choice!r} but expected auto: there must be a choice",
+                "answer_schema",
             )
         return self
 
@@ -171,15 +177,16 @@ class Grammar(Options):
         kinds = ("json_schema", "json_object", "regex", "lark", "choice", "tools")
         given = [kind for kind in kinds if getattr(self, kind) not in (None, False)]
         if len(given) != 1:
-            raise ValueError(
-                f"Got {' and '.join(given) or 'no grammar'} but expected exactly one of {', '.join(kinds)}"
+            raise ConfigError(
+                f"Got {' and '.join(given) or 'no grammar'} but expected exactly one of {', '.join(kinds)}", "grammar"
             )
         if self.choice is not None and not all(self.choice):
-            raise ValueError(f"Got choice={self.choice!r} but expected texts of at least one character")
+            raise ConfigError(f"Got choice={self.choice!r} but expected texts of at least one character", "choice")
         if self.start_after is not None and self.tools is not None and self.tools.is_free:
-            raise ValueError(
+            raise ConfigError(
                 f"Got start_after={self.start_after!r} with tool_choice='auto' but expected one of them: text is free "
-                "until a call begins"
+                "until a call begins",
+                "start_after",
             )
         return self
 

@@ -239,13 +239,13 @@ class Options(Documented):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain_errors(type(self), error)) from None
+            raise explain_errors(type(self), error) from None
 
 
 def explain_errors(
     target: type[BaseModel], error: ValidationError, *, called: str | None = None, beside: Iterable[str] = ()
-) -> str:
-    """What pydantic found, in one line: `Got temperature=-1 but expected ...`.
+) -> ConfigError:
+    """What pydantic found, as one error with one line: `Got temperature=-1 but expected ...`.
 
     Args:
         target: the options that were checked.
@@ -267,7 +267,8 @@ def explain_errors(
             lines.append(expected)
         else:
             lines.append(f"Got {given} but expected {expected}")
-    return "; ".join(dict.fromkeys(lines))
+    places = [problem["loc"] for problem in error.errors(include_url=False)]
+    return ConfigError("; ".join(dict.fromkeys(lines)), next((str(place[0]) for place in places if place), None))
 
 
 def _shown(value: object) -> str:

@@ -121,6 +121,13 @@ def test_results_belong_to_their_calls_whatever_the_ids_are() -> None:
     assert find(conversations, [*swapped, answer("Done.")]) is None
 
 
+@pytest.mark.parametrize("calls", [5, "f", {"name": "f"}, [5], [{"function": "f"}], [{"function": [1]}], [{"id": {}}]])
+def test_calls_that_are_none_are_left_for_the_engine_to_refuse(calls: object) -> None:
+    conversations, asked = ConversationFinder(), [user("hi"), answer("", tool_calls=calls)]
+    first = have(conversations, asked, answer("Done."))
+    assert find(conversations, [*asked, answer("Done.")]) == first
+
+
 def test_everyone_goes_on_from_the_same_whatever_others_have_added() -> None:
     conversations = ConversationFinder()
     first = have(conversations, HISTORY[:1], HISTORY[1])

@@ -229,14 +229,24 @@ ODD = [
 
 @pytest.mark.parametrize("content", ODD, ids=repr)
 def test_odd_content_is_named(content: object) -> None:
-    with pytest.raises(CopySpecError, match=r"messages\[1\]|only text can be read"):
+    with pytest.raises(CopySpecError, match=r"messages\[1\]|only text can be read") as caught:
         for_template([ASK, {"role": "user", "content": content}], find_chat_format(CHATML))
+    if isinstance(caught.value, ConfigError):
+        place = "messages[1].content[0]" if isinstance(content, list) else "messages[1].content"
+        assert caught.value.param == place
 
 
 @pytest.mark.parametrize("calls", [5, "x", {"name": "f"}, [5], [{}], [{"function": "f"}], [{"function": {"name": 5}}]])
 def test_odd_calls_are_named(calls: object) -> None:
     with pytest.raises(ConfigError, match=r"Got messages\[0\] with .*call"):
         for_template([{"role": "assistant", "content": "", "tool_calls": calls}], find_chat_format(CHATML))
+
+
+@pytest.mark.parametrize("call_id", [[], {}, 1.5])
+def test_an_odd_id_of_a_result_is_named(call_id: object) -> None:
+    with pytest.raises(ConfigError, match=r"Got messages\[0\] with tool_call_id=") as caught:
+        for_template([{"role": "tool", "content": "", "tool_call_id": call_id}], find_chat_format(CHATML))
+    assert caught.value.param == "messages[0].tool_call_id"
 
 
 def test_members_of_enums_are_their_texts(fast: PreTrainedTokenizerFast) -> None:
@@ -250,6 +260,23 @@ def test_members_of_enums_are_their_texts(fast: PreTrainedTokenizerFast) -> None
 def test_values_that_are_no_json_are_named(fast: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match=r"Got \{1\} in the messages, tools or chat_template_kwargs"):
         with_template(fast, CHATML).render([ASK], None, {"x": {1}})
+
+
+def test_what_is_nested_too_deeply_is_named(fast: PreTrainedTokenizerFast) -> None:
+    tokenizer, deep = with_template(fast, CHATML), {}
+    for _ in range(100_000):
+        deep = {"x": deep}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": deep}}]}
+    for param, given in {
+        "messages": ([call], None, {}),
+        "tools": ([ASK], [deep], {}),
+        "chat_template_kwargs": ([ASK], None, deep),
+    }.items():
+        with pytest.raises(ConfigError, match=f"Got {param} that are nested too deeply") as caught:
+            tokenizer.render(*given)
+        assert caught.value.param == param
+    while deep:  # from the outside in: freeing it whole recurses
+        deep = deep["x"]
 
 
 @pytest.mark.parametrize("role", [None, 5, ["user"]])

@@ -482,12 +482,26 @@ def test_requests_wait_for_slots_and_old_sessions_make_room() -> None:
         assert_all_slots_free(engine)
 
 
-def test_bad_input_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("options", "says", "param"),
+    [
+        (
+            {"prompt_token_ids": (1, 999)},
+            "prompt_token_ids with 999 but expected ids from 0 to 257",
+            "prompt_token_ids",
+        ),
+        ({"messages": [{"content": "no role"}]}, r"messages\[0\] with role=None", "messages[0].role"),
+        ({"prompt": "a", "sampling": {"stop_token_ids": [999]}}, "stop_token_ids with 999", "stop_token_ids"),
+        ({"prompt": "a", "sampling": {"suppress_tokens": range(258)}}, "that ban 258 tokens", "bad_words"),
+        ({"prompt": "a", "drafter": "draft-model"}, "but no draft model", "drafter"),
+        ({"prompt": "a", "grammar": {"regex": "("}}, "Got a grammar that llguidance refuses", "grammar"),
+    ],
+)
+def test_bad_input_is_refused_by_name(options: dict[str, Any], says: str, param: str) -> None:
     with scripted_engine(["a"]) as engine:
-        with pytest.raises(ConfigError, match="prompt_token_ids with 999 but expected ids from 0 to 257"):
-            engine.stream(GenerationRequest(prompt_token_ids=(1, 999)))
-        with pytest.raises(ConfigError, match="a message"):
-            engine.stream(GenerationRequest(messages=({"content": "no role"},)))
+        with pytest.raises(ConfigError, match=says) as caught:
+            engine.stream(GenerationRequest(**options))
+        assert caught.value.param == param
 
 
 def test_a_request_id_that_is_running_is_refused(endless: Engine) -> None:

@@ -119,6 +119,16 @@ def same_logprobs(a: GenerationOutput, b: GenerationOutput) -> None:
         assert [pair[1] for pair in mine.top] == pytest.approx([pair[1] for pair in other.top], abs=1e-4)
 
 
+def test_seeds_are_alike_modulo_two_to_the_63(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+
+    def written(seed: int) -> tuple[int, ...]:
+        sampling = SamplingParams(temperature=1.0, seed=seed, max_tokens=20)
+        return engine.generate(GenerationRequest(prompt_token_ids=(1, 2, 3), sampling=sampling)).token_ids
+
+    assert written(-1) == written(2**63 - 1) != written(-(2**63)) == written(0)
+
+
 @pytest.mark.parametrize("sampling", [{}, CASES[-1], SEEDED[0]], ids=["greedy", "processed", "seeded"])
 def test_logprobs_are_those_of_a_plain_pass_of_the_model(make_engine: MakeEngine, sampling: dict[str, Any]) -> None:
     """Whatever the options, with drafting on and off, in the chunks of a stream and in the whole answer."""

@@ -36,7 +36,8 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (SamplingParams, {"temperature": float("nan")}, "temperature=nan"),
         (SamplingParams, {"top_p": 0}, "top_p=0"),
         (SamplingParams, {"top_k": 0}, "top_k=0"),
-        (SamplingParams, {"seed": -5}, "seed=-5"),
+        (SamplingParams, {"seed": 2**63}, f"seed={2**63} but expected less than"),
+        (SamplingParams, {"seed": -(2**63) - 1}, f"seed={-(2**63) - 1}"),
         (SamplingParams, {"max_tokens": 0}, "max_tokens=0"),
         (SamplingParams, {"stop": ("",)}, "at least one character"),
         (SamplingParams, {"min_p": 1.5}, "Got min_p=1.5 but expected less than or equal to 1"),
@@ -82,6 +83,7 @@ MESSAGES = [{"role": "user", "content": "x"}]
         (GenerationRequest, {"messages": []}, "empty messages"),
         (GenerationRequest, {"prompt": ""}, "empty prompt"),
         (GenerationRequest, {"prompt": "a", "tools": ({},)}, "tools without messages"),
+        (GenerationRequest, {"messages": MESSAGES, "tools": [{"function": [5]}]}, "tools[0] with function=[5]"),
         (GenerationRequest, {"prompt": "a", "session_id": ""}, "session_id=''"),
         (GenerationRequest, {"prompt": "a", "memory_pool": ""}, "memory_pool=''"),
         (GenerationRequest, {"prompt": "a", "prediction": 5}, "prediction=5"),
@@ -111,6 +113,37 @@ def test_bad_values_are_named(make: Any, options: dict[str, Any], says: str) -> 
     with pytest.raises(ConfigError) as caught:
         make(**options)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "param"),
+    [
+        (SamplingParams, {"temperature": -1}, "temperature"),
+        (SamplingParams, {"temprature": 1}, "temprature"),
+        (SamplingParams, {"top_p": 0, "top_k": 0}, "top_p"),
+        (SamplingParams, {"stop": ["x", 5]}, "stop"),
+        (SamplingParams, {"stop": ""}, "stop"),
+        (SamplingParams, {"logit_bias": {7: 101}}, "logit_bias"),
+        (SamplingParams, {"top_logprobs": 2}, "top_logprobs"),
+        (SamplingParams, {"max_tokens": 1, "min_tokens": 2}, "min_tokens"),
+        (GenerationRequest, {"prompt": "a", "sampling": {"temperature": -1}}, "temperature"),
+        (GenerationRequest, {"prompt": "a", "tools": ()}, "tools"),
+        (GenerationRequest, {"prompt": ""}, "prompt"),
+        (GenerationRequest, {}, "messages"),
+        (GenerationRequest, {"messages": MESSAGES, "tools": [{"function": [5]}]}, "tools[0].function"),
+        (GenerationRequest, {"prompt": "a", "grammar": {"regex": "a", "lark": "b"}}, "grammar"),
+        (EngineConfig, {"max_running": 0}, "max_running"),
+        (EngineConfig, {"memory": "narrow", "dtype": "bfloat16"}, "memory"),
+        (EngineConfig, {"drafter": {"name": "copyspec", "block": 0}}, "block"),
+        (LocalModel, {"temperature": -1}, "temperature"),
+        (LocalModel, {"temprature": 1}, "temprature"),
+    ],
+)
+def test_an_error_says_which_option_it_is_about(make: Any, options: dict[str, Any], param: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**options)
+    assert caught.value.param == param
+    assert pickle.loads(pickle.dumps(caught.value)).param == param
 
 
 def test_options_are_frozen_hashable_and_picklable() -> None:
