@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -269,7 +270,11 @@ def test_a_real_model_takes_its_file_s_size_and_answers_the_same(
     smollm2: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # its converted weights are in the cache of all tests
-    shown = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True).stdout
+    # What MKL keeps for products of several threads is no memory of a model: this has it given back after each.
+    environment = os.environ | {"MKL_DISABLE_FAST_MM": "1"}
+    shown = subprocess.run(
+        [sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True, env=environment
+    ).stdout
     taken, difference, drafted, plain = json.loads(shown.splitlines()[-1])
     messages = [{"role": "user", "content": "Repeat this: The lake was calm, and we walked along the lake."}]
     sampling = SamplingParams(temperature=0.0, max_tokens=40)
