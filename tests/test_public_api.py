@@ -13,7 +13,7 @@ def test_public_names_are_sorted_and_documented() -> None:
     assert copyspec_engine.__all__ == sorted(copyspec_engine.__all__)
     for name in copyspec_engine.__all__:
         found = getattr(copyspec_engine, name)
-        aliases = ("CopySource", "DrafterConfig", "FinishReason", "OnProgress")
+        aliases = ("CopySource", "DrafterConfig", "EndedBy", "FinishReason", "OnProgress")
         assert found.__doc__ or name in aliases, name  # these have no docstring of their own
 
 

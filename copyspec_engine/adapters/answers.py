@@ -150,8 +150,11 @@ def is_whole_json(text: str) -> bool:
 
 
 def segment_metadata(segments: Iterable[Segment]) -> list[dict[str, Any]]:
-    """Pieces of a text and whether each was copied, as plain values."""
-    return [{"text": segment.text, "copied": segment.copied} for segment in segments]
+    """Pieces of a text, whether each was copied and, if it was drafted, from where, as plain values."""
+    return [
+        {"text": segment.text, "copied": segment.copied} | ({"source": segment.source} if segment.source else {})
+        for segment in segments
+    ]
 
 
 def logprobs_metadata(engine: Engine, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from copyspec_engine.values.config import GenerationRequest
-from copyspec_engine.values.outputs import Segment
+from copyspec_engine.values.outputs import CopySource, Segment
 
 if TYPE_CHECKING:
     from copyspec_engine.chat.tokenizer import ChatTokenizer
@@ -24,8 +24,8 @@ class TextStream(Protocol):
     """Turns sampled tokens into text, one at a time, and watches for stop texts."""
 
     @property
-    def stopped(self) -> bool:
-        """A stop text has been completed; nothing is released after it."""
+    def stopped_by(self) -> str | None:
+        """The stop text that has been completed; nothing is released after it. None: none has."""
         ...
 
     @property
@@ -33,8 +33,13 @@ class TextStream(Protocol):
         """How many the tokens so far have completed, released or not."""
         ...
 
-    def push(self, token_id: int, *, copied: bool) -> list[Segment]:
-        """The text that is certain after this token: neither half a character nor the start of a stop text."""
+    def push(self, token_id: int, source: CopySource | None = None) -> list[Segment]:
+        """The text that is certain after this token: neither half a character nor the start of a stop text.
+
+        Args:
+            token_id: the next token.
+            source: where it was drafted from.
+        """
         ...
 
     def flush(self) -> list[Segment]:
@@ -103,35 +108,32 @@ class StoppingTextStream:
     def __init__(self, step: Callable[[int], str], rest: Callable[[], str], stop: Sequence[str]) -> None:
         self._step, self._rest, self._stop = step, rest, tuple(stop)
         self._held: list[Segment] = []
-        self._stopped = False
+        self.stopped_by: str | None = None
         self.num_characters = 0
 
-    @property
-    def stopped(self) -> bool:
-        return self._stopped
-
-    def push(self, token_id: int, *, copied: bool) -> list[Segment]:
+    def push(self, token_id: int, source: CopySource | None = None) -> list[Segment]:
         piece = self._step(token_id)
         self.num_characters += len(piece)
-        if not piece or self._stopped:
+        if not piece or self.stopped_by is not None:
             return []
-        self._held.append(Segment(piece, copied))
+        self._held.append(Segment(piece, source))
         if not self._stop:
             return self._release(len(piece))
         text = "".join(segment.text for segment in self._held)
-        found = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
-        if found is not None:
-            released = self._release(found)
-            self._held, self._stopped = [], True
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            first, self.stopped_by = min(found, key=lambda place: place[0])
+            released = self._release(first)
+            self._held = []
             return released
         return self._release(len(text) - _longest_beginning(text, self._stop))
 
     def flush(self) -> list[Segment]:
-        if self._stopped:
+        if self.stopped_by is not None:
             return []
         rest = self._rest()
         if rest:
-            self._held.append(Segment(rest, copied=False))
+            self._held.append(Segment(rest))
         return self._release(sum(len(segment.text) for segment in self._held))
 
     def _release(self, count: int) -> list[Segment]:
@@ -139,9 +141,9 @@ class StoppingTextStream:
         released: list[Segment] = []
         while count > 0 and self._held:
             segment = self._held[0]
-            taken = Segment(segment.text[:count], segment.copied)
+            taken = Segment(segment.text[:count], segment.source)
             if len(segment.text) > count:
-                self._held[0] = Segment(segment.text[count:], segment.copied)
+                self._held[0] = Segment(segment.text[count:], segment.source)
             else:
                 self._held.pop(0)
             count -= len(taken.text)

@@ -181,6 +181,15 @@ class Engine:
         return engine_info(self._config, self._model, self._load_seconds, self._core)
 
     @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the loop took up what it does now; 0.0 while it has nothing to do, infinite once it has ended.
+
+        For probes of life: reading it never waits, whatever the loop does. One turn is a forward pass of all running
+        requests, with at most `EngineConfig.max_prefill_tokens` of prompts, and what callers asked for between two.
+        """
+        return self._loop.heartbeat_age_s
+
+    @property
     def chat_format(self) -> ChatFormat:
         """How the model's chat template writes tool calls and reasoning."""
         return self._preparation.chat_format

@@ -105,13 +105,16 @@ class Preparation:
             raise ContextOverflowError(wanted, model.info.num_kv_slots, "the KV pool (kv_cache_tokens)")
         reply = self._reply_parser(call, token_ids) if call.parse_reply else None
         drafter = self._drafter(call)
-        ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | frozenset(params.stop_token_ids)
-        ends |= model.tokenizer.special_ids(params.stop)  # which have no text in which they could be found
+        # Special tokens have no text in which they could be found.
+        named: dict[int, str | int] = {i: text for text in params.stop for i in model.tokenizer.special_ids((text,))}
+        named |= {token: token for token in params.stop_token_ids}
+        ends = (frozenset() if params.ignore_eos else model.eos_token_ids) | named.keys()
         asked = Asked(
             call=call,
             num_prompt_tokens=len(token_ids),
             max_total_tokens=wanted if params.max_tokens else limit,
             eos_token_ids=ends,
+            stop_names=named,
             drafter=drafter,
             seed=secrets.randbits(63) if params.seed is None else params.seed % 2**63,
             prediction_ids=self._known_text(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import math
 import os
 import queue
 import threading
@@ -208,6 +209,8 @@ class LoopThread:
         self._on_stop, self._pid = on_stop, os.getpid()
         self._closing = self._stopped = False
         self._cause: BaseException | None = None
+        self._busy_since_s: float | None = None
+        """When the loop took up what it does now, on the clock `time.monotonic`; None: it waits for something to do."""
         # The thread loads the model too: with OpenMP each thread that calls it keeps workers of its own, and two such
         # teams on the same cores disturb each other, the measured step costs above all.
         loaded: Future[LoadedModel] = Future()
@@ -229,6 +232,14 @@ class LoopThread:
     def is_over(self) -> bool:
         """It takes no more requests."""
         return self._stopped or self._closing
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """See `Engine.heartbeat_age_s`."""
+        since = self._busy_since_s
+        if not self.thread.is_alive():
+            return math.inf
+        return 0.0 if since is None else max(time.monotonic() - since, 0.0)
 
     def check_running(self) -> None:
         """Raises EngineStoppedError if the loop takes no more requests."""
@@ -362,6 +373,7 @@ class LoopThread:
         try:
             while not self._closing:
                 self._run_commands()
+                self._busy_since_s = time.monotonic()
                 if self.core:
                     for request, item in self.core.step():
                         self._deliver(request, item)
@@ -373,7 +385,10 @@ class LoopThread:
     def _run_commands(self) -> None:
         """Carry out what callers asked for; waits for something to do while nothing runs."""
         if not self.core:
-            self._commands.get()()
+            self._busy_since_s = None
+            command = self._commands.get()
+            self._busy_since_s = time.monotonic()
+            command()
         while not self._commands.empty():
             self._commands.get()()
 

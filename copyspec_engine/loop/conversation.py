@@ -18,9 +18,8 @@ from copyspec_engine.kv.slots import KVSlots
 from copyspec_engine.loop.request import Request
 from copyspec_engine.memory.conversation import SessionMemory, SessionStore
 from copyspec_engine.memory.file import MemoryFile
-from copyspec_engine.memory.index import Span
 from copyspec_engine.memory.view import Snapshot, snapshot
-from copyspec_engine.values.config import EngineConfig, GenerationRequest
+from copyspec_engine.values.config import EngineConfig
 
 __all__ = ["Conversations"]
 
@@ -66,7 +65,7 @@ class Conversations:
         if call.memory_pool is None:
             _use(request, request.drafting.session.memory)
         else:
-            _use(request, self.store.open_pool(call.memory_pool, _owner(call)))
+            _use(request, self.store.open_pool(call.memory_pool, request.texts_owner))
 
     def keep(self, request: Request) -> None:
         """A request is over: keep its texts, KV and ids for later calls, in place of those of its conversation's last.
@@ -118,7 +117,7 @@ class Conversations:
                     memory,
                     answer_texts(drafter),
                     request.asked.prediction_ids,
-                    is_others=partial(_is_others, request.asked.call, memory),
+                    is_others=partial(request.is_others, memory=memory),
                 )
                 if drafter is not None:
                     drafter.finish()
@@ -171,13 +170,3 @@ class Conversations:
 def _use(request: Request, memory: SessionMemory) -> None:
     memory.begin_call()
     request.drafting.memory = memory
-
-
-def _owner(call: GenerationRequest) -> str | None:
-    """Whose texts a pool keeps those of a call as; None: nobody's who could come back for them."""
-    return call.session_id if call.keep_texts else None
-
-
-def _is_others(call: GenerationRequest, memory: SessionMemory, text: Span) -> bool:
-    """Whether a text is of a pool and may be another caller's: all calls without a session are one part of it."""
-    return call.memory_pool is not None and (_owner(call) is None or not memory.has(text))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from copyspec_engine.chat.detokenizer import TextStream
 from copyspec_engine.chat.reply import ReplyParser
@@ -16,13 +18,16 @@ from copyspec_engine.grammar.state import GrammarState
 from copyspec_engine.kv.slots import KVSequence, Owner
 from copyspec_engine.memory.conversation import Session, SessionMemory
 from copyspec_engine.memory.index import Span
+from copyspec_engine.provenance.repeats import count_repeated
 from copyspec_engine.provenance.trail import CopyTrail, cut
 from copyspec_engine.sampling.processors import Bans, TokenCounts
 from copyspec_engine.sampling.verify import Verdict
 from copyspec_engine.values.config import DrafterConfig, DraftModelUse, GenerationRequest
 from copyspec_engine.values.outputs import (
-    NOT_COPIED,
+    Copy,
+    CopySource,
     DraftStats,
+    EndedBy,
     FinishReason,
     GenerationOutput,
     Segment,
@@ -45,6 +50,8 @@ class Asked:
     """The request ends when its text has this many tokens, the prompt's counted."""
     eos_token_ids: frozenset[int]
     """Sampling one of these ends the answer."""
+    stop_names: Mapping[int, str | int]
+    """What the caller called those of them that it named: ids, and stop texts that are special tokens."""
     drafter: DrafterConfig
     seed: int
     prediction_ids: Sequence[int] = ()
@@ -95,20 +102,21 @@ class Answer:
     counts: TokenCounts = field(default_factory=TokenCounts)
     """Of the tokens of prompt and answer, brought up to date before they are penalised."""
     finish_reason: FinishReason | None = None
+    ended_by: EndedBy | None = None
+    stop_reason: str | int | None = None
     segments: list[Segment] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text_ends: list[int] = field(default_factory=list)
     """Characters that were complete after each token."""
     trail: CopyTrail = field(default_factory=CopyTrail)
 
-    @property
-    def is_complete(self) -> bool:
-        """A stop text or the grammar ends it."""
-        return self.text.stopped or (self.grammar is not None and self.grammar.is_terminated)
+    def stop(self, ended_by: EndedBy, reason: str | int | None = None) -> None:
+        """It has come to its end."""
+        self.finish_reason, self.ended_by, self.stop_reason = "stop", ended_by, reason
 
-    def push(self, token: int, *, copied: bool, is_end: bool) -> list[Segment]:
+    def push(self, token: int, source: CopySource | None, *, is_end: bool) -> list[Segment]:
         """The text that is certain after one more token; one that ends the answer has no text."""
-        segments = [] if is_end else self.text.push(token, copied=copied)
+        segments = [] if is_end else self.text.push(token, source)
         self.text_ends.append(self.text.num_characters)
         if self.grammar is not None:
             self.grammar.advance((token,))
@@ -200,15 +208,11 @@ class Request:
         progress.first_token_s = progress.first_token_s or progress.last_token_s
         segments: list[Segment] = []
         count = 0
-        for token, copied in zip(verdict.tokens, _copied(verdict), strict=True):
+        for token, source in zip(verdict.tokens, self._sources(verdict), strict=True):
             count += 1
             self.sequence.token_ids.append(token)
-            is_end = token in self.asked.eos_token_ids
-            segments += answer.push(token, copied=copied, is_end=is_end)
-            if is_end or answer.is_complete:
-                answer.finish_reason = "stop"
-            elif len(self.sequence.token_ids) >= self.asked.max_total_tokens:
-                answer.finish_reason = "length"
+            segments += answer.push(token, source, is_end=token in self.asked.eos_token_ids)
+            self._end_behind(token)
             if answer.finish_reason is not None:
                 segments += answer.text.flush()
                 break
@@ -216,6 +220,42 @@ class Request:
         verdict.runs = cut(verdict.runs, len(verdict.accepted))
         answer.trail.note(len(answer.text_ends) - count, verdict.runs)
         return segments
+
+    def _end_behind(self, token: int) -> None:
+        """End the answer if this token, which it holds now, was its last one."""
+        answer, asked = self.answer, self.asked
+        if token in asked.eos_token_ids:
+            name = asked.stop_names.get(token)
+            answer.stop("eos" if name is None else "stop_token" if isinstance(name, int) else "stop_text", name)
+        elif answer.text.stopped_by is not None:
+            answer.stop("stop_text", answer.text.stopped_by)
+        elif answer.grammar is not None and answer.grammar.is_terminated:
+            answer.stop("grammar")
+        elif len(self.sequence.token_ids) >= asked.max_total_tokens:
+            answer.finish_reason = "length"
+
+    def _sources(self, verdict: Verdict) -> list[CopySource | None]:
+        """Of each token of a verdict, where it was drafted from, as far as that is known before the answer is over."""
+        memory, sources = self.drafting.memory, list[CopySource | None]()
+        for run in verdict.runs:
+            if run.kind == "block":
+                of_prompt = min(max(self.asked.num_prompt_tokens - run.offset, 0), run.num_tokens)
+                sources += ["prompt"] * of_prompt
+                sources += ["answer"] * (run.num_tokens - of_prompt)
+            elif run.text is not None and memory is not None and self.is_others(run.text, memory):
+                sources += ["pool"] * run.num_tokens
+            else:
+                sources += [cast("CopySource", run.kind)] * run.num_tokens
+        return [*sources, None]  # the bonus token
+
+    def is_others(self, text: Span, memory: SessionMemory) -> bool:
+        """Whether a text is of a pool and may be another caller's: all calls without a session are one part of it."""
+        return self.asked.call.memory_pool is not None and (self.texts_owner is None or not memory.has(text))
+
+    @property
+    def texts_owner(self) -> str | None:
+        """Whose texts a pool keeps those of the call as; None: nobody's who could come back for them."""
+        return self.session_id if self.asked.call.keep_texts else None
 
     def chunk(
         self, segments: list[Segment], token_ids: tuple[int, ...] = (), logprobs: tuple[TokenLogprob, ...] = ()
@@ -234,31 +274,61 @@ class Request:
         answer, prompt, token_ids = self.answer, self.asked.num_prompt_tokens, self.sequence.token_ids
         reply, deltas = (None, []) if answer.reply is None else answer.reply.finish()
         text = "".join(segment.text for segment in answer.segments)
+        copies = answer.trail.copies(answer.text_ends, len(text))
         output = GenerationOutput(
             request_id=self.id,
             text=text,
             token_ids=tuple(token_ids[prompt:]),
             finish_reason=finish_reason,
-            usage=Usage(prompt, self.progress.num_cached_tokens, len(token_ids) - prompt),
+            usage=self._usage(text, "" if reply is None else reply.reasoning),
             draft_stats=self.progress.draft_stats(),
             timing=self.progress.timing(),
-            segments=_joined(answer.segments),
+            segments=_segments(text, copies),
             logprobs=tuple(answer.logprobs) if self.asked.call.sampling.logprobs else None,
             reply=reply,
-            copies=answer.trail.copies(answer.text_ends, len(text)),
+            copies=copies,
             prompt_token_ids=tuple(token_ids[:prompt]),
+            ended_by=answer.ended_by,
+            stop_reason=answer.stop_reason,
         )
         return replace(chunk, output=output, deltas=(*chunk.deltas, *deltas))
 
-
-def _copied(verdict: Verdict) -> Iterator[bool]:
-    """Of each token of a verdict, whether it was copied."""
-    for run in verdict.runs:
-        yield from (run.kind not in NOT_COPIED,) * run.num_tokens
-    yield False  # the bonus token
+    def _usage(self, text: str, reasoning: str) -> Usage:
+        """The counts of the whole answer, of which `reasoning` is a part."""
+        num_prompt_tokens, prediction = self.asked.num_prompt_tokens, self.asked.prediction_ids
+        written = self.sequence.token_ids[num_prompt_tokens:]
+        num_repeated = count_repeated(prediction, written) if prediction else 0
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            cached_tokens=self.progress.num_cached_tokens,
+            completion_tokens=len(written),
+            reasoning_tokens=_num_reasoning_tokens(text, reasoning, self.answer.text_ends),
+            accepted_prediction_tokens=num_repeated,
+            rejected_prediction_tokens=len(prediction) - num_repeated,
+        )
 
 
 def _joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """Neighbours of one kind as one segment."""
-    groups = itertools.groupby(segments, key=lambda segment: segment.copied)
-    return tuple(Segment("".join(segment.text for segment in group), copied) for copied, group in groups)
+    groups = itertools.groupby(segments, key=lambda segment: segment.source)
+    return tuple(Segment("".join(segment.text for segment in group), source) for source, group in groups)
+
+
+def _segments(text: str, copies: Iterable[Copy]) -> tuple[Segment, ...]:
+    """A whole text in pieces by where it was drafted from."""
+    pieces, end = [], 0
+    for copy in copies:
+        pieces += [Segment(text[end : copy.text_start]), Segment(text[copy.text_start : copy.text_stop], copy.source)]
+        end = copy.text_stop
+    return _joined([piece for piece in (*pieces, Segment(text[end:])) if piece.text])
+
+
+def _num_reasoning_tokens(text: str, reasoning: str, text_ends: Sequence[int]) -> int:
+    """Tokens of an answer up to the one that completes its reasoning, which may stand there in several pieces."""
+    if not reasoning:
+        return 0
+    end = 0
+    for piece in (reasoning,) if reasoning in text else reasoning.splitlines():
+        at = text.find(piece, end)
+        end = end if at < 0 else at + len(piece)
+    return min(bisect_left(text_ends, end) + 1, len(text_ends))

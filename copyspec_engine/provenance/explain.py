@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from copyspec_engine.chat.detokenizer import answer_stream
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.errors import ConfigError
-from copyspec_engine.values.outputs import NOT_COPIED, CopiedSpan, Copy, CopySource, Explanation, GenerationOutput
+from copyspec_engine.values.outputs import CopiedSpan, Copy, CopySource, Explanation, GenerationOutput
 
 if TYPE_CHECKING:
     from copyspec_engine.chat.detokenizer import TextStream
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["explain"]
 
+_UNTOLD = {"draft_model", "recycled"}
+"""Sources that are the model's own doing."""
 _AROUND = 60
 """Characters shown on each side of a place that the reader does not have at hand."""
 _FIRST_MARK, _LAST_MARK = 0xF0002, 0xFFFFD
@@ -64,11 +66,11 @@ class _Sources:
         return self._prediction
 
     def joined(self) -> list[Copy]:
-        """The copies, as one where a text goes on over several passes; without what was drafted but not copied."""
+        """The copies, as one where a text goes on over several passes; without what models have drafted."""
         joined: list[Copy] = []
         loose: list[Copy] = []
         for copy in self.output.copies:
-            if copy.source in NOT_COPIED:
+            if copy.source in _UNTOLD:
                 continue
             if copy.source == "frequent":
                 loose.append(copy)
@@ -195,7 +197,7 @@ def _pieces(tokenizer: ChatTokenizer, parts: Sequence[Sequence[int]], tokens: Se
 
 def _streamed(stream: TextStream, parts: Sequence[Sequence[int]]) -> list[str]:
     """The same of a text that is written token by token."""
-    pushed = ([segment.text for token in part for segment in stream.push(token, copied=False)] for part in parts)
+    pushed = ([segment.text for token in part for segment in stream.push(token)] for part in parts)
     pieces = ["".join(texts) for texts in pushed]
     pieces[-1] += "".join(segment.text for segment in stream.flush())
     return pieces

@@ -15,6 +15,7 @@ __all__ = [
     "Copy",
     "CopySource",
     "DraftStats",
+    "EndedBy",
     "Explanation",
     "FinishReason",
     "GenerationOutput",
@@ -45,11 +46,11 @@ CopySource = Literal[
 ]
 """prompt: the prompt of this call; answer: what this answer said before; prediction: the declared one;
 earlier_...: a stored text of the conversation that is not in this prompt; pool: what another caller put into the
-shared pool, which is never shown; grammar: nothing else was allowed; frequent: a token that is just frequent, from no
-text. Two are drafted but not copied, and in no `Explanation`: draft_model: a draft model wrote it; recycled: the model
-held it likely in an earlier pass."""
+shared pool, which is never shown. The others are drafted but not copied: grammar: nothing else was allowed; frequent: a
+token that is just frequent, from no text; and two that are in no `Explanation`: draft_model: a draft model wrote it;
+recycled: the model held it likely in an earlier pass."""
 
-NOT_COPIED: frozenset[str] = frozenset({"draft_model", "recycled"})
+NOT_COPIED: frozenset[str] = frozenset({"grammar", "frequent", "draft_model", "recycled"})
 """Sources of drafted tokens that were not copied."""
 
 _COLOURS = {
@@ -121,8 +122,9 @@ class Explanation:
 
     @property
     def copied_share(self) -> float:
-        """Share of the characters that lie in spans, 0 to 1."""
-        return sum(span.stop - span.start for span in self.spans) / max(len(self.text), 1)
+        """Share of the characters that were copied, 0 to 1."""
+        copied = (span.stop - span.start for span in self.spans if span.source not in NOT_COPIED)
+        return sum(copied) / max(len(self.text), 1)
 
     def to_list(self) -> list[dict[str, Any]]:
         """The spans as plain values, without what is empty."""
@@ -174,12 +176,25 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 cancelled: by the caller; timeout: it took longer than its `timeout_s`."""
 
 
+EndedBy = Literal["eos", "stop_text", "stop_token", "grammar"]
+"""What ended an answer whose finish_reason is "stop". eos: an end-of-sequence id of the model's own; stop_text: one of
+`SamplingParams.stop`; stop_token: one of `SamplingParams.stop_token_ids`; grammar: it was complete."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of the answer's text, and whether its tokens were accepted from a copied draft."""
+    """A stretch of the answer's text, and where its tokens were drafted from."""
 
     text: str
-    copied: bool
+    source: CopySource | None = None
+    """None: the model wrote it by itself. In a stream, what stands in the prompt and what only the conversation holds
+    have one name: "prompt", "answer" or "prediction" by what it was, and "pool" for all that others may have put into
+    one. `GenerationOutput.segments` tells them apart, as `GenerationOutput.copies`."""
+
+    @property
+    def copied(self) -> bool:
+        """Whether its tokens count in `GenerationOutput.copied_share`."""
+        return self.source is not None and self.source not in NOT_COPIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +289,14 @@ class Usage:
     """Prompt tokens whose KV was reused from an earlier call of the session."""
     completion_tokens: int = 0
     """Sampled tokens, the end-of-sequence token included."""
+    reasoning_tokens: int = 0
+    """Tokens of the answer up to the one that completes its reasoning, marks before it included; 0 unless the request
+    asked for its parts (`parse_reply`) and it has some."""
+    accepted_prediction_tokens: int = 0
+    """Tokens of the request's `prediction` that the answer repeats in the prediction's order, at least four in a row
+    (or all of a shorter one), whatever was drafted."""
+    rejected_prediction_tokens: int = 0
+    """The other tokens of the prediction: both together are all of it."""
 
     @property
     def total_tokens(self) -> int:
@@ -322,6 +345,7 @@ class GenerationOutput:
     draft_stats: DraftStats
     timing: Timing
     segments: tuple[Segment, ...] = ()
+    """`text` in pieces by where they were drafted from."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `token_ids`; None unless the request asked for them."""
     reply: Reply | None = None
@@ -333,6 +357,10 @@ class GenerationOutput:
     `Engine.explain`."""
     prompt_token_ids: tuple[int, ...] = field(default=(), repr=False)
     """What the model has read."""
+    ended_by: EndedBy | None = None
+    """What ended it; None unless finish_reason is "stop"."""
+    stop_reason: str | int | None = None
+    """The stop text, or the id of `stop_token_ids`, that ended it; None: neither did, see `ended_by`."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -341,7 +369,7 @@ class GenerationOutput:
 
     @property
     def copied_share(self) -> float:
-        """Share of the answer's tokens that were copied, 0 to 1: those of a draft model are not."""
+        """Share of the answer's tokens that were copied, 0 to 1: those of the sources in `NOT_COPIED` are not."""
         others = sum(copy.stop - copy.start for copy in self.copies if copy.source in NOT_COPIED)
         return (self.draft_stats.num_accepted_tokens - others) / max(self.usage.completion_tokens, 1)
 
@@ -358,7 +386,7 @@ class StreamChunk:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     segments: tuple[Segment, ...] = ()
-    """`text` in pieces that were copied or not."""
+    """`text` in pieces by where they were drafted from."""
     output: GenerationOutput | None = field(default=None)
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each of `token_ids`; None unless the request asked for them."""

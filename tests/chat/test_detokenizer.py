@@ -79,7 +79,7 @@ def streamed(kind: str, prompt: Sequence[int], answer: Sequence[int], stop: Sequ
     """The text of an answer to a raw prompt, as it comes token by token."""
     request = GenerationRequest(prompt_token_ids=list(prompt))
     stream = answer_stream(tokenizer_of(kind), request, prompt, stop)
-    got = [segment.text for token in answer for segment in stream.push(token, copied=False)]
+    got = [segment.text for token in answer for segment in stream.push(token)]
     return "".join(got + [segment.text for segment in stream.flush()])
 
 
@@ -99,7 +99,7 @@ def test_the_first_space_of_an_answer_to_messages_is_the_decoders(kind: str) -> 
         asked = request.model_copy(update={"parse_reply": parse_reply})
         stream = answer_stream(tokenizer, asked, tokenizer.encode("the room"))
         answer = ids(kind, f"{SPACE}is", f"{SPACE}the")
-        got = "".join(segment.text for token in answer for segment in stream.push(token, copied=False))
+        got = "".join(segment.text for token in answer for segment in stream.push(token))
         assert got == tokenizer.decode(answer)
 
 
@@ -283,7 +283,7 @@ def test_special_tokens_that_mark_parts_are_read_as_marks() -> None:
     texts = {}
     for special in ("none", "parts", "all"):
         stream = tokenizer.text_stream((), special=special)  # type: ignore[arg-type]
-        texts[special] = "".join(s.text for token in written for s in stream.push(token, copied=False))
+        texts[special] = "".join(s.text for token in written for s in stream.push(token))
     assert texts["none"] == "aisthe"
     assert texts["parts"] == "a<tool_call>is</tool_call>the"
     assert texts["all"] == "a<tool_call>is</tool_call><|im_start|></s>the"

@@ -52,8 +52,8 @@ def test_a_fingerprint_changes_with_what_gives_tokens_their_meaning(tokenizer: H
 
 def pieces(stream: StoppingTextStream, texts: list[str]) -> Iterator[str]:
     for i, _ in enumerate(texts):
-        yield "".join(segment.text for segment in stream.push(i, copied=bool(i % 2)))
-        if stream.stopped:
+        yield "".join(segment.text for segment in stream.push(i, "prompt" if i % 2 else None))
+        if stream.stopped_by:
             return
     yield "".join(segment.text for segment in stream.flush())
 
@@ -76,26 +76,26 @@ def test_text_ends_before_the_first_stop_text_however_tokens_split_it(texts: lis
         whole += text
         found = [whole.find(s) for s in stop if s in whole]
         if found:
-            assert stream.stopped
+            assert stream.stopped_by
             assert got == whole[: min(found)]
             return
-    assert not stream.stopped
+    assert not stream.stopped_by
     assert got == whole
 
 
 def test_text_that_may_become_a_stop_text_is_held_back() -> None:
     stream = stream_of(["x EN", "D", "E", "ND."], ["END"])
-    assert [s.text for s in stream.push(0, copied=True)] == ["x "]
-    assert stream.push(1, copied=True) == []
-    assert stream.stopped
+    assert [s.text for s in stream.push(0, "prompt")] == ["x "]
+    assert stream.push(1, "prompt") == []
+    assert stream.stopped_by
     stream = stream_of(["x EN", "C", " END"], ["END"])
     assert "".join(pieces(stream, ["x EN", "C", " END"])) == "x ENC "
 
 
 def test_released_pieces_say_which_tokens_were_copied() -> None:
     stream = stream_of(["ab", "c", "d"], ["abx"])
-    assert stream.push(0, copied=True) == []
-    segments = [*stream.push(1, copied=False), *stream.push(2, copied=True)]
+    assert stream.push(0, "prompt") == []
+    segments = [*stream.push(1), *stream.push(2, "prompt")]
     assert [(s.text, s.copied) for s in segments] == [("ab", True), ("c", False), ("d", True)]
 
 
@@ -103,7 +103,7 @@ def test_released_pieces_say_which_tokens_were_copied() -> None:
 @given(text=st.text(max_size=40))
 def test_streamed_pieces_join_to_the_text(text: str) -> None:
     for stream, ids in ((ByteTokenizer().text_stream(()), ByteTokenizer().encode(text)),):
-        got = [segment.text for token in ids for segment in stream.push(token, copied=False)]
+        got = [segment.text for token in ids for segment in stream.push(token)]
         got += [segment.text for segment in stream.flush()]
         assert "".join(got) == text
         assert "\ufffd" in text or not any("\ufffd" in piece for piece in got)
@@ -112,7 +112,7 @@ def test_streamed_pieces_join_to_the_text(text: str) -> None:
 @pytest.mark.parametrize("text", ["the cat", "naïve 日本語 🙂🙂 end", "", "a\n\n\tb  c"])
 def test_a_real_tokenizer_streams_whole_characters(tokenizer: HFTokenizer, text: str) -> None:
     stream = tokenizer.text_stream(())
-    got = [segment.text for token in tokenizer.encode(text) for segment in stream.push(token, copied=False)]
+    got = [segment.text for token in tokenizer.encode(text) for segment in stream.push(token)]
     assert not any("\ufffd" in piece for piece in got)
     got += [segment.text for segment in stream.flush()]
     assert "".join(got) == text == tokenizer.decode(tokenizer.encode(text))
@@ -121,7 +121,7 @@ def test_a_real_tokenizer_streams_whole_characters(tokenizer: HFTokenizer, text:
 def test_an_answer_cut_inside_a_character_keeps_what_decode_gives(tokenizer: HFTokenizer) -> None:
     ids = tokenizer.encode("ok 🙂")[:-1]
     stream = tokenizer.text_stream(())
-    got = [segment.text for token in ids for segment in stream.push(token, copied=False)]
+    got = [segment.text for token in ids for segment in stream.push(token)]
     got += [segment.text for segment in stream.flush()]
     assert "".join(got) == tokenizer.decode(ids)
 
@@ -181,7 +181,7 @@ def test_many_threads_may_encode_render_and_stream_at_once(tokenizer: HFTokenize
     def work(_: int) -> bool:
         ids = tokenizer.encode(text)
         stream = tokenizer.text_stream(())
-        streamed = "".join(segment.text for token in ids for segment in stream.push(token, copied=False))
+        streamed = "".join(segment.text for token in ids for segment in stream.push(token))
         return (ids, tokenizer.render([{"role": "user", "content": text}], None), streamed) == (*expected, text)
 
     with ThreadPoolExecutor(16) as threads:
@@ -198,6 +198,6 @@ def test_bytes_that_are_no_text_never_break_a_stream() -> None:
     for _ in range(300):
         stream = tokenizer.text_stream(())
         ids = [rng.choice([256, 257, 0xC3, 0xA9, 0xF0, 0x9F, 0x99]) for _ in range(rng.randrange(1, 20))]
-        got = [segment.text for token in ids for segment in stream.push(token, copied=False)]
+        got = [segment.text for token in ids for segment in stream.push(token)]
         got += [segment.text for segment in stream.flush()]
         assert [c for c in "".join(got) if c in "ab"] == ["ab"[i - 256] for i in ids if i >= 256]

@@ -525,7 +525,7 @@ def test_no_word_is_broken_at_the_edge_of_a_terminal(size: int) -> None:
     console = Console(width=16, file=io.StringIO(), force_terminal=True, color_system=None)
     printer = AnswerPrinter(console)
     for start in range(0, len(text), size):
-        printer([Segment(text[start : start + size], copied=start % 2 == 0)])
+        printer([Segment(text[start : start + size], "prompt" if start % 2 == 0 else None)])
     printer.end()
     lines = written(console).split("\n")
     assert [line.rstrip() for line in lines] == [
@@ -545,7 +545,7 @@ def test_scripts_without_blanks_fill_the_line_and_files_get_the_text_as_it_is() 
     plain = Console(width=10, file=io.StringIO())
     for console in (terminal, plain):
         printer = AnswerPrinter(console)
-        printer([Segment("狐狸跳过", copied=False), Segment("了懒狗", copied=True)])
+        printer([Segment("狐狸跳过"), Segment("了懒狗", "prompt")])
         printer.end()
     assert written(terminal) == "狐狸跳过了\n懒狗"
     assert written(plain) == "狐狸跳过了懒狗"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import subprocess
 import sys
 import threading
@@ -186,6 +187,29 @@ def test_a_request_that_is_refused_after_its_wait_gives_its_place_back() -> None
         assert len(loop_of(engine).places) == 1
         gate.event.set()
         assert first.result().text == "A"
+
+
+def test_the_heartbeat_is_read_while_a_pass_hangs() -> None:
+    entered, gate = threading.Event(), threading.Event()
+
+    def reply(prompt: str) -> str:
+        entered.set()
+        gate.wait(30)
+        return prompt
+
+    with scripted_engine(reply, SMALL) as engine:
+        assert engine.heartbeat_age_s == 0.0
+        handle = engine.stream(ask())
+        entered.wait(30)
+        ages = [engine.heartbeat_age_s for _ in range(1000)]
+        assert 0.0 <= ages[0] < ages[-1]
+        assert ages == sorted(ages)
+        gate.set()
+        handle.result()
+        engine.metrics()  # a turn of its own
+        while engine.heartbeat_age_s:
+            time.sleep(0.001)
+    assert engine.heartbeat_age_s == math.inf
 
 
 def test_places_go_round_in_order() -> None:

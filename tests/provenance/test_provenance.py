@@ -92,6 +92,9 @@ def check(engine: Engine, request: GenerationRequest, output: GenerationOutput) 
     copied_parts = [copy for copy in output.copies if copy.source not in NOT_COPIED]
     written = "".join(output.text[copy.text_start : copy.text_stop] for copy in copied_parts)
     assert written == "".join(segment.text for segment in output.segments if segment.copied)
+    for source in sources(output):
+        told = "".join(output.text[copy.text_start : copy.text_stop] for copy in output.copies if copy.source == source)
+        assert told == "".join(segment.text for segment in output.segments if segment.source == source)
     check_explanation(request, output, engine.explain(request, output))
 
 
@@ -236,6 +239,8 @@ def test_what_a_grammar_forces_is_named_as_such() -> None:
         _, output = asked = ask(engine, "Which?", grammar=grammar)
         check(engine, *asked)
         assert "grammar" in sources(output)
+        assert output.copied_share == 0
+        assert "grammar" in {segment.source for segment in output.segments}
 
 
 def test_raw_prompts_are_sources_too() -> None:

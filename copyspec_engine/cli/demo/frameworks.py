@@ -150,7 +150,7 @@ def _ask_llama_index(engine: Engine) -> Ask:
 
 
 def _segments(stats: Mapping[str, Any]) -> list[Segment]:
-    return [Segment(piece["text"], piece["copied"]) for piece in stats.get("segments", [])]
+    return [Segment(piece["text"], piece.get("source")) for piece in stats.get("segments", [])]
 
 
 def _answer_of(text: str, tokens: int, stats: Mapping[str, Any]) -> FrameworkAnswer:

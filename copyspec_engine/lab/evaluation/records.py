@@ -80,7 +80,7 @@ class TurnRecord(_Record):
 
     @property
     def num_copied(self) -> int:
-        """Accepted tokens that were copied, and not written by a draft model or recycled."""
+        """Accepted tokens that were copied from a text."""
         return self.num_accepted - sum(self.accepted_by_source.get(source, 0) for source in NOT_COPIED)
 
     @property
