@@ -45,7 +45,7 @@ $(VENV)/.for-demo: $(VENV)/.created $(INPUTS)
 
 $(VENV)/.for-test: $(VENV)/.for-demo $(INPUTS)
 	@echo "==> Installing what the tests need"
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,eval,dev]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,serve,eval,dev]'
 	@touch $@
 
 clean:

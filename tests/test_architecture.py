@@ -52,8 +52,9 @@ ALLOWED: dict[str, set[str]] = {
     "loop": _LOOP,
     "engine": {*_LOOP, "loop"},
     "adapters": {"values", "chat", "execution", "engine", FRONT},
+    "serve": {"values", "chat", "engine", "adapters", FRONT},
     "testing": {*_LOOP, "loop", "engine"},
-    "cli": {"values", "models", "bundled", "adapters", "execution", "testing", "lab", FRONT},
+    "cli": {"values", "models", "bundled", "adapters", "serve", "execution", "testing", "lab", FRONT},
     "lab": {*_LOOP, "loop", "engine", "adapters", "bundled", "cli", "testing", FRONT},
     "__main__": {"cli"},
 }
@@ -80,7 +81,10 @@ MAY_IMPORT_TRANSFORMERS = {
     "models/",
     "lab/recorded/",
 }
-MAY_IMPORT_INSIDES = {"adapters", "bundled", "lab", "models", "testing", "values.outputs", "execution.calibration"}
+MAY_IMPORT_INSIDES = {
+    *("adapters", "bundled", "lab", "models", "serve", "testing"),
+    *("values.outputs", "execution.calibration"),
+}
 """What the command line, the integrations and the evaluation import beside the public names."""
 
 

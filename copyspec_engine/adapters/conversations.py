@@ -71,17 +71,18 @@ class ConversationFinder:
 
     Args:
         max_states: of them; the one that was not used for longest is not found any more when there are more.
+        prefix: what the ids of their sessions begin with.
     """
 
-    def __init__(self, max_states: int = _MAX_STATES) -> None:
-        self._max_states, self._secret = max_states, secrets.token_bytes(32)
+    def __init__(self, max_states: int = _MAX_STATES, prefix: str = "found-") -> None:
+        self._max_states, self._prefix, self._secret = max_states, prefix, secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._sessions: OrderedDict[bytes, str] = OrderedDict()
         """The session of the call that was answered last with all that was said so far, hashed, least recently used
         first."""
 
-    def __reduce__(self) -> tuple[type[ConversationFinder], tuple[int]]:
-        return type(self), (self._max_states,)
+    def __reduce__(self) -> tuple[type[ConversationFinder], tuple[int, str]]:
+        return type(self), (self._max_states, self._prefix)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -105,7 +106,7 @@ class ConversationFinder:
             if known is not None:
                 self._sessions.move_to_end(known)
         # Nobody else has this id, and nobody is told it: what a call adds is only for those who show it.
-        session_id = f"found-{secrets.token_hex(16)}"
+        session_id = f"{self._prefix}{secrets.token_hex(16)}"
         options = {"session_id": session_id, "continues": found, "keep_texts": False}
         return Talk(options, None, lambda answer: self._keep(session_id, states[-1], answer))
 

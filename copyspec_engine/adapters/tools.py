@@ -9,7 +9,15 @@ from typing import Any
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.values.grammar import Grammar, check_nesting, tool_choice_of
 
-__all__ = ["calls_grammar", "check_nesting", "closed", "guides_calls", "has_grammars", "tool_choice_of"]
+__all__ = [
+    "answer_grammar",
+    "calls_grammar",
+    "check_nesting",
+    "closed",
+    "guides_calls",
+    "has_grammars",
+    "tool_choice_of",
+]
 
 
 def has_grammars() -> bool:
@@ -38,6 +46,42 @@ def calls_grammar(
         ConfigError: calls are required of a model that writes them nobody knows how.
     """
     return closed(engine.chat_format.grammar(tuple(tools), choice, parallel=parallel), strict=strict)
+
+
+def answer_grammar(
+    engine: Engine,
+    tools: Iterable[dict[str, Any]] | None,
+    choice: str,
+    answer: Grammar | None,
+    *,
+    parallel: bool,
+    strict: bool | None = None,
+) -> Grammar | None:
+    """What an answer must look like that calls tools, has a form, or may do either; None: whatever the model writes.
+
+    Args:
+        engine: whose model knows how calls are written.
+        tools: OpenAI-style function schemas that the prompt tells of; None: of none.
+        choice: "auto", "required" or a function's name.
+        answer: the JSON form of an answer that calls nothing; None: it is free.
+        parallel: several calls in one answer.
+        strict: True: see `closed`; None: where nothing asks for a form calls are held to theirs as far as grammars can
+            express it and are installed; False: then they are not.
+
+    Raises:
+        ConfigError: a form is asked for that cannot be had of this model.
+    """
+    if tools is None:
+        return answer
+    forced = choice != "auto"
+    guided = (guides_calls(engine) if strict is None else strict) or not parallel
+    if not forced and answer is None and not guided:
+        return None
+    calls = calls_grammar(engine, tools, choice, parallel=parallel, strict=bool(strict))
+    if answer is not None and not forced and calls.tools is not None:
+        either = calls.tools.model_copy(update={"answer_schema": answer.json_schema or {"type": "object"}})
+        calls = calls.model_copy(update={"tools": either})
+    return calls
 
 
 def closed(grammar: Grammar, *, strict: bool = False) -> Grammar:

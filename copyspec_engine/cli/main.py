@@ -17,7 +17,8 @@ from copyspec_engine.cli.demo.frameworks import FRAMEWORKS
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.models import models, run_pull
-from copyspec_engine.cli.options import BUNDLED, DEFAULT, Device, Dtype, Memory, engine_config
+from copyspec_engine.cli.options import BUNDLED, DEFAULT, Device, Dtype, Memory, add_command, engine_config
+from copyspec_engine.cli.serve import ServeOptions, run_serve
 from copyspec_engine.lab.bench.command import bench
 from copyspec_engine.lab.evaluation.command import evaluations
 
@@ -195,6 +196,9 @@ def explain(
         return run_explain(options, console())
 
     exit_with(write)
+
+
+add_command(app, ServeOptions, "serve", "Serve a model over HTTP, in OpenAI's form, to several users.")(run_serve)
 
 
 def main() -> None:

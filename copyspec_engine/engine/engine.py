@@ -245,15 +245,18 @@ class Engine:
         with self.stream(request) as handle:
             return handle.result()
 
-    async def astream(self, request: GenerationRequest) -> AsyncGenerator[StreamChunk, None]:
+    async def astream(self, request: GenerationRequest, *, wait: bool = True) -> AsyncGenerator[StreamChunk, None]:
         """Chunks as they are decoded. Closing the iterator or cancelling the task cancels the request.
 
-        Waits and raises as `stream` does, without blocking the event loop.
+        Waits, or not, and raises as `stream` does, without blocking the event loop.
         """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
         prepared = await asyncio.to_thread(self._prepare, request)
-        await self._loop.wait_async(prepared)
+        if wait:
+            await self._loop.wait_async(prepared)
+        else:
+            self._loop.places.take(prepared.number)
         self._loop.enqueue(prepared, partial(_put_threadsafe, loop, items))
         try:
             while True:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationRequest, Grammar
 from copyspec_engine.adapters.model import AdapterOptions, clear_errors
-from copyspec_engine.adapters.tools import calls_grammar, check_nesting, closed, guides_calls, tool_choice_of
+from copyspec_engine.adapters.tools import answer_grammar, check_nesting, closed, tool_choice_of
 
 __all__ = [
     "CallOptions",
@@ -128,25 +128,14 @@ class ToolOptions(BaseModel):
         Raises:
             ConfigError: a form is asked for that cannot be had of this model.
         """
-        answer = self._answer_grammar()
-        tools = self.offered
-        if tools is None:
-            return answer
-        forced = self.tool_choice != "auto"
-        if not forced and answer is None and not self._guides(engine):
-            return None
-        parallel, strict = self.parallel_tool_calls, bool(self.strict)
-        calls = calls_grammar(engine, tools, self.tool_choice, parallel=parallel, strict=strict)
-        if answer is not None and not forced and calls.tools is not None:
-            either = calls.tools.model_copy(update={"answer_schema": answer.json_schema or {"type": "object"}})
-            calls = calls.model_copy(update={"tools": either})
-        return calls
-
-    def _guides(self, engine: Engine) -> bool:
-        """Whether calls that the model begins by itself are held to their schemas."""
-        if self.strict is None:
-            return guides_calls(engine) or not self.parallel_tool_calls
-        return self.strict or not self.parallel_tool_calls
+        return answer_grammar(
+            engine,
+            self.offered,
+            self.tool_choice,
+            self._answer_grammar(),
+            parallel=self.parallel_tool_calls,
+            strict=self.strict,
+        )
 
     def _answer_grammar(self) -> Grammar | None:
         if self.response_format is None:

@@ -1,0 +1,103 @@
+"""The application: every endpoint of a server, behind its gate."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from copyspec_engine.engine.engine import Engine
+from copyspec_engine.serve.bodies import body_schemas
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.errors import ApiError, error_response, http_error, not_found
+from copyspec_engine.serve.gate import Gate
+from copyspec_engine.serve.health import health_router
+from copyspec_engine.serve.models import models_router
+from copyspec_engine.serve.openai_chat import chat_router
+from copyspec_engine.serve.service import Service
+from copyspec_engine.values.errors import CopySpecError
+
+__all__ = ["app_of", "create_app"]
+
+_ROUTERS = (chat_router, models_router, health_router)
+
+
+def create_app(engine: Engine, config: ServeConfig | None = None) -> ASGIApp:
+    """An engine as an ASGI application.
+
+    Args:
+        engine: that answers; whoever made it closes it, behind the application's end.
+        config: default: `ServeConfig()`.
+
+    Raises:
+        ConfigError: the keys cannot be read.
+    """
+    return app_of(Service(engine, config or ServeConfig()))
+
+
+def app_of(service: Service) -> ASGIApp:
+    """A service as an ASGI application."""
+    app = FastAPI(title="copyspec", version=importlib.metadata.version("copyspec"), docs_url=None, redoc_url=None)
+    for router in _ROUTERS:
+        app.include_router(router(service))
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(RequestValidationError, _routing_error)
+    for kind in (ApiError, CopySpecError, Exception):
+        app.add_exception_handler(kind, _error)
+    gate: ASGIApp = Gate(app, service)
+    if service.config.cors_origins:
+        gate = CORSMiddleware(
+            gate,
+            allow_origins=service.config.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Session-ID", "X-Request-ID", "X-Copyspec-Ignored", "Retry-After"],
+        )
+    return gate
+
+
+_ELSEWHERE = (
+    "embeddings",
+    "audio",
+    "images",
+    "files",
+    "batches",
+    "fine_tuning",
+    "moderations",
+    "assistants",
+    "threads",
+)
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 400
+    if status == 404 and request.url.path.startswith(tuple(f"/v1/{name}" for name in _ELSEWHERE)):
+        return error_response(
+            not_found(f"This server has no {request.url.path}: it writes text only", "unsupported_endpoint")
+        )
+    if status == 404:
+        return error_response(not_found(f"There is no {request.method} {request.url.path} here: see /docs"))
+    detail = error.detail if isinstance(error, HTTPException) else str(error)
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    return error_response(http_error(status, detail), headers)
+
+
+async def _error(_request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas())
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,120 @@
+"""Bodies of requests: read as far as their size allows, JSON as deep as it may be, and checked field by field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.errors import ApiError
+from copyspec_engine.values.options import Documented, explain_errors
+
+__all__ = ["Body", "body_schemas", "documented", "read_body", "read_json"]
+
+
+class Body(Documented):
+    """What an endpoint takes: known fields of known types, none of which is ignored without a word.
+
+    Subclasses say in `without_effect` which of their fields are accepted and change nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    without_effect: ClassVar[tuple[str, ...]] = ()
+
+    def ignored(self) -> list[str]:
+        """Fields that were given, and change nothing."""
+        return [name for name in self.without_effect if getattr(self, name) not in (None, False)]
+
+
+Any_Body = TypeVar("Any_Body", bound=Body)
+
+
+async def read_body(request: Request, kind: type[Any_Body], config: ServeConfig) -> Any_Body:
+    """The body of a request as an object of some kind.
+
+    Raises:
+        ApiError: it is too large, no JSON, too deep, or a field is unknown or has a wrong type.
+    """
+    value = await read_json(request, config)
+    if not isinstance(value, dict):
+        raise ApiError(400, "invalid_json", f"Got a JSON {type(value).__name__} as the body but expected an object")
+    try:
+        return kind(**value)
+    except ValidationError as error:
+        raise _of_validation(kind, error) from None
+
+
+async def read_json(request: Request, config: ServeConfig) -> Any:  # noqa: ANN401 - any JSON value
+    """The body of a request. Raises as `read_body` does of it."""
+    body = bytearray()
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > config.max_body_bytes:
+                raise ApiError(
+                    413, "body_too_large", f"Got a body of more than {config.max_body_bytes} bytes: shorten it"
+                )
+    except ClientDisconnect:
+        raise ApiError(400, "incomplete_body", "The client went away before its body was whole") from None
+    try:
+        value = json.loads(bytes(body), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "invalid_json", f"Got a body that is no JSON: {error}") from None
+    _check(value, config.max_depth)
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check(value: Any, max_depth: int) -> None:  # noqa: ANN401 - any JSON value
+    """Refuse what is nested too deeply, and texts with half a character."""
+    level = [value]
+    for _ in range(max_depth + 1):
+        for text in (item for item in level if isinstance(item, str) and not item.isascii()):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ApiError(
+                    400, "invalid_json", f"Got a text with half a surrogate pair in the body: {ascii(text)[:80]}"
+                )
+        level = [inner for item in level for inner in _inner(item)]
+        if not level:
+            return
+    raise ApiError(400, "invalid_json", f"Got a body nested more than {max_depth} deep: make it flatter")
+
+
+def _inner(value: Any) -> Iterator[Any]:  # noqa: ANN401 - any JSON value
+    if isinstance(value, dict):
+        yield from value
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+def _of_validation(kind: type[BaseModel], error: ValidationError) -> ApiError:
+    codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_parameter"}
+    told = explain_errors(kind, error, called="the body")
+    return ApiError(400, codes.get(error.errors()[0]["type"], "invalid_value"), str(told), told.param)
+
+
+def documented(kind: type[Body]) -> dict[str, Any]:
+    """What the OpenAPI document says of an endpoint that reads such a body by itself."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def body_schemas() -> dict[str, Any]:
+    """The JSON schemas of all bodies and of what they hold, by the names in `documented`."""
+    found: dict[str, Any] = {}
+    kinds = list(Body.__subclasses__())
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        found |= schema.pop("$defs", {})
+        found[kind.__name__] = schema
+    return found

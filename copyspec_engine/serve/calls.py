@@ -1,0 +1,183 @@
+"""A call on the engine: its answers, begun together, read together, and ended when nobody reads them any more.
+
+Everything that an endpoint may not forget is here: a call counts against its tenant, is refused while the server
+drains, is cancelled where its client goes away, and comes to an end of its own when the server stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+
+from starlette.types import Receive
+
+from copyspec_engine.engine.engine import Engine
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.errors import ApiError
+from copyspec_engine.serve.tenants import Tenant
+from copyspec_engine.values.config import GenerationRequest
+from copyspec_engine.values.errors import RequestFailedError
+from copyspec_engine.values.outputs import GenerationOutput, StreamChunk
+
+__all__ = ["Call", "Calls"]
+
+
+class Call:
+    """The answers to one call, written side by side. Made by `Calls.begin`; whoever has it closes it.
+
+    Args:
+        engine: that answers.
+        requests: one for each answer.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
+        self.requests = tuple(requests)
+        self.outputs: dict[int, GenerationOutput] = {}
+        """The whole answers by their numbers, of those that are over."""
+        self.on_close: Callable[[], None] = lambda: None
+        self._engine = engine
+        self._items: asyncio.Queue[tuple[int, StreamChunk | Exception]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._first: list[asyncio.Future[Exception | None]] = [loop.create_future() for _ in requests]
+        """What came first of each answer: None for a chunk."""
+        self._left = len(self.requests)
+        self._tasks = [asyncio.create_task(self._read(index)) for index in range(len(self.requests))]
+
+    async def admitted(self, first_byte_s: float) -> None:
+        """Wait until each answer has begun, but no longer than so many seconds.
+
+        Raises:
+            Exception: what one of them failed with.
+        """
+        done, _ = await asyncio.wait(self._first, timeout=first_byte_s)
+        error = next((found.result() for found in self._first if found in done and found.result()), None)
+        if error is not None:
+            raise error
+
+    async def take(self, timeout_s: float | None = None) -> tuple[int, StreamChunk] | None:
+        """The number of an answer and its next chunk; None when all are over.
+
+        Raises:
+            asyncio.TimeoutError: there is none for so many seconds.
+            Exception: what an answer failed with; the others are cancelled then.
+        """
+        if not self._left:
+            return None
+        index, item = await asyncio.wait_for(self._items.get(), timeout_s)
+        if isinstance(item, Exception):
+            self._left = 0
+            self.cancel()
+            raise item
+        self._left -= item.is_last
+        return index, item
+
+    async def chunks(self) -> AsyncIterator[tuple[int, StreamChunk]]:
+        """All that `take` gives."""
+        while (taken := await self.take()) is not None:
+            yield taken
+
+    def cancel(self) -> None:
+        """End the answers at the next step, each with a last chunk; those that have not come in yet with an error."""
+        for task, first, request in zip(self._tasks, self._first, self.requests, strict=True):
+            if not task.done() and not self._engine.cancel(request.request_id) and not first.done():
+                task.cancel()  # it is still being prepared
+
+    def close(self) -> None:
+        """Nobody reads the call any more."""
+        self._left = 0
+        self.cancel()
+        self.on_close()
+
+    async def over(self) -> None:
+        """Wait until nothing of it is in the engine."""
+        await asyncio.wait(self._tasks)
+
+    async def _read(self, index: int) -> None:
+        """Take an answer from the engine as it is written."""
+        try:
+            async with aclosing(self._engine.astream(self.requests[index], wait=False)) as chunks:
+                async for chunk in chunks:
+                    if chunk.output is not None:
+                        self.outputs[index] = chunk.output
+                    self._put(index, chunk)
+        except asyncio.CancelledError:
+            self._put(index, RequestFailedError("The call was cancelled before it began"))
+        except Exception as error:
+            self._put(index, error)
+
+    def _put(self, index: int, item: StreamChunk | Exception) -> None:
+        self._items.put_nowait((index, item))
+        if not self._first[index].done():
+            self._first[index].set_result(item if isinstance(item, Exception) else None)
+
+
+class Calls:
+    """All calls in flight. For one event loop.
+
+    Args:
+        engine: that answers.
+        config: the limits.
+    """
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self.engine, self.config = engine, config
+        self.is_draining = False
+        """New calls are refused."""
+        self._in_flight: set[Call] = set()
+        self._followed: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """Calls whose clients are still answered."""
+        return len(self._in_flight)
+
+    async def begin(self, tenant: Tenant, requests: Sequence[GenerationRequest], receive: Receive) -> Call:
+        """A call that has begun, to be closed.
+
+        Args:
+            tenant: who asks.
+            requests: one for each choice. They share their prompt.
+            receive: of the HTTP request, whose body was read; the call is cancelled when its client goes away.
+
+        Raises:
+            ApiError: 503 while the server drains, 429 where the tenant has too many.
+            Exception: what the engine says of one of the requests.
+        """
+        if self.is_draining:
+            raise ApiError(503, "draining", "The server is shutting down: ask again", retry_after_s=2.0)
+        tenant.take(len(requests))
+        call = Call(self.engine, requests)
+        self._in_flight.add(call)
+        call.on_close = lambda: self._in_flight.discard(call)
+        follower = asyncio.create_task(self._follow(tenant, call, receive))
+        self._followed.add(follower)
+        follower.add_done_callback(self._followed.discard)
+        try:
+            await call.admitted(self.config.first_byte_s)
+        except BaseException:
+            call.close()
+            raise
+        return call
+
+    async def cut_short(self) -> None:
+        """Cancel all calls, and wait until the engine has ended them; their clients get what was written."""
+        for call in self._in_flight:
+            call.cancel()
+        if self._followed:
+            await asyncio.wait(self._followed)
+
+    async def _follow(self, tenant: Tenant, call: Call, receive: Receive) -> None:
+        """Cancel a call whose client goes away; count what it has cost."""
+        watcher = asyncio.create_task(_gone(receive))
+        watcher.add_done_callback(lambda task: None if task.cancelled() else call.cancel())
+        await call.over()
+        watcher.cancel()
+        tenant.give_back(len(call.requests))
+        usages = [call.outputs[index].usage for index in sorted(call.outputs)]
+        tenant.charge(sum(usage.completion_tokens for usage in usages) + sum(u.prompt_tokens for u in usages[:1]))
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,103 @@
+"""Which conversation a call belongs to, by its headers, its body, or what it shows; and what KV it may share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from copyspec_engine.adapters.conversations import Talk, first_named
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.errors import invalid
+from copyspec_engine.serve.tenants import Tenant
+
+__all__ = ["Caller", "engine_session", "salt_of", "told_session"]
+
+_MOST_CHARACTERS = 256
+_METADATA = ("session_id", "thread_id", "conversation_id")
+_PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " "
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever made a call, and what its headers say.
+
+    Args:
+        tenant: whose key it is.
+        headers: of the request, their names in lower case.
+        config: which headers name a conversation.
+    """
+
+    tenant: Tenant
+    headers: Mapping[str, str]
+    config: ServeConfig
+
+    def named(self, body: Mapping[str, Any]) -> str | None:
+        """The conversation that a call names, as its client calls it; None: it names none.
+
+        Args:
+            body: its `session_id` and `metadata` are looked at.
+
+        Raises:
+            ApiError: it is no id.
+        """
+        metadata = body.get("metadata") or {}
+        for name in ("x-session-id", "x-conversation-id", *self.config.session_headers):
+            if self.headers.get(name):
+                return _checked(self.headers[name], name)
+        if body.get("session_id") is not None:
+            return _checked(body["session_id"], "session_id")
+        for name in _METADATA:
+            if metadata.get(name) is not None:
+                return _checked(metadata[name], f"metadata.{name}")
+        return None
+
+    def talk(
+        self,
+        named: str | None,
+        messages: Sequence[Mapping[str, Any]] | None,
+        *,
+        partition: str | None = None,
+        shown: Mapping[str, Any] | None = None,
+    ) -> Talk:
+        """The conversation of one answer.
+
+        Args:
+            named: what `named` gave, or the id of an object that stands for a conversation.
+            messages: all that the call shows; None: a raw prompt.
+            partition: whose talk it is among those of the tenant: what one of them has said goes on for none else.
+            shown: what else the prompt is made of.
+        """
+        session = first_named(None if named is None else engine_session(self.tenant, named))
+        return self.tenant.conversations.begin(session, messages, {"partition": partition, **(shown or {})})
+
+
+def engine_session(tenant: Tenant, session_id: str) -> str:
+    """The engine's name of a tenant's conversation."""
+    return f"{tenant.name}/{session_id}"
+
+
+def told_session(talk: Talk) -> str | None:
+    """The value of X-Session-ID for a call's answer; None: it stands alone."""
+    session = talk.request_options()["session_id"]
+    return None if session is None else quote(session.partition("/")[2], safe=_PRINTABLE)
+
+
+def salt_of(tenant: Tenant, key: str | None) -> str | None:
+    """What calls share KV by: never what a client has said, so that no tenant says what another one does."""
+    if key is None:
+        return None
+    return hashlib.sha256(json.dumps([tenant.name, key]).encode()).hexdigest()
+
+
+def _checked(value: object, param: str) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= _MOST_CHARACTERS or not value.isprintable():
+        shown = repr(value)[:80]
+        raise invalid(
+            param, f"Got {param}={shown} but expected the id of a conversation: 1 to {_MOST_CHARACTERS} printable ones"
+        )
+    return value

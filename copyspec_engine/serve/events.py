@@ -1,0 +1,165 @@
+"""Streams on the wire: server-sent events or lines of JSON, signs of life in between, and readers that read no more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from copyspec_engine.serve.calls import Call
+from copyspec_engine.serve.config import ServeConfig, is_loopback
+from copyspec_engine.serve.errors import ApiError, api_error
+from copyspec_engine.values.outputs import StreamChunk
+
+__all__ = ["LINES", "NAMED_EVENTS", "SSE", "EventResponse", "EventWriter", "Framing", "obfuscated", "wants_obfuscation"]
+
+logger = logging.getLogger(__name__)
+
+Event = Mapping[str, Any]
+"""A JSON object on its way to a client."""
+
+
+class EventWriter(Protocol):
+    """What an endpoint makes of the chunks of a call."""
+
+    def events(self, index: int, chunk: StreamChunk) -> Iterable[Event]:
+        """What a chunk of answer `index` adds; may be nothing."""
+        ...
+
+    def keep_alive(self) -> Event | None:
+        """An event that says nothing; None: there is no such thing."""
+        ...
+
+    def end(self) -> Iterable[Event]:
+        """What comes when all answers are whole."""
+        ...
+
+    def failed(self, error: ApiError) -> Iterable[Event]:
+        """What tells of an error in the middle of the stream, as the last thing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How events lie in the body of an answer."""
+
+    media_type: str
+    before: str = ""
+    after: str = "\n"
+    named: bool = False
+    """Each event has a line with its `type`."""
+    ping: bytes = b""
+    """A sign of life that is no event, if there is one."""
+    done: bytes = b""
+    """Behind the last event of an answer that came to its end."""
+
+    def frame(self, event: Event) -> bytes:
+        name = f"event: {event['type']}\n" if self.named else ""
+        return f"{name}{self.before}{json.dumps(event, ensure_ascii=False)}{self.after}".encode(
+            "utf-8", "surrogatepass"
+        )
+
+
+SSE = Framing("text/event-stream; charset=utf-8", "data: ", "\n\n", ping=b": ping\n\n", done=b"data: [DONE]\n\n")
+"""As OpenAI's completions have it."""
+NAMED_EVENTS = Framing("text/event-stream; charset=utf-8", "data: ", "\n\n", named=True, ping=b": ping\n\n")
+"""As OpenAI's responses have it."""
+LINES = Framing("application/x-ndjson")
+"""As Ollama has it."""
+
+
+class EventResponse(Response):
+    """Streams a call and closes it.
+
+    A reader that takes nothing for `ServeConfig.send_timeout_s` is given up, and so is one that goes away.
+
+    Args:
+        call: whose chunks are written.
+        writer: makes events of them.
+        framing: how they lie in the body.
+        config: the times.
+        headers: besides those of every stream.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        writer: EventWriter,
+        framing: Framing,
+        config: ServeConfig,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(None, 200, {**own, **(headers or {})}, framing.media_type)
+        del self.headers["content-length"]
+        self._call, self._writer, self._framing, self._config = call, writer, framing, config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - as ASGI has it
+        async def put(message: dict[str, Any]) -> None:
+            await asyncio.wait_for(send(message), self._config.send_timeout_s)
+
+        try:
+            await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for body in self._bodies():
+                await put({"type": "http.response.body", "body": body, "more_body": True})
+            await put({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.TimeoutError:
+            logger.warning("a reader took nothing for %s seconds: its call is cancelled", self._config.send_timeout_s)
+        except OSError:
+            logger.info("a reader went away")
+        finally:
+            self._call.close()
+
+    async def _bodies(self) -> AsyncIterator[bytes]:
+        frame, config = self._framing.frame, self._config
+        last_event = time.monotonic()
+        try:
+            while True:
+                try:
+                    taken = await self._call.take(min(config.ping_s, config.delta_s))
+                except asyncio.TimeoutError:
+                    is_long = time.monotonic() - last_event >= config.delta_s
+                    event = self._writer.keep_alive() if is_long else None
+                    body = self._framing.ping if event is None else frame(event)
+                else:
+                    if taken is None:
+                        break
+                    body = b"".join(map(frame, self._writer.events(*taken)))
+                if body:
+                    if body != self._framing.ping:
+                        last_event = time.monotonic()
+                    yield body
+            yield b"".join(map(frame, self._writer.end())) + self._framing.done
+        except Exception as error:  # there is no status left to say it with
+            yield b"".join(map(frame, self._writer.failed(api_error(error))))
+
+
+_LEAST_BYTES = 256
+
+
+def wants_obfuscation(asked: bool | None, scope: Scope) -> bool:
+    """Whether the lengths of a stream's events are to say nothing of what is in them.
+
+    How much was copied in a step shows in the length of its event, encrypted or not. Default: on, but for clients on
+    this machine that no proxy speaks for.
+    """
+    if asked is not None:
+        return asked
+    names = {name for name, _ in scope["headers"]}
+    is_near = scope.get("client") is not None and is_loopback(scope["client"][0])
+    return not is_near or bool(names & {b"forwarded", b"x-forwarded-for"})
+
+
+def obfuscated(event: dict[str, Any]) -> dict[str, Any]:
+    """An event with random letters that make its length a power of two, 256 bytes or more."""
+    length = len(json.dumps({**event, "obfuscation": ""}, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    whole = max(_LEAST_BYTES, 1 << (length - 1).bit_length())
+    return {**event, "obfuscation": secrets.token_urlsafe(whole)[: whole - length]}

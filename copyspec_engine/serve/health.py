@@ -1,0 +1,39 @@
+"""GET /health, /ready and /version: whether to restart the server, whether to send it calls, and what it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse
+
+from copyspec_engine.serve.service import Service
+
+__all__ = ["health_router"]
+
+
+def health_router(service: Service) -> APIRouter:
+    """The endpoints. They ask nothing of the engine's loop, which may be busy, and need no key."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        """503: the engine has died, and only a restart helps."""
+        cause = service.died_of
+        if cause is not None:
+            return JSONResponse({"status": "dead"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        """503: new calls are refused, because the server is on its way out or has died."""
+        if service.died_of is not None or service.calls.is_draining:
+            return JSONResponse({"status": "dead" if service.died_of is not None else "draining"}, 503)
+        return JSONResponse({"status": "ready", "in_flight": len(service.calls)})
+
+    @router.get("/version")
+    async def version() -> JSONResponse:
+        """The version of copyspec."""
+        return JSONResponse({"version": importlib.metadata.version("copyspec"), "model": service.model})
+
+    return router

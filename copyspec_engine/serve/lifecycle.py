@@ -1,0 +1,192 @@
+"""From a socket to an exit code: a server's start, its signals, and its end, which cuts no answer without a word.
+
+SIGTERM refuses new calls (503), lets those in flight come to their ends, cuts the rest short with a last event each,
+and exits with 0. SIGINT does the same without notice to balancers, and exits with 130. A second one ends at once.
+SIGHUP reads the keys again. Where the engine's loop has died the exit code is 70: a supervisor starts a new server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from copyspec_engine.engine.engine import Engine
+from copyspec_engine.serve.app import app_of
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.service import Service
+from copyspec_engine.serve.tenants import KEY_VARIABLE, Tenants
+from copyspec_engine.values.errors import ConfigError, EngineStoppedError
+
+__all__ = ["DIED", "INTERRUPTED", "TERMINATED", "listen", "run_server"]
+
+logger = logging.getLogger(__name__)
+
+DIED = 70
+"""Exit code: the engine's loop has died."""
+INTERRUPTED = 130
+"""Exit code: after Ctrl-C."""
+TERMINATED = 143
+"""Exit code: a second SIGTERM, which waits for nobody."""
+_LAST_EVENTS_S = 5.0
+"""Seconds for last events to reach their readers."""
+_LOOK_S = 0.05
+_WATCH_S = 1.0
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """The socket of a server, before its model is loaded: what is wrong with it is told at once.
+
+    Raises:
+        ConfigError: others could reach it without a key, the keys cannot be read, or the address cannot be had.
+    """
+    if Tenants(config).is_open and not config.is_local:
+        raise ConfigError(
+            f"Got host={config.host!r}, which other machines reach, without any key: set api_keys or {KEY_VARIABLE}, "
+            "or use host 127.0.0.1"
+        )
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else the connection of a reader that was given up stays for ever
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * config.send_timeout_s))
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"Got host={config.host!r} and port={config.port} but cannot listen there: {error}") from None
+    return listener
+
+
+def run_server(
+    engine: Engine, config: ServeConfig, listener: socket.socket, started: Callable[[str], None] = lambda _url: None
+) -> int:
+    """Serve an engine until a signal or its death, close it, and return the exit code.
+
+    Args:
+        engine: that answers; closed at the end.
+        config: of the server.
+        listener: from `listen`.
+        started: told the server's address.
+
+    Raises:
+        ConfigError: the keys cannot be read, or the memory file that the engine was to have is not to be had.
+    """
+    try:
+        service = Service(engine, config)
+        if service.info.memory_error is not None:
+            raise ConfigError(
+                f"Got memory_path={engine.config.memory_path!r} but it cannot be used: {service.info.memory_error}"
+            )
+        return asyncio.run(_Life(service, listener, started).run())
+    finally:
+        listener.close()
+        engine.close()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals alone: at SIGTERM uvicorn would cut streams off without a last event."""
+
+    @contextmanager
+    def capture_signals(self) -> Any:  # noqa: ANN401 - as in the base class
+        yield
+
+
+class _Life:
+    """The life of one server."""
+
+    def __init__(self, service: Service, listener: socket.socket, started: Callable[[str], None]) -> None:
+        self._service, self._listener, self._started = service, listener, started
+        self._signals: list[signal.Signals] = []
+        self._signalled = asyncio.Event()
+        self._again = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reread)
+        server = _Server(
+            uvicorn.Config(
+                app_of(self._service),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(_LAST_EVENTS_S),
+            )
+        )
+        serving = asyncio.create_task(server.serve([self._listener]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(_LOOK_S / 5)
+        host, port = self._listener.getsockname()[:2]
+        self._started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        ending = asyncio.create_task(self._end())
+        await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit, server.force_exit = True, self._again.is_set()
+        await serving
+        return await ending
+
+    def _stop(self, number: signal.Signals) -> None:
+        self._signals.append(number)
+        (self._again if self._signalled.is_set() else self._signalled).set()
+
+    def _reread(self) -> None:
+        try:
+            self._service.tenants.reread()
+        except ConfigError as error:
+            logger.error("the keys stay as they were: %s", error)
+        else:
+            logger.info("the keys were read again")
+
+    async def _end(self) -> int:
+        """Wait for the end and bring it about; the exit code."""
+        watcher = asyncio.create_task(self._died())
+        signalled = asyncio.create_task(self._signalled.wait())
+        await asyncio.wait({watcher, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
+        if watcher.done():
+            logger.critical("the engine's loop has died: %r", watcher.result())
+            await self._unless_again(self._idle(), _LAST_EVENTS_S)
+            return DIED
+        watcher.cancel()
+        config, calls = self._service.config, self._service.calls
+        calls.is_draining = True
+        if self._signals[0] == signal.SIGTERM:
+            await self._unless_again(asyncio.sleep(config.drain_notice_s))
+        await self._unless_again(self._idle(), config.drain_s)
+        await self._unless_again(calls.cut_short(), _LAST_EVENTS_S)
+        await self._unless_again(self._idle(), _LAST_EVENTS_S)
+        if self._signals[0] == signal.SIGINT:
+            return INTERRUPTED
+        return TERMINATED if self._again.is_set() else 0
+
+    async def _died(self) -> BaseException:
+        """What the loop of the engine died of, once it has."""
+        while True:
+            try:
+                await asyncio.to_thread(self._service.engine.metrics)
+            except EngineStoppedError as error:
+                self._service.died_of = error.cause or error
+                return self._service.died_of
+            await asyncio.sleep(_WATCH_S)
+
+    async def _idle(self) -> None:
+        """Wait until no client is being answered any more."""
+        while len(self._service.calls):
+            await asyncio.sleep(_LOOK_S)
+
+    async def _unless_again(self, work: Coroutine[Any, Any, None], timeout_s: float | None = None) -> None:
+        """Do `work` for so many seconds at most, and no longer than until a second signal."""
+        working, again = asyncio.create_task(work), asyncio.create_task(self._again.wait())
+        await asyncio.wait({working, again}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        working.cancel()
+        again.cancel()
+        await asyncio.gather(working, again, return_exceptions=True)

@@ -1,0 +1,78 @@
+"""What every endpoint has: the engine under its names, the calls in flight, and who is asking."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+
+from starlette.requests import Request
+
+from copyspec_engine.adapters.conversations import Talk
+from copyspec_engine.engine.engine import Engine
+from copyspec_engine.serve.calls import Call, Calls
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.conversations import Caller, told_session
+from copyspec_engine.serve.errors import not_found
+from copyspec_engine.serve.tenants import Tenant, Tenants
+from copyspec_engine.values.config import GenerationRequest
+
+__all__ = ["Service", "answer_headers"]
+
+
+class Service:
+    """One engine, served. For one event loop.
+
+    Args:
+        engine: that answers; whoever made it closes it.
+        config: of the server.
+
+    Raises:
+        ConfigError: the keys cannot be read.
+    """
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self.engine, self.config, self.info = engine, config, engine.info
+        self.tenants = Tenants(config)
+        self.calls = Calls(engine, config)
+        self.created = int(time.time())
+        """When the model was loaded, in seconds since 1970."""
+        name = self.info.model
+        self.model = config.model_name or (PurePath(name).name if PurePath(name).is_absolute() else name)
+        """What answers call the model."""
+        self.models = tuple(dict.fromkeys((self.model, *config.model_aliases)))
+        """What calls may call it."""
+        facts = [self.info.model, self.info.model_source, self.info.dtype, self.info.exact, self.info.versions]
+        self.fingerprint = f"fp_{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
+        """Changes where the same call may get another answer."""
+        self.died_of: BaseException | None = None
+        """What has ended the loop of the engine; None: it runs."""
+
+    def caller(self, request: Request) -> Caller:
+        """Who makes a request; the gate has seen to it that he may."""
+        tenant: Tenant = request.scope["copyspec.tenant"]
+        return Caller(tenant, request.headers, self.config)
+
+    def check_model(self, name: str) -> None:
+        """Refuse calls of other models.
+
+        Raises:
+            ApiError: 404, it is none of ours.
+        """
+        if name not in self.models:
+            raise not_found(
+                f"Got model={name!r} but this server has {', '.join(self.models)}", "model_not_found", "model"
+            )
+
+    async def begin(self, request: Request, requests: Sequence[GenerationRequest]) -> Call:
+        """A call of the client of `request`; see `Calls.begin`."""
+        return await self.calls.begin(request.scope["copyspec.tenant"], requests, request.receive)
+
+
+def answer_headers(talk: Talk, ignored: Iterable[str]) -> dict[str, str]:
+    """What every answer says of its conversation, and of fields that changed nothing."""
+    session, names = told_session(talk), ", ".join(dict.fromkeys(ignored))
+    headers = {"X-Session-ID": session} if session is not None else {}
+    return headers | ({"X-Copyspec-Ignored": names} if names else {})
