@@ -9,7 +9,8 @@ scattered slots have to be gathered first. New ones start in the middle of the l
 sides keep room to grow.
 
 A sequence that is kept is found by whoever it belongs to: the session that computed it, calls that continue that
-session, and, where calls name a `cache_salt`, every call with the same salt. Nobody else: from the time of a first
+session, and, where calls name a `cache_salt`, every call with the same salt, which may also begin with what another one
+in flight has computed. Nobody else: from the time of a first
 token one could tell what others have asked. Kept sequences only fill slots that nobody needs. When slots run short, the
 one that was not used for longest gives up its last tokens first, since a beginning is what prompts have in common.
 """
@@ -17,7 +18,7 @@ one that was not used for longest gives up its last tokens first, since a beginn
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -251,12 +252,14 @@ class KVSlots:
 
     Args:
         num_slots: of the pool.
-        max_kept: sequences that are kept for later calls.
+        max_kept: sequences that are kept for later calls; 0 for a model whose state is not in its KV alone.
     """
 
     def __init__(self, num_slots: int, max_kept: int) -> None:
         self.pool = KVPool(num_slots)
         self.cache = PrefixCache(self.pool, max_kept)
+        self.can_share = max_kept > 0
+        """Sequences may begin with what was computed of others."""
 
     @property
     def num_available(self) -> int:
@@ -268,15 +271,28 @@ class KVSlots:
         """Uses of slots that no kept sequence accounts for: those of sequences that are read, or lost."""
         return int(np.abs(self.pool.users - self.cache.users).sum())
 
-    def begin(self, token_ids: Sequence[int], owners: Sequence[Owner], salt: str | None) -> TokenArray:
-        """The slots of the longest kept beginning of a text, of which the caller is one more user now; shape (n,).
+    def begin(
+        self,
+        token_ids: Sequence[int],
+        owners: Sequence[Owner],
+        salt: str | None,
+        running: Iterable[KVSequence] = (),
+    ) -> TokenArray:
+        """The slots of the longest computed beginning of a text, of which the caller is one more user now; shape (n,).
 
         Args:
             token_ids: the text.
             owners: whose kept sequences it may begin with.
             salt: besides all that were kept with this salt, if it is not None.
+            running: and these, which are being read.
         """
-        slots: TokenArray = self.cache.match(np.array(token_ids, dtype=np.int64), owners, salt).copy()
+        ids = np.array(token_ids, dtype=np.int64)
+        slots = self.cache.match(ids, owners, salt)
+        for other in running:
+            length = min(common_prefix_length(ids, other.token_ids), other.num_computed)
+            if length > len(slots):
+                slots = other.slots[:length]
+        slots = slots.copy()
         self.pool.share(slots)
         return slots
 

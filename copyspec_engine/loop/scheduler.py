@@ -1,9 +1,10 @@
 """Who runs next, and on which KV slots.
 
 Requests are admitted in the order in which they came, as soon as there are slots for what is to be read of them, and
-take more slots as they grow. Every running request takes part in every step: with its last token and a draft, or with a
-piece of its prompt. When slots run out, rows kept for later calls give way first, then the request admitted last: it
-waits with all it has written, and goes on when there is room, computing anew what is no longer kept.
+take more slots as they grow. One that shares its beginning with a running one waits until that has computed it. Every
+running request takes part in every step: with its last token and a draft, or with a piece of its prompt. When slots run
+out, rows kept for later calls give way first, then the request admitted last: it waits with all it has written, and
+goes on when there is room, computing anew what is no longer kept.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from dataclasses import dataclass, field
 
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
-from copyspec_engine.kv.slots import KVSequence, KVSlots
+from copyspec_engine.kv.slots import KVSequence, KVSlots, common_prefix_length
 from copyspec_engine.loop.request import Request
 from copyspec_engine.sampling.verify import Verdict
 
 __all__ = ["Counts", "Scheduler", "StepRow", "piece_of", "split_evenly"]
+
+_WORTH_A_WAIT = 16
+"""Tokens that a request rather lets another compute for both than reads beside it."""
 
 
 @dataclass(slots=True)
@@ -127,12 +131,17 @@ class Scheduler:
             self.running.remove(request)
 
     def admit(self) -> None:
-        """Take in waiting requests, as many as fit."""
-        while self.waiting and len(self.running) < self._max_running and self.waiting[0] is not self._stuck:
-            if not self._admit(self.waiting[0]):
-                self._stuck = self.waiting[0]  # until somebody gives up slots
+        """Take in waiting requests, as many as fit, but for those whose beginning a running one is about to compute."""
+        for request in list(self.waiting):
+            if len(self.running) >= self._max_running or request is self._stuck:
                 return
-            self.running.append(self.waiting.popleft())
+            if self._is_coming(request):
+                continue
+            if not self._admit(request):
+                self._stuck = request  # until somebody gives up slots
+                return
+            self.waiting.remove(request)
+            self.running.append(request)
 
     def schedule(self) -> list[StepRow]:
         """Give every running request its part of the next step, and slots for it."""
@@ -183,11 +192,27 @@ class Scheduler:
         self.waiting.appendleft(request)
         self._kv.end(request.sequence, request.number, request.asked.cache_salt)
 
+    def _sharing(self, request: Request) -> list[KVSequence]:
+        """The running sequences that a request may begin with: those of its salt."""
+        salt = request.asked.cache_salt
+        if salt is None or not self._kv.can_share:
+            return []
+        return [other.sequence for other in self.running if other.asked.cache_salt == salt]
+
+    def _is_coming(self, request: Request) -> bool:
+        """Whether running requests are computing a part of this one's text that is worth a wait."""
+        text = request.sequence.token_ids[:-1]
+        return any(
+            common_prefix_length(text, other.token_ids) - other.num_computed >= _WORTH_A_WAIT
+            for other in self._sharing(request)
+        )
+
     def _admit(self, request: Request) -> bool:
-        """Give a request the KV that is kept of its beginning, and slots for the rest of it; False: it has to wait."""
+        """Give a request what there is of its beginning's KV, and slots for the rest of it; False: it has to wait."""
         kv, row, progress = self._kv, request.sequence, request.progress
         # The last token is always computed: its logits choose the next one.
-        begun = kv.begin(row.token_ids[:-1], [request.number, *request.begins_with], request.asked.cache_salt)
+        own = [request.number, *request.begins_with]
+        begun = kv.begin(row.token_ids[:-1], own, request.asked.cache_salt, self._sharing(request))
         need = len(row.token_ids) - len(begun)
         if kv.num_available + self._num_spare < need:
             kv.pool.release(begun)

@@ -548,8 +548,10 @@ class GenerationRequest(_Options):
     """Where drafts come from, if not as the engine has it: "adaptive", "copyspec", "draft-model", "none", or an object
     with options."""
     cache_salt: str | None = Field(default=None, min_length=1)
-    """Calls with the same salt share the KV of what their prompts have in common, across sessions. From the time of a
-    first token one can tell what others with that salt have asked; default: KV is reused within a session only."""
+    """Calls with the same salt share the KV of what their prompts have in common, across sessions, also while they are
+    in flight: for n answers to one prompt ask n times with one fresh salt and seeds seed, seed + 1, ..., and the prompt
+    is computed once. Each answers as if alone. From the time of a first token one can tell what others with that salt
+    have asked; default: KV is reused within a session only."""
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the answer ends with what is written by then; default: no limit."""
     request_id: str = Field(default_factory=_request_id, min_length=1)

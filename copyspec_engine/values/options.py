@@ -84,8 +84,9 @@ _NEEDLESS = {
     "async_client proxies user max_connections",
     "the model stays loaded until its engine is closed": "keep_alive",
     "nothing is printed; the logger copyspec_engine says what is going on": "verbose disable_log_stats",
-    "a call gives one answer, by greedy decoding or sampling": "n num_return_sequences best_of num_beams "
-    "num_beam_groups early_stopping length_penalty use_beam_search",
+    "a call gives one answer, ask several times with one cache_salt for more": "n num_return_sequences",
+    "a call gives one answer, by greedy decoding or sampling": "best_of num_beams num_beam_groups "
+    "early_stopping length_penalty use_beam_search",
     "of what narrows sampling there are top_k, top_p and min_p": "typical_p tfs_z mirostat mirostat_tau mirostat_eta "
     "epsilon_cutoff eta_cutoff top_a xtc_threshold xtc_probability dry_multiplier",
     "repetition_penalty, presence_penalty and frequency_penalty count single tokens": "repeat_last_n "

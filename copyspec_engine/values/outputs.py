@@ -286,7 +286,7 @@ class Usage:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Prompt tokens whose KV was reused from an earlier call of the session."""
+    """Prompt tokens whose KV was there already: from an earlier call of the session, or one with the same salt."""
     completion_tokens: int = 0
     """Sampled tokens, the end-of-sequence token included."""
     reasoning_tokens: int = 0

@@ -126,6 +126,46 @@ def test_parallel_branches_share_their_beginning(make_engine: MakeEngine) -> Non
     assert_all_slots_free(engine)
 
 
+@pytest.mark.parametrize("drafter", ["none", "adaptive"])
+@pytest.mark.parametrize("num_slots", [None, 260])
+def test_several_answers_to_a_prompt_compute_it_once_and_are_those_of_calls_alone(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, drafter: str, num_slots: int | None
+) -> None:
+    engine = make_engine("llama", max_prefill_tokens=20, max_running=4, kv_cache_tokens=num_slots)
+    prompt, count = (*PROMPT, *ids_of("x" * 60)), 6
+    samplings = [{"temperature": 1.0, "seed": 2**63 - 3 + i, "max_tokens": 30} for i in range(3)]
+    samplings += [{"temperature": 1.0, "seed": i, "max_tokens": 30} for i in range(3)]
+    alone = [submit(engine, prompt, "none", sampling=sampling).result() for sampling in samplings]
+    read = batches(engine, monkeypatch)
+    handles = [submit(engine, prompt, drafter, cache_salt="once", sampling=sampling) for sampling in samplings]
+    outputs = [handle.result() for handle in handles]
+    assert len({output.token_ids for output in alone}) == count
+    assert all(same_answer(a, b) for a, b in zip(alone, outputs, strict=True))
+    assert outputs[0].usage.cached_tokens == 0
+    assert all(output.usage.cached_tokens == len(prompt) - 1 for output in outputs[1:])
+    if num_slots is None:  # else some give way, and read again what is no longer kept
+        by_key = {handle.request_id: 0 for handle in handles}
+        for batch in read:
+            for key, tokens in batch:
+                by_key[key] += tokens
+        assert sum(by_key.values()) <= len(prompt) + sum(len(output.token_ids) for output in outputs)
+    assert_all_slots_free(engine)
+
+
+def test_one_who_waits_for_a_shared_beginning_keeps_nobody_waiting_and_outlives_who_computes_it(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine("llama", max_prefill_tokens=20)
+    prompt = (*PROMPT, *ids_of("y" * 200))
+    alone = submit(engine, prompt, "none").result()
+    first, second = (submit(engine, prompt, "none", cache_salt="s", request_id=name) for name in ("first", "second"))
+    other = submit(engine, PROMPT[:30], "none", sampling={"max_tokens": 1})
+    other.result()
+    first.close()
+    assert same_answer(alone, second.result())
+    assert_all_slots_free(engine)
+
+
 def test_a_long_prompt_keeps_nobody_waiting(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("llama", max_prefill_tokens=20, max_model_len=512)
     seen = batches(engine, monkeypatch)
