@@ -292,9 +292,9 @@ class KVSlots:
             length = min(common_prefix_length(ids, other.token_ids), other.num_computed)
             if length > len(slots):
                 slots = other.slots[:length]
-        slots = slots.copy()
-        self.pool.share(slots)
-        return slots
+        begun: TokenArray = slots.copy()
+        self.pool.share(begun)
+        return begun
 
     def secure(self, sequence: KVSequence, count: int, make_room: Callable[[], bool], most: int = _AHEAD) -> bool:
         """Slots for the next `count` tokens of a sequence, and for some behind them while many are free.
