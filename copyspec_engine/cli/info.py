@@ -65,7 +65,8 @@ def _table(info: EngineInfo) -> Table:
         "device": _device(info),
         "dtype": info.dtype if info.quantization is None else f"{info.dtype} ({info.quantization})",
         "longest context": f"{info.max_model_len:,} tokens",
-        "KV cache": f"{slots:,} tokens of {info.kv_bytes_per_token:,} bytes, {_size(slots * info.kv_bytes_per_token)}",
+        "KV cache": f"{slots:,} tokens of {info.kv_bytes_per_token:,} bytes in {info.kv_dtype or info.dtype}, "
+        f"{_size(slots * info.kv_bytes_per_token)}",
         "tool calling": info.tool_calling or "no",
         "drafting": "yes" if info.drafting_error is None else f"no: {info.drafting_error}",
         "answers": info.lossless,

@@ -35,10 +35,14 @@ class KVStore:
 
     A layer's tensors are made when it first writes, since only then its shapes are known for certain. They have one
     slot more than the pool, which takes what is computed for padding.
+
+    Args:
+        num_slots: of the pool.
+        dtype: what keys and values are kept in; None: what they are computed in.
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, dtype: torch.dtype | None = None) -> None:
+        self.num_slots, self.dtype = num_slots, dtype
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.scorings: dict[int, Scoring] = {}
         """What each layer has asked of attention."""
@@ -67,13 +71,14 @@ class KVStore:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store keys and values of new tokens, each (kv_heads, new, head_dim); returns the layer's."""
         keys, values = self.layer(layer, key, value)
-        keys[:, slots] = key
-        values[:, slots] = value
+        keys[:, slots] = key.to(keys.dtype)
+        values[:, slots] = value.to(values.dtype)
         return keys, values
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         # Zeros rather than uninitialised memory: a masked slot's NaN would still spoil a softmax sum.
-        return torch.zeros((like.shape[0], self.num_slots + 1, like.shape[2]), dtype=like.dtype, device=like.device)
+        shape = (like.shape[0], self.num_slots + 1, like.shape[2])
+        return torch.zeros(shape, dtype=self.dtype or like.dtype, device=like.device)
 
 
 class Row(Protocol):
@@ -144,7 +149,7 @@ class KVRow:
             values: the layer's, shape (kv_heads, slots, value_dim).
             scoring: what becomes of the products of queries and keys.
         """
-        keys, values = read(keys, self.read), read(values, self.read)
+        keys, values = (read(stored, self.read).to(query.dtype) for stored in (keys, values))
         mask = self.mask(scoring.window, query.dtype)
         if scoring.softcap is not None or scoring.sinks is not None:
             return _eager_attention(query[0], keys, values, mask, scoring)

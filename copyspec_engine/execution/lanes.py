@@ -11,7 +11,7 @@ at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import llvmlite.binding as llvm
@@ -24,6 +24,7 @@ from copyspec_engine.execution.narrow_weights import LANES
 
 __all__ = [
     "BFLOAT16",
+    "CHUNK",
     "EIGHT_BITS",
     "EIGHT_BITS_BY_16",
     "EIGHT_BITS_LEAST",
@@ -33,16 +34,21 @@ __all__ = [
     "KINDS",
     "LANES",
     "MOST_ROWS",
+    "ROWS_AT_ONCE",
     "UNIT",
+    "WIDTH",
     "add_and_fetch",
     "dot",
     "fetch",
     "give_way",
+    "greatest",
     "kernel",
     "multiply",
     "number_at",
+    "put_bfloat16",
     "put_number",
-    "slot_at",
+    "score",
+    "total",
     "weighted_sum",
 ]
 
@@ -67,6 +73,14 @@ _AHEAD = 2048
 """Bytes in front of what is read that memory is asked for: the processor itself does not look beyond a page."""
 _SUMS = 8
 """Vectors of sums that are kept in registers at a time."""
+CHUNK = 128
+"""Positions whose keys and values are one piece of work; their parts of the softmax are put together afterwards."""
+ROWS_AT_ONCE = 4
+"""Queries that keys and values are read for at a time."""
+_KEYS = 4
+"""Keys that are read at a time."""
+_KEYS_AHEAD = 32
+"""How many keys further memory is asked for."""
 
 FLOAT32, BFLOAT16, FLOAT16, FOUR_BITS, EIGHT_BITS, EIGHT_BITS_LEAST, EIGHT_BITS_BY_16 = range(1, 8)
 """How weights are stored; the quantized ones in groups of 32 inputs (the last: 16), each with a scale for every lane.
@@ -80,6 +94,11 @@ KINDS = (FLOAT32, BFLOAT16, FLOAT16, *_QUANTIZED, *(kind + WIDE_SCALES for kind 
 # Columns of a linear layer. Addresses are 0 where there is nothing; `CODE_BYTES` and `SCALE_BYTES` are those of a unit.
 KERNEL, CODES, SCALES, LEAST, BIAS, NUM_INPUTS, NUM_OUTPUTS, CODE_BYTES, SCALE_BYTES = range(9)
 LINEAR_COLUMNS = 9
+
+# Columns of what queries see: addresses of keys, values (slots, dim) and slots (int64), how many slots there are, at
+# most CHUNK, the size of a key, and whether keys and values are FLOAT32 or BFLOAT16.
+SEEN_KEYS, SEEN_VALUES, SEEN_SLOTS, SEEN_COUNT, SEEN_DIM, SEEN_STORED = range(6)
+SEEN_COLUMNS = 6
 
 _float, _half, _int64 = ir.FloatType(), ir.HalfType(), ir.IntType(64)
 _vector = ir.VectorType(_float, WIDTH)
@@ -299,7 +318,7 @@ def dot(typing_context: Any, a: Any, b: Any, count: Any) -> Any:
             return result
 
         halves = _loop(builder, _constant(0), vectors, [_zero()] * 2, step)
-        total = _sum_of_lanes(builder, builder.fadd(*halves))
+        total = _fold_lanes(builder, builder.fadd(*halves), _sum)
 
         def rest(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
             at = builder.mul(number, _constant(4))
@@ -313,71 +332,229 @@ def dot(typing_context: Any, a: Any, b: Any, count: Any) -> Any:
 
 
 @intrinsic_of(int)
-def weighted_sum(
-    typing_context: Any,
-    weights: Any,
-    values: Any,
-    slots: Any,
-    num_slots: Any,
-    dim: Any,
-    out: Any,
-) -> Any:
-    """Add to `out` (dim) the rows of `values` (any, dim) at `slots` (num_slots, int64) times `weights` (num_slots)."""
-    at_once = 8
+def score(typing_context: Any, seen: Any, rows: Any, queries: Any, out: Any, ahead: Any) -> Any:
+    """Products of queries with the keys that they see.
+
+    Args:
+        typing_context: Numba's.
+        seen: address of `SEEN_COLUMNS` int64.
+        rows: queries, 1 to `ROWS_AT_ONCE`.
+        queries: address of them, one behind the other.
+        out: shape (rows, `CHUNK`), the last product of each repeated up to a multiple of `WIDTH`.
+        ahead: 1: memory is asked for the values at the same slots, and for keys further on; 0: for none.
+    """
 
     def generate(_context: Any, builder: Any, _signature: Any, given: Sequence[_Value]) -> _Value:
-        weights_at, values_at, slots_at, count, width, out_at = given
-        row_bytes = builder.mul(width, _constant(4))
-
-        def columns(first: _Value, kinds: Sequence[Any], sizes: Sequence[int]) -> None:
-            """Some columns: vectors or single numbers, at offsets of `sizes` bytes from the first one."""
-            target = builder.add(out_at, builder.mul(first, _constant(4)))
-            source = builder.add(values_at, builder.mul(first, _constant(4)))
-            begun = [
-                _load(builder, builder.add(target, _constant(size)), kind, 4)
-                for kind, size in zip(kinds, sizes, strict=True)
-            ]
-
-            def step(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
-                slot = _load(builder, builder.add(slots_at, builder.mul(number, _constant(8))), _int64, 8)
-                row = builder.add(source, builder.mul(slot, row_bytes))
-                weight = _load(builder, builder.add(weights_at, builder.mul(number, _constant(4))), _float, 4)
-                result = []
-                for kind, size, total in zip(kinds, sizes, so_far, strict=True):
-                    read = _load(builder, builder.add(row, _constant(size)), kind, 4)
-                    if kind is _vector:
-                        result.append(_fma(builder, _spread(builder, weight), read, total))
-                    else:
-                        result.append(builder.fma(weight, read, total))
-                return result
-
-            for size, total in zip(sizes, _loop(builder, _constant(0), count, begun, step), strict=True):
-                _store(builder, total, builder.add(target, _constant(size)))
-
-        def many(number: _Value, _: Sequence[_Value]) -> list[_Value]:
-            columns(
-                builder.mul(number, _constant(at_once * WIDTH)),
-                [_vector] * at_once,
-                [4 * WIDTH * i for i in range(at_once)],
-            )
-            return []
-
-        def one(number: _Value, _: Sequence[_Value]) -> list[_Value]:
-            columns(builder.mul(number, _constant(WIDTH)), [_vector], [0])
-            return []
-
-        def single(number: _Value, _: Sequence[_Value]) -> list[_Value]:
-            columns(number, [_float], [0])
-            return []
-
-        wide = builder.udiv(width, _constant(at_once * WIDTH))
-        vectors = builder.udiv(width, _constant(WIDTH))
-        _loop(builder, _constant(0), wide, [], many)
-        _loop(builder, builder.mul(wide, _constant(at_once)), vectors, [], one)
-        _loop(builder, builder.mul(vectors, _constant(WIDTH)), width, [], single)
+        seen, chosen, *rest = given
+        _for_rows(builder, seen, chosen, lambda rows, stored: _score_rows(builder, stored(builder, seen), rows, *rest))
         return _constant(0)
 
-    return types.int64(weights, values, slots, num_slots, dim, out), generate
+    return types.int64(*[types.int64] * 5), generate
+
+
+class _Seen:
+    """Keys or values at some slots, as a kernel reads them."""
+
+    def __init__(self, builder: Any, columns: _Value, kind: int) -> None:
+        self._builder, self._kind, self.size = builder, kind, 2 if kind == BFLOAT16 else 4
+        self.keys, self.values, self._slots, self.count, self.dim, _ = (
+            _load(builder, builder.add(columns, _constant(8 * which)), _int64, 8) for which in range(SEEN_COLUMNS)
+        )
+        self.row_bytes = builder.mul(self.dim, _constant(self.size))
+        self.vectors = builder.udiv(self.dim, _constant(WIDTH))
+        self.blocks = builder.udiv(builder.add(self.count, _constant(WIDTH - 1)), _constant(WIDTH))
+
+    def row(self, base: _Value, number: _Value) -> _Value:
+        """Where the keys or values of a slot begin; behind the last slot those of the last one."""
+        builder, last = self._builder, self._builder.sub(self.count, _constant(1))
+        number = builder.select(builder.icmp_signed("<", number, last), number, last)
+        slot = _load(builder, builder.add(self._slots, builder.mul(number, _constant(8))), _int64, 8)
+        return builder.add(base, builder.mul(slot, self.row_bytes))
+
+    def vector(self, at: _Value) -> _Value:
+        return (_bfloat16 if self._kind == BFLOAT16 else _float32)(self._builder, at)[0]
+
+    def number(self, at: _Value) -> _Value:
+        if self._kind != BFLOAT16:
+            return _load(self._builder, at, _float, 4)
+        bits = self._builder.zext(_load(self._builder, at, ir.IntType(16), 2), ir.IntType(32))
+        return self._builder.bitcast(self._builder.shl(bits, ir.Constant(ir.IntType(32), 16)), _float)
+
+    def ask(self, base: _Value, number: _Value) -> None:
+        """Ask memory for the row of a slot."""
+        builder, row = self._builder, self.row(base, number)
+
+        def line(number: _Value, _: Sequence[_Value]) -> list[_Value]:
+            _prefetch(builder, builder.add(row, builder.mul(number, _constant(64))))
+            return []
+
+        lines = builder.udiv(builder.add(self.row_bytes, _constant(63)), _constant(64))
+        _loop(builder, _constant(0), lines, [], line)
+
+
+def _score_rows(builder: Any, seen: _Seen, rows: int, queries: _Value, out: _Value, ahead: _Value) -> None:
+    def block(number: _Value, _: Sequence[_Value]) -> list[_Value]:
+        first = builder.mul(number, _constant(WIDTH))
+        with builder.if_then(builder.icmp_signed("!=", ahead, _constant(0))):
+
+            def ask(key: _Value, _: Sequence[_Value]) -> list[_Value]:
+                seen.ask(seen.values, key)
+                seen.ask(seen.keys, builder.add(key, _constant(_KEYS_AHEAD)))
+                return []
+
+            _loop(builder, first, builder.add(first, _constant(WIDTH)), [], ask)
+        few = range(0, WIDTH, _KEYS)
+        found = [_score_few(builder, seen, rows, queries, builder.add(first, _constant(i))) for i in few]
+        for row in range(rows):
+            at = builder.add(out, builder.add(_constant(4 * CHUNK * row), builder.mul(first, _constant(4))))
+            _store(builder, _sum_pairs(builder, [those[row] for those in found]), at)
+        return []
+
+    _loop(builder, _constant(0), seen.blocks, [], block)
+    whole = builder.mul(seen.vectors, _constant(WIDTH))
+    with builder.if_then(builder.icmp_signed("<", whole, seen.dim)):
+        _score_rest(builder, seen, rows, queries, out)
+
+
+def _score_few(builder: Any, seen: _Seen, rows: int, queries: _Value, first: _Value) -> list[_Value]:
+    """For each row a vector of partial sums: those of a few keys in turn."""
+    places = [seen.row(seen.keys, builder.add(first, _constant(i))) for i in range(_KEYS)]
+
+    def step(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
+        offset, result = builder.mul(number, _constant(seen.size * WIDTH)), []
+        read = [seen.vector(builder.add(place, offset)) for place in places]
+        for row in range(rows):
+            at = builder.add(queries, builder.mul(seen.dim, _constant(4 * row)))
+            query = _load(builder, builder.add(at, builder.mul(number, _constant(4 * WIDTH))), _vector, 4)
+            result += [_fma(builder, query, key, so_far[_KEYS * row + i]) for i, key in enumerate(read)]
+        return result
+
+    sums = _loop(builder, _constant(0), seen.vectors, [_zero()] * (rows * _KEYS), step)
+    return [_sum_pairs(builder, sums[_KEYS * row : _KEYS * (row + 1)]) for row in range(rows)]
+
+
+def _score_rest(builder: Any, seen: _Seen, rows: int, queries: _Value, out: _Value) -> None:
+    """Add the products of the numbers behind a key's last whole vector."""
+    whole = builder.mul(seen.vectors, _constant(WIDTH))
+
+    def add_rest(key: _Value, _: Sequence[_Value]) -> list[_Value]:
+        place = seen.row(seen.keys, key)
+        for row in range(rows):
+            at = builder.add(out, builder.add(_constant(4 * CHUNK * row), builder.mul(key, _constant(4))))
+            query = builder.add(queries, builder.mul(seen.dim, _constant(4 * row)))
+
+            def product(number: _Value, so_far: Sequence[_Value], query: _Value = query) -> list[_Value]:
+                other = _load(builder, builder.add(query, builder.mul(number, _constant(4))), _float, 4)
+                number = seen.number(builder.add(place, builder.mul(number, _constant(seen.size))))
+                return [builder.fma(other, number, so_far[0])]
+
+            _store(builder, _loop(builder, whole, seen.dim, [_load(builder, at, _float, 4)], product)[0], at)
+        return []
+
+    _loop(builder, _constant(0), builder.mul(seen.blocks, _constant(WIDTH)), [], add_rest)
+
+
+@intrinsic_of(int)
+def weighted_sum(typing_context: Any, seen: Any, rows: Any, weights: Any, out: Any, out_bytes: Any) -> Any:
+    """Sums of values times weights.
+
+    Args:
+        typing_context: Numba's.
+        seen: address of `SEEN_COLUMNS` int64.
+        rows: sums, 1 to `ROWS_AT_ONCE`.
+        weights: shape (rows, `CHUNK`).
+        out: where they are written, each of them (dim,).
+        out_bytes: how far each is behind the one before.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Sequence[_Value]) -> _Value:
+        seen, chosen, *rest = given
+        _for_rows(builder, seen, chosen, lambda rows, stored: _sum_rows(builder, stored(builder, seen), rows, *rest))
+        return _constant(0)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+def _sum_rows(builder: Any, seen: _Seen, rows: int, weights: _Value, out: _Value, out_bytes: _Value) -> None:
+    def columns(first: _Value, at_once: int, width: int) -> None:
+        """Some columns: `at_once` vectors, or a single number where `width` is 1."""
+        source = builder.add(seen.values, builder.mul(first, _constant(seen.size)))
+
+        def step(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
+            place, result = seen.row(source, number), []
+            places = [builder.add(place, _constant(seen.size * width * i)) for i in range(at_once)]
+            read = [seen.number(at) if width == 1 else seen.vector(at) for at in places]
+            for row in range(rows):
+                at = builder.add(weights, builder.add(_constant(4 * CHUNK * row), builder.mul(number, _constant(4))))
+                weight, begun = _load(builder, at, _float, 4), so_far[at_once * row :]
+                if width == 1:
+                    result.append(builder.fma(weight, read[0], begun[0]))
+                else:
+                    spread = _spread(builder, weight)
+                    result += [_fma(builder, spread, value, begun[i]) for i, value in enumerate(read)]
+            return result
+
+        zeros = [ir.Constant(_float, 0.0) if width == 1 else _zero()] * (rows * at_once)
+        for index, total in enumerate(_loop(builder, _constant(0), seen.count, zeros, step)):
+            row, column = divmod(index, at_once)
+            target = builder.add(
+                builder.add(out, builder.mul(out_bytes, _constant(row))), _constant(4 * width * column)
+            )
+            _store(builder, total, builder.add(target, builder.mul(first, _constant(4))))
+
+    def over(begin: _Value, end: _Value, at_once: int, width: int) -> None:
+        def body(number: _Value, _: Sequence[_Value]) -> list[_Value]:
+            columns(builder.mul(number, _constant(at_once * width)), at_once, width)
+            return []
+
+        _loop(builder, begin, end, [], body)
+
+    at_once = _columns_at_once(rows)
+    wide = builder.udiv(seen.vectors, _constant(at_once))
+    over(_constant(0), wide, at_once, WIDTH)
+    over(builder.mul(wide, _constant(at_once)), seen.vectors, 1, WIDTH)
+    over(builder.mul(seen.vectors, _constant(WIDTH)), seen.dim, 1, 1)
+
+
+def _columns_at_once(rows: int) -> int:
+    """Vectors of columns whose sums, of all rows, stay in registers: of up to 64 numbers, as most heads have."""
+    registers = 2 * WIDTH  # there are twice as many of the wide ones
+    return next(vectors for vectors in (8, 4, 2) if vectors * WIDTH <= 64 and vectors * rows < registers)
+
+
+def _for_rows(builder: Any, seen: _Value, chosen: _Value, body: Callable[[int, Callable[..., _Seen]], None]) -> None:
+    """Write code for each number of rows and each type of what they see, of which one is run."""
+    done = builder.append_basic_block("done")
+    stored = _load(builder, builder.add(seen, _constant(8 * SEEN_STORED)), _int64, 8)
+    switch = builder.switch(builder.add(builder.mul(stored, _constant(ROWS_AT_ONCE + 1)), chosen), done)
+    for kind in (FLOAT32, BFLOAT16):
+        for rows in range(1, ROWS_AT_ONCE + 1):
+            block = builder.append_basic_block(f"rows_{rows}_of_{kind}")
+            switch.add_case(_constant((ROWS_AT_ONCE + 1) * kind + rows), block)
+            builder.position_at_end(block)
+            body(rows, partial(_Seen, kind=kind))
+            builder.branch(done)
+    builder.position_at_end(done)
+
+
+@intrinsic_of(float)
+def greatest(typing_context: Any, a: Any, vectors: Any) -> Any:
+    """The greatest of `vectors` times `WIDTH` numbers at an address, one vector at least."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        return _fold(builder, values[0], values[1], _greater)
+
+    return types.float32(a, vectors), generate
+
+
+@intrinsic_of(float)
+def total(typing_context: Any, a: Any, vectors: Any) -> Any:
+    """The sum of `vectors` times `WIDTH` numbers at an address, one vector at least."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        return _fold(builder, values[0], values[1], _sum)
+
+    return types.float32(a, vectors), generate
 
 
 @intrinsic_of(float)
@@ -391,21 +568,28 @@ def number_at(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic_of(int)
-def slot_at(typing_context: Any, address: Any) -> Any:
-    """The int64 at an address."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
-        return _load(builder, values[0], _int64, 8)
-
-    return types.int64(address), generate
-
-
-@intrinsic_of(int)
 def put_number(typing_context: Any, address: Any, number: Any) -> Any:
     """Write a float32 to an address."""
 
     def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
         _store(builder, values[1], values[0])
+        return _constant(0)
+
+    return types.int64(address, types.float32), generate
+
+
+@intrinsic_of(int)
+def put_bfloat16(typing_context: Any, address: Any, number: Any) -> Any:
+    """Write a float32 to an address as the nearest bfloat16, of two as near the even one."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Sequence[_Value]) -> _Value:
+        word = ir.IntType(32)
+        bits = builder.bitcast(values[1], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF))), ir.Constant(word, 16))
+        is_none = builder.fcmp_unordered("uno", values[1], values[1])
+        half = builder.trunc(builder.select(is_none, ir.Constant(word, 0x7FC0), rounded), ir.IntType(16))
+        builder.store(half, _pointer(builder, values[0], ir.IntType(16)), align=2)
         return _constant(0)
 
     return types.int64(address, types.float32), generate
@@ -488,15 +672,51 @@ def _fma(builder: Any, a: _Value, b: _Value, c: _Value) -> _Value:
     return builder.call(function, (a, b, c))
 
 
-def _sum_of_lanes(builder: Any, vector: _Value) -> _Value:
+def _sum(builder: Any, a: _Value, b: _Value) -> _Value:
+    return builder.fadd(a, b)
+
+
+def _greater(builder: Any, a: _Value, b: _Value) -> _Value:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _fold(builder: Any, address: _Value, vectors: _Value, combine: Callable[[Any, _Value, _Value], _Value]) -> _Value:
+    """What becomes of the numbers of some vectors, combined lane by lane and then the lanes."""
+
+    def step(number: _Value, so_far: Sequence[_Value]) -> list[_Value]:
+        at = builder.add(address, builder.mul(number, _constant(4 * WIDTH)))
+        return [combine(builder, so_far[0], _load(builder, at, _vector, 4))]
+
+    (found,) = _loop(builder, _constant(1), vectors, [_load(builder, address, _vector, 4)], step)
+    return _fold_lanes(builder, found, combine)
+
+
+def _fold_lanes(builder: Any, vector: _Value, combine: Callable[[Any, _Value, _Value], _Value]) -> _Value:
     """Pair by pair: lane i and lane i + half."""
     half = WIDTH // 2
     word = ir.IntType(32)
     while half:
         mask = ir.Constant(ir.VectorType(word, WIDTH), [(i + half) % WIDTH for i in range(WIDTH)])
-        vector = builder.fadd(vector, builder.shuffle_vector(vector, ir.Constant(_vector, ir.Undefined), mask))
+        vector = combine(builder, vector, builder.shuffle_vector(vector, ir.Constant(_vector, ir.Undefined), mask))
         half //= 2
     return builder.extract_element(vector, ir.Constant(word, 0))
+
+
+def _sum_pairs(builder: Any, vectors: Sequence[_Value]) -> _Value:
+    """One vector of what several hold in turn, each summed pair by pair: as many neighbours as there are vectors."""
+    word = ir.IntType(32)
+    while len(vectors) > 1:
+        halves = []
+        for first, second in zip(vectors[::2], vectors[1::2], strict=True):
+            pair = [
+                builder.shuffle_vector(
+                    first, second, ir.Constant(ir.VectorType(word, WIDTH), list(range(odd, 2 * WIDTH, 2)))
+                )
+                for odd in range(2)
+            ]
+            halves.append(builder.fadd(*pair))
+        vectors = halves
+    return vectors[0]
 
 
 def _place(builder: Any, base: _Value, block_bytes: _Value, vector: int, size: int) -> _Value:

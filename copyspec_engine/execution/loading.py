@@ -47,7 +47,7 @@ from copyspec_engine.execution.narrow_weights import NarrowWeight
 from copyspec_engine.execution.pass_cost import facts_of, find_pass_cost
 from copyspec_engine.execution.peft_adapter import base_of_adapter, merge_adapter, tokenizer_path
 from copyspec_engine.execution.runner import LoadedModel, ModelRunner, Runner
-from copyspec_engine.execution.self_check import Checked, check_equivalence
+from copyspec_engine.execution.self_check import Checked, check_equivalence, kv_dtype_of
 from copyspec_engine.execution.stateful import StatefulRunner, check_state
 from copyspec_engine.execution.weight_counts import counting_weights
 from copyspec_engine.models import ModelFolder, locate_model
@@ -226,6 +226,10 @@ def _check(
     refuse_unsupported(config.model, model.config)
     refuse_unreadable_tokens(config.model, model)
     reason = why_no_rollback(model)
+    if reason is not None and config.kv_dtype != "auto":
+        raise UnsupportedModelError(
+            f"Got kv_dtype={config.kv_dtype!r} but {config.model} keeps a state instead of KV: {reason}"
+        )
     if reason is not None and config.exact:
         raise UnsupportedModelError(f"Got exact=True but {config.model} keeps a state instead of KV: {reason}")
     num_parameters = count_weights(model)  # before tied weights are laid out apart
@@ -258,8 +262,9 @@ def _narrow_weights(model: PreTrainedModel, folder: Path | None) -> dict[str, Na
 
 def _exact_widths(model: PreTrainedModel, config: EngineConfig, checked: Checked) -> tuple[int, ...]:
     """The widths that agree: those that a cost curve of the same model and machine was measured for, else tried."""
+    kv_dtype = kv_dtype_of(config, model)
     if checked.narrow is not None:  # all passes are narrow then: a token's bits are its own in these
-        make_runner = partial(ModelRunner, model, execution=checked.execution, narrow=checked.narrow)
+        make_runner = partial(ModelRunner, model, execution=checked.execution, narrow=checked.narrow, kv_dtype=kv_dtype)
         return agreeing_widths(config.model, vocab_size(model), make_runner, widths=(MOST_TOKENS,))
     if config.step_cost == "measured":
         facts = facts_of(model, config.model) | {"execution": checked.execution}
@@ -267,7 +272,7 @@ def _exact_widths(model: PreTrainedModel, config: EngineConfig, checked: Checked
             widths = tuple(map(int, re.findall(r"\d+", curve.facts.get("exact", ""))))
             if widths and facts.items() <= curve.facts.items() and set(widths) <= set(EXACT_WIDTHS):
                 return widths
-    return agreeing_widths(config.model, vocab_size(model), partial(ModelRunner, model))
+    return agreeing_widths(config.model, vocab_size(model), partial(ModelRunner, model, kv_dtype=kv_dtype))
 
 
 def _ready(
@@ -298,8 +303,9 @@ def _ready(
     max_model_len, checked = min(config.max_model_len or limit, limit), served.checked
     bytes_per_token = served.bytes_per_token
     num_slots = choose_num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
+    kv_dtype = None if served.stateful else kv_dtype_of(config, model)
     runner: Runner = served.stateful or ModelRunner(
-        model, num_slots, served.exact_widths, checked.execution, checked.narrow
+        model, num_slots, served.exact_widths, checked.execution, checked.narrow, kv_dtype
     )
     step_cost, is_measured = config.points or (), False
     if not step_cost and isinstance(runner, ModelRunner):
@@ -320,6 +326,7 @@ def _ready(
         narrow_weight_bytes=narrow_bytes,
         num_kv_slots=num_slots,
         kv_bytes_per_token=bytes_per_token,
+        kv_dtype=str(kv_dtype or "").removeprefix("torch."),
         step_cost=step_cost,
         exact=config.exact,
         drafting_error=served.reason,

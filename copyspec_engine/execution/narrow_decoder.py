@@ -49,7 +49,7 @@ class NarrowDecoder:
 
     Args:
         layers: but for the addresses of keys and values, shape (layers, LAYER_COLUMNS).
-        model: but for the number of slots, shape (MODEL_COLUMNS,).
+        model: but for the number of slots and their type, shape (MODEL_COLUMNS,).
         numbers: epsilon and scaling.
         vocabulary: size.
         widest: most inputs of a linear layer.
@@ -129,7 +129,7 @@ class _Matcher:
         hidden, vocabulary = self._linear(row, k.HEAD, self._parts(head))
         row[k.LAST_NORM] = self._norm(decoder.norm, hidden)
         angles = rotary(torch.zeros((1, 1, 1)), torch.zeros((1, 1), dtype=torch.long), *_first(kinds))[0]
-        row[: k.LAST_NORM] = hidden, inner, heads, kv_heads, head_dim, angles.shape[-1], 0, activation
+        row[: k.LAST_NORM] = hidden, inner, heads, kv_heads, head_dim, angles.shape[-1], 0, 0, activation
         embed = self._model.get_input_embeddings()
         self._seen.update(id(parameter) for parameter in embed.parameters())
         self._refuse_others()
@@ -356,6 +356,7 @@ class NarrowPasses:
         for number, row in enumerate(self._layers):
             keys, values = store.layer(number, like, like)
             row[k.KEYS], row[k.VALUES] = keys.data_ptr(), values.data_ptr()
+            self._model[k.KV_STORED] = lanes.BFLOAT16 if keys.dtype == torch.bfloat16 else lanes.FLOAT32
         self._store = store  # holds what these addresses point to
         self._set_up_shared()
         self._own: dict[tuple[int, int], k.Own] = {}
@@ -372,7 +373,7 @@ class NarrowPasses:
         ids = torch.tensor([[token for piece in pieces for token in piece.ids]])
         embedded[: len(tokens)] = self._decoder.embed(ids)[0].numpy()
         self._reach(int(tokens[:, k.POSITION].max()) + 1)
-        chunks = -(-int((tokens[:, k.NUM_SHARED] + tokens[:, k.NUM_OWN]).max()) // k.CHUNK)
+        chunks = -(-int((tokens[:, k.NUM_SHARED] + tokens[:, k.NUM_OWN]).max()) // lanes.CHUNK)
         logits = np.empty((len(wanted), self._decoder.vocabulary), np.float32)
         shared = k.Shared(
             counters=self._counters, embedded=embedded, logits=logits, **self._between_threads(rows, chunks)
@@ -442,7 +443,8 @@ class NarrowPasses:
                 sums=np.zeros(widest // k.GROUP * rows, np.float32),
                 unit=np.zeros((rows, lanes.UNIT), np.float32),
                 other_unit=np.zeros((rows, lanes.UNIT), np.float32),
-                scores=np.zeros(k.CHUNK, np.float32),
+                scores=np.zeros((lanes.ROWS_AT_ONCE, lanes.CHUNK), np.float32),
+                seen=np.zeros(lanes.SEEN_COLUMNS, np.int64),
             )
         return self._own[number, rows]
 
@@ -458,10 +460,10 @@ def _describe(pieces: Sequence[Piece]) -> tuple[IntArray, IntArray]:
         chain = len(piece.ids) - len(piece.draft) if not piece.draft.is_chain else len(piece.ids)
         for i in range(chain):
             context = piece.base + i + 1
-            whole = context // k.CHUNK * k.CHUNK
+            whole = context // lanes.CHUNK * lanes.CHUNK
             rows.append((first, whole, first + whole, context - whole, slots[context - 1], context - 1))
         start, before = first + len(slots), piece.base + chain
-        whole = before // k.CHUNK * k.CHUNK
+        whole = before // lanes.CHUNK * lanes.CHUNK
         paths: list[list[int]] = []
         for node in range(len(piece.ids) - chain):
             parent = piece.draft.parents[node]

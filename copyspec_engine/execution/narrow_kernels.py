@@ -17,28 +17,39 @@ import numpy.typing as npt
 
 from copyspec_engine.compiled import compile_for, compiled, inlined
 from copyspec_engine.execution.lanes import (
+    BFLOAT16,
     BIAS,
+    CHUNK,
     KERNEL,
     LINEAR_COLUMNS,
     MOST_ROWS,
     NUM_INPUTS,
     NUM_OUTPUTS,
+    ROWS_AT_ONCE,
+    SEEN_COUNT,
+    SEEN_DIM,
+    SEEN_KEYS,
+    SEEN_SLOTS,
+    SEEN_STORED,
+    SEEN_VALUES,
     UNIT,
+    WIDTH,
     add_and_fetch,
     dot,
     fetch,
     give_way,
+    greatest,
     multiply,
     number_at,
+    put_bfloat16,
     put_number,
-    slot_at,
+    score,
+    total,
     weighted_sum,
 )
 
 __all__ = ["CHUNK", "GROUP", "Own", "Shared", "Work", "compile_pass", "run_pass"]
 
-CHUNK = 128
-"""Positions whose keys and values are one piece of work; their parts of the softmax are put together afterwards."""
 PANEL = MOST_ROWS
 """Rows that are multiplied at a time; more of them stand in panels, one behind the other."""
 GROUP = 32
@@ -55,7 +66,7 @@ QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(10, 10 + 7 * LINEAR_COLUMNS, L
 LAYER_COLUMNS = 10 + 7 * LINEAR_COLUMNS
 
 # Columns of the model.
-HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, KV_SLOTS, ACTIVATION, LAST_NORM, HEAD = range(10)
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, KV_SLOTS, KV_STORED, ACTIVATION, LAST_NORM, HEAD = range(11)
 MODEL_COLUMNS = HEAD + LINEAR_COLUMNS
 SILU, GELU_TANH = range(2)
 EPSILON, SCALING = range(2)
@@ -141,7 +152,9 @@ class Own(NamedTuple):
     other_unit: FloatArray
     """(rows, UNIT)."""
     scores: FloatArray
-    """(CHUNK,)."""
+    """(ROWS_AT_ONCE, CHUNK)."""
+    seen: IntArray
+    """(SEEN_COLUMNS,): what queries see at the moment."""
 
 
 def compile_pass() -> None:
@@ -173,7 +186,7 @@ def compile_pass() -> None:
         branch=rows,
         logits=rows,
     )
-    own = Own(hidden=rows, x=flat, sums=flat, unit=rows, other_unit=rows, scores=flat)
+    own = Own(hidden=rows, x=flat, sums=flat, unit=rows, other_unit=rows, scores=rows, seen=counts)
     compile_for(run_pass, work, shared, own)
 
 
@@ -199,7 +212,7 @@ def run_pass(work: Work, shared: Shared, own: Own) -> None:
         arrivals = _meet(counters, arrivals, num_threads)
         _rotate(layer, work, region + 1, shared)
         arrivals = _meet(counters, arrivals, num_threads)
-        _attend(layer, work, num_chunks, region + 2, shared, own.scores)
+        _attend(layer, work, num_chunks, region + 2, shared, own)
         arrivals = _meet(counters, arrivals, num_threads)
         _combine(work, region + 3, shared)
         arrivals = _meet(counters, arrivals, num_threads)
@@ -457,12 +470,28 @@ def _rotate(layer: IntArray, work: Work, region: int, shared: Shared) -> None:
             cos = rotary.ctypes.data + 4 * turned * (2 * layer[ROTARY] * positions + tokens[token, POSITION])
             _rotate_head(state, cos, cos + 4 * turned * positions, turned)
         if head >= heads:
-            place = 4 * dim * ((head - heads) * model[KV_SLOTS] + tokens[token, WRITE])
+            place = _number_bytes(model) * dim * ((head - heads) * model[KV_SLOTS] + tokens[token, WRITE])
             value = shared.values.ctypes.data + 4 * dim * (token * model[KV_HEADS] + head - heads)
-            for i in range(dim):
-                put_number(layer[KEYS] + place + 4 * i, number_at(state + 4 * i))
-                put_number(layer[VALUES] + place + 4 * i, number_at(value + 4 * i))
+            _keep(state, layer[KEYS] + place, dim, model[KV_STORED])
+            _keep(value, layer[VALUES] + place, dim, model[KV_STORED])
         number = _take(shared.counters, region)
+
+
+@inlined
+def _number_bytes(model: IntArray) -> int:
+    """Of keys and values in the pool."""
+    return 2 if model[KV_STORED] == BFLOAT16 else 4
+
+
+@compiled
+def _keep(state: int, place: int, dim: int, stored: int) -> None:
+    """Write a key or a value to its slot; both are addresses."""
+    if stored == BFLOAT16:
+        for i in range(dim):
+            put_bfloat16(place + 2 * i, number_at(state + 4 * i))
+    else:
+        for i in range(dim):
+            put_number(place + 4 * i, number_at(state + 4 * i))
 
 
 @compiled
@@ -477,14 +506,16 @@ def _rotate_head(state: int, cos: int, sin: int, dim: int) -> None:
 
 
 @compiled
-def _attend(layer: IntArray, work: Work, num_chunks: int, region: int, shared: Shared, scores: FloatArray) -> None:
+def _attend(layer: IntArray, work: Work, num_chunks: int, region: int, shared: Shared, own: Own) -> None:
     """For each chunk of positions: what the queries find there, as yet unscaled."""
-    model, tokens, slots = work.model, work.tokens, work.slots
+    model, tokens, slots, scores, seen = work.model, work.tokens, work.slots, own.scores, own.seen
     kv_heads, dim, group = model[KV_HEADS], model[HEAD_DIM], model[HEADS] // model[KV_HEADS]
     number = _take(shared.counters, region)
     while number < num_chunks * kv_heads:
         chunk, kv_head = number // kv_heads, number % kv_heads
-        offset = 4 * dim * kv_head * model[KV_SLOTS]
+        offset = _number_bytes(model) * dim * kv_head * model[KV_SLOTS]
+        seen[SEEN_KEYS], seen[SEEN_VALUES] = layer[KEYS] + offset, layer[VALUES] + offset
+        seen[SEEN_DIM], seen[SEEN_STORED] = dim, model[KV_STORED]
         for token in range(tokens.shape[0]):
             context = tokens[token, NUM_SHARED] + tokens[token, NUM_OWN]
             begin = chunk * CHUNK
@@ -495,38 +526,46 @@ def _attend(layer: IntArray, work: Work, num_chunks: int, region: int, shared: S
                 start = tokens[token, OWN_START] + begin - tokens[token, NUM_SHARED]
             skipped = max(context - layer[WINDOW] - begin, 0) if layer[WINDOW] else 0
             count = min(CHUNK, context - begin)
-            for head in range(kv_head * group, (kv_head + 1) * group):
+            for head in range(kv_head * group, (kv_head + 1) * group, ROWS_AT_ONCE):
+                rows = min(ROWS_AT_ONCE, (kv_head + 1) * group - head)
+                if skipped >= count:
+                    _find_nothing(shared.partial, token, head, rows, chunk)
+                    continue
+                query = shared.queries.ctypes.data + 4 * (token * shared.queries.shape[1] + head * dim)
+                seen[SEEN_SLOTS] = slots.ctypes.data + 8 * (start + skipped)
+                seen[SEEN_COUNT] = count - skipped
+                ahead = 1 if token == 0 and head == kv_head * group else 0
+                score(seen.ctypes.data, rows, query, scores.ctypes.data, ahead)
+                for row in range(rows):
+                    part = _part(shared.partial, token, head + row, chunk)
+                    _weigh(scores, row, count - skipped, work.numbers[SCALING], part)
                 part = _part(shared.partial, token, head, chunk)
-                put_number(part, np.float32(-np.inf))
-                for i in range(1, 2 + dim):
-                    put_number(part + 4 * i, np.float32(0))
-                if skipped < count:
-                    query = shared.queries.ctypes.data + 4 * (token * shared.queries.shape[1] + head * dim)
-                    seen = slots.ctypes.data + 8 * (start + skipped)
-                    _attend_head(
-                        query, layer[KEYS] + offset, layer[VALUES] + offset, seen, count - skipped, work, scores, part
-                    )
+                next_head = 4 * shared.partial.shape[2] * shared.partial.shape[3]
+                weighted_sum(seen.ctypes.data, rows, scores.ctypes.data, part + 8, next_head)
         number = _take(shared.counters, region)
 
 
 @compiled
-def _attend_head(
-    query: int, keys: int, values: int, slots: int, count: int, work: Work, scores: FloatArray, part: int
-) -> None:
-    """What one head finds at `count` slots, into its part; queries, keys, values, slots and part are addresses."""
-    dim, scaling = work.model[HEAD_DIM], work.numbers[SCALING]
-    greatest = np.float32(-np.inf)
-    for i in range(count):
-        scores[i] = dot(query, keys + 4 * dim * slot_at(slots + 8 * i), dim) * scaling
-        greatest = max(greatest, scores[i])
-    for i in range(count):
-        scores[i] = _exp(scores[i] - greatest)
-    total = np.float32(0)
-    for i in range(count):
-        total += scores[i]
-    put_number(part, greatest)
-    put_number(part + 4, total)
-    weighted_sum(scores.ctypes.data, values, slots, count, dim, part + 8)
+def _find_nothing(partial: FloatArray, token: int, head: int, rows: int, chunk: int) -> None:
+    """A chunk is out of the sight of some heads."""
+    for row in range(rows):
+        part = _part(partial, token, head + row, chunk)
+        put_number(part, np.float32(-np.inf))
+        for i in range(1, partial.shape[3]):
+            put_number(part + 4 * i, np.float32(0))
+
+
+@compiled
+def _weigh(scores: FloatArray, row: int, count: int, scaling: float, part: int) -> None:
+    """Powers of a head's scores, of which the greatest and the sum go into its part."""
+    address, vectors = scores.ctypes.data + 4 * row * CHUNK, -(-count // WIDTH)
+    top = greatest(address, vectors)
+    for i in range(vectors * WIDTH):
+        scores[row, i] = _exp((scores[row, i] - top) * scaling)
+    for i in range(count, vectors * WIDTH):
+        scores[row, i] = 0
+    put_number(part, top * scaling)
+    put_number(part + 4, total(address, vectors))
 
 
 @compiled

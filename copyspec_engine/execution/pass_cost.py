@@ -55,6 +55,8 @@ def find_pass_cost(
     facts |= {"context": str(context), "max_width": str(min(room - context, max(STEP_WIDTHS)))}
     facts |= {"execution": execution, "exact": str(runner.exact_widths)}
     facts |= {"most_narrow_tokens": str(runner.narrow_tokens)}
+    if runner.store.dtype is not None:
+        facts |= {"kv_dtype": str(runner.store.dtype).removeprefix("torch.")}
     measure = partial(_measure_both_ways, runner, runner.narrow_tokens, context, room)
 
     def check(widths: tuple[int, ...], narrow_tokens: int) -> Points:

@@ -69,6 +69,7 @@ class ModelRunner:
             own path decides, so that its bits depend on nothing else (exact_passes.py); None: as is fastest.
         execution: how passes run, see `EngineInfo.execution`; those for a GPU not in exact mode.
         narrow: the model's narrow weights, for "narrow".
+        kv_dtype: see `KVStore`; other than the model's own not where kernels for a GPU read keys and values.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class ModelRunner:
         exact_widths: tuple[int, ...] | None = None,
         execution: Execution = "eager",
         narrow: NarrowDecoder | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self._model = model
         self.device = model.device
         self._vocab_size = vocab_size(model)
-        self._store = KVStore(num_slots)
+        self._store = KVStore(num_slots, kv_dtype)
         self.exact_widths = exact_widths
         self.passes: StaticPasses | None = None
         """How passes run that are packed; None: all run through the model's own path."""

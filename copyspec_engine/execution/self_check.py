@@ -22,10 +22,10 @@ from copyspec_engine.execution.ordered_experts import order_experts
 from copyspec_engine.execution.packed_linear import pack_linears, unpack_linears, why_not_packed
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.values.config import EngineConfig
-from copyspec_engine.values.errors import UnsupportedModelError
+from copyspec_engine.values.errors import ModelLoadError, UnsupportedModelError
 from copyspec_engine.values.info import Execution
 
-__all__ = ["Checked", "check_equivalence"]
+__all__ = ["Checked", "check_equivalence", "kv_dtype_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,12 @@ class MakeRunner(Protocol):
     """Makes one."""
 
     def __call__(
-        self, *, num_slots: int, execution: Execution = "eager", narrow: NarrowDecoder | None = None
+        self,
+        *,
+        num_slots: int,
+        execution: Execution = "eager",
+        narrow: NarrowDecoder | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> PassRunner: ...
 
 
@@ -66,6 +71,8 @@ class Checked:
 
 
 _TOKENS = 12
+_ROUNDED_KV = 5e-2
+"""Up to which difference logits count as equal where keys and values are rounded to bfloat16."""
 
 
 def check_equivalence(
@@ -100,9 +107,31 @@ def check_equivalence(
             f"{config.model} ({type(model).__name__}) cannot run over our KV: {error}"
         ) from error
     checked = _check_wide(model, config, make_runner, ids, expected)
-    if not narrow:
+    if narrow:
+        checked = _check_narrow(model, config.model, checked, make_runner, ids, expected, narrow)
+    kv_dtype = kv_dtype_of(config, model)
+    if kv_dtype is None:
         return checked
-    return _check_narrow(model, config.model, checked, make_runner, ids, expected, narrow)
+    runner = make_runner(num_slots=2 * _TOKENS, execution=checked.execution, narrow=checked.narrow, kv_dtype=kv_dtype)
+    for in_few in (False, True):
+        num_bytes, _ = _compare(runner, model, config.model, ids, expected, in_few=in_few, most=_ROUNDED_KV)
+    return replace(checked, bytes_per_token=num_bytes)
+
+
+def kv_dtype_of(config: EngineConfig, model: PreTrainedModel) -> torch.dtype | None:
+    """What keys and values are kept in where that is not what they are computed in; None: it is.
+
+    Raises:
+        ModelLoadError: attention on that device, or of that type, cannot read it.
+    """
+    if config.kv_dtype == "auto" or model.dtype == torch.bfloat16:
+        return None
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise ModelLoadError(
+            f"Got kv_dtype={config.kv_dtype!r} but {config.model} computes in {model.dtype} on {model.device}, where "
+            "KV is kept in the same type: leave it out, or use dtype='bfloat16'"
+        )
+    return torch.bfloat16
 
 
 def _check_wide(
@@ -223,6 +252,7 @@ def _compare(
     expected: torch.Tensor,
     *,
     in_few: bool = False,
+    most: float | None = None,
 ) -> tuple[int, float]:
     """Bytes of KV for one token, and the relative difference of the logits, if passes in pieces give the model's own.
 
@@ -239,7 +269,7 @@ def _compare(
     expected, got = torch.cat((expected, expected[3:])), got[: 2 * _TOKENS - 3]
     layers = int(model.config.get_text_config().num_hidden_layers)
     difference = relative_difference(got, expected)
-    if runner.store.num_layers != layers or not difference < tolerance(model):
+    if runner.store.num_layers != layers or not difference < (most or tolerance(model)):
         raise UnsupportedModelError(
             f"{name} ({type(model).__name__}) gives other logits over our KV than by itself (relative difference "
             f"{difference:.2g}, {runner.store.num_layers} of {layers} layers): this "

@@ -307,6 +307,13 @@ class EngineConfig(ModelOptions, _Options):
     "wide": as float32, for which all passes are fast. "narrow": only as they came; passes of many tokens, as of a
     prompt, take longer. What is computed is the same but for the order of sums. Texts that the engine remembers are
     bounded by `memory_tokens`."""
+    kv_dtype: Literal["auto", "bfloat16"] = "auto"
+    """How keys and values are kept. "auto": in the type that they are computed in. "bfloat16": on a CPU in half of
+    float32's bytes, so that twice as many tokens fit and those behind long contexts take less time; attention still
+    computes in float32. Rounded keys and values give other logits, so tokens can differ from float32's, drafted or not.
+    Where passes are narrow (see `EngineInfo.execution`) a token is drafted from the very KV that it is decoded from;
+    in wider passes, as of long drafts, what rounds to another bfloat16 may decide between near ties: `exact` rules that
+    out. Refused with dtype="float16", and on a GPU for a model whose own type is another."""
     compile_layers: bool = True
     """On a GPU, fuse what stands between matrix products with torch.compile: faster steps, and a slower first load.
     Where that fails the layers run as they are, and `Engine.info` says why."""
@@ -338,6 +345,14 @@ class EngineConfig(ModelOptions, _Options):
         return self
 
     @model_validator(mode="after")
+    def _check_kv_dtype(self) -> EngineConfig:
+        if self.kv_dtype == "bfloat16" and self.dtype == "float16":
+            raise ValueError(
+                "Got kv_dtype='bfloat16' with dtype='float16', but float16 attention cannot read it: leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_draft(self) -> EngineConfig:
         if self.draft_model is None:
             if isinstance(self.drafter, DraftModelDrafter):
@@ -362,6 +377,7 @@ class EngineConfig(ModelOptions, _Options):
             device=draft.device or ("auto" if self.device == "all" else self.device),
             dtype=self.dtype,
             memory=self.memory,
+            kv_dtype=self.kv_dtype,
             max_model_len=self.max_model_len,
             step_cost=draft.step_cost or self.step_cost,
             compile_layers=self.compile_layers,

@@ -126,6 +126,8 @@ class EngineInfo:
     tool_calling: Literal["by template", "by prompt"] | None = None
     """How the model is told of tools: by its chat template, or in a message where the template leaves them out; None:
     it is not."""
+    kv_dtype: str = ""
+    """What keys and values are kept in (`EngineConfig.kv_dtype`); empty: in `dtype`."""
     check_difference: float | None = None
     """Relative difference of its logits over our KV from its own, as it was loaded; None for a model without KV."""
     load_seconds: dict[str, float] = field(default_factory=dict)
@@ -146,12 +148,13 @@ class EngineInfo:
     @property
     def is_lossless(self) -> bool:
         """Whether an answer has the tokens of plain decoding, whatever is drafted, reused or runs beside it."""
-        return self.exact or self.dtype == "float32"
+        return self.exact or (self.dtype == "float32" and not self.kv_dtype)
 
     @property
     def lossless(self) -> str:
         """What is promised of an answer beside plain decoding, in a sentence."""
-        return self.promised(self.dtype, exact=self.exact)
+        promised = self.promised(self.kv_dtype or self.dtype, exact=self.exact)
+        return promised + (f"; KV in {self.kv_dtype} can give other tokens than in float32" if self.kv_dtype else "")
 
     @staticmethod
     def promised(dtype: str, *, exact: bool) -> str:

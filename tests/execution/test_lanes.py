@@ -1,4 +1,4 @@
-"""Products of rows with weights of all types, against NumPy's in float64."""
+"""Products of rows with weights of all types and with keys and values, against NumPy's in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from copyspec_engine.compiled import compiled
 from copyspec_engine.execution import lanes
@@ -23,15 +24,28 @@ def call(kernel: int, rows: int, given: npt.NDArray[np.int64], out: npt.NDArray[
 
 
 @compiled
-def sum_weighted(
-    weights: npt.NDArray[np.float32],
-    values: npt.NDArray[np.float32],
-    slots: npt.NDArray[np.int64],
+def attend(
+    seen: npt.NDArray[np.int64],
+    queries: npt.NDArray[np.float32],
+    scores: npt.NDArray[np.float32],
     out: npt.NDArray[np.float32],
 ) -> None:
-    lanes.weighted_sum(
-        weights.ctypes.data, values.ctypes.data, slots.ctypes.data, len(slots), values.shape[1], out.ctypes.data
-    )
+    """Queries (rows, dim), their products with keys (rows, CHUNK), and sums of values times these (rows, dim)."""
+    rows = queries.shape[0]
+    lanes.score(seen.ctypes.data, rows, queries.ctypes.data, scores.ctypes.data, rows % 2)
+    lanes.weighted_sum(seen.ctypes.data, rows, scores.ctypes.data, out.ctypes.data, 4 * out.shape[1])
+
+
+@compiled
+def folded(a: npt.NDArray[np.float32]) -> tuple[float, float]:
+    vectors = a.size // lanes.WIDTH
+    return lanes.greatest(a.ctypes.data, vectors), lanes.total(a.ctypes.data, vectors)
+
+
+@compiled
+def put_all(numbers: npt.NDArray[np.float32], out: npt.NDArray[np.uint16]) -> None:
+    for i in range(numbers.size):
+        lanes.put_bfloat16(out.ctypes.data + 2 * i, numbers[i])
 
 
 @compiled
@@ -90,14 +104,47 @@ def test_rows_times_weights_of_each_kind(kind: int) -> None:
     assert all((found[rows] == found[8][:rows]).all() for rows in found), "a row's bits depend on the others"
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 9, 37, lanes.CHUNK])
 @pytest.mark.parametrize("dim", [1, 7, 16, 64, 80, 200])
-def test_sums_over_slots(dim: int) -> None:
+def test_queries_over_slots(dim: int, count: int, stored: torch.dtype) -> None:
     rng = np.random.default_rng(dim)
-    values, weights = rng.standard_normal((40, dim)).astype(np.float32), rng.random(9).astype(np.float32)
-    slots = rng.permutation(40)[:9]
-    out = np.ones(dim, np.float32)
-    sum_weighted(weights, values, slots, out)
-    np.testing.assert_allclose(out, 1 + weights.astype(np.float64) @ values[slots], rtol=1e-5, atol=1e-5)
+    keys, values = (torch.from_numpy(rng.standard_normal((150, dim))).to(stored) for _ in range(2))
+    slots = rng.permutation(150)[:count]
+    kind = lanes.FLOAT32 if stored == torch.float32 else lanes.BFLOAT16
+    seen = np.array([keys.data_ptr(), values.data_ptr(), slots.ctypes.data, count, dim, kind], np.int64)
+    queries = rng.standard_normal((lanes.ROWS_AT_ONCE, dim)).astype(np.float32)
+    exact = queries.astype(np.float64) @ keys.double().numpy()[slots].T
+    found = {}
+    for rows in range(1, lanes.ROWS_AT_ONCE + 1):
+        scores, out = np.zeros((rows, lanes.CHUNK), np.float32), np.full((rows, dim), np.nan, np.float32)
+        attend(seen, queries[:rows], scores, out)
+        assert (scores[:, count : -(-count // lanes.WIDTH) * lanes.WIDTH] == scores[:, count - 1 : count]).all()
+        np.testing.assert_allclose(scores[:, :count], exact[:rows], rtol=1e-5, atol=3e-5)
+        sums = scores[:, :count].astype(np.float64) @ values.double().numpy()[slots]
+        np.testing.assert_allclose(out, sums, rtol=1e-5, atol=2e-6 * np.abs(exact).sum())
+        found[rows] = scores[:, :count], out
+    for rows, pair in found.items():
+        for got, of_all in zip(pair, found[lanes.ROWS_AT_ONCE], strict=True):
+            assert (got == of_all[:rows]).all(), "a row's bits depend on the others"
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 5])
+def test_the_greatest_and_the_sum_of_vectors(vectors: int) -> None:
+    numbers = np.random.default_rng(vectors).standard_normal(vectors * lanes.WIDTH).astype(np.float32)
+    greatest, total = folded(numbers)
+    assert greatest == numbers.max()
+    assert total == pytest.approx(float(numbers.astype(np.float64).sum()), abs=1e-5)
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
+    odd = np.array([0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, 1e-40, np.inf, -np.inf, np.nan], np.float32)
+    numbers = np.concatenate((odd, np.random.default_rng(0).standard_normal(1000).astype(np.float32)))
+    bits = np.zeros(numbers.size, np.uint16)
+    put_all(numbers, bits)
+    got, expected = torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(numbers).bfloat16()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(got.signbit()[:8], expected.signbit()[:8])
 
 
 @pytest.mark.parametrize("count", [1, 7, 16, 64, 80, 200])

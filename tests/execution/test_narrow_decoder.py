@@ -21,9 +21,10 @@ from copyspec_engine.drafting.cost import undisturbed
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import lanes, narrow_kernels, pass_cost
 from copyspec_engine.execution.checkpoint import relative_difference
+from copyspec_engine.execution.lanes import CHUNK
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.narrow_decoder import MOST_TOKENS, NarrowPasses
-from copyspec_engine.execution.narrow_kernels import CHUNK, Own, Shared, Work, run_pass
+from copyspec_engine.execution.narrow_kernels import Own, Shared, Work, run_pass
 from copyspec_engine.execution.narrow_weights import NarrowWeight, narrow_weight
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import ModelRunner
@@ -72,11 +73,13 @@ def checked(model: PreTrainedModel) -> Checked:
     return check_equivalence(model, CONFIG, partial(ModelRunner, model), narrow_of(model))
 
 
-def passes_of(model: PreTrainedModel, num_slots: int) -> tuple[ModelRunner, NarrowPasses]:
+def passes_of(
+    model: PreTrainedModel, num_slots: int, kv_dtype: torch.dtype | None = None
+) -> tuple[ModelRunner, NarrowPasses]:
     """The model's own way over KV, and narrow passes over the same KV."""
     found = checked(model)
     assert found.narrow is not None, found.error
-    wide = ModelRunner(model, num_slots)
+    wide = ModelRunner(model, num_slots, kv_dtype=kv_dtype)
     return wide, NarrowPasses(found.narrow, wide.store)
 
 
@@ -104,9 +107,25 @@ def test_known_parts_give_the_models_own_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_tokens_bits_are_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_and_wide_passes_read_the_same_rounded_kv(name: str) -> None:
+    ids, slots = np.random.default_rng(0).integers(0, 256, 200).tolist(), np.arange(200)
+    found = []
+    for kv_dtype in (None, torch.bfloat16):
+        wide, narrow = passes_of(rounded(name), 200, kv_dtype)
+        wide.run([Piece(slots, 0, ids[:150], DraftTree(), 0)])
+        pieces = [Piece(slots, 150, ids[150:157], DraftTree(), 7)]
+        found += [wide.run(pieces).clone(), narrow.run(pieces)]
+    of_float32, _, of_wide, of_narrow = found
+    lost = relative_difference(of_wide, of_float32)
+    assert 1e-5 < lost < 1e-2
+    assert relative_difference(of_narrow, of_wide) < lost / 5  # what rounds to another bfloat16 here and there
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_tokens_bits_are_its_own(name: str, kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, in a chain, on the second branch of a tree, beside another row, across a chunk's end, on any threads."""
-    wide, narrow = passes_of(rounded(name), 2 * CHUNK)
+    wide, narrow = passes_of(rounded(name), 2 * CHUNK, kv_dtype)
     rng = np.random.default_rng(0)
     ids, slots = rng.integers(0, 256, CHUNK + 20).tolist(), rng.permutation(2 * CHUNK)
     base = CHUNK - 3
@@ -281,10 +300,10 @@ def test_what_loading_compiles_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "mistral"])
 @pytest.mark.parametrize("drafter", ["adaptive", CopySpecDrafter(min_match_tokens=1, block=6)])
-@pytest.mark.parametrize("exact", [False, True])
-def test_engine_drafts_without_loss(name: str, drafter: Any, exact: bool) -> None:
+@pytest.mark.parametrize(("exact", "kv_dtype"), [(False, "auto"), (True, "auto"), (False, "bfloat16")])
+def test_engine_drafts_without_loss(name: str, drafter: Any, exact: bool, kv_dtype: Any) -> None:
     """A whole engine on narrow passes: drafted and plain, two requests at a time, over turns of a conversation."""
-    config = EngineConfig(model=name, step_cost=STEP_COST, exact=exact)
+    config = EngineConfig(model=name, step_cost=STEP_COST, exact=exact, kv_dtype=kv_dtype)
     prompts = [[i % 251 for i in range(start, start + 40)] * 2 for start in (3, 90)]
     with Engine(config, model=prepare(rounded(name), ByteTokenizer(), config)) as engine:
         assert engine.info.execution == "narrow"
