@@ -23,6 +23,7 @@ from copyspec_engine.serve.health import health_router
 from copyspec_engine.serve.models import models_router
 from copyspec_engine.serve.openai_chat import chat_router
 from copyspec_engine.serve.service import Service
+from copyspec_engine.serve.site import page_router
 from copyspec_engine.values.errors import CopySpecError
 
 __all__ = ["app_of", "create_app"]
@@ -46,7 +47,7 @@ def create_app(engine: Engine, config: ServeConfig | None = None) -> ASGIApp:
 def app_of(service: Service) -> ASGIApp:
     """A service as an ASGI application."""
     app = FastAPI(title="copyspec", version=importlib.metadata.version("copyspec"), docs_url=None, redoc_url=None)
-    for router in _ROUTERS:
+    for router in (*_ROUTERS, page_router) if service.config.page else _ROUTERS:
         app.include_router(router(service))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _routing_error)

@@ -1,6 +1,6 @@
 """The gate that every request comes through: who it is for, where it comes from, whose key it has; and what it was.
 
-Denies by default: a path needs a key unless it is in `OPEN`. Says nothing of bodies, and logs none.
+Denies by default: a path needs a key unless it is in `OPEN`, or is the page's. Says nothing of bodies, and logs none.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from copyspec_engine.serve.config import is_loopback
 from copyspec_engine.serve.errors import ApiError, error_response
 from copyspec_engine.serve.service import Service
+from copyspec_engine.serve.site import PAGE_PATHS
 from copyspec_engine.serve.tenants import DEFAULT_TENANT, Tenant
 
 __all__ = ["OPEN", "Gate"]
@@ -86,7 +87,7 @@ class Gate:
         tenant = tenants.of_key(key)
         if tenant is not None:
             return tenant
-        if path in OPEN:
+        if path in OPEN or (self._service.config.page and path in PAGE_PATHS):
             return tenants.named(DEFAULT_TENANT)
         said = "a wrong API key" if key else "no API key"
         raise ApiError(
