@@ -40,7 +40,6 @@ __all__ = [
     "add_and_fetch",
     "dot",
     "fetch",
-    "give_way",
     "greatest",
     "kernel",
     "multiply",
@@ -48,6 +47,7 @@ __all__ = [
     "put_bfloat16",
     "put_number",
     "score",
+    "sleep",
     "total",
     "weighted_sum",
 ]
@@ -753,5 +753,5 @@ def _loop(
     return carried
 
 
-give_way = types.ExternalFunction("sched_yield", types.int32())
-"""Let other threads run on this core."""
+sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+"""Leave this core to others for so many microseconds, or a little more."""

@@ -37,13 +37,13 @@ from copyspec_engine.execution.lanes import (
     add_and_fetch,
     dot,
     fetch,
-    give_way,
     greatest,
     multiply,
     number_at,
     put_bfloat16,
     put_number,
     score,
+    sleep,
     total,
     weighted_sum,
 )
@@ -54,8 +54,12 @@ PANEL = MOST_ROWS
 """Rows that are multiplied at a time; more of them stand in panels, one behind the other."""
 GROUP = 32
 """Inputs that share a least value."""
-_PATIENCE = 2000
-"""Looks at the counter before a waiting thread lets others have its core."""
+_PATIENCE = 100_000
+"""Looks at the counter before a waiting thread sleeps: some 30 microseconds, longer than others are at their last piece
+of work. Beyond that one of them has lost its core to another process, and gets this one only once it is idle: a thread
+that looked on, or yielded, would keep it."""
+_NAP = np.uint32(20)
+"""Microseconds that it sleeps before it looks again."""
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -253,7 +257,7 @@ def _meet(counters: IntArray, arrivals: int, num_threads: int) -> int:
     while fetch(address) < arrivals:
         looks += 1
         if looks > _PATIENCE:
-            give_way()
+            sleep(_NAP)
     return arrivals
 
 
