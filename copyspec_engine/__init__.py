@@ -39,7 +39,7 @@ from copyspec_engine.values.errors import (
     missing_extra,
 )
 from copyspec_engine.values.grammar import Grammar, ToolCalls
-from copyspec_engine.values.info import EngineInfo, EngineMetrics
+from copyspec_engine.values.info import EngineInfo, EngineMetrics, SessionInfo
 from copyspec_engine.values.outputs import (
     CopiedSpan,
     Copy,
@@ -103,6 +103,7 @@ __all__ = [
     "RequestHandle",
     "SamplingParams",
     "Segment",
+    "SessionInfo",
     "StoredText",
     "StreamChunk",
     "Timing",

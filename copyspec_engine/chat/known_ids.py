@@ -19,6 +19,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
+from copyspec_engine.values.fairness import first_to_go
+
 __all__ = ["KnownIds", "Speller", "Spelling"]
 
 _PER_SESSION = 8
@@ -41,20 +43,21 @@ class KnownIds:
     """The last calls of each session. Thread-safe.
 
     Args:
-        max_tokens: kept in all; the least recently used session goes first.
+        max_tokens: kept in all; the least recently used session of the account that has most goes first.
     """
 
     def __init__(self, max_tokens: int = _MAX_TOKENS) -> None:
         self._max_tokens, self._num_tokens = max_tokens, 0
         self._lock = threading.Lock()
         self._sessions: OrderedDict[str, tuple[Spelling, ...]] = OrderedDict()
+        self._accounts: dict[str, str | None] = {}
 
     @property
     def num_tokens(self) -> int:
         return self._num_tokens
 
-    def keep(self, session_id: str, token_ids: Sequence[int]) -> None:
-        """Keep a call's ids; earlier calls that they begin with are not needed any more."""
+    def keep(self, session_id: str, token_ids: Sequence[int], account: str | None = None) -> None:
+        """Keep a call's ids, which count for an account; earlier calls that they begin with are not needed any more."""
         spelling = Spelling(token_ids)
         ids = spelling.token_ids
         with self._lock:
@@ -65,10 +68,10 @@ class KnownIds:
                 elif len(other.stretches or ()) > len(spelling.begun):
                     spelling.begun = other.stretches or ()
             kept = (spelling, *others)[:_PER_SESSION]
-            self._sessions[session_id] = kept
+            self._sessions[session_id], self._accounts[session_id] = kept, account
             self._num_tokens += _size(kept)
             while self._num_tokens > self._max_tokens:
-                self._pop(next(iter(self._sessions)))
+                self._pop(first_to_go((name, self._accounts[name], _size(own)) for name, own in self._sessions.items()))
 
     def of(self, session_id: str | None) -> tuple[Spelling, ...]:
         """A session's calls, the last one first."""
@@ -85,6 +88,7 @@ class KnownIds:
 
     def _pop(self, session_id: str) -> tuple[Spelling, ...]:
         spellings = self._sessions.pop(session_id, ())
+        self._accounts.pop(session_id, None)
         self._num_tokens -= _size(spellings)
         return spellings
 

@@ -27,7 +27,7 @@ from copyspec_engine.engine.reports import Reports
 from copyspec_engine.engine.thread import FORKED, LoopThread, Sink
 from copyspec_engine.values.config import EngineConfig, GenerationRequest
 from copyspec_engine.values.errors import ConfigError, EngineStoppedError, RequestFailedError
-from copyspec_engine.values.info import EngineInfo, EngineMetrics
+from copyspec_engine.values.info import EngineInfo, EngineMetrics, SessionInfo
 from copyspec_engine.values.outputs import Explanation, GenerationOutput, StreamChunk
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
@@ -323,6 +323,14 @@ class Engine:
             partial(self._model.tokenizer.decode, skip_special_tokens=False),
             partial(self.forget, session_id),
         )
+
+    def sessions(self, owner: str | None = None) -> list[SessionInfo]:
+        """The sessions whose texts are remembered, least recently used first; of one owner, or all of them.
+
+        Raises:
+            EngineStoppedError: the engine was closed.
+        """
+        return self._loop.call(partial(self._core.sessions, owner))
 
     def forget_pool(self, name: str) -> bool:
         """Erase the texts of a shared pool, in memory and on disk; False if there is none. Raises as `forget` does."""

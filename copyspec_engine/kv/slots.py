@@ -10,21 +10,22 @@ sides keep room to grow.
 
 A sequence that is kept is found by whoever it belongs to: the session that computed it, calls that continue that
 session, and, where calls name a `cache_salt`, every call with the same salt, which may also begin with what another one
-in flight has computed. Nobody else: from the time of a first
-token one could tell what others have asked. Kept sequences only fill slots that nobody needs. When slots run short, the
-one that was not used for longest gives up its last tokens first, since a beginning is what prompts have in common.
+in flight has computed. Nobody else: from the time of a first token one could tell what others have asked. Kept
+sequences only fill slots that nobody needs. When slots run short, the account that has most of them gives way: its
+sequence that was not used for longest gives up its last tokens first, since a beginning is what prompts have in common.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from copyspec_engine.values.fairness import first_to_go
 from copyspec_engine.values.tokens import TokenArray
 
 __all__ = [
@@ -128,6 +129,8 @@ class _KeptSequence(NamedTuple):
     token_ids: TokenArray
     slots: TokenArray
     salt: str | None
+    account: str | None
+    """For whom it counts, see `GenerationRequest.owner`."""
 
 
 class PrefixCache:
@@ -135,12 +138,13 @@ class PrefixCache:
 
     Args:
         pool: whose slots they are.
-        max_sequences: the least recently used one goes when there are more, or when they are too long together: those
-            that begin alike share slots.
+        max_sequences: one goes when there are more, or when they are too long together: those that begin alike share
+            slots. It is the least recently used one of the account that has most.
+        max_per_account: the least recently used one of an account goes when it has more; None: no such limit.
     """
 
-    def __init__(self, pool: KVPool, max_sequences: int) -> None:
-        self._pool, self._max_sequences = pool, max_sequences
+    def __init__(self, pool: KVPool, max_sequences: int, max_per_account: int | None = None) -> None:
+        self._pool, self._max_sequences, self._max_per_account = pool, max_sequences, max_per_account
         self._sequences: OrderedDict[Owner, _KeptSequence] = OrderedDict()
         self._kept = np.zeros(pool.num_slots, dtype=np.int32)
         """See `users`."""
@@ -175,14 +179,20 @@ class PrefixCache:
             self._sequences.move_to_end(best_key)
         return best
 
-    def keep(self, owner: Owner, token_ids: TokenArray, slots: TokenArray, salt: str | None) -> None:
+    def keep(
+        self, owner: Owner, token_ids: TokenArray, slots: TokenArray, salt: str | None, account: str | None = None
+    ) -> None:
         """Keep a sequence instead of the one that its owner had; the caller's part in the slots passes to the cache."""
         self.drop(owner)
-        self._sequences[owner] = _KeptSequence(token_ids, slots, salt)
+        self._sequences[owner] = _KeptSequence(token_ids, slots, salt, account)
         self._kept[slots] += 1
-        most = _MOST_SHARED * self._pool.num_slots
-        while len(self._sequences) > self._max_sequences or int(self._kept.sum()) > most:
-            self.drop(next(iter(self._sequences)))
+        own = [key for key, sequence in self._sequences.items() if sequence.account == account]
+        if self._max_per_account is not None and len(own) > self._max_per_account:
+            self.drop(own[0])
+        while len(self._sequences) > self._max_sequences:
+            self.drop(first_to_go((key, sequence.account, 1) for key, sequence in self._sequences.items()))
+        while int(self._kept.sum()) > _MOST_SHARED * self._pool.num_slots:
+            self.drop(self._largest(self._sequences))
 
     def drop(self, owner: Owner) -> bool:
         """Let go of an owner's sequence; False if there is none."""
@@ -194,24 +204,28 @@ class PrefixCache:
 
     def evict(self, count: int) -> None:
         """Free slots until `count` are free, or all that are kept are in use."""
-        if self._pool.num_free >= count:
-            return
-        for owner, sequence in list(self._sequences.items()):
+        asked = set(self._sequences)
+        while asked and (missing := count - self._pool.num_free) > 0:
+            owner = self._largest(asked)
+            asked.remove(owner)
+            sequence = self._sequences[owner]
             idle = np.flatnonzero(self._kept[sequence.slots] == self._pool.users[sequence.slots])
-            missing = count - self._pool.num_free
-            if missing <= 0:
-                return
             if not len(idle):
                 continue
             length = int(idle[-min(missing, len(idle))])
             self._kept[sequence.slots[length:]] -= 1
             self._pool.release(sequence.slots[length:])
             if length:
-                self._sequences[owner] = _KeptSequence(
-                    sequence.token_ids[:length], sequence.slots[:length], sequence.salt
+                self._sequences[owner] = sequence._replace(
+                    token_ids=sequence.token_ids[:length], slots=sequence.slots[:length]
                 )
             else:
                 del self._sequences[owner]
+
+    def _largest(self, among: Container[Owner]) -> Owner:
+        """The least recently used of these sequences whose account has most slots in them."""
+        sequences = self._sequences.items()
+        return first_to_go((key, sequence.account, len(sequence.slots)) for key, sequence in sequences if key in among)
 
 
 _AHEAD = 256
@@ -253,11 +267,12 @@ class KVSlots:
     Args:
         num_slots: of the pool.
         max_kept: sequences that are kept for later calls; 0 for a model whose state is not in its KV alone.
+        max_per_account: of them for one account; None: no such limit.
     """
 
-    def __init__(self, num_slots: int, max_kept: int) -> None:
+    def __init__(self, num_slots: int, max_kept: int, max_per_account: int | None = None) -> None:
         self.pool = KVPool(num_slots)
-        self.cache = PrefixCache(self.pool, max_kept)
+        self.cache = PrefixCache(self.pool, max_kept, max_per_account)
         self.can_share = max_kept > 0
         """Sequences may begin with what was computed of others."""
 
@@ -331,10 +346,23 @@ class KVSlots:
         self.pool.release(sequence.slots[length:])
         sequence.slots = sequence.slots[:length]
 
-    def end(self, sequence: KVSequence, owner: Owner | None = None, salt: str | None = None) -> None:
-        """One is over, or has to wait: keep what is computed of it for `owner`, if there is one; free the rest."""
+    def end(
+        self,
+        sequence: KVSequence,
+        owner: Owner | None = None,
+        salt: str | None = None,
+        account: str | None = None,
+    ) -> None:
+        """One is over, or has to wait: keep what is computed of it for `owner`, if there is one; free the rest.
+
+        Args:
+            sequence: which ends.
+            owner: whose the kept one is.
+            salt: with which others find it too.
+            account: for whom it counts.
+        """
         slots, length = sequence.slots, 0 if owner is None else sequence.num_computed
         sequence.slots, sequence.num_computed = slots[:0], 0
         self.pool.release(slots[length:])
         if owner is not None and length:
-            self.cache.keep(owner, np.array(sequence.token_ids[:length], dtype=np.int64), slots[:length], salt)
+            self.cache.keep(owner, np.array(sequence.token_ids[:length], dtype=np.int64), slots[:length], salt, account)

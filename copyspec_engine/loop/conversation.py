@@ -20,6 +20,7 @@ from copyspec_engine.memory.conversation import SessionMemory, SessionStore
 from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.view import Snapshot, snapshot
 from copyspec_engine.values.config import EngineConfig
+from copyspec_engine.values.info import SessionInfo
 
 __all__ = ["Conversations"]
 
@@ -61,11 +62,11 @@ class Conversations:
         if request.drafting.memory is not None:
             return
         call = request.asked.call
-        request.drafting.session = self.store.open(call.session_id, keep_texts=call.keep_texts)
+        request.drafting.session = self.store.open(call.session_id, keep_texts=call.keep_texts, account=call.owner)
         if call.memory_pool is None:
             _use(request, request.drafting.session.memory)
         else:
-            _use(request, self.store.open_pool(call.memory_pool, request.texts_owner))
+            _use(request, self.store.open_pool(call.memory_pool, request.texts_owner, call.owner))
 
     def keep(self, request: Request) -> None:
         """A request is over: keep its texts, KV and ids for later calls, in place of those of its conversation's last.
@@ -79,8 +80,8 @@ class Conversations:
         finally:
             owner = None if has_failed else request.kept_as
             if self._keeps_token_ids and isinstance(owner, str) and request.asked.call.messages is not None:
-                self.known_ids.keep(owner, request.sequence.token_ids)
-            self._kv.end(request.sequence, owner, request.asked.cache_salt)
+                self.known_ids.keep(owner, request.sequence.token_ids, request.account)
+            self._kv.end(request.sequence, owner, request.asked.cache_salt, request.account)
 
     def detach(self, request: Request) -> None:
         """Take a request out of its memory, which is erased; it gets another one that ends with it."""
@@ -131,6 +132,10 @@ class Conversations:
             self.store.save(memory)
 
     # ---- their owners ----------------------------------------------------------------------------------------------
+
+    def sessions(self, account: str | None) -> list[SessionInfo]:
+        """See `Engine.sessions`."""
+        return self.store.infos(account)
 
     def look(self, session_id: str) -> Snapshot:
         """What a conversation remembers."""

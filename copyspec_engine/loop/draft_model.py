@@ -125,7 +125,8 @@ class DraftWriter:
         if followed is not None:
             sequence = followed.sequence
             sequence.num_computed = min(sequence.num_computed, followed.num_known)
-            self.kv.end(sequence, request.kept_as if followed.has_read else None, request.asked.cache_salt)
+            owner = request.kept_as if followed.has_read else None
+            self.kv.end(sequence, owner, request.asked.cache_salt, request.account)
 
     def drop(self, request: Request) -> None:
         """Forget all of a request."""

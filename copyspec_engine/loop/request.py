@@ -179,6 +179,11 @@ class Request:
         return self.asked.call.session_id
 
     @property
+    def account(self) -> str | None:
+        """For whom all that is kept of it counts."""
+        return self.asked.call.owner
+
+    @property
     def begins_with(self) -> list[Owner]:
         """Whose kept KV its prompt may begin with: its conversation's, and that of the one which it continues."""
         return [name for name in (self.session_id, self.asked.call.continues) if name is not None]

@@ -190,7 +190,7 @@ class Scheduler:
         self._counts.num_preemptions += 1
         self.running.remove(request)
         self.waiting.appendleft(request)
-        self._kv.end(request.sequence, request.number, request.asked.cache_salt)
+        self._kv.end(request.sequence, request.number, request.asked.cache_salt, request.account)
 
     def _sharing(self, request: Request) -> list[KVSequence]:
         """The running sequences that a request may begin with: those of its salt."""

@@ -28,7 +28,7 @@ from copyspec_engine.sampling.sampler import SampleRow, sample
 from copyspec_engine.sampling.verify import Verdict, verify
 from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter
 from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
-from copyspec_engine.values.info import EngineMetrics, Held
+from copyspec_engine.values.info import EngineMetrics, Held, SessionInfo
 from copyspec_engine.values.outputs import FinishReason, StreamChunk
 
 __all__ = ["EngineCore"]
@@ -49,8 +49,9 @@ class EngineCore:
         self.file, self.memory_error = _open_memory(config.memory_path, model)
         is_stateful = model.info.drafting_error is not None  # nothing of a text can be read without all before it
         max_kept = 0 if is_stateful else _PER_SESSION * config.max_sessions
-        self.kv = KVSlots(model.info.num_kv_slots, max_kept)
-        draft_kv = None if model.draft is None else KVSlots(model.draft.info.num_kv_slots, max_kept)
+        per_owner = None if config.max_sessions_per_owner is None else _PER_SESSION * config.max_sessions_per_owner
+        self.kv = KVSlots(model.info.num_kv_slots, max_kept, per_owner)
+        draft_kv = None if model.draft is None else KVSlots(model.draft.info.num_kv_slots, max_kept, per_owner)
         vocab_size = model.runner.vocab_size
         self.conversations = Conversations(config, self.kv, draft_kv, self.file, vocab_size)
         self.counts = Counts()
@@ -279,6 +280,10 @@ class EngineCore:
     def look(self, session_id: str) -> Snapshot:
         """What a conversation remembers."""
         return self.conversations.look(session_id)
+
+    def sessions(self, owner: str | None) -> list[SessionInfo]:
+        """See `Engine.sessions`."""
+        return self.conversations.sessions(owner)
 
     def forget(self, session_id: str) -> bool:
         """Erase a conversation; calls of it in flight go on and keep nothing."""

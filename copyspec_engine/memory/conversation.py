@@ -4,8 +4,8 @@ A prompt adds only those stretches that a memory does not hold yet, wherever the
 trimmed, summarised or rearranged loses no source.
 
 A session's texts are its own, unless a call names a pool: that call reads and writes the pool's texts instead. Sessions
-and pools are bounded in number, and the least recently used one is forgotten first. With a memory file all of them are
-kept there too, and read back when they are first used after a start.
+and pools are bounded in number; the owner who has most of them gives way first, and of its own the least recently used.
+With a memory file all of them are kept there too, and read back when they are first used after a start.
 
 A failing disk fails no call: what cannot be read or saved is logged, and done without or tried again. Only forgetting
 raises, since whoever asks for it must know.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from copyspec_engine.memory.file import MemoryFile, SavedSegment
 from copyspec_engine.memory.index import OVERLAP, CopyIndex, Span
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import MemoryFileError
+from copyspec_engine.values.fairness import first_to_go
+from copyspec_engine.values.info import SessionInfo
 
 __all__ = [
     "ANSWER",
@@ -136,6 +139,11 @@ class SessionMemory:
         self._forget_what_is_gone()
         return list(self._spans)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of these texts."""
+        return sum(text.stop - text.first_indexed for text in self.texts)
+
     def has(self, text: Span) -> bool:
         """Whether this conversation has added a text."""
         return text in self._spans
@@ -214,6 +222,8 @@ class Session:
 
     def __init__(self, memory: SessionMemory, *, keeps_kv: bool) -> None:
         self.memory = memory
+        self.last_used_s: float | None = None
+        """When its last call began, in seconds since 1970; None: before the start."""
         self.keeps_kv = keeps_kv
         """It outlives the call; no longer so once it is forgotten."""
 
@@ -249,12 +259,15 @@ class SessionStore:
         # None stands for one that is only on disk yet.
         self._sessions: OrderedDict[str, Session | None] = OrderedDict()
         self._pools: OrderedDict[str, Pool | None] = OrderedDict()
+        self._session_accounts: dict[str, str | None] = {}
+        self._pool_accounts: dict[str, str | None] = {}
+        """For whom they count: the owner (`GenerationRequest.owner`) of the call that began each."""
         for owner in self._owners_if_readable():
             if owner.pool is not None:
                 self._pools.pop(owner.pool, None)
-                self._pools[owner.pool] = None
+                self._pools[owner.pool], self._pool_accounts[owner.pool] = None, owner.account
             elif owner.session_id is not None:
-                self._sessions[owner.session_id] = None
+                self._sessions[owner.session_id], self._session_accounts[owner.session_id] = None, owner.account
 
     def __len__(self) -> int:
         """Sessions that are remembered, those on disk included."""
@@ -262,41 +275,65 @@ class SessionStore:
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
-    def open(self, session_id: str | None, *, keep_texts: bool = True) -> Session:
-        """The session, made when it is new; None is a session for this one call.
+    def open(self, session_id: str | None, *, keep_texts: bool = True, account: str | None = None) -> Session:
+        """The session, made when it is new and then counted for an account; None is a session for this one call.
 
         One that keeps no texts has a memory for this call only, and is not counted, saved or forgotten.
         """
         if session_id is None or not keep_texts:
             return Session(SessionMemory(self._config.memory_tokens), keeps_kv=session_id is not None)
-        session = self._sessions.pop(session_id, None)
-        if session is None:
-            memory = SessionMemory(self._config.memory_tokens)
-            session = Session(self._restored(memory, _Owner(session_id)), keeps_kv=True)
+        account = self._session_accounts.setdefault(session_id, account)
+        session = self._sessions.pop(session_id, None) or self._read_session(session_id)
+        session.last_used_s = time.time()
         self._sessions[session_id] = session
-        while len(self._sessions) > self._config.max_sessions:
-            oldest = next(iter(self._sessions))
-            self._drop_session(oldest)
-            self._try_to_delete([_Owner(oldest)])
+        own, most = [name for name in self._sessions if self._session_accounts[name] == account], self._config
+        if most.max_sessions_per_owner is not None and len(own) > most.max_sessions_per_owner:
+            self._make_room(own[0])
+        while len(self._sessions) > most.max_sessions:
+            self._make_room(first_to_go((name, self._session_accounts[name], 1) for name in self._sessions))
         return session
+
+    def _read_session(self, session_id: str) -> Session:
+        memory = SessionMemory(self._config.memory_tokens)
+        return Session(self._restored(memory, self._owner_of(session_id)), keeps_kv=True)
+
+    def _owner_of(self, session_id: str) -> _Owner:
+        return _Owner(session_id, account=self._session_accounts.get(session_id))
+
+    def _make_room(self, session_id: str) -> None:
+        """Forget a session for want of room."""
+        owner = self._owner_of(session_id)
+        self._drop_session(session_id)
+        self._try_to_delete([owner])
+
+    def infos(self, account: str | None) -> list[SessionInfo]:
+        """The sessions that count for an account, or all, least recently used first."""
+        infos = []
+        for session_id, session in self._sessions.items():
+            own = self._session_accounts[session_id]
+            if account in (None, own):
+                size, last = (None, None) if session is None else (session.memory.num_tokens, session.last_used_s)
+                infos.append(SessionInfo(session_id, own, size, last))
+        return infos
 
     def peek(self, session_id: str) -> SessionMemory | None:
         """A session's memory, read from disk if it is only there; None if there is none. Does not count as use."""
         if session_id not in self._sessions:
             return None
-        session = self._sessions[session_id]
-        if session is None:
-            memory = SessionMemory(self._config.memory_tokens)
-            session = Session(self._restored(memory, _Owner(session_id)), keeps_kv=True)
-            self._sessions[session_id] = session
+        session = self._sessions[session_id] or self._read_session(session_id)
+        self._sessions[session_id] = session
         return session.memory
 
     def peek_pool(self, name: str) -> Pool | None:
         """A shared pool, if it was used since the start. Does not count as use."""
         return self._pools.get(name)
 
-    def open_pool(self, name: str, session_id: str | None) -> SessionMemory:
-        """A session's part of a shared pool, through which it reads all of it; made when it is new."""
+    def open_pool(self, name: str, session_id: str | None, account: str | None = None) -> SessionMemory:
+        """A session's part of a shared pool, through which it reads all of it; made when it is new.
+
+        A new pool counts for an account.
+        """
+        account = self._pool_accounts.setdefault(name, account)
         pool = self._pools.pop(name, None)
         if pool is None:
             pool = Pool(_POOL_SHARE * self._config.memory_tokens)
@@ -305,13 +342,13 @@ class SessionStore:
                     self._open_part(pool, owner)
         self._pools[name] = pool
         while len(self._pools) > _MAX_POOLS:
-            oldest = next(iter(self._pools))
-            self._drop_pool(oldest)
-            self._try_to_delete([owner for owner in self._owners_if_readable() if owner.pool == oldest])
+            last = first_to_go((other, self._pool_accounts[other], 1) for other in self._pools)
+            self._drop_pool(last)
+            self._try_to_delete([owner for owner in self._owners_if_readable() if owner.pool == last])
         for other in [other for other, memory in pool.memories.items() if memory.is_idle_and_empty]:
             del pool.memories[other]
-            self._try_to_delete([_Owner(other, name)])
-        return pool.memories.get(session_id) or self._open_part(pool, _Owner(session_id, name))
+            self._try_to_delete([_Owner(other, name, account)])
+        return pool.memories.get(session_id) or self._open_part(pool, _Owner(session_id, name, account))
 
     def _open_part(self, pool: Pool, owner: _Owner) -> SessionMemory:
         memory = self._restored(
@@ -328,6 +365,7 @@ class SessionStore:
         Raises:
             MemoryFileError: the texts are still on disk. Forgetting the session again tries again.
         """
+        own = self._owner_of(session_id)
         found = self._drop_session(session_id)
         for pool in self._pools.values():
             memory = None if pool is None else pool.memories.pop(session_id, None)
@@ -335,7 +373,7 @@ class SessionStore:
                 memory.erase()
                 memory.owner, found = None, True
         saved = [owner for owner in self._owners() if owner.session_id == session_id]
-        self._delete([_Owner(session_id), *saved])
+        self._delete([own, *saved])  # even of one that is gone bytes may be left
         return found or bool(saved)
 
     def forget_pool(self, name: str) -> bool:
@@ -349,6 +387,7 @@ class SessionStore:
         if session_id not in self._sessions:
             return False
         session = self._sessions.pop(session_id)
+        del self._session_accounts[session_id]
         if session is not None:
             session.keeps_kv, session.memory.owner = False, None
             self._on_forget(session_id)
@@ -358,6 +397,7 @@ class SessionStore:
         if name not in self._pools:
             return False
         pool = self._pools.pop(name)
+        del self._pool_accounts[name]
         for memory in pool.memories.values() if pool is not None else ():
             memory.owner = None
         return True
@@ -415,11 +455,16 @@ class _Owner(NamedTuple):
 
     session_id: str | None
     pool: str | None = None
+    account: str | None = None
+    """For whom the session, or the pool, counts."""
 
     @property
     def name(self) -> str:
         """In the memory file."""
-        return f"session:{self.session_id}" if self.pool is None else f"pool:{json.dumps([self.pool, self.session_id])}"
+        account = [] if self.account is None else [self.account]
+        if self.pool is not None:
+            return f"pool:{json.dumps([self.pool, self.session_id, *account])}"
+        return f"owned:{json.dumps([self.session_id, *account])}" if account else f"session:{self.session_id}"
 
     @classmethod
     def parse(cls, name: str) -> _Owner | None:
@@ -428,8 +473,13 @@ class _Owner(NamedTuple):
         if kind == "session":
             return cls(rest)
         try:
-            pool, session_id = json.loads(rest)
+            match kind, json.loads(rest):
+                case "owned", [str(session_id), str(account)]:
+                    return cls(session_id, account=account)
+                case "pool", [str(pool), str() | None as session_id, *account] if all(
+                    isinstance(part, str) for part in account
+                ):
+                    return cls(session_id, pool, *account)
         except (ValueError, TypeError):
             return None
-        is_ours = kind == "pool" and isinstance(pool, str) and isinstance(session_id, str | None)
-        return cls(session_id, pool) if is_ours else None
+        return None

@@ -284,7 +284,10 @@ class EngineConfig(ModelOptions, _Options):
     tokenises every prompt anew: the same messages are the same tokens in every session, and KV is reused up to the
     first token that was spelled otherwise."""
     max_sessions: int = Field(default=256, ge=1)
-    """Conversations remembered, on disk too; the least recently used one is forgotten first."""
+    """Conversations remembered, on disk too; the least recently used one of the owner who has most is forgotten first
+    (see `GenerationRequest.owner`)."""
+    max_sessions_per_owner: int | None = Field(default=None, ge=1)
+    """Of them for one owner, whose own least recently used one is forgotten for one more. Default: no such limit."""
     memory_tokens: int = Field(default=1_000_000, ge=4096)
     """Tokens that one conversation's memory may hold, about 50 bytes each; texts not used for long go first. A shared
     pool may hold four times as many, and there are up to 16 of them, of which the least recently used one is forgotten
@@ -547,6 +550,11 @@ class GenerationRequest(_Options):
     """False: the session keeps the KV and the spelling of its last call, but none of its texts, so that each of its
     calls copies from its own input only. For sessions that are found by what a call shows (see
     `adapters/conversations.py`): what it does not show is not told it."""
+    owner: str | None = Field(default=None, min_length=1)
+    """Whom all that is kept of the call counts for, where several share an engine: a session or a pool for the owner of
+    the call that began it. Wherever a limit is reached (max_sessions, pools, KV that is kept, spellings) the owner who
+    has most gives way first, so that one's traffic takes nothing from another who has less. It decides no answer, and
+    opens nothing: whoever names a session has it. Calls without an owner have one together."""
     continues: str | None = Field(default=None, min_length=1)
     """Another session whose KV and spelling this call may begin with, and leaves as they are."""
     memory_pool: str | None = Field(default=None, min_length=1)

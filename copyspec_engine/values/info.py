@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["EngineInfo", "EngineMetrics", "Execution", "Held"]
+__all__ = ["EngineInfo", "EngineMetrics", "Execution", "Held", "SessionInfo"]
 
 Execution = Literal["eager", "packed", "narrow", "paged", "graphs", "compiled"]
 
@@ -25,6 +25,19 @@ class Held(NamedTuple):
     """As `slots`, of the draft model."""
     draft_rows: int
     """Requests that the draft model follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session whose texts are remembered."""
+
+    session_id: str
+    owner: str | None
+    """Whom it counts for (`GenerationRequest.owner`)."""
+    num_tokens: int | None
+    """Of its texts, those in pools not counted; None: they are on disk only, and were not read since the start."""
+    last_used_s: float | None
+    """When its last call began, in seconds since 1970; None: before the start."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ NOT_OF_CALLS = {
         "timeout_s",
         "session_id",
     ),
-    *("parse_reply", "explain", "keep_texts", "continues"),
+    *("parse_reply", "explain", "keep_texts", "continues", "owner"),
 }
 """What an integration makes of a call by itself."""
 

@@ -296,3 +296,13 @@ def test_sessions_that_are_dropped_for_want_of_room_are_dropped_here_too() -> No
             ask(engine, [USER], session_id, sampling=SamplingParams(max_tokens=2))
         kept = loop_of(engine).core.known_ids
         assert [bool(kept.of(session_id)) for session_id in "abc"] == [False, True, True]
+
+
+def test_the_account_that_has_most_gives_way() -> None:
+    known = KnownIds(max_tokens=100)
+    known.keep("b", range(30), "b")
+    for number in range(20):
+        known.keep(f"a{number}", range(20), "a")
+    assert known.of("b")
+    assert [number for number in range(20) if known.of(f"a{number}")] == [17, 18, 19]
+    assert known.num_tokens == 90

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -138,6 +139,41 @@ def test_there_are_never_more_rows_than_allowed() -> None:
         cache.keep(owner, tokens(1), pool.allocate(1), None)
     assert len(cache) == 2
     assert len(cache.match(tokens(1), ["a"], None)) == 0
+
+
+def test_no_account_loses_anything_while_another_has_more() -> None:
+    rng = random.Random(1)
+    pool = KVPool(200)
+    cache = PrefixCache(pool, 12, max_per_account=7)
+
+    def sizes() -> Counter[str]:
+        held = Counter[str]()
+        for sequence in cache.sequences:
+            held[str(sequence.account)] += len(sequence.slots)
+        return held
+
+    evicted = 0
+    for number in range(1000):
+        account = rng.choice("aaaaaaaabbc")  # a asks most
+        size = rng.randrange(1, 60)
+        while pool.num_free < size:
+            before = sizes()
+            cache.evict(pool.num_free + 1)
+            losers = before - sizes()
+            assert len(losers) == 1
+            assert before[next(iter(losers))] == max(before.values())
+            evicted += 1
+        rows = Counter(sequence.account for sequence in cache.sequences)
+        cache.keep(number, tokens(*range(size)), pool.allocate(size), None, account)
+        lost = rows + Counter([account]) - Counter(sequence.account for sequence in cache.sequences)
+        if rows[account] == 7:
+            assert lost == Counter([account])  # its own, never another's
+        elif sum(rows.values()) == 12:
+            assert (rows + Counter([account]))[next(iter(lost))] == max((rows + Counter([account])).values())
+        else:
+            assert not lost
+    assert evicted > 100
+    assert pool.num_free == 200 - sum(sizes().values())
 
 
 def test_nothing_is_lost_in_any_order_of_events() -> None:

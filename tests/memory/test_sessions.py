@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,71 @@ def test_the_least_recently_used_session_is_forgotten_with_its_kv() -> None:
     store.open("d")
     assert dropped == ["b", "a"]
     assert not first.keeps_kv
+
+
+@pytest.mark.parametrize("quota", [None, 3])
+def test_no_owner_loses_a_session_while_another_has_more(path: Path, quota: int | None) -> None:
+    rng, dropped = random.Random(2), list[str]()
+    limits: dict[str, Any] = {"max_sessions": 8, "max_sessions_per_owner": quota}
+    with contextlib.closing(MemoryFile.open(path, Fingerprint.of("t", "c"))) as file:
+        store = store_of(dropped, file, **limits)
+        made: dict[str, str] = {}
+        for number in range(150):
+            owner = rng.choice("aaaaaabbc")
+            session_id = f"{owner}/{rng.randrange(number + 1)}"
+            had = Counter(info.owner for info in store.infos(None))
+            order = [info.session_id for info in store.infos(None)]
+            session = store.open(session_id, account=owner)
+            store.save(session.memory)
+            gone, dropped[:] = list(dropped), []
+            made[session_id] = owner
+            if session_id in order:
+                assert not gone
+                continue
+            had[owner] += 1
+            if quota is not None and had[owner] > quota:
+                loser: str | None = owner
+            elif sum(had.values()) > 8:
+                loser = made[gone[0]]
+                assert had[loser] == max(had.values())
+            else:
+                assert not gone
+                continue
+            assert gone == [next(name for name in [*order, session_id] if made[name] == loser)]
+        infos = store.infos(None)
+        assert len(infos) == 8 if quota is None else max(Counter(made[info.session_id] for info in infos).values()) == 3
+        assert {info.session_id: info.owner for info in infos} == {
+            info.session_id: made[info.session_id] for info in infos
+        }
+        again = store_of(dropped, file, **limits)  # as after a restart
+        assert [(info.session_id, info.owner) for info in again.infos(None)] == [
+            (info.session_id, info.owner) for info in infos
+        ]
+        assert all(info.num_tokens is info.last_used_s is None for info in again.infos("a"))
+
+
+def test_an_owner_cannot_evict_what_others_keep(make_engine: MakeEngine, path: Path) -> None:
+    engine = make_engine(memory_path=str(path), max_sessions=4, max_sessions_per_owner=3, kv_cache_tokens=1200)
+    first = engine.generate(ask("the numbers please", session_id="b/1", owner="b"))
+    engine.generate(ask("pooled", owner="b", memory_pool="of b"))
+    for i in range(20):
+        engine.generate(ask(f"question {i}", session_id=f"a/{i}", owner="a", memory_pool=f"of a {i}"))
+    told = engine.sessions()
+    assert [(info.session_id, info.owner) for info in told] == [
+        ("b/1", "b"), ("a/17", "a"), ("a/18", "a"), ("a/19", "a"),
+    ]  # fmt: skip
+    assert engine.sessions("b") == told[:1]
+    assert told[0].num_tokens == engine.memory("b/1").num_tokens > len(TEXT)
+    assert told[0].last_used_s is not None
+    assert told[0].last_used_s <= (told[1].last_used_s or 0)
+    assert loop_of(engine).core.conversations.store.peek_pool("of b") is not None
+    history = [{"role": "user", "content": "the numbers please"}, {"role": "assistant", "content": first.text}]
+    again = GenerationRequest(messages=[*history, {"role": "user", "content": "numbers"}], session_id="b/1", owner="b")
+    assert engine.generate(again).usage.cached_tokens >= first.usage.total_tokens - 1
+    assert engine.forget("b/1")
+    assert not engine.sessions("b")
+    assert TEXT.encode() not in bytes_on_disk(path.parent)
+    assert_all_slots_free(engine)
 
 
 def test_a_call_without_a_session_is_not_kept() -> None:
