@@ -319,9 +319,12 @@ class Engine:
 
         return ConversationMemory(
             session_id,
-            partial(self._loop.call, partial(self._core.look, session_id)),
-            partial(self._model.tokenizer.decode, skip_special_tokens=False),
-            partial(self.forget, session_id),
+            look=partial(self._loop.call, partial(self._core.look, session_id)),
+            decode=partial(self._model.tokenizer.decode, skip_special_tokens=False),
+            forget=partial(self.forget, session_id),
+            take_in=lambda texts, owner: self._loop.call(partial(self._core.take_in, session_id, texts, owner)),
+            fingerprint=self._model.tokenizer.fingerprint,
+            vocab_size=self._model.runner.vocab_size,
         )
 
     def sessions(self, owner: str | None = None) -> list[SessionInfo]:

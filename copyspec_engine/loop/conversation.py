@@ -21,6 +21,7 @@ from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.view import Snapshot, snapshot
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.info import SessionInfo
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["Conversations"]
 
@@ -140,6 +141,13 @@ class Conversations:
     def look(self, session_id: str) -> Snapshot:
         """What a conversation remembers."""
         return snapshot(self.store.peek(session_id))
+
+    def take_in(self, session_id: str, texts: Iterable[tuple[int, TokenArray]], account: str | None) -> int:
+        """Add texts to a conversation, which is made and counted for an account if it is new; see `SessionMemory`."""
+        memory = self.store.open(session_id, account=account).memory
+        added = memory.take_in(texts)
+        self.store.save(memory)
+        return added
 
     def forget(self, session_id: str, in_flight: Iterable[Request]) -> bool:
         """Erase all of a conversation; calls of it in flight go on and keep nothing. See `SessionStore.forget`.

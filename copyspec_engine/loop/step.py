@@ -30,6 +30,7 @@ from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDraft
 from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.values.info import EngineMetrics, Held, SessionInfo
 from copyspec_engine.values.outputs import FinishReason, StreamChunk
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = ["EngineCore"]
 
@@ -280,6 +281,10 @@ class EngineCore:
     def look(self, session_id: str) -> Snapshot:
         """What a conversation remembers."""
         return self.conversations.look(session_id)
+
+    def take_in(self, session_id: str, texts: Sequence[tuple[int, TokenArray]], owner: str | None) -> int:
+        """See `ConversationMemory.load`."""
+        return self.conversations.take_in(session_id, texts, owner)
 
     def sessions(self, owner: str | None) -> list[SessionInfo]:
         """See `Engine.sessions`."""

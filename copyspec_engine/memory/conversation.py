@@ -34,6 +34,7 @@ from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import MemoryFileError
 from copyspec_engine.values.fairness import first_to_go
 from copyspec_engine.values.info import SessionInfo
+from copyspec_engine.values.tokens import TokenArray
 
 __all__ = [
     "ANSWER",
@@ -207,6 +208,21 @@ class SessionMemory:
             self.mark_saved({span: segment})
             if segment.kind == ANSWER:
                 self.add_answer(span)
+
+    def take_in(self, texts: Iterable[tuple[int, TokenArray]]) -> int:
+        """Add (kind, tokens) of complete texts, oldest first, but for those that it holds already.
+
+        Returns:
+            How many of them were added, and are held.
+        """
+        known = {(span.kind, self.index.tokens_of(span).tobytes()) for span in self.texts}
+        new = []
+        for kind, tokens in texts:
+            if (kind, tokens.tobytes()) not in known:
+                new += self._add([self.index.append(tokens, kind)])
+                if kind == ANSWER:
+                    self.add_answer(new[-1])
+        return sum(map(self.index.holds, new))
 
     def _forget_what_is_gone(self) -> None:
         self._spans = [span for span in self._spans if self.index.holds(span)]

@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, cast
 
+import numpy as np
+
 from copyspec_engine.memory.conversation import KINDS, SessionMemory
-from copyspec_engine.values.tokens import TokenArray
+from copyspec_engine.values.errors import ConfigError, about
+from copyspec_engine.values.tokens import Fingerprint, TokenArray
 
 __all__ = ["ConversationMemory", "Snapshot", "StoredText", "snapshot"]
 
@@ -58,17 +61,25 @@ class ConversationMemory:
         look: takes a snapshot.
         decode: token ids -> text.
         forget: erases the conversation.
+        take_in: adds (kind, tokens) of texts to it for an owner, and says how many.
+        fingerprint: of the tokenizer and chat template.
+        vocab_size: of the model.
     """
 
     def __init__(
         self,
         session_id: str,
+        *,
         look: Callable[[], Snapshot],
         decode: Callable[[Sequence[int]], str],
         forget: Callable[[], bool],
+        take_in: Callable[[Sequence[tuple[int, TokenArray]], str | None], int],
+        fingerprint: Callable[[], Fingerprint],
+        vocab_size: int,
     ) -> None:
         self.session_id = session_id
-        self._look, self._decode, self._forget = look, decode, forget
+        self._look, self._decode, self._forget, self._take_in = look, decode, forget, take_in
+        self._fingerprint, self._vocab_size = fingerprint, vocab_size
 
     def texts(self) -> tuple[StoredText, ...]:
         """The texts, oldest first, with what is written so far of answers in flight."""
@@ -92,9 +103,30 @@ class ConversationMemory:
         return self._look().num_bytes
 
     def export(self) -> str:
-        """The texts as JSON: {"session_id", "texts": [{"number", "kind", "token_ids", "text"}]}."""
-        content = {"session_id": self.session_id, "texts": [asdict(text) for text in self.texts()]}
+        """The texts as JSON: {"session_id", "fingerprint", "texts": [{"number", "kind", "token_ids", "text"}]}."""
+        texts = [asdict(text) for text in self.texts()]
+        content = {"session_id": self.session_id, "fingerprint": asdict(self._fingerprint()), "texts": texts}
         return json.dumps(content, ensure_ascii=False)
+
+    def load(self, exported: str, *, owner: str | None = None) -> int:
+        """Take in what `export` gave, of this conversation or another, in this engine or one with the same model.
+
+        Texts that the conversation holds already are left out, so that loading twice is loading once. They are kept on
+        disk as those of calls are, and the same limits hold: of more than `EngineConfig.memory_tokens` the oldest go.
+        Answers are the same with and without them; KV is computed anew.
+
+        Args:
+            exported: the JSON; of "texts", "kind" and "token_ids" are read.
+            owner: whom the conversation counts for if it is new, see `GenerationRequest.owner`.
+
+        Returns:
+            How many texts were added, and are held.
+
+        Raises:
+            ConfigError: it is no such JSON, or of another tokenizer or chat template; nothing is added.
+            EngineStoppedError: the engine was closed.
+        """
+        return self._take_in(_read(exported, self._fingerprint(), self._vocab_size), owner)
 
     def clear(self) -> bool:
         """Erase the conversation, in main memory, pools and on disk, with its KV; False if there was nothing.
@@ -107,3 +139,40 @@ class ConversationMemory:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.session_id!r})"
+
+
+def _read(exported: str, fingerprint: Fingerprint, vocab_size: int) -> list[tuple[int, TokenArray]]:
+    """Kind and tokens of the texts in an export.
+
+    Raises:
+        ConfigError: it is none, or not of this tokenizer and template.
+    """
+    with about("exported"):
+        try:
+            content = json.loads(exported)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"Got exported={exported!r:.80} but expected the JSON of `export`: {error}") from None
+        found = content.get("fingerprint") if isinstance(content, dict) else None
+        texts = content.get("texts") if isinstance(content, dict) else None
+        if not isinstance(found, dict) or not isinstance(texts, list):
+            raise ConfigError(f"Got exported={exported!r:.80} but expected an object with fingerprint and texts")
+        for name, expected in asdict(fingerprint).items():
+            if found.get(name) != expected:
+                raise ConfigError(
+                    f"Got an export with {name} {found.get(name)!r} but the model's {name} is {expected!r}: token ids "
+                    "mean other texts here. Load it into an engine of the model that it was made with"
+                )
+        return [_text_of(text, f"texts[{number}]", vocab_size) for number, text in enumerate(texts)]
+
+
+def _text_of(text: object, where: str, vocab_size: int) -> tuple[int, TokenArray]:
+    """Kind and tokens of one text of an export."""
+    kind, ids = (text.get("kind"), text.get("token_ids")) if isinstance(text, dict) else (None, None)
+    if kind not in KINDS:
+        raise ConfigError(f"Got {where} with kind={kind!r} but expected one of {', '.join(KINDS)}")
+    if not isinstance(ids, list) or not ids:
+        raise ConfigError(f"Got {where} with token_ids={ids!r:.80} but expected a list of at least one id")
+    bad = next((token for token in ids if type(token) is not int or not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise ConfigError(f"Got {where} with the token id {bad!r} but expected ids from 0 to {vocab_size - 1}")
+    return KINDS.index(kind), np.array(ids, dtype=np.int64)

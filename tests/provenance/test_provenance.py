@@ -19,6 +19,8 @@ from transformers import AutoTokenizer
 import copyspec_engine
 from copyspec_engine import (
     AdaptiveDrafter,
+    ConfigError,
+    ConversationMemory,
     CopiedSpan,
     Copy,
     CopySpecDrafter,
@@ -396,6 +398,72 @@ def test_a_memory_can_be_looked_at_taken_along_and_cleared(tmp_path: Path) -> No
         assert engine.metrics().num_sessions == 0
     with pytest.raises(EngineStoppedError):
         memory.texts()
+
+
+def told(memory: ConversationMemory) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(text.kind, text.token_ids, text.text) for text in memory.texts()]
+
+
+def test_a_memory_can_be_handed_over(tmp_path: Path) -> None:
+    config = EngineConfig(model="scripted", memory_path=str(tmp_path / "memory"), memory_tokens=4096)
+    with scripted_engine([DOCUMENT, "ok"]) as engine:
+        ask(engine, "Write.", prediction="A sphinx of black quartz.")
+        ask(engine, "Judge my vow.")
+        texts, exported = told(engine.memory("s")), engine.memory("s").export()
+        assert {kind for kind, _, _ in texts} == {"prompt", "answer", "prediction"}
+        assert engine.memory("s").load(exported) == 0
+    with scripted_engine(["-", DOCUMENT], config) as engine:
+        ask(engine, "Hello.", session_id="s")
+        own = told(engine.memory("s"))
+        assert engine.memory("s").load(exported, owner="ann") == len(texts)
+        assert engine.memory("s").load(exported) == 0
+        assert told(engine.memory("s")) == own + texts
+        assert engine.memory("new").load(exported, owner="ann") == len(texts)
+        assert [(info.session_id, info.owner) for info in engine.sessions()] == [("s", None), ("new", "ann")]
+        _, output = asked = ask(engine, "Again!", session_id="new")
+        check(engine, *asked)
+        assert max(copy.stop - copy.start for copy in output.copies if copy.source == "earlier_answer") > 16
+        long = json.loads(exported) | {
+            "texts": [{"kind": "answer", "token_ids": [number] * 1000} for number in range(40, 50)]
+        }
+        assert 0 < engine.memory("long").load(json.dumps(long)) == len(engine.memory("long")) < 10
+        kept = told(engine.memory("long"))
+        assert kept[-1][1] == (49,) * 1000
+        assert engine.memory("long").num_tokens <= 4096
+    with scripted_engine([], config) as engine:  # it is only on disk now
+        assert told(engine.memory("s")) == own + texts
+        assert told(engine.memory("long")) == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda _: "{", "the JSON of `export`"),
+        (lambda _: "[]", "an object with fingerprint and texts"),
+        (lambda export: export | {"texts": {}}, "an object with fingerprint and texts"),
+        (
+            lambda export: export | {"fingerprint": {"tokenizer": "x"}},
+            "Got an export with tokenizer 'x' but the model's",
+        ),
+        (
+            lambda export: export | {"fingerprint": export["fingerprint"] | {"template": 5}},
+            "Got an export with template 5 but the model's",
+        ),
+        (lambda export: export | {"texts": [*export["texts"], 5]}, r"texts\[2\] with kind=None"),
+        (lambda export: export | {"texts": [{"kind": [], "token_ids": [1]}]}, r"texts\[0\] with kind=\[\]"),
+        (lambda export: export | {"texts": [{"kind": "answer", "token_ids": []}]}, "a list of at least one id"),
+        (lambda export: export | {"texts": [{"kind": "answer", "token_ids": [1, 258]}]}, "token id 258 but expected"),
+        (lambda export: export | {"texts": [{"kind": "answer", "token_ids": [True]}]}, "token id True but expected"),
+    ],
+)
+def test_what_is_no_export_of_the_model_is_refused_whole(change: Callable[[Any], Any], says: str) -> None:
+    with scripted_engine(["Yes."]) as engine:
+        ask(engine, "Hello.")
+        changed = change(json.loads(engine.memory("s").export()))
+        with pytest.raises(ConfigError, match=says) as caught:
+            engine.memory("other").load(changed if isinstance(changed, str) else json.dumps(changed))
+        assert caught.value.param == "exported"
+        assert [info.session_id for info in engine.sessions()] == ["s"]
 
 
 def test_the_real_tokenizer_and_template_give_true_places(make_bundled: Callable[[], Engine]) -> None:
