@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "execution": {"values", "chat", "models", "drafting", "compiled"},
     "loop": _LOOP,
     "engine": {*_LOOP, "loop"},
-    "adapters": {"values", "chat", "execution", "engine", FRONT},
+    "adapters": {"values", "chat", "memory", "execution", "engine", FRONT},
     "serve": {"values", "chat", "engine", "adapters", FRONT},
     "testing": {*_LOOP, "loop", "engine"},
     "cli": {"values", "models", "bundled", "adapters", "serve", "execution", "testing", "lab", FRONT},

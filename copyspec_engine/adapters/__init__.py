@@ -1,4 +1,5 @@
 """What the integrations for LangChain and LlamaIndex share; it knows neither of them.
 
-May import: values, chat, execution and engine. Nouns: `AdapterOptions`, `LocalModel`, `ConversationFinder`, `Talk`.
+May import: values, chat, memory, execution and engine.
+Nouns: `AdapterOptions`, `LocalModel`, `RemoteEngine`, `ConversationFinder`, `Talk`.
 """

@@ -8,7 +8,7 @@ from dataclasses import astuple, fields, replace
 from typing import Any
 
 from copyspec_engine.adapters.model import AdapterOptions
-from copyspec_engine.engine.engine import Engine
+from copyspec_engine.adapters.remote import AnyEngine
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.outputs import (
@@ -81,7 +81,7 @@ def _row(span: CopiedSpan) -> list[Any]:
     return row
 
 
-def tool_metadata(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
+def tool_metadata(engine: AnyEngine, request: GenerationRequest) -> dict[str, Any]:
     """{"tool_calling": "by template" or "by prompt"}: how the model was told of tools, if the request has any."""
     return {"tool_calling": engine.chat_format.tool_calling} if request.tools else {}
 
@@ -157,7 +157,7 @@ def segment_metadata(segments: Iterable[Segment]) -> list[dict[str, Any]]:
     ]
 
 
-def logprobs_metadata(engine: Engine, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+def logprobs_metadata(engine: AnyEngine, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Log-probabilities in OpenAI's form: {"content": [{"token", "bytes", "logprob", "top_logprobs"}, ...]}."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The model of a framework that answers by an engine of this process: its options, and which engine, shared with whom.
+"""The model of a framework: its options, and the engine that answers, in this process or behind a URL.
 
 Options of calls are those of `SamplingParams` and `GenerationRequest`. Their names and types are listed here, so that
 editors know them; what they do is told where the engine has them, which checks their values.
@@ -7,15 +7,17 @@ editors know them; what they do is told where the engine has them, which checks 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from typing_extensions import Self
 
 from copyspec_engine.adapters.conversations import ConversationFinder, first_named
+from copyspec_engine.adapters.remote import AnyEngine, RemoteEngine, shared_remote
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.engine import Engine, shared_engine
 from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
@@ -27,7 +29,7 @@ from copyspec_engine.values.config import (
     Prediction,
     SamplingParams,
 )
-from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.errors import ConfigError, CopySpecError
 from copyspec_engine.values.options import Documented, explain_errors
 from copyspec_engine.values.progress import OnProgress
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterOptions",
+    "AnyEngine",
     "ChatFormat",
     "LocalModel",
     "ModelFacts",
@@ -44,6 +47,8 @@ __all__ = [
     "model_facts",
     "prompt_length",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterOptions(Documented):
@@ -159,6 +164,12 @@ class LocalModel(AdapterOptions, ModelOptions):
     engine: Engine | EngineConfig | None = Field(default=None, exclude=True, repr=False)
     """An engine to use, or the configuration of one to share: it decides the options above. Pickling keeps the
     configuration only."""
+    base_url: str | None = None
+    """Address of a `copyspec serve` whose model answers, such as "http://127.0.0.1:8000/v1"; needs the extra "client".
+    Then nothing is loaded here, `model` is a name of the server's (default: its only one), and the other options of the
+    engine are the server's own."""
+    api_key: SecretStr | None = Field(default=None, exclude=True)
+    """A key of that server, if it has keys; neither serialised nor shown."""
     on_progress: OnProgress | None = Field(default=None, exclude=True, repr=False)
     """Told of the weights as they are loaded, in the thread that calls; what it raises ends the load. Default: a bar on
     a terminal or in a notebook. It decides no answer: it is not serialised, pickled or part of a cache's key."""
@@ -173,6 +184,17 @@ class LocalModel(AdapterOptions, ModelOptions):
     @model_validator(mode="after")
     def _check_engine_config(self) -> Self:
         self._engine_config()
+        if self.base_url is None and self.api_key is not None:
+            raise ConfigError("Got api_key without base_url: it is a server's key", "api_key")
+        if self.base_url is not None:
+            others = {"engine", *ModelOptions.model_fields} - {"model"}
+            given = sorted(name for name in others & self.model_fields_set if getattr(self, name) is not None)
+            if given:
+                raise ConfigError(
+                    f"Got {given[0]}={getattr(self, given[0])!r} with base_url: that is up to the server, leave it out",
+                    given[0],
+                )
+            self._remote(None)
         return self
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -204,8 +226,10 @@ class LocalModel(AdapterOptions, ModelOptions):
         return self
 
     @property
-    def _known(self) -> Engine | EngineConfig:
+    def _known(self) -> AnyEngine | EngineConfig:
         """What tells of the model without loading it."""
+        if self.base_url is not None:
+            return self._remote(None)
         return self.engine if isinstance(self.engine, Engine) else self._engine_config()
 
     def _engine_config(self, model: str | None = None) -> EngineConfig:
@@ -216,17 +240,35 @@ class LocalModel(AdapterOptions, ModelOptions):
             return self.engine.config
         return self.engine or EngineConfig(**{name: getattr(self, name) for name in ModelOptions.model_fields})
 
-    def _get_engine(self, model: str | None = None) -> Engine:
+    def _remote(self, model: str | None) -> RemoteEngine:
+        """The server's model, or another one of it."""
+        assert self.base_url is not None
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        own = self.model if "model" in self.model_fields_set else None
+        return shared_remote(self.base_url, key, own if model in (None, self.model) else model)
+
+    def _get_engine(self, model: str | None = None) -> AnyEngine:
         """The engine, or that of another model; loads the model if no one has."""
+        if self.base_url is not None:
+            return self._remote(model)
         if isinstance(self.engine, Engine) and model in (None, self.model):
             return self.engine
         return shared_engine(self._engine_config(model), self.on_progress)
 
-    async def _aget_engine(self, model: str | None = None) -> Engine:
+    async def _aget_engine(self, model: str | None = None) -> AnyEngine:
         """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
+        if self.base_url is not None:
+            engine = self._remote(model)
+            await asyncio.to_thread(lambda: engine.info)
+            return engine
         if isinstance(self.engine, Engine) and model in (None, self.model):
             return self.engine
         return await asyncio.to_thread(self._get_engine, model)
+
+    def _name_of(self, engine: AnyEngine, model: str | None = None) -> str:
+        """What answers call the model: as it was asked for, and a server's only one as the server does."""
+        is_unnamed = isinstance(engine, RemoteEngine) and model is None and "model" not in self.model_fields_set
+        return engine.info.model if is_unnamed else model or self.model
 
     def _session(self, said: str | None, around: str | None) -> str | None:
         """The conversation of a call.
@@ -267,24 +309,30 @@ def _with_options_of_engine(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **adopted}
 
 
-def model_facts(engine: Engine | EngineConfig) -> ModelFacts | None:
-    """What is known of a model without loading it; None if it is not on this machine.
+def model_facts(engine: AnyEngine | EngineConfig) -> ModelFacts | None:
+    """What is known of a model without loading it; None if it is not on this machine, or its server does not answer.
 
     An engine knows its own context and chat format, whatever files there are.
     """
-    if not isinstance(engine, Engine):
+    if isinstance(engine, EngineConfig):
         return read_model_facts(engine)
+    if isinstance(engine, RemoteEngine):
+        try:
+            return ModelFacts(engine.info.max_model_len, engine.chat_format)
+        except CopySpecError as error:  # the first call will say it again
+            logger.info("nothing is known of the model yet: %s", error)
+            return None
     return ModelFacts(engine.info.max_model_len, engine.chat_format)
 
 
-def prompt_length(engine: Engine | EngineConfig, request: GenerationRequest) -> int:
+def prompt_length(engine: AnyEngine | EngineConfig, request: GenerationRequest) -> int:
     """Tokens of the prompt of a request outside of any conversation; by a config, no weights are loaded for it.
 
     Raises:
         ConfigError: the chat template refuses the messages.
         ModelLoadError: the tokenizer cannot be read.
     """
-    if isinstance(engine, Engine):
+    if not isinstance(engine, EngineConfig):
         return len(engine.tokenize(request.model_copy(update={"session_id": None})))
     tokenizer = _tokenizer(engine)
     if request.messages is None:

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
-from copyspec_engine.engine.engine import Engine
+from copyspec_engine.adapters.remote import AnyEngine
 from copyspec_engine.values.grammar import Grammar, check_nesting, tool_choice_of
 
 __all__ = [
@@ -25,13 +25,13 @@ def has_grammars() -> bool:
     return importlib.util.find_spec("llguidance") is not None
 
 
-def guides_calls(engine: Engine) -> bool:
+def guides_calls(engine: AnyEngine) -> bool:
     """Whether calls that a model begins of its own free will can be held to their schemas."""
     return engine.chat_format.calls is not None and has_grammars()
 
 
 def calls_grammar(
-    engine: Engine, tools: Iterable[dict[str, Any]], choice: str, *, parallel: bool, strict: bool = False
+    engine: AnyEngine, tools: Iterable[dict[str, Any]], choice: str, *, parallel: bool, strict: bool = False
 ) -> Grammar:
     """What holds an answer to well-formed calls.
 
@@ -49,7 +49,7 @@ def calls_grammar(
 
 
 def answer_grammar(
-    engine: Engine,
+    engine: AnyEngine,
     tools: Iterable[dict[str, Any]] | None,
     choice: str,
     answer: Grammar | None,

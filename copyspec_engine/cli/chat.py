@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,21 +15,20 @@ from rich.table import Table
 
 from copyspec_engine import (
     CopySpecError,
-    Engine,
     EngineConfig,
     GenerationOutput,
     GenerationRequest,
     SamplingParams,
     shared_engine,
 )
+from copyspec_engine.adapters.remote import AnyEngine, RemoteEngine
 from copyspec_engine.cli.documents import load_document
 from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.files import check_writable, write_text
 from copyspec_engine.cli.printing import COPIED, AnswerPrinter
 
-__all__ = ["run_chat"]
+__all__ = ["run_chat", "run_remote_chat"]
 
-SESSION = "copyspec chat"
 HELP = """\
 A line that ends with \\ goes on in the next one. Ctrl-C stops an answer.
 /load PATH    put a text file into the conversation, as a message of its own
@@ -47,17 +47,19 @@ ReadLine = Callable[[str], str]
 class Chat:
     """A conversation and what its answers cost."""
 
-    engine: Engine
+    engine: AnyEngine
     sampling: SamplingParams
     console: Console
     messages: list[dict[str, str]] = field(default_factory=list)
     outputs: list[GenerationOutput] = field(default_factory=list)
+    session_id: str = field(default_factory=lambda: f"chat-{uuid.uuid4().hex}")
+    """Nobody else's, in a server that others use too."""
 
     def say(self, text: str) -> None:
         """One turn; an interrupted answer stays in the conversation as far as it came, one that failed does not."""
         self.messages.append({"role": "user", "content": text})
         request = GenerationRequest(
-            messages=tuple(self.messages), sampling=self.sampling, session_id=SESSION, explain=True
+            messages=tuple(self.messages), sampling=self.sampling, session_id=self.session_id, explain=True
         )
         show, said = AnswerPrinter(self.console), ""
         try:
@@ -99,7 +101,7 @@ class Chat:
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.outputs.clear()
         try:
-            self.engine.forget(SESSION)
+            self.engine.memory(self.session_id).clear()
         except CopySpecError as error:
             self.console.print(f"[red]{escape(str(error))}[/]")
         else:
@@ -141,11 +143,36 @@ def run_chat(config: EngineConfig, sampling: SamplingParams, console: Console, r
     """Talks until /quit or the end of the input; returns the exit code 0."""
     with loading(config.model) as shown:
         engine = shared_engine(config, shown)
-    console.print(f"[bold]{escape(engine.info.model)}[/] on {engine.info.device}. [{COPIED}]Copied text is green.[/]")
-    if engine.info.drafting_error is not None:
-        console.print(f"[yellow]Nothing is drafted:[/] {escape(engine.info.drafting_error)}")
+    info = engine.info
+    console.print(f"[bold]{escape(info.model)}[/] on {info.device}. [{COPIED}]Copied text is green.[/]")
+    if info.drafting_error is not None:
+        console.print(f"[yellow]Nothing is drafted:[/] {escape(info.drafting_error)}")
+    return talk(Chat(engine, sampling, console), read_line)
+
+
+def run_remote_chat(
+    url: str, model: str | None, sampling: SamplingParams, console: Console, read_line: ReadLine = input
+) -> int:
+    """As `run_chat`, with a model that a server has.
+
+    Args:
+        url: of the server, with a key in COPYSPEC_API_KEY if it needs one.
+        model: its name there; None: the server's only one.
+        sampling: what a call says of it.
+        console: where to print.
+        read_line: asks for a line.
+    """
+    engine = RemoteEngine(url, os.environ.get("COPYSPEC_API_KEY"), model)
+    console.print(
+        f"[bold]{escape(engine.info.model)}[/] at {escape(engine.base_url)}. [{COPIED}]Copied text is green.[/]"
+    )
+    return talk(Chat(engine, sampling, console), read_line)
+
+
+def talk(chat: Chat, read_line: ReadLine) -> int:
+    """Talks until /quit or the end of the input; returns the exit code 0."""
+    console = chat.console
     console.print(HELP, markup=False)
-    chat = Chat(engine, sampling, console)
     is_leaving = False
     while True:
         try:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from copyspec_engine import SamplingParams
+from copyspec_engine import ConfigError, SamplingParams
 from copyspec_engine.cli.demo.frameworks import FRAMEWORKS
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.exits import console, exit_with
@@ -91,7 +91,11 @@ def demo(
 
 @app.command()
 def chat(
-    model: Model = DEFAULT,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP, show_default=DEFAULT)] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to the model of a `copyspec serve` there; a key is taken from COPYSPEC_API_KEY."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory: Memory = "wide",
@@ -104,12 +108,17 @@ def chat(
     """Talk to a model; copied text is coloured."""
 
     def run() -> int:
-        config = engine_config(model, device, dtype, memory=memory, generation_config="auto")
-        from copyspec_engine.cli.chat import run_chat
+        config = engine_config(model or DEFAULT, device, dtype, memory=memory, generation_config="auto")
+        from copyspec_engine.cli.chat import run_chat, run_remote_chat
 
         given = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
         sampling = SamplingParams(**{name: value for name, value in given.items() if value is not None})
-        return run_chat(config, sampling, console())
+        if url is None:
+            return run_chat(config, sampling, console())
+        for name, value, usual in (("device", device, "auto"), ("dtype", dtype, "auto"), ("memory", memory, "wide")):
+            if value != usual:
+                raise ConfigError(f"Got --{name} {value} with --url: that is up to the server, leave it out")
+        return run_remote_chat(url, model, sampling, console())
 
     exit_with(run)
 

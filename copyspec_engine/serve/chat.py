@@ -32,8 +32,8 @@ class ChatQuestion:
     """"auto", "required" or the name of a function."""
     parallel: bool = True
     """Several calls in one answer."""
-    strict: bool = False
-    """Calls fit their schemas in every detail."""
+    strict: bool | None = None
+    """Calls fit their schemas in every detail; None: as far as grammars can express it, False: as the model likes."""
     answer: Grammar | None = None
     """The form of an answer that calls nothing."""
     template: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class ChatQuestion:
             self.tool_choice,
             self.answer,
             parallel=self.parallel,
-            strict=self.strict or None,
+            strict=self.strict,
         )
         salt = salt_of(caller.tenant, self.cache_key)
         if self.n > 1 and salt is None:
@@ -80,9 +80,8 @@ class ChatQuestion:
                     sampling=seeded(self.sampling, number),
                     parse_reply=True,
                     cache_salt=salt,
-                    timeout_s=service.config.timeout_s,
                     request_id=f"{call_id}-{number}",
-                    **self.others,
+                    **{"timeout_s": service.config.timeout_s, **self.others},
                     **talk.request_options(),
                 )
             )

@@ -24,6 +24,11 @@ def models_router(service: Service) -> APIRouter:
             "created": service.created,
             "owned_by": "copyspec",
             "max_model_len": limit,
+            "copyspec": {
+                "max_model_len": limit,
+                "chat_format": service.engine.chat_format.model_dump(mode="json"),
+                "sampling_defaults": service.info.sampling_defaults,
+            },
         }
 
     @router.get("/v1/models")

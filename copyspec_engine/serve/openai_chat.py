@@ -16,6 +16,7 @@ from copyspec_engine.adapters.answers import answer_metadata, logprobs_metadata,
 from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.adapters.model import AdapterOptions
 from copyspec_engine.adapters.tools import tool_choice_of
+from copyspec_engine.adapters.wire import chunk_to_json
 from copyspec_engine.serve.bodies import Body, documented, read_body
 from copyspec_engine.serve.chat import ChatAnswer, ChatQuestion, json_grammar, usage_of
 from copyspec_engine.serve.conversations import Caller
@@ -49,6 +50,12 @@ class CopySpecOptions(Body):
     """Say where each copied part came from, in messages and characters."""
     stats: bool | None = None
     """Give tokens per forward pass, the share that was copied, and times."""
+    chunks: bool | None = None
+    """Give with each event of a stream the chunk as the engine has made it, for this package's own clients."""
+    timeout_s: float | None = None
+    """Seconds after which the answer ends with what is written by then, if the server's own limit is not shorter."""
+    guided: bool | None = None
+    """False: calls that the model makes of its own free will are not held to the schemas of their functions."""
     drafter: str | dict[str, Any] | None = None
     """Where drafts come from: "adaptive", "copyspec", "draft-model", "none", or an object with options."""
 
@@ -156,7 +163,12 @@ class ChatBody(SamplingBody):
         if self.metadata and not any(name in self.metadata for name in ("session_id", "thread_id", "conversation_id")):
             ignored.append("metadata")
         options = self.copyspec or CopySpecOptions()
-        others = {"prediction": self.prediction, "drafter": options.drafter, "explain": bool(options.explain)}
+        others = {
+            "prediction": self.prediction,
+            "drafter": options.drafter,
+            "explain": bool(options.explain),
+            "timeout_s": service.time_limit(options.timeout_s),
+        }
         question = ChatQuestion(
             messages=messages,
             sampling=self.sampling(
@@ -168,7 +180,7 @@ class ChatBody(SamplingBody):
             tools=tools if tools and choice != "none" else None,
             tool_choice=choice,
             parallel=self.parallel_tool_calls is not False,
-            strict=strict,
+            strict=False if options.guided is False and not strict else strict or None,
             answer=answer,
             template=self._template(),
             named=caller.named({"session_id": self.session_id, "metadata": self.metadata}),
@@ -283,12 +295,15 @@ class ChatWriter:
         self._logprobs[index] += self._told(chunk)
         if not self._body.stream:
             return []
-        said: dict[str, Any] = {}
+        said: dict[str, Any] = {"chunk": chunk_to_json(chunk)} if self._options.chunks else {}
+        at_end = {**said, **self._at_end(chunk.output)} if chunk.output is not None else {}
+        if chunk.output is not None:
+            said = {}
         if self._options.segments and chunk.segments:
             said["segments"] = segment_metadata(chunk.segments)
         events = [self._event(index, _delta(deltas), None, said)] if deltas or said else []
         if chunk.output is not None:
-            events.append(self._event(index, {}, self._answers[index].finish_reason, self._at_end(chunk.output)))
+            events.append(self._event(index, {}, self._answers[index].finish_reason, at_end))
         return events
 
     def keep_alive(self) -> Event:

@@ -37,7 +37,8 @@ class SamplingBody(Body):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     suppress_tokens: list[int] | None = None
-    bad_words: Texts | None = None
+    begin_suppress_tokens: list[int] | None = None
+    bad_words: Annotated[list[str | list[int]], BeforeValidator(_as_list)] | None = None
     no_repeat_ngram_size: int | None = None
     seed: int | None = None
     max_tokens: int | None = None

@@ -55,6 +55,10 @@ class Service:
         tenant: Tenant = request.scope["copyspec.tenant"]
         return Caller(tenant, request.headers, self.config)
 
+    def time_limit(self, asked_s: float | None) -> float:
+        """Seconds after which an answer is ended: what a call asks for, but no more than the server allows."""
+        return self.config.timeout_s if asked_s is None else min(asked_s, self.config.timeout_s)
+
     def check_model(self, name: str) -> None:
         """Refuse calls of other models.
 

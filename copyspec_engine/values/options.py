@@ -61,6 +61,8 @@ _NAMES = {
     "logprobs": "output_scores output_logits return_logprobs",
     "top_logprobs": "n_probs num_logprobs logprobs_num",
     "timeout timeout_s": "timeout timeout_s request_timeout timeout_seconds timeout_sec max_time time_limit",
+    "base_url": "api_base api_url endpoint endpoint_url server_url",
+    "api_key": "openai_api_key token",
     "session_id": "thread_id conversation_id chat_id session slot_id",
     "prediction": "predicted_output predicted_outputs",
     "sampling": "sampling_params sampling_parameters gen_kwargs",
@@ -79,9 +81,8 @@ _NAMES = {
 """Our names, the first that the options have, and what others call them. What stands behind "=" is a value to give."""
 
 _NEEDLESS = {
-    "the model runs in this process": "base_url api_base api_url api_key api_version api_type endpoint endpoint_url "
-    "host port headers default_headers organization huggingfacehub_api_token openai_api_key client http_client "
-    "async_client proxies user max_connections",
+    "the model runs in this process, or behind base_url": "api_version api_type host port headers default_headers "
+    "organization huggingfacehub_api_token client http_client async_client proxies user max_connections",
     "the model stays loaded until its engine is closed": "keep_alive",
     "nothing is printed; the logger copyspec_engine says what is going on": "verbose disable_log_stats",
     "a call gives one answer, ask several times with one cache_salt for more": "n num_return_sequences",

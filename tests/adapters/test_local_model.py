@@ -82,7 +82,9 @@ def test_the_constructor_loads_nothing(kind: Kind, monkeypatch: pytest.MonkeyPat
         ({"num_ctx": 5}, r"use engine=EngineConfig\(max_model_len=...\)"),
         ({"context_window": 5}, r"use engine=EngineConfig\(max_model_len=...\)"),
         ({"model_name": "m"}, "use model"),
-        ({"api_key": "x"}, "leave it out, the model runs in this process"),
+        ({"api_key": "x"}, "api_key without base_url: it is a server's key"),
+        ({"api_base": "http://here"}, "base_url"),
+        ({"organization": "x"}, "leave it out, the model runs in this process, or behind base_url"),
     ],
 )
 def test_a_bad_option_raises_by_name_and_value(kind: Kind, options: dict[str, Any], named: str) -> None:

@@ -36,6 +36,8 @@ def test_every_option_of_the_engine_is_an_option_of_calls() -> None:
         *AdapterOptions.model_fields,
         *ModelOptions.model_fields,
         "engine",
+        "base_url",
+        "api_key",
         "on_progress",
     }
 

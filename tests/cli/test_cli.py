@@ -32,6 +32,7 @@ from copyspec_engine.cli.files import write_text
 from copyspec_engine.cli.main import app
 from copyspec_engine.cli.printing import AnswerPrinter
 from copyspec_engine.testing import scripted_engine
+from tests.serve.servers import serving
 
 TURN_KEYS = ["tokens", "forward_passes", "copied_share", "ttft_s", "seconds", "plain_seconds"]
 PEER_KEYS = ["generate_seconds", "prompt_lookup_seconds"]
@@ -490,6 +491,24 @@ def test_ctrl_c_at_the_prompt_keeps_the_conversation_and_leaves_only_when_it_is_
     assert "per pass" in shown
 
 
+@pytest.mark.enable_socket
+def test_a_chat_can_be_had_with_a_server(engine: Engine) -> None:
+    lines = iter(["/load service.ini", "Append this line:\\", "checksum = yes", "/why", "/quit"])
+    console = Console(record=True, width=100, file=io.StringIO())
+    with serving(engine) as address:
+        assert chat.run_remote_chat(address, None, SamplingParams(), console, lambda _: next(lines)) == 0
+    shown = console.export_text()
+    assert "scripted at http://127.0.0.1" in shown
+    assert "checksum = yes" in shown
+    assert "[1] message 0, from character" in shown
+    refused = CliRunner().invoke(app, ["chat", "--url", address, "--device", "cuda"])
+    assert refused.exit_code == 2
+    assert "--device cuda with --url" in refused.stderr
+    gone = CliRunner().invoke(app, ["chat", "--url", address])
+    assert gone.exit_code == 2
+    assert "is `copyspec serve` running" in gone.stderr
+
+
 def test_a_chat_can_be_told_how_to_answer_and_begun_anew() -> None:
     seen: list[str] = []
 
@@ -502,9 +521,9 @@ def test_a_chat_can_be_told_how_to_answer_and_begun_anew() -> None:
         talk.instruct("Be short.")
         talk.say("first")
         assert "system\nBe short." in seen[-1]
-        assert len(engine.memory(chat.SESSION))
+        assert len(engine.memory(talk.session_id))
         talk.clear()
-        assert not len(engine.memory(chat.SESSION))
+        assert not len(engine.memory(talk.session_id))
         talk.say("second")
         assert "system\nBe short." in seen[-1]
         assert "first" not in seen[-1]

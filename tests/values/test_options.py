@@ -55,7 +55,8 @@ def said(make: Any, **options: Any) -> str:
         (OfCalls, "system_promt", "use system_prompt of OfModels"),
         (OfCalls, "model_name", "use model of OfModels"),
         (AdapterOptions, "repeat_penalty", "use repetition_penalty"),
-        (AdapterOptions, "base_url", "leave it out, the model runs in this process"),
+        (AdapterOptions, "endpoint", "use base_url"),
+        (AdapterOptions, "organization", "leave it out, the model runs in this process, or behind base_url"),
         (AdaptiveDrafter, "recycled", "use recycle"),
         (NoDrafter, "zzz", "expected one of name"),
     ],
@@ -78,6 +79,7 @@ def test_a_name_of_others_has_one_meaning_and_is_none_of_ours_in_its_place() -> 
 def test_what_is_advised_exists(ours: str) -> None:
     fields = {name for kind in (*_homes(), AdapterOptions) for name in kind.model_fields}
     beside = {"response_format", "tool_choice"}  # of calls of the integrations
+    beside |= {"base_url", "api_key"}  # of their models
     names = [name.split("=")[0] for name in (ours.split() if "=" not in ours else [ours])]
     assert set(names) <= fields | beside
 

@@ -20,9 +20,10 @@ from langchain_core.runnables.config import ensure_config, merge_configs
 from typing_extensions import override
 
 import copyspec_engine
-from copyspec_engine import Engine, GenerationRequest, RequestFailedError, StreamChunk
+from copyspec_engine import GenerationRequest, RequestFailedError, StreamChunk
 from copyspec_engine.adapters.answers import without_conversation
 from copyspec_engine.adapters.conversations import Talk, current_conversation, first_named
+from copyspec_engine.adapters.remote import AnyEngine
 from langchain_copyspec._options import CallOptions, Tool
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _check(call: PreparedCall, chunk: StreamChunk) -> StreamChunk:
     return chunk
 
 
-def stream_call(engine: Engine, call: PreparedCall) -> Generator[StreamChunk, None, None]:
+def stream_call(engine: AnyEngine, call: PreparedCall) -> Generator[StreamChunk, None, None]:
     """The call's chunks; closing the generator cancels the request.
 
     Raises:
@@ -208,7 +209,7 @@ def stream_call(engine: Engine, call: PreparedCall) -> Generator[StreamChunk, No
                     raise
 
 
-async def astream_call(engine: Engine, call: PreparedCall) -> AsyncGenerator[StreamChunk, None]:
+async def astream_call(engine: AnyEngine, call: PreparedCall) -> AsyncGenerator[StreamChunk, None]:
     """`stream_call` for an event loop."""
     with langchain_errors():
         for attempt in range(call.options.max_retries + 1):

@@ -33,7 +33,6 @@ from langchain_core.utils.json import parse_partial_json
 
 from copyspec_engine import (
     ConfigError,
-    Engine,
     Explanation,
     GenerationOutput,
     Reply,
@@ -50,6 +49,7 @@ from copyspec_engine.adapters.answers import (
     segment_metadata,
     tool_metadata,
 )
+from copyspec_engine.adapters.remote import AnyEngine
 from langchain_copyspec._calls import PreparedCall
 
 __all__ = [
@@ -272,7 +272,7 @@ class ReplyWriter:
         blocks: write content blocks, as output_version "v1" has them.
     """
 
-    def __init__(self, engine: Engine, call: PreparedCall, model: str, *, blocks: bool) -> None:
+    def __init__(self, engine: AnyEngine, call: PreparedCall, model: str, *, blocks: bool) -> None:
         self._engine, self._call, self._model, self._blocks = engine, call, model, blocks
         self._first = True
         self._index, self._part = -1, ("", 0)

@@ -9,8 +9,9 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from copyspec_engine import ConfigError, Engine, EngineConfig, GenerationRequest, Grammar
+from copyspec_engine import ConfigError, EngineConfig, GenerationRequest, Grammar
 from copyspec_engine.adapters.model import AdapterOptions, clear_errors
+from copyspec_engine.adapters.remote import AnyEngine
 from copyspec_engine.adapters.tools import answer_grammar, check_nesting, closed, tool_choice_of
 
 __all__ = [
@@ -122,7 +123,7 @@ class ToolOptions(BaseModel):
         """The tools that the prompt tells of: with tool_choice="none" it tells of none."""
         return self.tools if self.tools and self.tool_choice != "none" else None
 
-    def grammar(self, engine: Engine) -> Grammar | None:
+    def grammar(self, engine: AnyEngine) -> Grammar | None:
         """What the answer must look like; None: whatever the model writes.
 
         Raises:

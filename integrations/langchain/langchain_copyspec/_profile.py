@@ -6,19 +6,20 @@ from typing import Any, cast
 
 from langchain_core.language_models.model_profile import ModelProfile
 
-from copyspec_engine import Engine, EngineConfig
+from copyspec_engine import EngineConfig
 from copyspec_engine.adapters.model import model_facts
+from copyspec_engine.adapters.remote import AnyEngine
 from copyspec_engine.adapters.tools import has_grammars
 
 __all__ = ["model_profile"]
 
 
-def model_profile(engine: Engine | EngineConfig) -> ModelProfile | None:
+def model_profile(engine: AnyEngine | EngineConfig) -> ModelProfile | None:
     """The profile from the model's own config and chat template; None if the model is not on this machine."""
     facts = model_facts(engine)
     if facts is None:
         return None
-    name = engine.config.model if isinstance(engine, Engine) else engine.model
+    name = engine.model if isinstance(engine, EngineConfig) else engine.info.model
     written = facts.chat_format
     calls = written.takes_tools and any((written.calls, written.parts, written.own_template))
     profile = ModelProfile(

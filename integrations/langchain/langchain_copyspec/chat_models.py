@@ -22,13 +22,13 @@ from typing_extensions import override
 
 from copyspec_engine import (
     ConfigError,
-    Engine,
     Explanation,
     GenerationRequest,
     StreamChunk,
 )
 from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.adapters.model import LocalModel
+from copyspec_engine.adapters.remote import AnyEngine
 from langchain_copyspec._calls import (
     BoundModel,
     ConversationalModel,
@@ -103,7 +103,14 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """What decides the answer, for traces and cache keys: the conversation does not."""
-        return {"model": self.model, "engine": deciding_config(self._engine_config()), **self.deciding()}
+        return {"model": self.model, "engine": self._deciding_engine(None), **self.deciding()}
+
+    def _deciding_engine(self, model: str | None) -> dict[str, Any]:
+        """What decides the answers of the engine, or of that of another model, as plain values."""
+        if self.base_url is not None:
+            named = model or (self.model if "model" in self.model_fields_set else None)
+            return {"base_url": self.base_url, "model": named}
+        return deciding_config(self._engine_config(model))
 
     @override
     def _resolve_model_profile(self) -> ModelProfile | None:
@@ -125,7 +132,7 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
         chosen, tools = self.for_call(stop, options)
         key = {
             "output_version": self.output_version,
-            "engine": deciding_config(self._engine_config(model)),
+            "engine": self._deciding_engine(model),
             **chosen.deciding(),
             **tools.model_dump(),
         }
@@ -348,27 +355,28 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
             raise ConfigError(f"Got model={model!r} but expected the name of a model or a folder")
         session_id = self._session(options.pop("session_id", None), session_of(None))
         chosen, tools = self.for_call(stop, {**options, "session_id": session_id})
-        return _AskedCall(model or self.model, to_engine_messages(messages), chosen, tools)
+        return _AskedCall(None if model == self.model else model, to_engine_messages(messages), chosen, tools)
 
-    def _call(self, engine: Engine, asked: _AskedCall) -> PreparedCall:
+    def _call(self, engine: AnyEngine, asked: _AskedCall) -> PreparedCall:
         talk = self._conversations.begin(asked.options.session_id, asked.messages, asked.shown)
         return PreparedCall(asked.request(engine, talk), talk, asked.options)
 
-    def _answer(self, engine: Engine, call: PreparedCall, asked: _AskedCall, last: StreamChunk) -> AIMessage:
+    def _answer(self, engine: AnyEngine, call: PreparedCall, asked: _AskedCall, last: StreamChunk) -> AIMessage:
         """The whole answer, with which the conversation can be continued."""
         message = self._writer(engine, call, asked).message(last)
         call.talk.answered(to_engine_messages((message,))[-1])
         return message
 
-    def _writer(self, engine: Engine, call: PreparedCall, asked: _AskedCall) -> ReplyWriter:
-        return ReplyWriter(engine, call, asked.model, blocks=self.output_version == "v1")
+    def _writer(self, engine: AnyEngine, call: PreparedCall, asked: _AskedCall) -> ReplyWriter:
+        return ReplyWriter(engine, call, self._name_of(engine, asked.model), blocks=self.output_version == "v1")
 
 
 @dataclass(frozen=True)
 class _AskedCall:
     """What one call asks for, checked before any model is loaded."""
 
-    model: str
+    model: str | None
+    """None: that of the chat model."""
     messages: tuple[dict[str, Any], ...]
     options: CallOptions
     tools: ToolOptions
@@ -379,7 +387,7 @@ class _AskedCall:
         tools, template = self.tools.offered, self.options.chat_template_kwargs
         return {"model": self.model, "tools": tools, "chat_template_kwargs": template or {}}
 
-    def request(self, engine: Engine, talk: Talk) -> GenerationRequest:
+    def request(self, engine: AnyEngine, talk: Talk) -> GenerationRequest:
         """The request for an engine."""
         return GenerationRequest(
             messages=self.messages,

@@ -33,7 +33,6 @@ from pydantic import BaseModel
 
 from copyspec_engine import (
     ConfigError,
-    Engine,
     GenerationOutput,
     GenerationRequest,
     Reply,
@@ -52,6 +51,7 @@ from copyspec_engine.adapters.answers import (
     tool_metadata,
 )
 from copyspec_engine.adapters.conversations import Talk
+from copyspec_engine.adapters.remote import AnyEngine
 from llama_index.llms.copyspec._options import CheckedCall
 
 __all__ = [
@@ -198,7 +198,9 @@ class ResponseWriter:
         talk: its conversation, which goes on with the whole answer.
     """
 
-    def __init__(self, engine: Engine, model: str, request: GenerationRequest, call: CheckedCall, talk: Talk) -> None:
+    def __init__(
+        self, engine: AnyEngine, model: str, request: GenerationRequest, call: CheckedCall, talk: Talk
+    ) -> None:
         self._engine, self._model, self._request, self._call, self._talk = engine, model, request, call, talk
         self._max_calls = call.max_calls
         self._text = self._thinking = ""
@@ -213,7 +215,7 @@ class ResponseWriter:
     @classmethod
     def whole(
         cls,
-        engine: Engine,
+        engine: AnyEngine,
         model: str,
         request: GenerationRequest,
         call: CheckedCall,

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from llama_index.core.tools.types import BaseTool
 from pydantic import BaseModel, field_validator
 
-from copyspec_engine import ConfigError, Engine, GenerationRequest, Grammar
+from copyspec_engine import ConfigError, GenerationRequest, Grammar
 from copyspec_engine.adapters.model import AdapterOptions
+from copyspec_engine.adapters.remote import AnyEngine
 from copyspec_engine.adapters.tools import calls_grammar, check_nesting, guides_calls, tool_choice_of
 
 __all__ = ["CallOptions", "CheckedCall", "ToolUse", "take_tools", "to_function_schemas"]
@@ -86,7 +87,7 @@ class ToolUse:
         """Most calls in one answer; None: any number."""
         return None if self.parallel else 1
 
-    def grammar(self, engine: Engine) -> Grammar | None:
+    def grammar(self, engine: AnyEngine) -> Grammar | None:
         """What holds the answer to well-formed calls.
 
         None where calls of the model's own free will can only be read: nobody else knows how it writes them, or the
@@ -148,7 +149,7 @@ class CheckedCall:
             chat_template_kwargs=self.options.chat_template_kwargs or {},
         )
 
-    def request(self, engine: Engine) -> GenerationRequest:
+    def request(self, engine: AnyEngine) -> GenerationRequest:
         """What to ask of `engine`, in no conversation yet.
 
         Raises:

@@ -14,8 +14,9 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
 from typing_extensions import override
 
-from copyspec_engine import ConfigError, Engine, EngineConfig
+from copyspec_engine import ConfigError, EngineConfig
 from copyspec_engine.adapters.model import prompt_length
+from copyspec_engine.adapters.remote import AnyEngine
 from llama_index.llms.copyspec._options import CheckedCall
 
 __all__ = ["SHORT_CHATS", "PlainArguments", "tokens_around"]
@@ -34,7 +35,7 @@ _SEAMS = 8
 """Tokens that a prompt may have more than its parts, of which LlamaIndex counts each alone."""
 
 
-def tokens_around(engine: Engine | EngineConfig, calls: Iterable[Callable[[], CheckedCall]]) -> int:
+def tokens_around(engine: AnyEngine | EngineConfig, calls: Iterable[Callable[[], CheckedCall]]) -> int:
     """Most tokens that are in the prompts of calls beside their texts.
 
     Args:
@@ -44,7 +45,7 @@ def tokens_around(engine: Engine | EngineConfig, calls: Iterable[Callable[[], Ch
     return max((_length(engine, call) for call in calls), default=0) + _SEAMS
 
 
-def _length(engine: Engine | EngineConfig, call: Callable[[], CheckedCall]) -> int:
+def _length(engine: AnyEngine | EngineConfig, call: Callable[[], CheckedCall]) -> int:
     try:
         return prompt_length(engine, call().without_answer())
     except ConfigError:  # the chat template refuses such a chat, and will say so when asked for one

@@ -31,10 +31,11 @@ from llama_index.core.tools.types import BaseTool
 from pydantic import ConfigDict, PrivateAttr, model_validator
 from typing_extensions import override
 
-from copyspec_engine import ConfigError, Engine, Explanation, GenerationRequest
+from copyspec_engine import ConfigError, Explanation, GenerationRequest
 from copyspec_engine.adapters.answers import explain_metadata
 from copyspec_engine.adapters.conversations import Talk, first_named
 from copyspec_engine.adapters.model import ChatFormat, LocalModel, model_facts
+from copyspec_engine.adapters.remote import AnyEngine
 from llama_index.llms.copyspec._messages import ResponseWriter, refuse_cut_off, to_engine_messages
 from llama_index.llms.copyspec._options import CallOptions, CheckedCall, take_tools, to_function_schemas
 from llama_index.llms.copyspec._room import SHORT_CHATS, tokens_around
@@ -367,7 +368,7 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
         chosen = self.for_call(options)
         return CheckedCall(options=chosen, response_format=chosen.response_format, object_class=object_class, **asked)
 
-    def _begin(self, engine: Engine, call: CheckedCall) -> tuple[GenerationRequest, Talk]:
+    def _begin(self, engine: AnyEngine, call: CheckedCall) -> tuple[GenerationRequest, Talk]:
         """The request, and its conversation."""
         request = call.request(engine)
         shown = {"tools": request.tools, "chat_template_kwargs": request.chat_template_kwargs}
@@ -377,17 +378,21 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
     def _whole(self, call: CheckedCall, respond: Respond[Response]) -> Response:
         engine = self._get_engine()
         request, talk = self._begin(engine, call)
-        return respond(ResponseWriter.whole(engine, self.model, request, call, talk, engine.generate(request)))
+        return respond(
+            ResponseWriter.whole(engine, self._name_of(engine), request, call, talk, engine.generate(request))
+        )
 
     async def _awhole(self, call: CheckedCall, respond: Respond[Response]) -> Response:
         engine = await self._aget_engine()
         request, talk = self._begin(engine, call)
-        return respond(ResponseWriter.whole(engine, self.model, request, call, talk, await engine.agenerate(request)))
+        return respond(
+            ResponseWriter.whole(engine, self._name_of(engine), request, call, talk, await engine.agenerate(request))
+        )
 
     def _parts(self, call: CheckedCall, respond: Respond[Response]) -> Generator[Response, None, None]:
         engine = self._get_engine()
         request, talk = self._begin(engine, call)
-        answer = ResponseWriter(engine, self.model, request, call, talk)
+        answer = ResponseWriter(engine, self._name_of(engine), request, call, talk)
         with engine.stream(request) as chunks:
             for chunk in chunks:
                 if answer.take(chunk):
@@ -396,7 +401,7 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
     async def _aparts(self, call: CheckedCall, respond: Respond[Response]) -> AsyncGenerator[Response, None]:
         engine = await self._aget_engine()
         request, talk = self._begin(engine, call)
-        answer = ResponseWriter(engine, self.model, request, call, talk)
+        answer = ResponseWriter(engine, self._name_of(engine), request, call, talk)
         async with aclosing(engine.astream(request)) as chunks:
             async for chunk in chunks:
                 if answer.take(chunk):
