@@ -55,7 +55,7 @@ def said(make: Any, **options: Any) -> str:
         (OfCalls, "system_promt", "use system_prompt of OfModels"),
         (OfCalls, "model_name", "use model of OfModels"),
         (AdapterOptions, "repeat_penalty", "use repetition_penalty"),
-        (AdapterOptions, "endpoint", "use base_url"),
+        (AdapterOptions, "endpoint", "use base_url of LocalModel"),
         (AdapterOptions, "organization", "leave it out, the model runs in this process, or behind base_url"),
         (AdaptiveDrafter, "recycled", "use recycle"),
         (NoDrafter, "zzz", "expected one of name"),
