@@ -46,6 +46,7 @@ from copyspec_engine.execution.narrow_loading import count_weights, narrow_weigh
 from copyspec_engine.execution.narrow_weights import NarrowWeight
 from copyspec_engine.execution.pass_cost import facts_of, find_pass_cost
 from copyspec_engine.execution.peft_adapter import base_of_adapter, merge_adapter, tokenizer_path
+from copyspec_engine.execution.rounded_cost import warn_where_slower
 from copyspec_engine.execution.runner import LoadedModel, ModelRunner, Runner
 from copyspec_engine.execution.self_check import Checked, check_equivalence, kv_dtype_of
 from copyspec_engine.execution.stateful import StatefulRunner, check_state
@@ -80,6 +81,8 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None = None) -> L
     model = _read(config, on_progress)
     draft = None if config.draft_model is None else _read(config.of_draft(config.draft_model), on_progress)
     with _load_failures(config):
+        if config.quantization is not None and model.model.device.type == "cpu":
+            warn_where_slower(model.model, config.model)
         loaded = prepare(model.model, model.tokenizer, config, on_progress, draft, model.weights)
     _give_back_memory()
     assert model.origin is not None

@@ -212,6 +212,8 @@ class _Matcher:
         weight = self._weights.get(name)
         if type(module) is not nn.Linear and weight is None:
             raise UnmatchedError(f"{name} is a {type(module).__name__}")
+        if weight is None and type(module.weight.data) is not torch.Tensor:
+            raise UnmatchedError(f"{name} has its weight as {type(module.weight.data).__name__}")
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnmatchedError(f"{name} has hooks")
         self._seen.update(id(parameter) for parameter in module.parameters())

@@ -304,7 +304,8 @@ class EngineConfig(ModelOptions, _Options):
     are."""
     quantization: Literal["int8"] | None = None
     """"int8" rounds the weights of linear layers to 8 bits while they are read: half of bfloat16's memory, and other
-    answers than the full weights give. A checkpoint that is quantized already is served as it is, without this."""
+    answers than the full weights give. On a CPU it is mostly slower than float32, which is measured as the model loads
+    and told in a warning. A checkpoint that is quantized already is served as it is, without this."""
     memory: Literal["wide", "narrow"] = "wide"
     """On a CPU, how weights lie in memory that came in fewer bits than float32 has, as bfloat16 or in a GGUF file.
     "wide": as float32, for which all passes are fast. "narrow": only as they came; passes of many tokens, as of a
