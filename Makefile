@@ -6,7 +6,7 @@ CONSTRAINTS := constraints/cpu.txt
 INPUTS := pyproject.toml $(CONSTRAINTS)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: $(VENV)/.for-demo
 	@echo "==> Main job: a document rewritten turn by turn by a small real model, through LangChain, beside its peers"
@@ -30,6 +30,10 @@ format: $(VENV)/.for-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.for-docs
+	@echo "==> Building the docs into site/"
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 $(VENV)/.created:
 	@echo "==> Creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 10) else "copyspec needs Python 3.10 or newer, but $(PYTHON) is " + v + ". Try: make PYTHON=python3.12 demo")'
@@ -45,8 +49,13 @@ $(VENV)/.for-demo: $(VENV)/.created $(INPUTS)
 
 $(VENV)/.for-test: $(VENV)/.for-demo $(INPUTS)
 	@echo "==> Installing what the tests need"
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,serve,eval,dev]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,serve,docs,eval,dev]'
+	@touch $@
+
+$(VENV)/.for-docs: $(VENV)/.for-demo $(INPUTS)
+	@echo "==> Installing what the docs need"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,docs]'
 	@touch $@
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Passages of this project's README from an index, put together by a refining query engine, and tried again.
+"""Passages of this project's docs from an index, put together by a refining query engine, and tried again.
 
 The embeddings are counts of words, so that no second model is needed, and the critic is a rule. The bundled model can
 copy and edit: the prompts ask for that. With a larger model leave the prompts out and ask in your own words.
@@ -28,7 +28,7 @@ from llama_index.core.schema import QueryBundle, TextNode
 from copyspec_engine import Engine, EngineConfig
 from llama_index.llms.copyspec import CopySpec
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "langchain.md"
 QUESTION = "Which thread or session is the conversation, and what stays a source to copy from?"
 TITLE = "# Conversations"
 
@@ -105,7 +105,7 @@ REFINE = ChatPromptTemplate(
 
 
 def build(llm: CopySpec) -> BaseQueryEngine:
-    paragraphs = README.read_text(encoding="utf-8").split("\n\n")
+    paragraphs = PAGE.read_text(encoding="utf-8").split("\n\n")
     passages = [text for text in paragraphs if text[:1].isalpha() and len(text) < 350]
     nodes = [TextNode(text=text, id_=f"passage-{number}") for number, text in enumerate(passages)]
     refining = VectorStoreIndex(nodes, embed_model=WordCounts()).as_query_engine(

@@ -132,8 +132,8 @@ def _speed_checks(options: argparse.Namespace) -> dict[str, Callable[[], Report]
         device=device,
         curve_s=0.0,  # measured above
     )
-    alone = engine_options(conversations=options.conversations, peers="ours,ours-plain,generate", turns=2)
-    together = engine_options(concurrency=options.concurrency, peers="ours,ours-plain", turns=1)
+    alone = engine_options(conversations=options.conversations, peer=("ours", "ours-plain", "generate"), turns=2)
+    together = engine_options(concurrency=options.concurrency, peer=("ours", "ours-plain"), turns=1)
     checks: dict[str, Callable[[], Report]] = {
         "attention alone": partial(gpu_speed.attention_times, device, ATTENTION[device]),
         "steps": partial(steps, compiled=True),

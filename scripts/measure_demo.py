@@ -1,6 +1,6 @@
-"""Runs the demo with its peers on every shipped document and writes the README's table of figures.
+"""Runs the demo with its peers on every shipped document and writes the docs' table of figures.
 
-Run: python scripts/measure_demo.py [--readme]    (without --readme the table is only printed)
+Run: python scripts/measure_demo.py [--write]    (without --write the table is only printed)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import datetime
 import os
 import platform
 import sys
+import textwrap
 from pathlib import Path
 
 # Read by OpenMP when torch is imported, as in the `copyspec` command.
@@ -26,7 +27,7 @@ from copyspec_engine.cli.demo.run import Chain
 from copyspec_engine.cli.documents import load_document, shipped_names
 from copyspec_engine.execution.calibration import cpu_name
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 COLUMNS = {
     "tokens": "tokens",
@@ -45,15 +46,15 @@ COLUMNS = {
 def main() -> int:
     """Measures, prints and, if asked, writes; exit code 1 if any turn differs."""
     parser = argparse.ArgumentParser(description="Measures the demo on every shipped document.")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     parser.add_argument("--framework", default="langchain")
     parser.add_argument("--model", default="bundled")
     options = parser.parse_args()
     table, same = _measure(options.framework, options.model)
     print(table)
-    if options.readme:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        README.write_text(before + BEGIN + table + END + rest.partition(END)[2], encoding="utf-8")
+    if options.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2], encoding="utf-8")
     return 0 if same else 1
 
 
@@ -78,11 +79,12 @@ def _measure(framework: str, model: str) -> tuple[str, bool]:
 
 def _conditions(framework: str) -> str:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return (
+    said = (
         f"Measured on {datetime.date.today():%Y-%m-%d} with `python scripts/measure_demo.py` through {framework}, on "
         f"{os.cpu_count()} CPU cores ({cpu_name()}), float32, Python {platform.python_version()}, torch "
         f"{torch.__version__}; the load average was {load:.1f} at the end."
     )
+    return textwrap.fill(said, 120, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

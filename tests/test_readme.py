@@ -1,60 +1,170 @@
-"""The README's snippets run as they stand, its files exist, and its commands are those of the Makefile."""
+"""README and docs: their snippets run as they stand, links lead somewhere, and commands and options exist.
+
+The snippets of docs/langchain.md and docs/llama_index.md run in the tests of the integrations.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import runpy
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+import copyspec_engine
+from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.cli.documents import shipped_names
-from copyspec_engine.cli.main import app
+from copyspec_engine.values.options import Options
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^## ([^\n]+)\n+```python\n(.*?)```", README, flags=re.DOTALL | re.MULTILINE)
-DEMO_OPTIONS = sorted(set(re.findall(r"--[a-z]+", " ".join(re.findall(r"copyspec demo[^`]*", README)))))
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("integrations/*/README.md"))]
+MARKDOWN = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "benchmarks/README.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in MARKDOWN}
+RECORDED = ("docs/result_files.md", "CHANGELOG.md")
+"""What was once: commands as they were typed, options as they were called."""
+RUN_ELSEWHERE = ("docs/langchain.md", "docs/llama_index.md")
 EXPECTED = {
-    "Use it in LangChain": "# Notes\n- Ann books the room\n- Bo brings the slides\n",
-    "Use it in LlamaIndex": "DRAFT\n# Notes\n- Ann books the room ",
-    "Use the engine": "# Notes\n- Ann books the room",
-    "Structured output": '{"title": "Notes"}',
+    "README.md": "# Notes\n- Ann books the room\n- Bo brings the slides\nDRAFT\n# Notes\n- Ann books the room ",
+    "docs/engine.md": "# Notes\n- Ann books the room",
+    "docs/serve.md": "# Notes\n- Ann books the room\n",
+    "integrations/langchain/README.md": "# Notes\n- Ann books the room\n- Cy orders lunch",
+    "integrations/llama_index/README.md": "# Notes\n- Ann books the room\n- Cy orders lunch",
 }
+"""What the snippets of a page print, at its beginning."""
+OTHERS = {"--index-url", "--extra-index-url", "--slow", "--random-cases", "--spec-type", "--jinja", "--json", "--write"}
+"""Options of other programs and of scripts."""
+HOOK = runpy.run_path(str(ROOT / "scripts" / "docs_hook.py"))
+COMMANDS = HOOK["commands"]()
 
 
-def test_every_python_snippet_is_run_here() -> None:
-    assert [title for title, _ in SNIPPETS] == list(EXPECTED)
-    assert README.count("```python") == len(SNIPPETS)
+def options_of(command: str) -> set[str]:
+    options = COMMANDS[command].params
+    return {name for option in options for name in (*option.opts, *option.secondary_opts)} | {"--help"}
 
 
-@pytest.mark.parametrize(("title", "code"), SNIPPETS, ids=[title for title, _ in SNIPPETS])
-def test_the_snippet_runs_and_prints_the_edited_text(title: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(code, title, "exec"), {"__name__": "snippet"})
-    assert capsys.readouterr().out.startswith(EXPECTED[title])
+def snippets(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_every_link_leads_to_a_file(target: str) -> None:
-    assert (ROOT / target).exists()
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where `copyspec serve bundled` listens."""
+    uvicorn = pytest.importorskip("uvicorn")
+    from copyspec_engine.serve.app import create_app
+
+    with socket.socket() as listener, Engine(EngineConfig(model="bundled")) as engine:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(create_app(engine), log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
 
 
-@pytest.mark.parametrize("name", ["demo", "test"])
-def test_the_two_commands_are_make_targets(name: str) -> None:
-    assert f"make {name} " in README
+@pytest.mark.parametrize("page", [page for page in TEXTS if snippets(page) and page not in RUN_ELSEWHERE])
+def test_the_snippets_run_in_order_and_print_what_they_say(
+    page: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    names = {"__name__": "snippet"}
+    for code in snippets(page):
+        if page == "docs/serve.md":
+            code = code.replace("8000", str(request.getfixturevalue("port")))
+        exec(compile(code, page, "exec", dont_inherit=True), names)
+    assert capsys.readouterr().out.startswith(EXPECTED.get(page, ""))
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_and_picture_leads_to_a_file(page: str) -> None:
+    found = re.findall(r"\]\(([^)#:]+)[^):]*\)|src(?:set)?=\"([^\"]+)\"", TEXTS[page])
+    for target in (link or picture for link, picture in found):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_readme_is_short_and_every_line_of_prose_fits() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 140
+    for page, text in TEXTS.items():
+        for line in text.splitlines():
+            assert len(line) <= 120 or line.startswith("| "), f"{page}: {line}"
+
+
+def test_no_paragraph_stands_in_two_places() -> None:
+    paragraphs = Counter(
+        " ".join(paragraph.split())
+        for text in TEXTS.values()
+        for paragraph in re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE).split("\n\n")
+        if not re.search(r"^\||_\w+\.json`", paragraph)  # tables, and where their figures come from
+    )
+    assert not [paragraph for paragraph, times in paragraphs.items() if times > 1 and len(paragraph) > 150]
+
+
+@pytest.mark.parametrize("name", ["demo", "test", "docs"])
+def test_the_commands_of_make_are_targets(name: str) -> None:
+    assert any(f"make {name}" in text for text in TEXTS.values())
     assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("option", DEMO_OPTIONS)
-def test_every_option_of_the_demo_in_the_readme_exists(option: str) -> None:
-    result = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"})
-    assert option in result.output
+def test_every_command_has_its_place_on_the_page_of_commands() -> None:
+    page = TEXTS["docs/commands.md"]
+    benchmarks = {words for words in COMMANDS if words.startswith("eval ")} - {"eval report"}
+    for words in COMMANDS.keys() - benchmarks:
+        assert re.search(rf"^##+ copyspec {words}$", page, flags=re.MULTILINE), words
+    filled = HOOK["on_page_markdown"](page)
+    for words in COMMANDS.keys() - benchmarks | {"eval mt-bench"}:
+        for option in options_of(words) - {"--help"}:
+            assert f"`{option}`" in filled or not option.startswith("-"), (words, option)
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if page not in RECORDED])
+def test_commands_and_options_that_are_named_exist(page: str) -> None:
+    text = TEXTS[page].replace("\\\n", " ")
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert named <= OTHERS.union(*map(options_of, COMMANDS))
+    for line in re.findall(r"^(copyspec .*)$|`(copyspec [^`\n]*)`", text, flags=re.MULTILINE):
+        words = shlex.split(line[0] or line[1], comments=True)[1:]
+        place = max((n for n in range(len(words) + 1) if " ".join(words[:n]) in COMMANDS), default=0)
+        if (place and words[0] != "eval") or place > 1:
+            assert {word for word in words if word.startswith("-")} <= options_of(" ".join(words[:place])), line
+
+
+def test_the_page_of_options_has_every_field_of_every_class() -> None:
+    page = TEXTS["docs/options.md"]
+    kinds = [kind for name in copyspec_engine.__all__ if isinstance(kind := getattr(copyspec_engine, name), type)]
+    classes = [kind for kind in kinds if issubclass(kind, Options)]
+    assert set(re.findall(r"<!-- options: (\w+) -->", page)) == {kind.__name__ for kind in classes}
+    filled = HOOK["on_page_markdown"](page)
+    for kind in classes:
+        for name, field in kind.model_fields.items():
+            assert f"**`{name}`**" in filled
+            assert " ".join((field.description or "").split()) in " ".join(filled.split()), name
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None:
+        pytest.skip('the site needs pip install "copyspec[docs]"')
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    start = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)=\"(?:https?:)?//[^\"]+\.(?:js|css|woff2?)", start), "needs a network"
 
 
 def test_the_figures_stand_with_their_command_and_hardware() -> None:
-    measured = README.split("<!-- measured: begin -->\n")[1].split("<!-- measured: end -->")[0]
+    measured = TEXTS["docs/benchmarks.md"].split("<!-- measured: begin -->\n")[1].split("<!-- measured: end -->")[0]
     rows = [line for line in measured.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(shipped_names())
     assert all(row.endswith("| yes |") for row in rows)
     for text in ("`python scripts/measure_demo.py`", "CPU cores", "torch", "load average"):
-        assert text in measured
+        assert text in " ".join(measured.split())

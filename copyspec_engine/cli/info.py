@@ -103,8 +103,8 @@ def _check(info: EngineInfo) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 1000:
             return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} GiB"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} GB"

@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from copyspec_engine import ConfigError, SamplingParams
 from copyspec_engine.cli.demo.frameworks import FRAMEWORKS
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.exits import console, exit_with
 from copyspec_engine.cli.models import models, run_pull
-from copyspec_engine.cli.options import BUNDLED, DEFAULT, Device, Dtype, Memory, add_command, engine_config
+from copyspec_engine.cli.options import (
+    BUNDLED,
+    DEFAULT,
+    Device,
+    Dtype,
+    Memory,
+    ModelArguments,
+    add_command,
+    engine_config,
+)
 from copyspec_engine.cli.serve import ServeOptions, run_serve
 from copyspec_engine.lab.bench.command import bench
 from copyspec_engine.lab.evaluation.command import evaluations
@@ -53,40 +64,39 @@ def _about(
     pass
 
 
-@app.command()
-def demo(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoArguments(ModelArguments):
+    """Options of `demo`."""
+
     file: Annotated[
         str | None, typer.Option(help=f"Text to rewrite: a path, or one of {', '.join(shipped_names())}.")
-    ] = None,
-    framework: Annotated[str, typer.Option(help=f"Ask through {', '.join(FRAMEWORKS)}.")] = "langchain",
+    ] = None
+    framework: Annotated[str, typer.Option(help=f"Ask through {', '.join(FRAMEWORKS)}.")] = "langchain"
     compare: Annotated[
         bool,
         typer.Option(
             "--compare",
             help="Also run transformers generate and prompt lookup, and llama.cpp if llama-server is on the PATH.",
         ),
-    ] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write a picture of the first turns and the table.")] = None,
+    ] = False
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of the first turns and the table.")] = None
     model: Annotated[
         str,
         typer.Option(help='A chat model, fetched if it is not there; "bundled" comes along and only copies.'),
-    ] = DEFAULT,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
+    ] = DEFAULT
+
+
+@add_command(app, DemoArguments)
+def demo(options: DemoArguments, command: str, console: Console) -> int:
     """Rewrite a document turn by turn, beside plain decoding.
 
     Exit code 1 if a turn differs from plain decoding, or with --compare from transformers generate, in float32.
     """
+    from copyspec_engine.cli.demo.run import DemoOptions, run_demo
 
-    def run() -> int:
-        config = engine_config(model, device, dtype)
-        from copyspec_engine.cli.demo.run import DemoOptions, run_demo
-
-        return run_demo(DemoOptions(config, file, framework, compare, json, svg), console())
-
-    exit_with(run)
+    chosen = (options.file, options.framework, options.compare, options.json, options.svg)
+    return run_demo(DemoOptions(options.config, *chosen, command), console)
 
 
 @app.command()

@@ -92,8 +92,8 @@ def _check_memory(name: str, config: dict[str, Any]) -> None:
     if there is not None and least > there:
         raise ModelLoadError(
             f"Got a config.json of {name} with hidden_size={width}, intermediate_size={inner}, num_hidden_layers="
-            f"{layers} and vocab_size={tokens}: its weights take {least / 2**30:,.0f} GiB at least, and this machine "
-            f"has {there / 2**30:,.0f} GiB. Use a smaller model, or correct the file"
+            f"{layers} and vocab_size={tokens}: its weights take {least / 1e9:,.0f} GB at least, and this machine "
+            f"has {there / 1e9:,.0f} GB. Use a smaller model, or correct the file"
         )
 
 

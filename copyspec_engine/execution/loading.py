@@ -374,7 +374,7 @@ def choose_num_slots(wanted: int | None, max_model_len: int, bytes_per_token: in
         return max(min(4 * max_model_len, free // 4 // max(bytes_per_token, 1)), 256)
     if wanted * bytes_per_token > free:
         raise ModelLoadError(
-            f"Got kv_cache_tokens={wanted} but {wanted * bytes_per_token / 2**30:,.1f} GiB for them is more than the "
-            f"{free / 2**30:,.1f} GiB that are free on {device}"
+            f"Got kv_cache_tokens={wanted} but {wanted * bytes_per_token / 1e9:,.1f} GB for them is more than the "
+            f"{free / 1e9:,.1f} GB that are free on {device}"
         )
     return wanted

@@ -317,7 +317,7 @@ class Tally:
         return seconds / float(cost.seconds(1)[0])
 
     def figures(self, cost: CostCurve) -> dict[str, float]:
-        """The replay in figures; the keys are documented in benchmarks/README.md."""
+        """The replay in figures; the keys are documented in docs/measuring.md."""
         passes, nodes = self.num_passes, sum(self.draft_lengths)
         return {
             "tokens": self.tokens,

@@ -23,6 +23,7 @@ __all__ = [
     "Documented",
     "Options",
     "advice",
+    "declared",
     "explain_errors",
     "is_secret",
 ]
@@ -197,7 +198,7 @@ class Documented(BaseModel):
                     break
         own = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
         lines = [
-            f"    {name}: {_declared(field)}\n"
+            f"    {name}: {declared(field)}\n"
             + textwrap.fill(" ".join(field.description.split()), 116, initial_indent=_INDENT, subsequent_indent=_INDENT)
             for name, field in cls.model_fields.items()
             if field.description
@@ -205,7 +206,7 @@ class Documented(BaseModel):
         cls.__doc__ = own + _OPTIONS + "\n".join(lines) if lines else own
 
 
-def _declared(field: FieldInfo) -> str:
+def declared(field: FieldInfo) -> str:
     """The type of a field, its default and the range of its numbers, as one reads them."""
     ranges = [f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in _SIGNS if hasattr(rule, key)]
     within = f" ({', '.join(ranges)})" if ranges else ""

@@ -34,7 +34,7 @@ from copyspec_engine.cli.printing import AnswerPrinter
 from copyspec_engine.testing import scripted_engine
 from tests.serve.servers import serving
 
-TURN_KEYS = ["tokens", "forward_passes", "copied_share", "ttft_s", "seconds", "plain_seconds"]
+TURN_KEYS = ["edit", "tokens", "forward_passes", "copied_share", "ttft_s", "seconds", "plain_seconds"]
 PEER_KEYS = ["generate_seconds", "prompt_lookup_seconds"]
 LAST_KEYS = ["edit_made", "words_off", "identical"]
 
@@ -96,7 +96,9 @@ def test_the_demo_writes_the_figures_of_every_turn_through_each_framework(
     result = run("demo", "--framework", framework, "--file", "service.ini", "--json", str(path))
     assert result.exit_code == 0, result.output
     figures_read = json.loads(path.read_text())
-    assert list(figures_read) == ["turns", "framework", "model", "device", "versions"]
+    assert list(figures_read) == [
+        *("turns", "framework", "model", "device", "dtype", "versions", "command", "date", "machine")
+    ]
     assert (figures_read["framework"], figures_read["model"], figures_read["device"]) == (framework, "scripted", "cpu")
     assert len(figures_read["turns"]) >= 5
     for turn in figures_read["turns"]:

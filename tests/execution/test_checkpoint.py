@@ -161,7 +161,7 @@ def change_config(folder: str, **values: object) -> None:
         ({"rope_theta": -1.0}, "rope_theta=-1.0"),
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters.rope_theta=nan"),
         ({"text_config": {"num_hidden_layers": -2}}, "text_config.num_hidden_layers=-2"),
-        ({"hidden_size": 10**6, "intermediate_size": 10**7, "num_hidden_layers": 10**4}, r"GiB at least, and this"),
+        ({"hidden_size": 10**6, "intermediate_size": 10**7, "num_hidden_layers": 10**4}, r"GB at least, and this"),
     ],
 )
 def test_a_config_that_cannot_be_true_is_refused_by_name(folder: str, values: dict[str, Any], says: str) -> None:

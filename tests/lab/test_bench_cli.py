@@ -26,7 +26,7 @@ from tests.lab.test_bench_engine import TINY
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").partition("\n## Commands\n")[0]
+GUIDE = (ROOT / "docs" / "measuring.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^copyspec bench ((?!peers).*)$", GUIDE, flags=re.MULTILINE)
 """Those on a real model are in test_bench_peers.py."""
 RESULT_KEYS = {

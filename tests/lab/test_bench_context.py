@@ -52,7 +52,7 @@ def test_a_way_that_writes_something_else_ends_with_an_error(monkeypatch: pytest
         return replace(output, token_ids=output.token_ids[:-1]) if plain else output
 
     monkeypatch.setattr(Engine, "generate", spoilt)
-    result = bench(*WORDS, "--length", 100, "--no-peers")
+    result = bench(*WORDS, "--length", 100, "--peer", "ours-plain")
     assert result.exit_code == 1
     assert "identical to plain decoding: 0/1" in result.output
     assert "generate" not in result.output.split("identical")[0]

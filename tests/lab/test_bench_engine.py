@@ -125,7 +125,7 @@ def test_peers_with_a_draft_model_write_the_record(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(SHAPES, "tinier", {**TINY, "num_hidden_layers": 1})
     out = tmp_path / "out.json"
     names = ("ours-plain", "ours-draft", "ours-copy-first", "ours-tree")
-    words = ("--draft-shape", "tinier", "--agreement", 0.8, "--draft-tokens", 3, "--peers", ",".join(names))
+    words = ("--draft-shape", "tinier", "--agreement", 0.8, "--draft-tokens", 3, "--peer", *names)
     result = bench("--transcripts", CHATS, "--max-tokens", 200, *words, "--json", out)
     assert result.exit_code == 0, result.output
     written = record(out)
@@ -218,7 +218,7 @@ def test_a_batch_peer_that_cannot_run_is_left_out(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(BatchPeer, "write", fail)
     out = tmp_path / "out.json"
-    words = ("--concurrency", 2, "--max-tokens", 80, "--turns", 1, "--peers", "ours-plain,generate-batch")
+    words = ("--concurrency", 2, "--max-tokens", 80, "--turns", 1, "--peer", "ours-plain", "generate-batch")
     result = bench("--transcripts", CHATS, *words, "--json", out)
     assert result.exit_code == 0, result.output
     assert "Left out generate-batch: RuntimeError: no pages here" in result.output
@@ -232,7 +232,7 @@ def test_a_peer_that_writes_something_else_fails(
 ) -> None:
     monkeypatch.setattr(module, "force", lambda logits, _tokens: logits[:, END].fill_(1e4))
     out = tmp_path / "out.json"
-    result = bench("--transcripts", CHATS, "--max-tokens", 60, "--peers", peer, "--json", out)
+    result = bench("--transcripts", CHATS, "--max-tokens", 60, "--peer", peer, "--json", out)
     assert result.exit_code == 1
     assert f"{peer} did not write the record of warm-up conversation 0 turn 1: token 0" in result.output
     assert not out.exists()
@@ -242,9 +242,9 @@ def test_a_peer_that_writes_something_else_fails(
     ("words", "message"),
     [
         (("--shape", "gpt-2"), "Got --shape gpt-2 but expected one of bundled, qwen2.5-0.5b"),
-        (("--peers", "ours,vllm"), "Got peer 'vllm' but expected some of ours, ours-plain, ours-draft, "),
-        (("--peers", "generate-batch"), "add --concurrency 2 or more"),
-        (("--peers", "ours-tree"), "Got peers ours-tree but some need a draft model: add --draft-shape NAME"),
+        (("--peer", "ours", "vllm"), "Got --peer vllm but expected some of ours, ours-plain, ours-draft, "),
+        (("--peer", "generate-batch"), "add --concurrency 2 or more"),
+        (("--peer", "ours-tree"), "Got --peer ours-tree but some need a draft model: add --draft-shape NAME"),
         (("--draft-shape", "gone"), "Got --draft-shape gone but expected one of bundled, qwen2.5-0.5b"),
         (("--draft-shape", "qwen2.5-7b"), "with 152064 tokens but --shape tiny has 4096: take shapes of one family"),
         (
@@ -280,7 +280,7 @@ def test_shapes_have_the_parameters_of_the_checkpoints(shape: str) -> None:
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "memory_of", lambda _device: (2**30, 2**30))
-    with pytest.raises(ModelLoadError, match=r"Got --shape llama-3.1-8b but its weights take 29.9 GiB in float32"):
+    with pytest.raises(ModelLoadError, match=r"Got --shape llama-3.1-8b but its weights take 32.1 GB in float32"):
         random_model("llama-3.1-8b", END, "cpu", "auto")
 
 

@@ -276,7 +276,7 @@ def test_what_cannot_work_is_said(words: tuple[Any, ...], said: str) -> None:
 
 def test_the_guides_commands_name_options_that_there_are() -> None:
     """They take a real model for as long as it writes, so they are not run as they stand."""
-    guide = Path("benchmarks/README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    guide = Path("docs/measuring.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^copyspec bench peers (.*)$", guide, flags=re.MULTILINE)
     assert len(commands) == 2
     known = bench("--help").output

@@ -131,6 +131,7 @@ def free_run(drafter: str, passes: float, speed: float) -> dict[str, Any]:
         "loop_share": 0.125,
         "tokens_per_forward_before_loops": 2.75,
         "without_loops": {"tokens": 80, "tokens_per_forward": 2.0, "speedup": 1.75, **interval},
+        "demo": "| 1, append | **100** | 25.0 | 25.0 | 4.00x | 4.00x | 1/1 |",
         "peers": {"generate": peer} if drafter == "adaptive" else {},
     }
     record = {"benchmark": "humaneval", "drafter": drafter, "model": "some/model", "metrics": {}, "num_tasks": 8}
@@ -196,6 +197,26 @@ ALL: dict[str, dict[str, Any]] = {
         "device": "cpu",
         "dtype": "float32",
         "command": "copyspec bench context --model some/model",
+        "machine": CPU,
+    },
+    "demo": {
+        "turns": [
+            {
+                "edit": "append",
+                "tokens": 100,
+                "forward_passes": 5,
+                "seconds": 1.0,
+                "plain_seconds": 4.0,
+                "llama_cpp_seconds": 2.0,
+                "llama_cpp_tokens": 50,
+                "identical": True,
+            }
+        ],
+        "framework": "langchain",
+        "model": "some/model",
+        "device": "cpu",
+        "dtype": "float32",
+        "command": "copyspec demo --compare",
         "machine": CPU,
     },
     "peers": {
@@ -292,7 +313,7 @@ def not_drawn(plot: Plot, path: Path) -> Path:
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """report(*words) runs the command in a folder with results of every kind and a README with every block.
+    """report(*words) runs the command in a folder with results of every kind and a page with every block.
 
     Plots are written without a drawing, which takes long.
     """
@@ -305,7 +326,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
     Path("README.md").write_text(EMPTY.format(blocks), encoding="utf-8")
 
     def run(*words: str) -> Result:
-        return CliRunner().invoke(app, ["bench", "report", "--readme", "README.md", *words])
+        return CliRunner().invoke(app, ["bench", "report", "--page", "README.md", *words])
 
     return run
 
@@ -428,6 +449,8 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
     assert report().exit_code == 0
     plots = {plot.name: plot for make in PLOTS for plot in make(load_results(Path("benchmarks/results")))}
     names = {
+        "front_light",
+        "front_dark",
         "drafts_gpu",
         "context_bundled_cpu_float32",
         "growth_model_cpu_float32",
@@ -440,6 +463,10 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
         path = Path(f"docs/plots/{name}.svg")
         assert drawn_data(path) == plot.data
         ElementTree.parse(path)
+    (bars,) = plots["front_dark"].charts
+    assert isinstance(bars, Bars)
+    assert bars.series == (("copyspec", (100.0,)), ("plain decoding", (25.0,)), ("llama.cpp", (25.0,)))
+    assert bars == plots["front_light"].charts[0]
     speeds, ratios = plots["context_bundled_cpu_float32"].charts
     assert isinstance(speeds, Lines)
     assert speeds.series[0] == ("copyspec", ((10.0, 10.0), (30.0, 20.0), (50.0, 20.0), None))
@@ -517,11 +544,11 @@ def test_a_file_without_ours_has_nothing_to_show(report: Callable[..., Result]) 
     assert not Path("docs/plots/context_other_cpu_float32.svg").exists()
 
 
-def test_results_that_no_readme_shows_are_named(report: Callable[..., Result]) -> None:
+def test_results_that_no_page_shows_are_named(report: Callable[..., Result]) -> None:
     Path("README.md").write_text("<!-- bench: begin drafts -->\n<!-- bench: end -->\n", encoding="utf-8")
     output = report().output
     for name in set(BLOCKS) - {"drafts", "reproduction", "reproduction-categories"}:
-        assert f"Left out {name}: no --readme has a block" in output
+        assert f"Left out {name}: no --page has a block" in output
 
 
 @pytest.mark.parametrize(
@@ -553,7 +580,7 @@ def test_folders_that_are_not_there_are_refused(report: Callable[..., Result]) -
     for words, message in (
         (("--results", "gone"), "Got --results gone, which is no folder"),
         (("--results", "none"), "Got --results none, which holds no JSON file"),
-        (("--readme", "gone.md"), "Cannot read --readme gone.md"),
+        (("--page", "gone.md"), "Cannot read --page gone.md"),
     ):
         result = report(*words)
         assert (result.exit_code, message in result.output) == (2, True), result.output
@@ -571,17 +598,17 @@ def test_writing_needs_matplotlib_and_checking_does_not(
     assert report("--check").exit_code == 1
 
 
-def test_the_readmes_and_plots_are_what_the_results_give(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_and_plots_are_what_the_results_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails: `copyspec bench report`."""
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(app, ["bench", "report", "--check"])
     assert result.exit_code == 0, result.output
-    texts = [Path(name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/README.md")]
+    texts = [Path(name).read_text(encoding="utf-8") for name in ("docs/benchmarks.md", "docs/result_files.md")]
     assert max(len(line) for text in texts for line in text.splitlines()) <= 400
 
 
 def test_every_result_of_this_repository_is_shown() -> None:
-    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/README.md")]
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/benchmarks.md", "docs/result_files.md")]
     shown = {block[2] for text in texts for block in BLOCK.finditer(text)}
     assert {kind for kind, files in load_results(ROOT / "benchmarks" / "results").items() if files} <= shown
     assert set(KINDS) <= set(BLOCKS)

@@ -88,12 +88,14 @@ def as_json(turns: Sequence[DemoTurn], framework: str, info: EngineInfo) -> dict
         "framework": framework,
         "model": info.model,
         "device": info.device,
+        "dtype": info.dtype,
         "versions": dict(info.versions),
     }
 
 
 def _turn_json(turn: DemoTurn) -> dict[str, Any]:
     row: dict[str, Any] = {
+        "edit": turn.step.edit,
         "tokens": turn.answer.tokens,
         "forward_passes": turn.answer.forward_passes,
         "copied_share": round(turn.answer.copied_share, 4),

@@ -6,6 +6,7 @@ that it reuses its KV as well, and who goes first alternates from turn to turn.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -50,6 +51,8 @@ class DemoOptions:
     compare: bool = False
     json_path: Path | None = None
     svg_path: Path | None = None
+    command: str = "copyspec demo"
+    """What was typed, for the file of figures."""
 
 
 def run_demo(options: DemoOptions, console: Console) -> int:
@@ -79,7 +82,11 @@ def run_demo(options: DemoOptions, console: Console) -> int:
     for note in chain.notes:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     if options.json_path is not None:
-        data = as_json(turns, options.framework, engine.info)
+        from copyspec_engine.lab.measuring import machine
+
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        facts = {"command": options.command, "date": now, "machine": machine(engine.info.device)}
+        data = {**as_json(turns, options.framework, engine.info), **facts}
         write_text(options.json_path, json.dumps(data, indent=2) + "\n", "--json")
     code = _verdict(turns, engine.info, console)
     if options.svg_path is not None:

@@ -109,19 +109,19 @@ class ReportOptions:
     """Options of `bench report`."""
 
     results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the JSON files.")] = Path("benchmarks/results")
-    readme: Annotated[
+    page: Annotated[
         tuple[Path, ...], typer.Option(metavar="FILE...", help="Markdown with <!-- bench: begin NAME --> blocks.")
-    ] = (Path("README.md"), Path("benchmarks/README.md"))
+    ] = (Path("docs/benchmarks.md"), Path("docs/result_files.md"))
     plots: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the plots.")] = Path("docs/plots")
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if something differs.")] = False
 
 
 @add_command(bench, ReportOptions)
 def report(options: ReportOptions, _command: str, console: Console) -> int:
-    """Put the figures of all results into the READMEs' tables and into plots."""
-    from copyspec_engine.lab.results.fill import fill_readmes
+    """Put the figures of all results into the tables of docs and into plots."""
+    from copyspec_engine.lab.results.fill import fill_pages
 
-    return fill_readmes(options, console)
+    return fill_pages(options, console)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +185,14 @@ def free_text(options: FreeTextOptions, command: str, console: Console) -> int:
     return recorded(measure_free_text, options, command, console)
 
 
+class ContextPeer(str, Enum):
+    """Who may write in `bench context`."""
+
+    ours_plain = "ours-plain"
+    generate = "generate"
+    prompt_lookup = "prompt-lookup"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextOptions(ModelArguments):
     """Options of `bench context`."""
@@ -201,13 +209,21 @@ class ContextOptions(ModelArguments):
         typer.Option(metavar="N...", help="Tokens of context at which the next turn is measured."),
     ] = (500, 1000, 2000, 4000)
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Let transformers write the turns too.")] = True
+    peer: Annotated[
+        tuple[ContextPeer, ...],
+        typer.Option(help="Who writes beside this engine; ours-plain always does. Default: all."),
+    ] = (ContextPeer.generate, ContextPeer.prompt_lookup)
     json: JsonPath = None
 
     def __post_init__(self) -> None:
         _check_count("--max-tokens", self.max_tokens)
         for length in self.length:
             _check_count("--length", length)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Those of transformers that are to write."""
+        return tuple(name.value for name in ContextPeer if name in self.peer and name != ContextPeer.ours_plain)
 
     @property
     def lengths(self) -> list[int]:
@@ -283,15 +299,15 @@ class EngineOptions:
         ),
     ] = "bundled"
     tokenizer: TokenizerDir = "bundled"
-    peers: Annotated[
-        str | None,
+    peer: Annotated[
+        tuple[str, ...],
         typer.Option(
-            metavar="LIST",
-            help="Names with commas between them of ours, ours-plain, ours-draft, ours-copy-first, ours-tree, "
-            "generate, generate-kv, prompt-lookup and generate-batch; default: all but the last, or with --concurrency "
-            "only ours and the last; the three with a draft model where there is one.",
+            metavar="NAME...",
+            help="Who writes: ours, ours-plain, ours-draft, ours-copy-first, ours-tree, generate, generate-kv, "
+            "prompt-lookup and generate-batch; default: all but the last, or with --concurrency only ours and the "
+            "last; the three with a draft model where there is one.",
         ),
-    ] = None
+    ] = ()
     max_tokens: Annotated[int, typer.Option(help="Answer tokens written of each file; longer answers are cut.")] = 1000
     turns: Annotated[int | None, typer.Option(help="Turns of a conversation, at most; default: all.")] = None
     conversations: Annotated[

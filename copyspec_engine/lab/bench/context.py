@@ -126,7 +126,7 @@ class _Ways:
             from copyspec_engine.cli.demo.peers import Peers
 
             self._peers = Peers(engine)
-        self._ways = (*_DRAFTERS, *(_LANES if options.peers else ()))
+        self._ways = (*_DRAFTERS, *options.peers)
         for way in self._ways:
             self._write(way, [_user(REQUESTS[0])], "warm-up", _WARM_UP_TOKENS)
         self._forget("warm-up")

@@ -84,17 +84,17 @@ def measure_engine(options: EngineOptions, console: Console) -> Measured:
 
 def _names(options: EngineOptions) -> list[str]:
     """The peers, each once."""
-    if options.peers is None:
+    if not options.peer:
         ours = ["ours", "ours-plain", *(DRAFT_PEERS if options.draft_shape else ())]
         return [*ours, BATCH_PEER] if options.concurrency > 1 else [*ours, *GENERATE_PEERS]
-    names = list(dict.fromkeys(name.strip() for name in options.peers.split(",")))
+    names = list(dict.fromkeys(options.peer))
     unknown = next((name for name in names if name not in ALL_PEERS), None)
     if unknown is not None:
-        raise ConfigError(f"Got peer {unknown!r} but expected some of {', '.join(ALL_PEERS)}")
+        raise ConfigError(f"Got --peer {unknown} but expected some of {', '.join(ALL_PEERS)}")
     if options.draft_shape is None and set(names) & set(DRAFT_PEERS):
-        raise ConfigError(f"Got peers {', '.join(names)} but some need a draft model: add --draft-shape NAME")
+        raise ConfigError(f"Got --peer {' '.join(names)} but some need a draft model: add --draft-shape NAME")
     if BATCH_PEER in names and options.concurrency == 1:
-        raise ConfigError(f"Got peer {BATCH_PEER} but one conversation at a time: add --concurrency 2 or more")
+        raise ConfigError(f"Got --peer {BATCH_PEER} but one conversation at a time: add --concurrency 2 or more")
     return names
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Literal
 
-__all__ = ["Bars", "Chart", "Lines", "Plot"]
+__all__ = ["Bars", "Chart", "Lines", "Page", "Plot"]
 
 Point = tuple[float, float]
 
@@ -46,6 +47,8 @@ class Lines:
 
 
 Chart = Bars | Lines
+Page = Literal["any", "light", "dark"]
+"""What a plot is looked at on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Plot:
     name: str
     charts: tuple[Chart, ...]
     caption: str
+    page: Page = "any"
 
     @property
     def data(self) -> str:

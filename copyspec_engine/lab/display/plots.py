@@ -1,7 +1,8 @@
 """Plots as SVG and PNG files, and as elements of a page, drawn by matplotlib (extra `eval`).
 
 Lines and letters are of middling brightness on no background, so that a file can be read on a dark page and on a light
-one. A file holds its numbers in its description, which `drawn_data` reads.
+one; a plot that is made for one of them has more contrast there. A file holds its
+numbers in its description, which `drawn_data` reads.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from copyspec_engine import ConfigError, missing_extra
-from copyspec_engine.lab.display.charts import Bars, Chart, Lines, Plot
+from copyspec_engine.lab.display.charts import Bars, Chart, Lines, Page, Plot
 from copyspec_engine.lab.display.tables import figure as digits
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_installed", "drawn_data", "element", "save"]
 
-INK = "#77808b"
+INKS: dict[Page, str] = {"any": "#77808b", "light": "#3d444d", "dark": "#c9d1d9"}
 COLOURS = ("#2f9e58", "#4b83d6", "#c7722a", "#a667c5", "#8a929b", "#c24d6a", "#8f8a22")
 HATCHES = ("", "////", "||||", "\\\\\\\\", "xxxx", "----", "++++")  # dots would take a quarter of a megabyte
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -35,10 +36,8 @@ SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 10,
     "hatch.linewidth": 0.6,
-    **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
 }
+_INKED = ("text.color", "xtick.color", "ytick.color", "grid.color", "axes.edgecolor", "axes.labelcolor")
 ELEMENT_INCHES = (6.0, 3.6)
 CAPTION_LETTERS = 165
 """Letters of a caption in a line, over the usual width."""
@@ -70,7 +69,7 @@ def save(plot: Plot, path: Path) -> Path:
         if path.suffix == ".svg"
         else {"Title": title, "Software": None}
     )
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context({**SETTINGS, **dict.fromkeys(_INKED, INKS[plot.page])}):
         figure = _figure(plot)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,7 @@ def element(chart: Chart, identifier: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**SETTINGS, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({**SETTINGS, **dict.fromkeys(_INKED, INKS["any"]), "svg.fonttype": "none"}):
         figure = Figure(figsize=ELEMENT_INCHES, layout="constrained")
         axes = figure.subplots()
         _draw(axes, chart, range(len(chart.series)))
@@ -162,7 +161,7 @@ def _draw(axes: Axes, chart: Chart, looks: Sequence[int]) -> None:
     axes.set_axisbelow(True)
     axes.patch.set_alpha(0)
     if chart.reference is not None:
-        axes.axhline(chart.reference, color=INK, linewidth=1, linestyle="--")
+        axes.axhline(chart.reference, color=axes.xaxis.label.get_color(), linewidth=1, linestyle="--")
     if isinstance(chart, Bars):
         _bars(axes, chart, looks)
     else:

@@ -137,8 +137,8 @@ def random_model(shape: str, end_token: int, device: str, dtype: str) -> PreTrai
     free, _ = memory_of(on)
     if needed > free:
         raise ModelLoadError(
-            f"Got --shape {shape} but its weights take {needed / 2**30:,.1f} GiB in {str(kind).removeprefix('torch.')}"
-            f" and {free / 2**30:,.1f} GiB are free on {on}: take a smaller shape, --dtype bfloat16 or another device"
+            f"Got --shape {shape} but its weights take {needed / 1e9:,.1f} GB in {str(kind).removeprefix('torch.')}"
+            f" and {free / 1e9:,.1f} GB are free on {on}: take a smaller shape, --dtype bfloat16 or another device"
         )
     model = _empty(config, kind, on)
     _fill(model, torch.Generator(on).manual_seed(0))

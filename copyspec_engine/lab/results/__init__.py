@@ -1,1 +1,1 @@
-"""`copyspec bench report`: result files become the READMEs' tables and the plots of docs."""
+"""`copyspec bench report`: result files become tables and plots of docs."""

@@ -20,6 +20,8 @@ from copyspec_engine.lab.display.conditions import day, hardware
 
 __all__ = ["Result", "Results", "commands", "conditions", "load_results", "notes"]
 
+_ROWS = ("rows", "results", "turns")
+"""Where files of figures keep their rows."""
 LINE = 120
 """Characters of a line of Markdown, at most."""
 
@@ -33,7 +35,7 @@ class Result:
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
-        found: Sequence[Mapping[str, Any]] = self.record.get("rows", self.record.get("results", ()))
+        found: Sequence[Mapping[str, Any]] = next((self.record[key] for key in _ROWS if key in self.record), ())
         return found
 
     @property
@@ -92,6 +94,10 @@ KINDS = {
     "context": Kind(
         frozenset({"results", "lengths", "documents", "model", "device", "dtype", *_FACTS}),
         frozenset({"length", "way", "turns", "prompt_tokens", "loop_share", *_SPEEDS}),
+    ),
+    "demo": Kind(
+        frozenset({"turns", "framework", "model", "device", "dtype", *_FACTS}),
+        frozenset({"edit", "tokens", "forward_passes", "seconds", "plain_seconds", "identical"}),
     ),
     "peers": Kind(
         frozenset({"results", "memory", "left_out", "threads", "max_tokens", "model", "device", "dtype", *_FACTS}),

@@ -1,6 +1,6 @@
-"""`copyspec bench report`: puts the figures of result files into the READMEs and into plots, or finds what differs.
+"""`copyspec bench report`: puts the figures of result files into pages of docs and into plots, or finds what differs.
 
-A README says where: between `<!-- bench: begin NAME -->` and `<!-- bench: end -->`, NAME one of `BLOCKS` or "commands".
+A page says where: between `<!-- bench: begin NAME -->` and `<!-- bench: end -->`, NAME one of `BLOCKS` or "commands".
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from copyspec_engine.lab.results.evaluation import (
 )
 from copyspec_engine.lab.results.files import Results, commands, load_results
 from copyspec_engine.lab.results.free_text import free_text_tables
+from copyspec_engine.lab.results.front import demo_tables, front_plots
 from copyspec_engine.lab.results.lossless import lossless_tables
 from copyspec_engine.lab.results.peers import peers_plots, peers_tables
 
-__all__ = ["BLOCKS", "COMMANDS", "fill_readmes"]
+__all__ = ["BLOCKS", "COMMANDS", "fill_pages"]
 
 BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "drafts": drafts_tables,
@@ -49,6 +50,7 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "propose": propose_tables,
     "free-text": free_text_tables,
     "context": context_tables,
+    "demo": demo_tables,
     "peers": peers_tables,
     "lossless": lossless_tables,
     "engine": engine_tables,
@@ -59,10 +61,11 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "reproduction": reproduction_tables,
     "reproduction-categories": reproduction_categories,
 }
-"""The tables that a README may hold."""
+"""The tables that a page may hold."""
 COMMANDS = "commands"
 """The block of the commands that wrote the result files."""
 PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (
+    front_plots,
     drafts_plots,
     engine_plots,
     context_plots,
@@ -72,7 +75,7 @@ PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (
 BLOCK = re.compile(r"(<!-- bench: begin (.*?) -->\n)(.*?)(<!-- bench: end -->)", flags=re.DOTALL)
 
 
-def fill_readmes(options: ReportOptions, console: Console) -> int:
+def fill_pages(options: ReportOptions, console: Console) -> int:
     """Writes the tables and the plots; a plot that no result gives any more is deleted.
 
     Returns:
@@ -82,7 +85,7 @@ def fill_readmes(options: ReportOptions, console: Console) -> int:
         CopySpecError: a file cannot be read or written, or a plot cannot be drawn.
     """
     found, plots = load_results(options.results), options.plots
-    old = {path: _read(path) for path in options.readme}
+    old = {path: _read(path) for path in options.page}
     new = {path: _filled(text, path, found) for path, text in old.items()}
     outdated = [path for path in old if old[path] != new[path]]
     wanted = {plots / f"{plot.name}.svg": plot for make in PLOTS for plot in make(found)}
@@ -94,7 +97,7 @@ def fill_readmes(options: ReportOptions, console: Console) -> int:
         return int(bool(outdated or different or left_over))
     _write({path: new[path] for path in outdated}, {path: wanted[path] for path in different}, left_over, console)
     for name in _not_shown(found, old.values()):
-        _say(console, f"Left out {name}: no --readme has a block <!-- bench: begin {name} -->")
+        _say(console, f"Left out {name}: no --page has a block <!-- bench: begin {name} -->")
     return 0
 
 
@@ -102,7 +105,7 @@ def _write(texts: dict[Path, str], plots: dict[Path, Plot], left_over: Sequence[
     if plots:
         check_installed()
     for path, text in texts.items():
-        write_text(path, text, "--readme")
+        write_text(path, text, "--page")
         _say(console, f"Wrote {path}")
     for path, plot in plots.items():
         _say(console, f"Wrote {save(plot, path)}")
@@ -112,7 +115,7 @@ def _write(texts: dict[Path, str], plots: dict[Path, Plot], left_over: Sequence[
 
 
 def _not_shown(results: Results, texts: Iterable[str]) -> list[str]:
-    """Tables that no README has a block for."""
+    """Tables that no page has a block for."""
     shown = {block[2] for text in texts for block in BLOCK.finditer(text)}
     return [name for name, tables in BLOCKS.items() if name not in shown and tables(results)]
 
@@ -125,7 +128,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"Cannot read --readme {path}: {error.strerror or error}") from None
+        raise ConfigError(f"Cannot read --page {path}: {error.strerror or error}") from None
 
 
 def _filled(text: str, path: Path, results: Results) -> str:
@@ -133,7 +136,7 @@ def _filled(text: str, path: Path, results: Results) -> str:
     num_begun = text.count("<!-- bench: begin")
     if num_begun == 0 or num_begun != len(BLOCK.findall(text)):
         raise ConfigError(
-            f"Got --readme {path} without blocks that begin and end: write <!-- bench: begin drafts --> and "
+            f"Got --page {path} without blocks that begin and end: write <!-- bench: begin drafts --> and "
             "<!-- bench: end -->, each on its own line"
         )
 

@@ -1,0 +1,79 @@
+"""Fills pages of the docs while MkDocs builds them: with the fields of options, and with the options of commands.
+
+A page says where: `<!-- options: EngineConfig -->` and `<!-- command: bench drafts -->`. So what the code says of
+itself is written down once, in the code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from inspect import cleandoc
+from typing import Any
+
+from typer.main import get_command
+
+import copyspec_engine
+from copyspec_engine.cli.main import app
+from copyspec_engine.values.options import Options, declared
+
+__all__ = ["commands", "on_page_markdown"]
+
+MARK = re.compile(r"<!-- (options|command): (.*?) -->")
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """What MkDocs calls with each page; every mark becomes what it asks for."""
+    return MARK.sub(lambda mark: (_options if mark[1] == "options" else _command)(mark[2]), markdown)
+
+
+def commands() -> dict[str, Any]:
+    """Every command by its words, groups too."""
+
+    def walk(words: tuple[str, ...], command: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - typer's own click
+        if words:
+            yield " ".join(words), command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk((*words, name), inner)
+
+    return dict(walk((), get_command(app)))
+
+
+def _options(name: str) -> str:
+    kind = getattr(copyspec_engine, name)
+    if not issubclass(kind, Options):
+        raise ValueError(f"Got options: {name} but expected the name of a class of options")
+    about = cleandoc(kind.__doc__ or "").partition("\n\nOptions:\n")[0]
+    fields = [
+        f"**`{field}`** &nbsp; `{declared(info)}`\n\n:   {_indented(info.description or '')}\n"
+        for field, info in kind.model_fields.items()
+    ]
+    return "\n".join([f"{about}\n", *fields])
+
+
+def _indented(text: str) -> str:
+    return cleandoc(text).replace("\n", "\n    ")
+
+
+def _command(words: str) -> str:
+    rows = []
+    for option in commands()[words].params:
+        names = [f"`{name}`" for name in (*option.opts, *option.secondary_opts)]
+        if not option.opts[0].startswith("-"):
+            names = [f"`{option.metavar or option.name.upper()}`"]
+        if option.name != "help":
+            rows.append(f"| {', '.join(names)} | {_cell(option.help or '')} | {_default(option)} |\n")
+    return f"| option | what it does | default |\n|---|---|---|\n{''.join(rows)}" if rows else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\\[", "[")
+
+
+def _default(option: Any) -> str:  # noqa: ANN401 - typer's own click
+    if option.required:
+        return "required"
+    value = option.default
+    if isinstance(value, list | tuple):
+        value = " ".join(str(getattr(part, "value", part)) for part in value)
+    return f"`{value}`" if value not in (None, "", False) else ""
