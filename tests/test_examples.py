@@ -25,6 +25,7 @@ EXPECTED = {
     "llama_index_agent.py": ["# Weekly planning", "times as fast as plain decoding, same text"],
     "llama_index_rag.py": ["# Conversations\n", "conversation", "same text"],
     "llama_index_rewrite.py": ["DRAFT, not yet approved\n# Weekly planning", "Thursday at seven", "same text"],
+    "server_clients.py": ["tokens came from the prediction", "port = 9000", "checksum = yes", "LlamaIndex: "],
     "self_refine_loop.py": ["Local news\nThe ferry", "For forty years", "Reporting by our harbour correspondent."],
 }
 
@@ -35,6 +36,7 @@ def test_every_example_is_run_here() -> None:
 
 @pytest.mark.filterwarnings("ignore:Skipping serialization of known unserializable key")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LlamaIndex's workflows list pydantic's old names
+@pytest.mark.enable_socket
 @pytest.mark.usefixtures("fixed_pass_cost")
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_the_example_runs_and_shows_what_it_promises(

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from copyspec_engine.adapters.wire import chunk_from_json
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.engine import Engine, RequestHandle
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     import openai
 
     from copyspec_engine import ConversationMemory
-    from copyspec_engine.memory.view import Snapshot
 
 __all__ = ["AnyEngine", "RemoteEngine", "RemoteModel", "shared_remote"]
 
@@ -158,15 +155,9 @@ class RemoteEngine:
 
     def memory(self, session_id: str) -> ConversationMemory:
         """As `Engine.memory`."""
-        from copyspec_engine.memory.view import ConversationMemory
+        from copyspec_engine.adapters.remote_memory import RemoteMemory
 
-        path = f"/v1/copyspec/conversations/{quote(session_id, safe='')}"
-        texts: dict[tuple[int, ...], str] = {}
-
-        def look() -> Snapshot:
-            return self._look(path, texts)
-
-        return ConversationMemory(session_id, look, lambda ids: texts[tuple(ids)], lambda: self._forget(path))
+        return RemoteMemory(session_id, self._ask_about)
 
     # ---- calls -------------------------------------------------------------------------------------------------
 
@@ -295,29 +286,16 @@ class RemoteEngine:
     def _url(self, path: str) -> str:
         return self.base_url.removesuffix("/v1") + path
 
-    def _look(self, path: str, texts: dict[tuple[int, ...], str]) -> Snapshot:
+    def _ask_about(self, method: str, path: str, body: Any = None) -> Any:  # noqa: ANN401 - any JSON value
+        """What the server says of a conversation; None: it knows none of this name."""
         import openai
 
-        from copyspec_engine.memory.view import Snapshot
-
+        options: Any = {} if body is None else {"body": body}
         try:
             with self._errors(but=openai.NotFoundError):
-                told = self._client.get(self._url(f"{path}/export"), cast_to=dict[str, Any])
+                return getattr(self._client, method)(self._url(path), cast_to=object, **options)
         except openai.NotFoundError:
-            return Snapshot((), 0)
-        texts |= {tuple(text["token_ids"]): text["text"] for text in told["texts"]}
-        found = [(text["number"], text["kind"], np.array(text["token_ids"], np.int64)) for text in told["texts"]]
-        return Snapshot(found, int(told.get("num_bytes", 0)))
-
-    def _forget(self, path: str) -> bool:
-        import openai
-
-        try:
-            with self._errors(but=openai.NotFoundError):
-                self._client.delete(self._url(path), cast_to=dict[str, Any])
-        except openai.NotFoundError:
-            return False
-        return True
+            return None
 
     @contextmanager
     def _errors(self, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
