@@ -37,8 +37,7 @@ def test_a_load_measures_the_layers_that_it_rounds(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(loading, "warn_where_slower", lambda model, _: seen.append(linear_seconds(model)))
     for quantization in (None, "int8"):
         config = EngineConfig(model=str(tmp_path / "tiny"), quantization=quantization, step_cost=STEP_COST)
-        info = loading.load_model(config).info
+        loading.load_model(config)
     assert len(seen) == 1
     assert min(seen[0]) > 0
-    assert "has its weight as Int8Tensor" in str(info.execution_error)
     assert linear_seconds(build_model("llama")) == (0.0, 0.0)
