@@ -98,8 +98,10 @@ def _inner(value: Any) -> Iterator[Any]:  # noqa: ANN401 - any JSON value
 
 def _of_validation(kind: type[BaseModel], error: ValidationError) -> ApiError:
     codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_parameter"}
+    first = error.errors(include_url=False)[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
     told = explain_errors(kind, error, called="the body")
-    return ApiError(400, codes.get(error.errors()[0]["type"], "invalid_value"), str(told), told.param)
+    return ApiError(400, codes.get(first["type"], "invalid_value"), str(told), where.removeprefix(".") or None)
 
 
 def documented(kind: type[Body]) -> dict[str, Any]:

@@ -28,15 +28,16 @@ class Call:
 
     Args:
         engine: that answers.
+        tenant: who asks; it has taken a place for each answer.
         requests: one for each answer.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
+    def __init__(self, engine: Engine, tenant: Tenant, requests: Sequence[GenerationRequest]) -> None:
         self.requests = tuple(requests)
         self.outputs: dict[int, GenerationOutput] = {}
         """The whole answers by their numbers, of those that are over."""
         self.on_close: Callable[[], None] = lambda: None
-        self._engine = engine
+        self._engine, self._tenant = engine, tenant
         self._items: asyncio.Queue[tuple[int, StreamChunk | Exception]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._first: list[asyncio.Future[Exception | None]] = [loop.create_future() for _ in requests]
@@ -98,8 +99,6 @@ class Call:
         try:
             async with aclosing(self._engine.astream(self.requests[index], wait=False)) as chunks:
                 async for chunk in chunks:
-                    if chunk.output is not None:
-                        self.outputs[index] = chunk.output
                     self._put(index, chunk)
         except asyncio.CancelledError:
             self._put(index, RequestFailedError("The call was cancelled before it began"))
@@ -107,6 +106,14 @@ class Call:
             self._put(index, error)
 
     def _put(self, index: int, item: StreamChunk | Exception) -> None:
+        """Hand on what came of an answer. What it has cost is counted before anyone hears that it is over."""
+        if isinstance(item, Exception):
+            self._tenant.give_back(1)
+        elif item.output is not None:
+            usage = item.output.usage
+            self._tenant.charge(usage.completion_tokens + (0 if self.outputs else usage.prompt_tokens))
+            self.outputs[index] = item.output
+            self._tenant.give_back(1)
         self._items.put_nowait((index, item))
         if not self._first[index].done():
             self._first[index].set_result(item if isinstance(item, Exception) else None)
@@ -146,16 +153,17 @@ class Calls:
         if self.is_draining:
             raise ApiError(503, "draining", "The server is shutting down: ask again", retry_after_s=2.0)
         tenant.take(len(requests))
-        call = Call(self.engine, requests)
+        call = Call(self.engine, tenant, requests)
         self._in_flight.add(call)
         call.on_close = lambda: self._in_flight.discard(call)
-        follower = asyncio.create_task(self._follow(tenant, call, receive))
+        follower = asyncio.create_task(_follow(call, receive))
         self._followed.add(follower)
         follower.add_done_callback(self._followed.discard)
         try:
             await call.admitted(self.config.first_byte_s)
         except BaseException:
             call.close()
+            await call.over()  # its other answers hold no place any more when it is asked again
             raise
         return call
 
@@ -166,15 +174,13 @@ class Calls:
         if self._followed:
             await asyncio.wait(self._followed)
 
-    async def _follow(self, tenant: Tenant, call: Call, receive: Receive) -> None:
-        """Cancel a call whose client goes away; count what it has cost."""
-        watcher = asyncio.create_task(_gone(receive))
-        watcher.add_done_callback(lambda task: None if task.cancelled() else call.cancel())
-        await call.over()
-        watcher.cancel()
-        tenant.give_back(len(call.requests))
-        usages = [call.outputs[index].usage for index in sorted(call.outputs)]
-        tenant.charge(sum(usage.completion_tokens for usage in usages) + sum(u.prompt_tokens for u in usages[:1]))
+
+async def _follow(call: Call, receive: Receive) -> None:
+    """Cancel a call whose client goes away."""
+    watcher = asyncio.create_task(_gone(receive))
+    watcher.add_done_callback(lambda task: None if task.cancelled() else call.cancel())
+    await call.over()
+    watcher.cancel()
 
 
 async def _gone(receive: Receive) -> None:

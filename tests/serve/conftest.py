@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.serve.app import create_app
@@ -64,3 +67,25 @@ async def client() -> AsyncIterator[Client]:
     yield make
     for made in clients:
         await made.aclose()
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """await serve(engine, **options) -> the address of a real server over the engine, on a socket of this machine."""
+    servers: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
+
+    async def start(engine: Engine, **options: Any) -> str:
+        app = create_app(engine, ServeConfig(**options))
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        servers.append((server, asyncio.create_task(server.serve([listener]))))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    for server, task in servers:
+        server.should_exit = server.force_exit = True
+        await task

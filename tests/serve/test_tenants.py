@@ -1,0 +1,181 @@
+"""Whose call it is: keys, hosts and origins; and that nothing of one tenant shows for another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from copyspec_engine import ConfigError, Engine
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.tenants import KEY_VARIABLE, Tenant, Tenants
+from tests.serve.conftest import CHAT, Client, body
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A file with keys "ann-key", "ann-new" and "bob-key"."""
+    path = tmp_path / "keys"
+    lines = [f"{name} {hashlib.sha256(key).hexdigest()}" for name, key in
+             (("ann", b"ann-key"), ("ann", b"ann-new"), ("bob", b"bob-key"))]  # fmt: skip
+    path.write_text("# who may ask\n\n" + "\n".join(lines))
+    path.chmod(0o600)
+    return path
+
+
+def key(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {name}"}
+
+
+async def test_all_but_three_paths_need_a_key(echo: Engine, client: Client, keys: Path) -> None:
+    http = client(echo, api_keys=str(keys))
+    for path in ("/health", "/ready", "/version"):
+        assert (await http.get(path)).status_code == 200
+    for path in ("/v1/models", "/openapi.json", "/docs", "/metrics", "/nothing"):
+        for headers in ({}, key("wrong"), key(""), {"Authorization": "Basic ann-key"}):
+            response = await http.get(path, headers=headers)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), path
+    for headers in (key("ann-key"), key("ann-new"), {"X-API-Key": "bob-key"}):
+        assert (await http.get("/v1/models", headers=headers)).status_code == 200
+
+
+async def test_keys_are_reread_and_bad_ones_leave_the_old(keys: Path) -> None:
+    tenants = Tenants(ServeConfig(api_keys=str(keys)), {KEY_VARIABLE: "own"})
+    names = [tenants.of_key(given) for given in ("ann-key", "bob-key", "own", "other", None)]
+    assert [tenant and tenant.name for tenant in names] == ["ann", "bob", "default", None, None]
+    keys.write_text(f"carl {hashlib.sha256(b'carl-key').hexdigest()}")
+    tenants.reread()
+    assert tenants.of_key("ann-key") is None
+    assert tenants.of_key("carl-key") is not None
+    for text, mode, match in (("carl xyz", 0o600, "line 1"), ("", 0o600, "single key"), ("x", 0o604, "chmod 600")):
+        keys.write_text(text)
+        keys.chmod(mode)
+        with pytest.raises(ConfigError, match=match):
+            tenants.reread()
+    assert tenants.of_key("carl-key") is not None
+
+
+@pytest.mark.parametrize(
+    ("headers", "options", "status"),
+    [
+        ({"Host": "evil.example:8000"}, {}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, {}, 403),
+        ({"Host": "localhost:8000"}, {}, 200),
+        ({"Host": "[::1]:8000"}, {}, 200),
+        ({"Host": "chat.example"}, {"allowed_hosts": ("chat.example",)}, 200),
+        ({"Host": "chat.example"}, {"host": "0.0.0.0"}, 200),
+        ({"Host": "other.example"}, {"host": "0.0.0.0", "allowed_hosts": ("chat.example",)}, 403),
+        ({"Origin": "https://evil.example"}, {}, 403),
+        ({"Origin": "null"}, {}, 403),
+        ({"Origin": "http://127.0.0.1"}, {}, 200),
+        ({"Origin": "https://ok.example"}, {"cors_origins": ("https://ok.example",)}, 200),
+    ],
+)
+async def test_pages_of_others_do_not_come_in(
+    echo: Engine, client: Client, headers: dict[str, str], options: dict[str, Any], status: int
+) -> None:
+    response = await client(echo, **options).get("/v1/models", headers=headers)
+    assert response.status_code == status
+    assert (response.headers.get("access-control-allow-origin") is not None) == bool(options.get("cors_origins"))
+
+
+async def test_a_conversation_goes_on_by_header_body_and_what_is_shown(make_engine: MakeEngine, client: Client) -> None:
+    http = client(make_engine(lambda _: "fine"), session_headers=("x-harness",))
+    long = "x" * 300
+
+    async def cached(given: dict[str, Any], headers: dict[str, str]) -> tuple[int, str]:
+        response = await http.post(CHAT, json=body(long, **given), headers=headers)
+        return response.json()["usage"]["prompt_tokens_details"]["cached_tokens"], response.headers["x-session-id"]
+
+    ways: list[tuple[dict[str, Any], dict[str, str], str]] = [
+        ({}, {"X-Session-ID": "a"}, "a"),
+        ({"session_id": "a"}, {}, "a"),
+        ({"session_id": "z"}, {"X-Conversation-Id": "a"}, "a"),
+        ({"metadata": {"thread_id": "a"}}, {}, "a"),
+        ({}, {"X-Harness": "a"}, "a"),
+    ]
+    found = [await cached(given, headers) for given, headers, _ in ways]
+    assert [name for _, name in found] == [name for *_, name in ways]
+    assert found[0][0] == 0
+    assert min(count for count, _ in found[1:]) > 250
+    first = await http.post(CHAT, json=body(long, user="u"))
+    talk = [*body(long)["messages"], first.json()["choices"][0]["message"], {"role": "user", "content": "more"}]
+    seen = {}
+    for user in ("u", "v", None):
+        response = await http.post(CHAT, json=body(messages=talk, **({} if user is None else {"user": user})))
+        seen[user] = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert seen["u"] > 250
+    assert (seen["v"], seen[None]) == (0, 0), "what one user has said goes on for none else"
+    named = first.headers["x-session-id"]
+    again = await http.post(CHAT, json=body(messages=talk), headers={"X-Session-ID": named})
+    assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 250
+    assert again.headers["x-session-id"] == named
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_nothing_of_one_tenant_shows_for_another(
+    make_engine: MakeEngine, client: Client, keys: Path, seed: int
+) -> None:
+    """Bob's calls are answered in every field as if Ann were not there, though both use the same names for all."""
+    rng = random.Random(seed)
+    secret = "ann's secret " * 8
+
+    def call() -> tuple[dict[str, Any], dict[str, str]]:
+        text = rng.choice((secret, "hello", secret + "and more"))
+        given: dict[str, Any] = {"copyspec": {"segments": True, "explain": True, "stats": True}}
+        given |= rng.choice(({}, {"session_id": "s"}, {"prompt_cache_key": "k"}, {"user": "u"}))
+        shown = [{"role": "user", "content": text}]
+        if rng.random() < 0.5:
+            shown += [{"role": "assistant", "content": secret.strip()}, {"role": "user", "content": "go on"}]
+        return body(messages=shown, **given), rng.choice(({}, {"X-Session-ID": "s"}))
+
+    async def answers(with_ann: bool) -> list[str]:
+        # Drafts of the default size themselves by what copying has been worth to all calls, whoever made them.
+        engine = make_engine(lambda _: secret, drafter="copyspec")
+        http = client(engine, api_keys=str(keys))
+        told = []
+        for number, (given, headers) in enumerate(calls):
+            name = ("ann-key", "bob-key")[number % 2]
+            if name == "bob-key" or with_ann:
+                response = await http.post(CHAT, json=given, headers={**headers, **key(name)})
+                assert response.status_code == 200, response.text
+                if name == "bob-key":
+                    told.append(_without_times(response.json()))
+        return told
+
+    calls = [call() for _ in range(12)]
+    assert await answers(with_ann=True) == await answers(with_ann=False)
+
+
+def _without_times(answer: dict[str, Any]) -> str:
+    """All that an answer tells, without times, and what is drawn by chance."""
+    for name in ("id", "created"):
+        del answer[name]
+    for choice in answer["choices"]:
+        for name in ("queue_s", "ttft_s", "total_s"):
+            del choice["copyspec"]["stats"][name]
+    answer["choices"].sort(key=json.dumps)
+    return json.dumps(answer)
+
+
+def test_tokens_come_back_with_time() -> None:
+    now = [0.0]
+    tenant = Tenant("ann", ServeConfig(tokens_per_minute=60), lambda: now[0])
+    tenant.charge(90)
+    with pytest.raises(Exception, match="tokens a minute"):
+        tenant.take(1)
+    now[0] = 31.0
+    tenant.take(1)
+
+
+def test_a_key_in_the_environment_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, KEY_VARIABLE, "k")
+    assert not Tenants(ServeConfig()).is_open
