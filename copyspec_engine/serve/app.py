@@ -11,15 +11,17 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.bodies import body_schemas
 from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.docs import POLICY, docs_page
 from copyspec_engine.serve.errors import ApiError, error_response, http_error, not_found
 from copyspec_engine.serve.gate import Gate
 from copyspec_engine.serve.health import health_router
+from copyspec_engine.serve.metrics import metrics_router
 from copyspec_engine.serve.models import models_router
 from copyspec_engine.serve.openai_chat import chat_router
 from copyspec_engine.serve.service import Service
@@ -49,7 +51,13 @@ def app_of(service: Service) -> ASGIApp:
     app = FastAPI(title="copyspec", version=importlib.metadata.version("copyspec"), docs_url=None, redoc_url=None)
     for router in (*_ROUTERS, page_router) if service.config.page else _ROUTERS:
         app.include_router(router(service))
+    app.include_router(metrics_router(service.metrics))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()), headers={"Content-Security-Policy": POLICY})
+
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_exception_handler(RequestValidationError, _routing_error)
     for kind in (ApiError, CopySpecError, Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
@@ -51,14 +52,16 @@ async def read_body(request: Request, kind: type[Any_Body], config: ServeConfig)
 
 async def read_json(request: Request, config: ServeConfig) -> Any:  # noqa: ANN401 - any JSON value
     """The body of a request. Raises as `read_body` does of it."""
-    body = bytearray()
+    body, pieces = bytearray(), aiter(request.stream())
     try:
-        async for piece in request.stream():
+        while (piece := await asyncio.wait_for(anext(pieces, None), config.body_timeout_s)) is not None:
             body += piece
             if len(body) > config.max_body_bytes:
                 raise ApiError(
                     413, "body_too_large", f"Got a body of more than {config.max_body_bytes} bytes: shorten it"
                 )
+    except asyncio.TimeoutError:
+        raise ApiError(408, "body_timeout", f"Got nothing of the body for {config.body_timeout_s} seconds") from None
     except ClientDisconnect:
         raise ApiError(400, "incomplete_body", "The client went away before its body was whole") from None
     try:

@@ -7,6 +7,7 @@ drains, is cancelled where its client goes away, and comes to an end of its own 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
@@ -15,6 +16,7 @@ from starlette.types import Receive
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError
+from copyspec_engine.serve.metrics import Metrics
 from copyspec_engine.serve.tenants import Tenant
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.errors import RequestFailedError
@@ -30,14 +32,15 @@ class Call:
         engine: that answers.
         tenant: who asks; it has taken a place for each answer.
         requests: one for each answer.
+        metrics: count them.
     """
 
-    def __init__(self, engine: Engine, tenant: Tenant, requests: Sequence[GenerationRequest]) -> None:
+    def __init__(self, engine: Engine, tenant: Tenant, requests: Sequence[GenerationRequest], metrics: Metrics) -> None:
         self.requests = tuple(requests)
         self.outputs: dict[int, GenerationOutput] = {}
         """The whole answers by their numbers, of those that are over."""
         self.on_close: Callable[[], None] = lambda: None
-        self._engine, self._tenant = engine, tenant
+        self._engine, self._tenant, self._metrics = engine, tenant, metrics
         self._items: asyncio.Queue[tuple[int, StreamChunk | Exception]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._first: list[asyncio.Future[Exception | None]] = [loop.create_future() for _ in requests]
@@ -96,9 +99,14 @@ class Call:
 
     async def _read(self, index: int) -> None:
         """Take an answer from the engine as it is written."""
+        last_s = 0.0
         try:
             async with aclosing(self._engine.astream(self.requests[index], wait=False)) as chunks:
                 async for chunk in chunks:
+                    now_s = time.perf_counter()
+                    if last_s:
+                        self._metrics.between_chunks.observe(now_s - last_s)
+                    last_s = now_s
                     self._put(index, chunk)
         except asyncio.CancelledError:
             self._put(index, RequestFailedError("The call was cancelled before it began"))
@@ -113,6 +121,7 @@ class Call:
             usage = item.output.usage
             self._tenant.charge(usage.completion_tokens + (0 if self.outputs else usage.prompt_tokens))
             self.outputs[index] = item.output
+            self._metrics.answered(item.output)
             self._tenant.give_back(1)
         self._items.put_nowait((index, item))
         if not self._first[index].done():
@@ -125,12 +134,16 @@ class Calls:
     Args:
         engine: that answers.
         config: the limits.
+        metrics: count them.
     """
 
-    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+    def __init__(self, engine: Engine, config: ServeConfig, metrics: Metrics) -> None:
         self.engine, self.config = engine, config
         self.is_draining = False
         """New calls are refused."""
+        self._metrics = metrics
+        metrics.in_flight.set_function(lambda: float(len(self)))
+        metrics.draining.set_function(lambda: float(self.is_draining))
         self._in_flight: set[Call] = set()
         self._followed: set[asyncio.Task[None]] = set()
 
@@ -153,7 +166,8 @@ class Calls:
         if self.is_draining:
             raise ApiError(503, "draining", "The server is shutting down: ask again", retry_after_s=2.0)
         tenant.take(len(requests))
-        call = Call(self.engine, tenant, requests)
+        self._metrics.asked(tenant, requests)
+        call = Call(self.engine, tenant, requests, self._metrics)
         self._in_flight.add(call)
         call.on_close = lambda: self._in_flight.discard(call)
         follower = asyncio.create_task(_follow(call, receive))

@@ -48,6 +48,8 @@ class ServeConfig(Options):
     """Headers by which some clients name their conversation, looked at behind X-Session-ID and X-Conversation-Id."""
     max_body_bytes: int = Field(default=8 * 1024 * 1024, ge=1024)
     """Bytes of a request's body."""
+    body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """Seconds for which a body may have nothing more to give before its call is refused."""
     max_depth: int = Field(default=64, ge=4, le=100)
     """Lists and objects of a body in each other."""
     max_messages: int = Field(default=4096, ge=1)
@@ -80,6 +82,8 @@ class ServeConfig(Options):
     """Tokens of prompts and answers of one tenant, as a mean; a whole minute's may come at once. Default: no limit."""
     max_states: int = Field(default=1024, ge=1)
     """Answers of one tenant by which a conversation that nobody names is found again."""
+    vllm_metric_names: bool = False
+    """Tell some metrics by vLLM's names besides, which routers in front of servers read."""
     page: bool = True
     """Whether GET / gives a page to talk on."""
 

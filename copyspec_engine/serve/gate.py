@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 OPEN = frozenset({"/health", "/ready", "/version"})
 """Paths that need no key."""
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MOST_ID_LETTERS = 128
 
 
@@ -99,6 +100,9 @@ class Gate:
 
     def _log(self, scope: Scope, passage: _Passage) -> None:
         tenant: Tenant | None = scope.get("copyspec.tenant")
+        endpoint = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._service.metrics.requests.labels(endpoint, method, passage.status or 0).inc()
         logger.info(
             "%s %s %s tenant=%s request=%s %.0f ms",
             scope["method"],

@@ -19,16 +19,14 @@ def health_router(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> JSONResponse:
         """503: the engine has died, and only a restart helps."""
-        cause = service.died_of
-        if cause is not None:
-            return JSONResponse({"status": "dead"}, 503)
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "dead"}, 503) if service.is_dead else JSONResponse({"status": "ok"})
 
     @router.get("/ready")
     async def ready() -> JSONResponse:
         """503: new calls are refused, because the server is on its way out or has died."""
-        if service.died_of is not None or service.calls.is_draining:
-            return JSONResponse({"status": "dead" if service.died_of is not None else "draining"}, 503)
+        if service.is_dead or service.calls.is_draining:
+            status = "dead" if service.is_dead else "draining"
+            return JSONResponse({"status": status}, 503, {"Retry-After": "2"})
         return JSONResponse({"status": "ready", "in_flight": len(service.calls)})
 
     @router.get("/version")

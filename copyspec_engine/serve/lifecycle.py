@@ -22,7 +22,7 @@ from copyspec_engine.serve.app import app_of
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.service import Service
 from copyspec_engine.serve.tenants import KEY_VARIABLE, Tenants
-from copyspec_engine.values.errors import ConfigError, EngineStoppedError
+from copyspec_engine.values.errors import ConfigError
 
 __all__ = ["DIED", "INTERRUPTED", "TERMINATED", "listen", "run_server"]
 
@@ -37,7 +37,7 @@ TERMINATED = 143
 _LAST_EVENTS_S = 5.0
 """Seconds for last events to reach their readers."""
 _LOOK_S = 0.05
-_WATCH_S = 1.0
+_WATCH_S = 0.25
 
 
 def listen(config: ServeConfig) -> socket.socket:
@@ -56,13 +56,21 @@ def listen(config: ServeConfig) -> socket.socket:
             config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot_listen(config, error) from None
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # else the connection of a reader that was given up stays for ever
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * config.send_timeout_s))
         listener.bind(address)
     except OSError as error:
-        raise ConfigError(f"Got host={config.host!r} and port={config.port} but cannot listen there: {error}") from None
+        listener.close()
+        raise _cannot_listen(config, error) from None
     return listener
+
+
+def _cannot_listen(config: ServeConfig, error: OSError) -> ConfigError:
+    return ConfigError(f"Got host={config.host!r} and port={config.port} but cannot listen there: {error}")
 
 
 def run_server(
@@ -153,7 +161,7 @@ class _Life:
         await asyncio.wait({watcher, signalled}, return_when=asyncio.FIRST_COMPLETED)
         signalled.cancel()
         if watcher.done():
-            logger.critical("the engine's loop has died: %r", watcher.result())
+            logger.critical("the engine's loop has died")
             await self._unless_again(self._idle(), _LAST_EVENTS_S)
             return DIED
         watcher.cancel()
@@ -168,14 +176,9 @@ class _Life:
             return INTERRUPTED
         return TERMINATED if self._again.is_set() else 0
 
-    async def _died(self) -> BaseException:
-        """What the loop of the engine died of, once it has."""
-        while True:
-            try:
-                await asyncio.to_thread(self._service.engine.metrics)
-            except EngineStoppedError as error:
-                self._service.died_of = error.cause or error
-                return self._service.died_of
+    async def _died(self) -> None:
+        """Wait until the loop of the engine has ended by itself."""
+        while not self._service.is_dead:
             await asyncio.sleep(_WATCH_S)
 
     async def _idle(self) -> None:

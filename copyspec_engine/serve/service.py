@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
@@ -16,6 +17,7 @@ from copyspec_engine.serve.calls import Call, Calls
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.conversations import Caller, told_session
 from copyspec_engine.serve.errors import not_found
+from copyspec_engine.serve.metrics import Metrics
 from copyspec_engine.serve.tenants import Tenant, Tenants
 from copyspec_engine.values.config import GenerationRequest
 
@@ -36,19 +38,23 @@ class Service:
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self.engine, self.config, self.info = engine, config, engine.info
         self.tenants = Tenants(config)
-        self.calls = Calls(engine, config)
         self.created = int(time.time())
         """When the model was loaded, in seconds since 1970."""
         name = self.info.model
         self.model = config.model_name or (PurePath(name).name if PurePath(name).is_absolute() else name)
         """What answers call the model."""
+        self.metrics = Metrics(engine, self.model, vllm_names=config.vllm_metric_names)
+        self.calls = Calls(engine, config, self.metrics)
         self.models = tuple(dict.fromkeys((self.model, *config.model_aliases)))
         """What calls may call it."""
         facts = [self.info.model, self.info.model_source, self.info.dtype, self.info.exact, self.info.versions]
         self.fingerprint = f"fp_{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
         """Changes where the same call may get another answer."""
-        self.died_of: BaseException | None = None
-        """What has ended the loop of the engine; None: it runs."""
+
+    @property
+    def is_dead(self) -> bool:
+        """The engine's loop has ended, and all that helps is a new server. Never waits."""
+        return math.isinf(self.engine.heartbeat_age_s)
 
     def caller(self, request: Request) -> Caller:
         """Who makes a request; the gate has seen to it that he may."""
