@@ -25,6 +25,7 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _ENGINE = (
     *("device", "dtype", "memory", "quantization", "exact", "trust_remote_code", "chat_template", "generation_config"),
     *("max_model_len", "kv_cache_tokens", "max_running", "max_waiting", "max_prefill_tokens", "max_sessions"),
+    "max_sessions_per_owner",
     *("memory_tokens", "memory_path", "keep_token_ids", "compile_layers"),
 )
 """Options of the engine whose values can be given as words."""

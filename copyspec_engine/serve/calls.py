@@ -156,7 +156,7 @@ class Calls:
 
         Args:
             tenant: who asks.
-            requests: one for each choice. They share their prompt.
+            requests: one for each choice. They share their prompt, and what is kept of them counts for the tenant.
             receive: of the HTTP request, whose body was read; the call is cancelled when its client goes away.
 
         Raises:
@@ -166,6 +166,7 @@ class Calls:
         if self.is_draining:
             raise ApiError(503, "draining", "The server is shutting down: ask again", retry_after_s=2.0)
         tenant.take(len(requests))
+        requests = [request.model_copy(update={"owner": tenant.name}) for request in requests]
         self._metrics.asked(tenant, requests)
         call = Call(self.engine, tenant, requests, self._metrics)
         self._in_flight.add(call)

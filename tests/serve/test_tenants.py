@@ -155,6 +155,22 @@ async def test_nothing_of_one_tenant_shows_for_another(
     assert await answers(with_ann=True) == await answers(with_ann=False)
 
 
+async def test_what_one_tenant_keeps_makes_another_forget_nothing(
+    make_engine: MakeEngine, client: Client, keys: Path
+) -> None:
+    http = client(make_engine(lambda _: "fine", max_sessions=4), api_keys=str(keys))
+
+    async def cached(tenant: str, session: str) -> int:
+        headers = {**key(f"{tenant}-key"), "X-Session-ID": session}
+        usage = (await http.post(CHAT, json=body("x" * 300), headers=headers)).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert await cached("bob", "s") == 0
+    for number in range(9):
+        assert await cached("ann", str(number)) == 0
+    assert await cached("bob", "s") > 250
+
+
 def _without_times(answer: dict[str, Any]) -> str:
     """All that an answer tells, without times, and what is drawn by chance."""
     for name in ("id", "created"):
