@@ -77,6 +77,19 @@ def test_a_server_that_does_not_start_is_told_and_ended(
     assert not is_running(starts(record)[0][0])
 
 
+def test_a_server_that_a_signal_kills_at_its_start_is_started_without_what_its_machine_cannot_do(
+    put_on_path: Callable[[str], Path],
+) -> None:
+    record = put_on_path("no AMX")
+    with run_server() as server:
+        assert server.answer([1, 2, 3], 7).text == "said"
+        (first, words), (second, others) = starts(record)
+        assert not is_running(first)
+        assert is_running(second)
+        assert others[-1] == "--no-repack"
+        assert others[-2:-1] == words[-1:]
+
+
 def test_a_program_that_cannot_be_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(LlamaServerError, match="cannot be run: No such file"):
         LlamaServer(str(tmp_path / "none"), Path("m.gguf"), threads=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import re
 import shutil
 import socket
@@ -31,6 +32,8 @@ __all__ = [
     "gguf_file",
     "server_version",
 ]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -98,15 +101,17 @@ class LlamaServer:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the server writes
         words = [binary, "-m", str(gguf), "--host", HOST, "--port", str(self._port), "-t", str(threads)]
         words += ["-c", str(CONTEXT_TOKENS), "-np", "1", "--jinja", *options]
+        self._process = self._started(words)
         try:
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
-            )
-        except OSError as error:
-            self._log.close()
-            raise LlamaServerError(f"{binary} cannot be run: {error.strerror or error}") from None
-        try:
-            self._await_start(start_timeout_s)
+            try:
+                self._await_start(start_timeout_s)
+            except LlamaServerError as error:
+                if (self._process.poll() or 0) >= 0:
+                    raise
+                # Some machines name instructions for matrices (AMX) that they do not let a program use.
+                logger.warning("%s; started again with --no-repack, which leaves such instructions alone", error)
+                self._process = self._started([*words, "--no-repack"])
+                self._await_start(start_timeout_s)
         except BaseException:
             self.close()
             raise
@@ -168,6 +173,13 @@ class LlamaServer:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+    def _started(self, words: Sequence[str]) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT)
+        except OSError as error:
+            self._log.close()
+            raise LlamaServerError(f"{words[0]} cannot be run: {error.strerror or error}") from None
 
     def _await_start(self, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
