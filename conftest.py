@@ -77,13 +77,15 @@ def smollm2() -> Engine:
     )
 
 
-@pytest.fixture
-def fixed_pass_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def fixed_pass_cost() -> Iterator[None]:
     """Models that are loaded take no measured cost of a pass: their drafts must not depend on how busy a machine is."""
     from copyspec_engine.execution import calibration
 
     cost = calibration.PassCost(((1, 1.0), (8, 1.1), (64, 1.6)), narrow_tokens=32)
-    monkeypatch.setattr(calibration, "kept_or_measured", lambda *_: cost)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "kept_or_measured", lambda *_: cost)
+        yield
 
 
 @pytest.fixture

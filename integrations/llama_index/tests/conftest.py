@@ -15,7 +15,7 @@ Response = ChatResponse | CompletionResponse
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Engine:
+def bundled(fixed_pass_cost: None) -> Engine:
     """The model that ships with the engine."""
     return shared_engine(EngineConfig(model="bundled"))
 
