@@ -23,6 +23,8 @@ from copyspec_engine.serve.gate import Gate
 from copyspec_engine.serve.health import health_router
 from copyspec_engine.serve.metrics import metrics_router
 from copyspec_engine.serve.models import models_router
+from copyspec_engine.serve.ollama import ollama_router
+from copyspec_engine.serve.ollama_models import ollama_models_router
 from copyspec_engine.serve.openai_chat import chat_router
 from copyspec_engine.serve.service import Service
 from copyspec_engine.serve.site import page_router
@@ -30,7 +32,7 @@ from copyspec_engine.values.errors import CopySpecError
 
 __all__ = ["app_of", "create_app"]
 
-_ROUTERS = (chat_router, models_router, health_router)
+_ROUTERS = (chat_router, models_router, ollama_router, ollama_models_router, health_router)
 
 
 def create_app(engine: Engine, config: ServeConfig | None = None) -> ASGIApp:
@@ -88,20 +90,20 @@ _ELSEWHERE = (
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 400
-    if status == 404 and request.url.path.startswith(tuple(f"/v1/{name}" for name in _ELSEWHERE)):
+    status, path = error.status_code if isinstance(error, HTTPException) else 400, request.url.path
+    if status == 404 and path.startswith(tuple(f"/v1/{name}" for name in _ELSEWHERE)):
         return error_response(
-            not_found(f"This server has no {request.url.path}: it writes text only", "unsupported_endpoint")
+            not_found(f"This server has no {path}: it writes text only", "unsupported_endpoint"), path
         )
     if status == 404:
-        return error_response(not_found(f"There is no {request.method} {request.url.path} here: see /docs"))
+        return error_response(not_found(f"There is no {request.method} {path} here: see /docs"), path)
     detail = error.detail if isinstance(error, HTTPException) else str(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    return error_response(http_error(status, detail), headers)
+    return error_response(http_error(status, detail), path, headers)
 
 
-async def _error(_request: Request, error: Exception) -> Response:
-    return error_response(error)
+async def _error(request: Request, error: Exception) -> Response:
+    return error_response(error, request.url.path)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -10,14 +10,15 @@ from typing import Any
 
 from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.adapters.tools import answer_grammar
+from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.conversations import Caller, salt_of
 from copyspec_engine.serve.sampling import seeded
 from copyspec_engine.serve.service import Service
 from copyspec_engine.values.config import GenerationRequest, SamplingParams
 from copyspec_engine.values.grammar import Grammar
-from copyspec_engine.values.outputs import GenerationOutput, ReplyDelta, StreamChunk
+from copyspec_engine.values.outputs import GenerationOutput, ReplyDelta, StreamChunk, TokenLogprob
 
-__all__ = ["ChatAnswer", "ChatQuestion", "json_grammar", "usage_of"]
+__all__ = ["ChatAnswer", "ChatQuestion", "json_grammar", "told_logprobs", "usage_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +189,13 @@ class ChatAnswer:
             else:
                 yield ReplyDelta("tool_call", invalid.arguments, index, invalid.id, invalid.name)
                 index += 1
+
+
+def told_logprobs(engine: Engine, chunk: StreamChunk) -> Sequence[TokenLogprob]:
+    """The log-probabilities of a chunk's tokens, without that of the one which has ended the answer."""
+    told = chunk.logprobs or ()
+    is_end = chunk.output is not None and chunk.output.finish_reason == "stop" and bool(told)
+    return told[:-1] if is_end and not engine.decode([told[-1].token_id]) else told
 
 
 def usage_of(outputs: Sequence[GenerationOutput]) -> dict[str, Any]:

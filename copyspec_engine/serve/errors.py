@@ -1,4 +1,4 @@
-"""Every error as OpenAI's clients know it: one table from what is raised to status, type, code and whether to retry."""
+"""Every error as its clients know it: one table from what is raised to status, type, code and whether to retry."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ class ApiError(Exception):
         """OpenAI's form."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
+    def ollama_body(self) -> dict[str, Any]:
+        """Ollama's form."""
+        return {"error": self.message}
+
     def headers(self) -> dict[str, str]:
         """When to try again, or that it is no use."""
         if self.retry_after_s is None:
@@ -102,10 +106,11 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(500, "internal_error", "The server failed in a way that it did not expect; its log says more")
 
 
-def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The whole answer of a call that failed before its first byte."""
+def error_response(error: Exception, path: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The whole answer of a call that failed before its first byte, in the form of the API that its path belongs to."""
     told = api_error(error)
-    return JSONResponse(told.body(), told.status, {**told.headers(), **(headers or {})})
+    body = told.ollama_body() if path.startswith("/api/") else told.body()
+    return JSONResponse(body, told.status, {**told.headers(), **(headers or {})})
 
 
 def http_error(status: int, detail: object) -> ApiError:

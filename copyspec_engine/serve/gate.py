@@ -51,7 +51,7 @@ class Gate:
             await self._app(scope, receive, passage.send)
         except Exception as error:  # one request that fails harms no other
             if passage.status is None:
-                await error_response(error)(scope, receive, passage.send)
+                await error_response(error, scope["path"])(scope, receive, passage.send)
         finally:
             self._log(scope, passage)
 

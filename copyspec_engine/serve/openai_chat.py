@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from copyspec_engine.adapters.model import AdapterOptions
 from copyspec_engine.adapters.tools import tool_choice_of
 from copyspec_engine.adapters.wire import chunk_to_json
 from copyspec_engine.serve.bodies import Body, documented, read_body
-from copyspec_engine.serve.chat import ChatAnswer, ChatQuestion, json_grammar, usage_of
+from copyspec_engine.serve.chat import ChatAnswer, ChatQuestion, json_grammar, told_logprobs, usage_of
 from copyspec_engine.serve.conversations import Caller
 from copyspec_engine.serve.errors import ApiError, invalid
 from copyspec_engine.serve.events import SSE, Event, EventResponse, obfuscated, wants_obfuscation
@@ -292,7 +292,7 @@ class ChatWriter:
     def events(self, index: int, chunk: StreamChunk) -> list[Event]:
         """What a chunk of answer `index` adds."""
         deltas = self._answers[index].take(chunk)
-        self._logprobs[index] += self._told(chunk)
+        self._logprobs[index] += told_logprobs(self._service.engine, chunk)
         if not self._body.stream:
             return []
         said: dict[str, Any] = {"chunk": chunk_to_json(chunk)} if self._options.chunks else {}
@@ -360,12 +360,6 @@ class ChatWriter:
 
     def _usage(self) -> dict[str, Any]:
         return usage_of([answer.output for answer in self._answers if answer.output is not None])
-
-    def _told(self, chunk: StreamChunk) -> Iterable[TokenLogprob]:
-        """The log-probabilities of a chunk's tokens, without that of the one which has ended the answer."""
-        told = chunk.logprobs or ()
-        is_end = chunk.output is not None and chunk.output.finish_reason == "stop" and bool(told)
-        return told[:-1] if is_end and not self._service.engine.decode([told[-1].token_id]) else told
 
     def _at_end(self, output: GenerationOutput) -> dict[str, Any]:
         said: dict[str, Any] = {}
