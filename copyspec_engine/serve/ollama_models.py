@@ -56,7 +56,8 @@ def ollama_models_router(service: Service) -> APIRouter:
     """The endpoints that do not answer."""
     router = APIRouter()
 
-    @router.api_route("/api/tags", methods=["GET", "HEAD"])
+    @router.head("/api/tags", include_in_schema=False)
+    @router.get("/api/tags")
     async def tags() -> JSONResponse:
         """The model, under each of its names."""
         listed = {"modified_at": timestamp(service.created), "capabilities": _capabilities(service)}
@@ -81,7 +82,8 @@ def ollama_models_router(service: Service) -> APIRouter:
         ignored = ", ".join(body.ignored())
         return JSONResponse(_shown(service), headers={"X-Copyspec-Ignored": ignored} if ignored else None)
 
-    @router.api_route("/api/version", methods=["GET", "HEAD"])
+    @router.head("/api/version", include_in_schema=False)
+    @router.get("/api/version")
     async def version() -> JSONResponse:
         """The version of copyspec."""
         return JSONResponse({"version": importlib.metadata.version("copyspec")})
