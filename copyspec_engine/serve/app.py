@@ -26,13 +26,14 @@ from copyspec_engine.serve.models import models_router
 from copyspec_engine.serve.ollama import ollama_router
 from copyspec_engine.serve.ollama_models import ollama_models_router
 from copyspec_engine.serve.openai_chat import chat_router
+from copyspec_engine.serve.openai_completions import completions_router
 from copyspec_engine.serve.service import Service
 from copyspec_engine.serve.site import page_router
 from copyspec_engine.values.errors import CopySpecError
 
 __all__ = ["app_of", "create_app"]
 
-_ROUTERS = (chat_router, models_router, ollama_router, ollama_models_router, health_router)
+_ROUTERS = (*(chat_router, completions_router, models_router, ollama_router, ollama_models_router, health_router),)
 
 
 def create_app(engine: Engine, config: ServeConfig | None = None) -> ASGIApp:

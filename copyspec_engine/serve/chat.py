@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.adapters.tools import answer_grammar
@@ -18,7 +18,15 @@ from copyspec_engine.values.config import GenerationRequest, SamplingParams
 from copyspec_engine.values.grammar import Grammar
 from copyspec_engine.values.outputs import GenerationOutput, ReplyDelta, StreamChunk, TokenLogprob
 
-__all__ = ["ChatAnswer", "ChatQuestion", "json_grammar", "told_logprobs", "usage_of"]
+__all__ = [
+    "ChatAnswer",
+    "ChatQuestion",
+    "Effort",
+    "json_grammar",
+    "reasoning_template",
+    "told_logprobs",
+    "usage_of",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +112,16 @@ def json_grammar(schema: Mapping[str, Any] | None = None, *, strict: bool = Fals
     if schema is None:
         return Grammar(json_schema={"type": "object", "x-guidance": _COMPACT})
     return Grammar(json_schema={"x-guidance": _COMPACT, **schema}, closed=True, lenient=not strict)
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+def reasoning_template(effort: Effort | None) -> dict[str, Any]:
+    """What chat templates read of how much to reason; "none" switches it off where a template can."""
+    if effort is None:
+        return {}
+    return {"enable_thinking": False} if effort == "none" else {"enable_thinking": True, "reasoning_effort": effort}
 
 
 class ChatAnswer:

@@ -15,10 +15,11 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import invalid
 from copyspec_engine.serve.tenants import Tenant
 
-__all__ = ["Caller", "engine_session", "salt_of", "told_session"]
+__all__ = ["SESSION_METADATA", "Caller", "engine_session", "salt_of", "told_session"]
 
+SESSION_METADATA = ("session_id", "thread_id", "conversation_id")
+"""Keys of a body's `metadata` that name a conversation."""
 _MOST_CHARACTERS = 256
-_METADATA = ("session_id", "thread_id", "conversation_id")
 _PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " "
 
 
@@ -51,7 +52,7 @@ class Caller:
                 return _checked(self.headers[name], name)
         if body.get("session_id") is not None:
             return _checked(body["session_id"], "session_id")
-        for name in _METADATA:
+        for name in SESSION_METADATA:
             if metadata.get(name) is not None:
                 return _checked(metadata[name], f"metadata.{name}")
         return None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -19,7 +22,7 @@ from copyspec_engine.values.errors import (
     UnsupportedModelError,
 )
 
-__all__ = ["ApiError", "api_error", "error_response", "invalid", "not_found"]
+__all__ = ["ApiError", "api_error", "by_names", "error_response", "invalid", "not_found"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +107,23 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(501, "not_installed", str(error))
     logger.error("an unexpected error", exc_info=error)
     return ApiError(500, "internal_error", "The server failed in a way that it did not expect; its log says more")
+
+
+@contextmanager
+def by_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of the engine inside are told of by the fields of a body.
+
+    Args:
+        names: our names of fields that the body calls otherwise, and what it calls them.
+    """
+    try:
+        yield
+    except CopySpecError as error:
+        told = api_error(error)
+        ours = re.match(r"\w+", told.param or "")
+        if ours is not None and ours[0] in names:
+            told.param = names[ours[0]]
+        raise told from error
 
 
 def error_response(error: Exception, path: str, headers: dict[str, str] | None = None) -> JSONResponse:

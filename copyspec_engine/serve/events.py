@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from copyspec_engine.serve.calls import Call
@@ -19,7 +19,18 @@ from copyspec_engine.serve.config import ServeConfig, is_loopback
 from copyspec_engine.serve.errors import ApiError, api_error
 from copyspec_engine.values.outputs import StreamChunk
 
-__all__ = ["LINES", "NAMED_EVENTS", "SSE", "EventResponse", "EventWriter", "Framing", "obfuscated", "wants_obfuscation"]
+__all__ = [
+    "LINES",
+    "NAMED_EVENTS",
+    "SSE",
+    "AnswerWriter",
+    "EventResponse",
+    "EventWriter",
+    "Framing",
+    "answer_of",
+    "obfuscated",
+    "wants_obfuscation",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +55,14 @@ class EventWriter(Protocol):
 
     def failed(self, error: ApiError) -> Iterable[Event]:
         """What tells of an error in the middle of the stream, as the last thing."""
+        ...
+
+
+class AnswerWriter(EventWriter, Protocol):
+    """The same for answers that may also come as a whole."""
+
+    def whole(self) -> Mapping[str, Any]:
+        """All that was written, once it is over."""
         ...
 
 
@@ -140,6 +159,20 @@ class EventResponse(Response):
             yield b"".join(map(frame, self._writer.end())) + self._framing.done
         except Exception as error:  # there is no status left to say it with
             yield b"".join(map(frame, self._writer.failed(api_error(error))))
+
+
+async def answer_of(
+    call: Call, writer: AnswerWriter, framing: Framing | None, config: ServeConfig, headers: Mapping[str, str]
+) -> Response:
+    """A call's answer: in events, or without a framing as one JSON object, once it is over."""
+    if framing is not None:
+        return EventResponse(call, writer, framing, config, headers)
+    try:
+        async for index, chunk in call.chunks():
+            writer.events(index, chunk)
+    finally:
+        call.close()
+    return JSONResponse(writer.whole(), headers=dict(headers))
 
 
 _LEAST_BYTES = 256

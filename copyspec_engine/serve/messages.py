@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from copyspec_engine.adapters.tools import tool_choice_of
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError, invalid
 
-__all__ = ["checked_messages", "checked_tools"]
+__all__ = ["checked_choice", "checked_messages", "checked_tools"]
 
 _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
@@ -141,3 +142,17 @@ def checked_tools(tools: Sequence[Mapping[str, Any]], config: ServeConfig) -> tu
         strict |= function.get("strict") is True
         ready.append({"type": "function", "function": {k: v for k, v in function.items() if k != "strict"}})
     return ready, strict
+
+
+def checked_choice(given: str | Mapping[str, Any] | None, tools: Sequence[Mapping[str, Any]]) -> str:
+    """Which tools an answer may call: "auto", "none", "required" or the name of one of `tools`.
+
+    Raises:
+        ApiError: it is none of these.
+    """
+    choice = "auto" if given is None else tool_choice_of(given)
+    names = [tool["function"]["name"] for tool in tools]
+    known = ("auto", "none", *(("required", *names) if names else ()))
+    if not isinstance(choice, str) or choice not in known:
+        raise invalid("tool_choice", f"Got tool_choice={given!r} but expected one of {', '.join(known)}")
+    return choice

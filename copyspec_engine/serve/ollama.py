@@ -25,7 +25,7 @@ from copyspec_engine.serve.bodies import documented, read_body
 from copyspec_engine.serve.chat import ChatAnswer, ChatQuestion, told_logprobs
 from copyspec_engine.serve.conversations import Caller
 from copyspec_engine.serve.errors import ApiError
-from copyspec_engine.serve.events import LINES, Event, EventResponse, obfuscated, wants_obfuscation
+from copyspec_engine.serve.events import LINES, Event, answer_of, obfuscated, wants_obfuscation
 from copyspec_engine.serve.ollama_bodies import OllamaBody, OllamaChatBody, OllamaGenerateBody
 from copyspec_engine.serve.service import Service, answer_headers
 from copyspec_engine.values.config import GenerationRequest
@@ -114,7 +114,7 @@ async def _unchatted(service: Service, body: OllamaGenerateBody, talk: Talk) -> 
         sampling=body.sampling(service),
         parse_reply=not body.raw,
         timeout_s=service.config.timeout_s,
-        request_id=_call_id(),
+        request_id=f"{_call_id()}-0",
         **talk.request_options(),
     )
 
@@ -129,13 +129,7 @@ async def _answer(
     call = await service.begin(request, requests)
     if lines.streams:
         lines.obfuscate = wants_obfuscation(None, request.scope)
-        return EventResponse(call, lines, LINES, service.config, headers)
-    try:
-        async for index, chunk in call.chunks():
-            lines.events(index, chunk)
-    finally:
-        call.close()
-    return JSONResponse(lines.whole(), headers=dict(headers))
+    return await answer_of(call, lines, LINES if lines.streams else None, service.config, headers)
 
 
 @dataclass(slots=True)

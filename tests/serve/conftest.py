@@ -55,6 +55,20 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests that engines get, in order."""
+    requests: list[Any] = []
+    astream = Engine.astream
+
+    def noted(engine: Engine, request: Any, *, wait: bool = True) -> Any:
+        requests.append(request)
+        return astream(engine, request, wait=wait)
+
+    monkeypatch.setattr(Engine, "astream", noted)
+    return requests
+
+
+@pytest.fixture
 async def client() -> AsyncIterator[Client]:
     """client(engine, **options) -> an HTTP client of a server over the engine."""
     clients: list[httpx.AsyncClient] = []
