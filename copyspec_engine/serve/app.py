@@ -21,19 +21,25 @@ from copyspec_engine.serve.docs import POLICY, docs_page
 from copyspec_engine.serve.errors import ApiError, error_response, http_error, not_found
 from copyspec_engine.serve.gate import Gate
 from copyspec_engine.serve.health import health_router
+from copyspec_engine.serve.inspection import conversations_router, explain_router, tokens_router
 from copyspec_engine.serve.metrics import metrics_router
 from copyspec_engine.serve.models import models_router
 from copyspec_engine.serve.ollama import ollama_router
 from copyspec_engine.serve.ollama_models import ollama_models_router
 from copyspec_engine.serve.openai_chat import chat_router
 from copyspec_engine.serve.openai_completions import completions_router
+from copyspec_engine.serve.openai_conversations import named_conversations_router
+from copyspec_engine.serve.openai_responses import responses_router
 from copyspec_engine.serve.service import Service
 from copyspec_engine.serve.site import page_router
 from copyspec_engine.values.errors import CopySpecError
 
 __all__ = ["app_of", "create_app"]
 
-_ROUTERS = (*(chat_router, completions_router, models_router, ollama_router, ollama_models_router, health_router),)
+_ROUTERS = (
+    *(chat_router, completions_router, responses_router, named_conversations_router, models_router),
+    *(tokens_router, conversations_router, explain_router, ollama_router, ollama_models_router, health_router),
+)
 
 
 def create_app(engine: Engine, config: ServeConfig | None = None) -> ASGIApp:

@@ -14,7 +14,7 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError
 from copyspec_engine.values.options import Documented, explain_errors
 
-__all__ = ["Body", "body_schemas", "documented", "read_body", "read_json"]
+__all__ = ["Body", "body_schemas", "documented", "read_body", "read_json", "read_nothing"]
 
 
 class Body(Documented):
@@ -31,6 +31,9 @@ class Body(Documented):
         """Fields that were given, and change nothing."""
         return [name for name in self.without_effect if getattr(self, name) not in (None, False)]
 
+
+_LARGE_BYTES = 1 << 18
+"""Of a body that takes more than a few milliseconds to be read."""
 
 Any_Body = TypeVar("Any_Body", bound=Body)
 
@@ -50,25 +53,50 @@ async def read_body(request: Request, kind: type[Any_Body], config: ServeConfig)
         raise _of_validation(kind, error) from None
 
 
-async def read_json(request: Request, config: ServeConfig) -> Any:  # noqa: ANN401 - any JSON value
-    """The body of a request. Raises as `read_body` does of it."""
+async def read_json(request: Request, config: ServeConfig, max_bytes: int | None = None) -> Any:  # noqa: ANN401 - any JSON value
+    """The body of a request. Raises as `read_body` does of it.
+
+    Args:
+        request: whose body it is.
+        config: the limits.
+        max_bytes: of the body, if not as the config has it.
+    """
+    body = await _read(request, config, config.max_body_bytes if max_bytes is None else max_bytes)
+    if len(body) < _LARGE_BYTES:
+        return _parsed(body, config.max_depth)
+    return await asyncio.to_thread(_parsed, body, config.max_depth)  # others are answered meanwhile
+
+
+async def read_nothing(request: Request, config: ServeConfig) -> None:
+    """See to it that a body, where all is said in the path, says nothing.
+
+    Raises:
+        ApiError: it says something.
+    """
+    if (await _read(request, config, config.max_body_bytes)).strip() not in (b"", b"{}"):
+        raise ApiError(400, "invalid_value", "Got a body but all there is to say is in the path: send none, or {}")
+
+
+async def _read(request: Request, config: ServeConfig, max_bytes: int) -> bytes:
     body, pieces = bytearray(), aiter(request.stream())
     try:
         while (piece := await asyncio.wait_for(anext(pieces, None), config.body_timeout_s)) is not None:
             body += piece
-            if len(body) > config.max_body_bytes:
-                raise ApiError(
-                    413, "body_too_large", f"Got a body of more than {config.max_body_bytes} bytes: shorten it"
-                )
+            if len(body) > max_bytes:
+                raise ApiError(413, "body_too_large", f"Got a body of more than {max_bytes} bytes: shorten it")
     except asyncio.TimeoutError:
         raise ApiError(408, "body_timeout", f"Got nothing of the body for {config.body_timeout_s} seconds") from None
     except ClientDisconnect:
         raise ApiError(400, "incomplete_body", "The client went away before its body was whole") from None
+    return bytes(body)
+
+
+def _parsed(body: bytes, max_depth: int) -> Any:  # noqa: ANN401 - any JSON value
     try:
-        value = json.loads(bytes(body), parse_constant=_no_constant)
+        value = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"Got a body that is no JSON: {error}") from None
-    _check(value, config.max_depth)
+    _check(value, max_depth)
     return value
 
 

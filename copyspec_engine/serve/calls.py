@@ -16,6 +16,7 @@ from starlette.types import Receive
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError
+from copyspec_engine.serve.kept import Answered
 from copyspec_engine.serve.metrics import Metrics
 from copyspec_engine.serve.tenants import Tenant
 from copyspec_engine.values.config import GenerationRequest
@@ -39,6 +40,8 @@ class Call:
         self.requests = tuple(requests)
         self.outputs: dict[int, GenerationOutput] = {}
         """The whole answers by their numbers, of those that are over."""
+        self.is_forgotten = False
+        """Its conversation was erased meanwhile: nothing of it is kept."""
         self.on_close: Callable[[], None] = lambda: None
         self._engine, self._tenant, self._metrics = engine, tenant, metrics
         self._items: asyncio.Queue[tuple[int, StreamChunk | Exception]] = asyncio.Queue()
@@ -47,6 +50,11 @@ class Call:
         """What came first of each answer: None for a chunk."""
         self._left = len(self.requests)
         self._tasks = [asyncio.create_task(self._read(index)) for index in range(len(self.requests))]
+
+    @property
+    def call_id(self) -> str:
+        """What its requests are named by, each with a number behind it."""
+        return self.requests[0].request_id.rpartition("-")[0]
 
     async def admitted(self, first_byte_s: float) -> None:
         """Wait until each answer has begun, but no longer than so many seconds.
@@ -123,9 +131,18 @@ class Call:
             self.outputs[index] = item.output
             self._metrics.answered(item.output)
             self._tenant.give_back(1)
+            if len(self.outputs) == len(self.requests):
+                self._keep()
         self._items.put_nowait((index, item))
         if not self._first[index].done():
             self._first[index].set_result(item if isinstance(item, Exception) else None)
+
+    def _keep(self) -> None:
+        """Keep the answers to be explained, unless nobody has read them to their ends."""
+        outputs = tuple(self.outputs[index] for index in range(len(self.requests)))
+        if not self.is_forgotten and all(output.finish_reason != "cancelled" for output in outputs):
+            answered = Answered(self.requests, outputs)
+            self._tenant.answered.keep(self.call_id, answered, answered.num_tokens)
 
 
 class Calls:
@@ -181,6 +198,12 @@ class Calls:
             await call.over()  # its other answers hold no place any more when it is asked again
             raise
         return call
+
+    def keep_nothing_of(self, session: str) -> None:
+        """Keep no answers of calls of a session that are in flight, by the engine's name for it."""
+        for call in self._in_flight:
+            if any(request.session_id == session for request in call.requests):
+                call.is_forgotten = True
 
     async def cut_short(self) -> None:
         """Cancel all calls, and wait until the engine has ended them; their clients get what was written."""

@@ -84,6 +84,11 @@ class ServeConfig(Options):
     """Answers of one tenant by which a conversation that nobody names is found again."""
     vllm_metric_names: bool = False
     """Tell some metrics by vLLM's names besides, which routers in front of servers read."""
+    max_kept: int = Field(default=256, ge=0)
+    """Answers of one tenant that are kept to be explained; and as many responses and conversations of POST
+    /v1/responses to go on from, each. Those that were not used for longest go first."""
+    max_kept_tokens: int = Field(default=1_000_000, ge=0)
+    """Tokens that each of these may hold, prompts included, at about 40 bytes each."""
     page: bool = True
     """Whether GET / gives a page to talk on."""
 

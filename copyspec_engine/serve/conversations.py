@@ -8,19 +8,20 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from copyspec_engine.adapters.conversations import Talk, first_named
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import invalid
 from copyspec_engine.serve.tenants import Tenant
 
-__all__ = ["SESSION_METADATA", "Caller", "engine_session", "salt_of", "told_session"]
+__all__ = ["SESSION_METADATA", "Caller", "checked_session", "engine_session", "salt_of", "told_session"]
 
 SESSION_METADATA = ("session_id", "thread_id", "conversation_id")
 """Keys of a body's `metadata` that name a conversation."""
 _MOST_CHARACTERS = 256
-_PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " "
+_PRINTABLE = string.ascii_letters + string.digits + string.punctuation.replace("%", "") + " "
+"""Of ids in headers, which have all other characters percent-encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,12 @@ class Caller:
         metadata = body.get("metadata") or {}
         for name in ("x-session-id", "x-conversation-id", *self.config.session_headers):
             if self.headers.get(name):
-                return _checked(self.headers[name], name)
+                return checked_session(unquote(self.headers[name]), name)
         if body.get("session_id") is not None:
-            return _checked(body["session_id"], "session_id")
+            return checked_session(body["session_id"], "session_id")
         for name in SESSION_METADATA:
             if metadata.get(name) is not None:
-                return _checked(metadata[name], f"metadata.{name}")
+                return checked_session(metadata[name], f"metadata.{name}")
         return None
 
     def talk(
@@ -83,7 +84,7 @@ def engine_session(tenant: Tenant, session_id: str) -> str:
 
 
 def told_session(talk: Talk) -> str | None:
-    """The value of X-Session-ID for a call's answer; None: it stands alone."""
+    """The value of X-Session-ID for a call's answer, as it may be sent back; None: it stands alone."""
     session = talk.request_options()["session_id"]
     return None if session is None else quote(session.partition("/")[2], safe=_PRINTABLE)
 
@@ -95,7 +96,12 @@ def salt_of(tenant: Tenant, key: str | None) -> str | None:
     return hashlib.sha256(json.dumps([tenant.name, key]).encode()).hexdigest()
 
 
-def _checked(value: object, param: str) -> str:
+def checked_session(value: object, param: str) -> str:
+    """The id of a conversation as its client calls it.
+
+    Raises:
+        ApiError: it is none.
+    """
     if not isinstance(value, str) or not 0 < len(value) <= _MOST_CHARACTERS or not value.isprintable():
         shown = repr(value)[:80]
         raise invalid(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.calls import Call, Calls
 from copyspec_engine.serve.config import ServeConfig
-from copyspec_engine.serve.conversations import Caller, told_session
+from copyspec_engine.serve.conversations import Caller, engine_session, told_session
 from copyspec_engine.serve.errors import not_found
 from copyspec_engine.serve.metrics import Metrics
 from copyspec_engine.serve.tenants import Tenant, Tenants
@@ -75,6 +76,19 @@ class Service:
             raise not_found(
                 f"Got model={name!r} but this server has {', '.join(self.models)}", "model_not_found", "model"
             )
+
+    async def forget(self, tenant: Tenant, session_id: str) -> bool:
+        """Erase a conversation of a tenant, with what is kept of its answers; False if there was nothing.
+
+        Calls in flight of it go on and keep nothing.
+
+        Raises:
+            MemoryFileError: it is erased in memory, but not on disk.
+        """
+        session = engine_session(tenant, session_id)
+        self.calls.keep_nothing_of(session)
+        dropped = tenant.forget(session_id, session)
+        return await asyncio.to_thread(self.engine.forget, session) or dropped
 
     async def begin(self, request: Request, requests: Sequence[GenerationRequest]) -> Call:
         """A call of the client of `request`; see `Calls.begin`."""

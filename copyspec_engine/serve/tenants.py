@@ -14,6 +14,7 @@ from pathlib import Path
 from copyspec_engine.adapters.conversations import ConversationFinder
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError
+from copyspec_engine.serve.kept import Answered, Kept, StoredConversation, StoredResponse
 from copyspec_engine.values.errors import ConfigError
 
 __all__ = ["DEFAULT_TENANT", "KEY_VARIABLE", "Tenant", "Tenants"]
@@ -35,11 +36,22 @@ class Tenant:
     def __init__(self, name: str, config: ServeConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = name
         self.conversations = ConversationFinder(config.max_states, prefix=f"{name}/found-")
+        self.answered: Kept[Answered] = Kept(config.max_kept, config.max_kept_tokens)
+        """Calls by the ids of their answers, to be explained."""
+        self.responses: Kept[StoredResponse] = Kept(config.max_kept, config.max_kept_tokens)
+        self.named: Kept[StoredConversation] = Kept(config.max_kept, config.max_kept_tokens)
+        """Conversations of POST /v1/conversations."""
         self.in_flight = 0
         """Answers that are being written."""
         self._config, self._clock = config, clock
         self._tokens_left = float(config.tokens_per_minute or 0)
         self._counted_at = clock()
+
+    def forget(self, session_id: str, session: str) -> bool:
+        """Keep nothing of a conversation, by its client's and the engine's name for it; False if nothing was kept."""
+        dropped = self.answered.drop(lambda call: any(asked.session_id == session for asked in call.requests))
+        dropped += self.responses.drop(lambda response: response.session == session)
+        return self.named.pop(session_id) is not None or dropped > 0
 
     def take(self, number: int) -> None:
         """Begin a number of answers; `give_back` ends them.

@@ -23,20 +23,6 @@ TOOL = {
 CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRequest]:
-    """What engines are asked, in order."""
-    requests: list[GenerationRequest] = []
-    astream = Engine.astream
-
-    def noted(engine: Engine, request: GenerationRequest, *, wait: bool = True) -> Any:
-        requests.append(request)
-        return astream(engine, request, wait=wait)
-
-    monkeypatch.setattr(Engine, "astream", noted)
-    return requests
-
-
 async def test_a_whole_answer_and_a_streamed_one_are_the_engines_own(echo: Engine, client: Client) -> None:
     http = client(echo)
     expected = echo.generate(GenerationRequest(messages=body("füße")["messages"])).text

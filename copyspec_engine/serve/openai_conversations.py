@@ -1,0 +1,74 @@
+"""/v1/conversations: conversations that responses go on with by name."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from copyspec_engine.serve.bodies import Body, documented, read_body
+from copyspec_engine.serve.items import checked_items, messages_of
+from copyspec_engine.serve.kept import StoredConversation, Told
+from copyspec_engine.serve.openai_responses import known_item, stored_conversation
+from copyspec_engine.serve.pages import check_query, page_of
+from copyspec_engine.serve.service import Service
+
+__all__ = ["named_conversations_router"]
+
+
+class ConversationBody(Body):
+    """A conversation to be."""
+
+    items: list[dict[str, Any]] | None = None
+    """What was said already."""
+    metadata: dict[str, str] | None = None
+    """Given back as it is."""
+
+
+def named_conversations_router(service: Service) -> APIRouter:
+    """The endpoints."""
+    router = APIRouter()
+
+    @router.post("/v1/conversations", openapi_extra=documented(ConversationBody))
+    async def create_conversation(request: Request) -> Response:
+        """Make a conversation."""
+        body = await read_body(request, ConversationBody, service.config)
+        tenant, ignored = service.caller(request).tenant, dict[str, None]()
+        items = checked_items("items", body.items or (), lambda name: known_item(tenant, name), ignored)
+        messages = messages_of("items", items, service.config) if items else []
+        name = f"conv_{secrets.token_hex(24)}"
+        made = {
+            "id": name,
+            "object": "conversation",
+            "created_at": int(time.time()),
+            "metadata": body.metadata or {},
+        }
+        size = sum(len(str(message["content"])) for message in messages)  # a token has a character at least
+        tenant.named.keep(name, StoredConversation(made, Told(tuple(items), tuple(messages), name)), size)
+        stored_conversation(tenant, name)  # too long a one is not kept
+        return JSONResponse(made, headers={"X-Copyspec-Ignored": ", ".join(ignored)} if ignored else {})
+
+    @router.get("/v1/conversations/{name}")
+    async def get_conversation(request: Request, name: str) -> Response:
+        """A conversation that is kept."""
+        check_query(request, ())
+        return JSONResponse(stored_conversation(service.caller(request).tenant, name).body)
+
+    @router.get("/v1/conversations/{name}/items")
+    async def list_items(request: Request, name: str) -> Response:
+        """What was said in a conversation; the last item first."""
+        return JSONResponse(page_of(request, stored_conversation(service.caller(request).tenant, name).told.items))
+
+    @router.delete("/v1/conversations/{name}")
+    async def delete_conversation(request: Request, name: str) -> Response:
+        """Erase a conversation, with all that is remembered and kept of it."""
+        tenant = service.caller(request).tenant
+        stored_conversation(tenant, name)
+        await service.forget(tenant, name)
+        return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
+
+    return router

@@ -1,0 +1,56 @@
+"""Lists of items, a part at a time, and what else the address of a request may say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from copyspec_engine.serve.errors import invalid
+
+__all__ = ["check_query", "page_of"]
+
+_DEFAULT, _MOST = 20, 100
+
+
+def check_query(request: Request, known: Iterable[str]) -> None:
+    """Refuse what the address says that nobody looks at.
+
+    Raises:
+        ApiError: there is such a thing.
+    """
+    known = tuple(known)
+    unknown = next((name for name in request.query_params if name.removesuffix("[]") not in known), None)
+    if unknown is not None:
+        expected = f"one of {', '.join(known)}" if known else "none"
+        raise invalid(unknown, f"Got {unknown} in the address but expected {expected}", "unknown_parameter")
+
+
+def page_of(request: Request, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The part of a list that a request asks for by `limit` (1 to 100), `order` ("asc" or "desc") and `after` (an id).
+
+    Raises:
+        ApiError: one of these cannot be as it is.
+    """
+    check_query(request, ("limit", "order", "after", "include"))
+    asked = request.query_params
+    limit, order, after = asked.get("limit", str(_DEFAULT)), asked.get("order", "desc"), asked.get("after")
+    if not limit.isdecimal() or not 1 <= int(limit) <= _MOST:
+        raise invalid("limit", f"Got limit={limit!r} but expected 1 to {_MOST}")
+    if order not in ("asc", "desc"):
+        raise invalid("order", f"Got order={order!r} but expected 'asc' or 'desc'")
+    ordered = list(items) if order == "asc" else list(reversed(items))
+    if after is not None:
+        places = [at for at, item in enumerate(ordered) if item.get("id") == after]
+        if not places:
+            raise invalid("after", f"Got after={after!r} but expected the id of an item of this list")
+        ordered = ordered[places[0] + 1 :]
+    shown = ordered[: int(limit)]
+    return {
+        "object": "list",
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": len(ordered) > len(shown),
+    }
