@@ -63,7 +63,7 @@ class RemoteMemory(ConversationMemory):
             return Snapshot((), 0)
         self._shown = {tuple(text["token_ids"]): text["text"] for text in told["texts"]}
         texts = [(text["number"], text["kind"], np.array(text["token_ids"], np.int64)) for text in told["texts"]]
-        return Snapshot(texts, sum(tokens.nbytes for _, _, tokens in texts))
+        return Snapshot(texts, told["num_bytes"])
 
 
 def _of_the_server(*_: object) -> NoReturn:

@@ -495,10 +495,11 @@ def test_ctrl_c_at_the_prompt_keeps_the_conversation_and_leaves_only_when_it_is_
 
 @pytest.mark.enable_socket
 def test_a_chat_can_be_had_with_a_server(engine: Engine) -> None:
-    lines = iter(["/load service.ini", "Append this line:\\", "checksum = yes", "/why", "/quit"])
+    lines = iter(["/load service.ini", "Append this line:\\", "checksum = yes", "/why", "/clear", "/quit"])
     console = Console(record=True, width=100, file=io.StringIO())
     with serving(engine) as address:
         assert chat.run_remote_chat(address, None, SamplingParams(), console, lambda _: next(lines)) == 0
+        assert not engine.sessions()
     shown = console.export_text()
     assert "scripted at http://127.0.0.1" in shown
     assert "checksum = yes" in shown

@@ -143,7 +143,9 @@ def test_an_answer_can_be_stopped_written_anew_and_its_question_changed(
     assert page.locator("#messages li").count() == 4
 
 
-def test_a_conversation_outlives_a_reload_and_can_be_taken_along(page: Any, ask: Callable[[str], Any]) -> None:
+def test_a_conversation_outlives_a_reload_and_is_forgotten_when_a_new_one_begins(
+    page: Any, ask: Callable[[str], Any], engine: Engine
+) -> None:
     ask(FOX)
     page.reload()
     assert text_of(page.locator("#messages li.assistant").nth(0)) == f"<b>{FOX}</b>"
@@ -152,6 +154,12 @@ def test_a_conversation_outlives_a_reload_and_can_be_taken_along(page: Any, ask:
         page.click("#save")
     said = json.loads(download.value.path().read_text(encoding="utf-8"))
     assert [message["role"] for message in said["messages"]] == ["user", "assistant"] * 2
+    session = f"default/{said['session_id']}"
+    assert len(engine.memory(session))
+    with page.expect_response(re.compile("/v1/copyspec/conversations/")):
+        page.click("#new")
+    assert page.locator("#messages li").count() == 0
+    assert not len(engine.memory(session))
 
 
 def test_a_document_is_edited_its_changes_are_shown_and_can_be_undone(page: Any) -> None:

@@ -147,6 +147,37 @@ def test_a_thread_is_a_conversation_of_the_server(base_url: str) -> None:
     assert second.usage_metadata["input_token_details"]["cache_read"] > len(TEXT)
 
 
+def test_what_a_server_remembers_can_be_looked_at_taken_along_and_erased(engine: Engine, base_url: str) -> None:
+    llm = ChatCopySpec(base_url=base_url)
+    llm.invoke(TEXT, session_id="kept/here")
+    near, far = engine.memory("default/kept/here"), llm.memory("kept/here")
+    assert far.texts() == near.texts()
+    assert (len(far), far.num_tokens, far.num_bytes) == (len(near), near.num_tokens, near.num_bytes)
+    other = llm.memory("taken along")
+    assert not other.texts()
+    assert other.load(far.export()) == len(near)
+    assert [text.text for text in other.texts()] == [text.text for text in near.texts()]
+    with pytest.raises(ConfigError, match="owner='me'"):
+        other.load(far.export(), owner="me")
+    with pytest.raises(ConfigError, match="expected an object with fingerprint"):
+        other.load("{}")
+    assert far.clear()
+    assert not far.clear()
+    assert not near.texts()
+    assert other.clear()
+
+
+def test_tokens_are_those_of_the_server(engine: Engine, base_url: str) -> None:
+    remote = RemoteEngine(base_url)
+    request = GenerationRequest(messages=[{"role": "user", "content": TEXT}])
+    assert remote.tokenize(request) == engine.tokenize(request)
+    assert remote.encode("ferry") == engine.encode("ferry")
+    ids = remote.encode("ferry \U0001f6a2")
+    assert remote.decode(ids) == engine.decode(ids)
+    llm = ChatCopySpec(base_url=base_url)
+    assert llm.get_num_tokens_from_messages([HumanMessage(TEXT)]) == len(engine.tokenize(request))
+
+
 def test_a_conversation_that_nobody_names_is_found_by_the_server(base_url: str) -> None:
     llm = ChatCopySpec(base_url=base_url)
     first = llm.invoke("Once there was a ferry.")
