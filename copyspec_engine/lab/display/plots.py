@@ -37,7 +37,14 @@ SETTINGS: dict[Any, Any] = {
     "font.size": 10,
     "hatch.linewidth": 0.6,
 }
-_INKED = ("text.color", "xtick.color", "ytick.color", "grid.color", "axes.edgecolor", "axes.labelcolor")
+_INKED: tuple[Any, ...] = (
+    "text.color",
+    "xtick.color",
+    "ytick.color",
+    "grid.color",
+    "axes.edgecolor",
+    "axes.labelcolor",
+)
 ELEMENT_INCHES = (6.0, 3.6)
 CAPTION_LETTERS = 165
 """Letters of a caption in a line, over the usual width."""
