@@ -441,3 +441,28 @@ def _by_client(client: openai.OpenAI) -> None:
     assert parsed.output_parsed == Sum(a=1)
     completion = client.completions.create(model="scripted", prompt="ab", logprobs=1)
     assert (completion.choices[0].text, completion.choices[0].logprobs.tokens) == ("AB", ["A", "B"])  # type: ignore[union-attr]
+
+
+@pytest.mark.real_model
+async def test_a_real_model_says_the_same_at_every_endpoint(smollm2: Engine, client: Client) -> None:
+    """Greedy and with a seed, whole and in events, drafted and not; a response goes on in its very words."""
+    http, text = client(smollm2, model_name="m"), "Repeat after me: the ferry leaves at nine, says Ann, at nine sharp."
+    for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 7}):
+        asked = {"messages": [{"role": "user", "content": text}], "sampling": {**options, "max_tokens": 24}}
+        expected = smollm2.generate(GenerationRequest(**asked)).text
+        sent = {"model": "m", "max_tokens": 24, **options}
+        chat = (await http.post("/v1/chat/completions", json={**sent, "messages": asked["messages"]})).json()
+        assert chat["choices"][0]["message"]["content"] == expected
+        for drafter in ("adaptive", "none"):
+            own = {"copyspec": {"drafter": drafter}}
+            whole = (await http.post(RESPONSES, json={**sent, **own, "input": text})).json()
+            stream = events(await http.post(RESPONSES, json={**sent, **own, "input": text, "stream": True}))
+            assert text_of(whole) == text_of(stream[-1]["response"]) == expected
+        raw = (await http.post("/v1/completions", json={**sent, "prompt": text})).json()["choices"][0]["text"]
+        assert raw == smollm2.generate(GenerationRequest(prompt=text, sampling=asked["sampling"])).text
+    tokens = (await http.post("/tokenize", json={"messages": asked["messages"]})).json()["tokens"]
+    assert tokens == smollm2.tokenize(GenerationRequest(messages=asked["messages"]))
+    following = (
+        await http.post(RESPONSES, json={**sent, "input": "Again.", "previous_response_id": whole["id"]})
+    ).json()
+    assert following["usage"]["input_tokens_details"]["cached_tokens"] > len(tokens)
