@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,6 +29,7 @@ __all__ = [
     "recorded",
     "version",
     "versions",
+    "write_record",
 ]
 
 Measured = tuple[int, dict[str, Any]]
@@ -56,10 +57,19 @@ def recorded(measure: Callable[[Options, Console], Measured], options: Options, 
     check_writable(options.json, "--json")
     code, record = measure(options, console)
     if options.json and record:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        write_text(options.json, json.dumps({**record, "command": command, "date": now}, indent=1) + "\n", "--json")
+        write_record(options.json, record, command)
         console.print(f"Wrote {escape(str(options.json))}", soft_wrap=True)
     return code
+
+
+def write_record(path: Path, record: Mapping[str, Any], command: str) -> None:
+    """Writes figures with the command and the time.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    write_text(path, json.dumps({**record, "command": command, "date": now}, indent=1) + "\n", "--json")
 
 
 @contextmanager

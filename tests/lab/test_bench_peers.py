@@ -82,6 +82,37 @@ def test_every_peer_writes_every_turn_from_the_same_prompt(tmp_path: Path) -> No
     assert "Left out llama, llama-ngram-mod, llama-ngram-simple, llama-langchain: there is no" in result.output
 
 
+def test_a_run_that_was_killed_goes_on_behind_its_last_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    words = ("--kind", "rewrite", "--kind", "gsm8k", *SHORT[2:], "--peer", "ours", "--json", out)
+    write = bench_peers._Running.write
+
+    def dies_in_the_second(running: Any, conversation: Any, number: int) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return write(running, conversation, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench_peers._Running, "write", dies_in_the_second)
+        assert bench(*words).exit_code != 0
+    first = json.loads(out.read_text())["results"]
+    assert [(row["kind"], row["turn"], row["peer"]) for row in first] == [
+        ("rewrite", turn, peer) for turn in (1, 2, 3) for peer in ("ours", "ours-plain")
+    ]
+    other = bench(*words, "--resume", "--max-tokens", 25)
+    assert other.exit_code == 2
+    assert "Got --resume of figures with max_tokens 24, but now it is 25" in other.output
+    result = bench(*words, "--resume")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["results"]
+    assert rows[: len(first)] == first
+    assert {(row["kind"], row["turn"]) for row in rows[len(first) :]} == {("gsm8k", turn) for turn in (1, 2, 3)}
+    out.write_text("{}")
+    assert "it lacks cut_off" in bench(*words, "--resume").output
+
+
 @NOT_ON_WINDOWS
 def test_servers_are_asked_with_their_options_and_ended(stand_in: Any, tmp_path: Path) -> None:
     program, record = stand_in("answers")
@@ -246,8 +277,8 @@ def test_tasks_come_from_the_files_that_are_named(tmp_path: Path) -> None:
     rows = [{"question_id": number, "category": "x", "turns": [f"Say {number}.", "Again."]} for number in range(5)]
     file.write_text("\n".join(map(json.dumps, rows)))
     found = load_conversations(["mt-redundant", "gsm8k"], {"mt-redundant": str(file)}, [], "bundled", 2)
-    assert [conversation.kind for conversation in found] == ["mt-redundant", "mt-redundant", "gsm8k", "gsm8k"]
-    assert all(conversation.requests[1] == "Again." for conversation in found[:2])
+    assert [conversation.kind for conversation in found] == ["mt-redundant", "gsm8k", "mt-redundant", "gsm8k"]
+    assert all(conversation.requests[1] == "Again." for conversation in found[::2])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -416,10 +417,19 @@ class PeersOptions:
     limit: Annotated[int, typer.Option(help="Conversations of each kind, at most.")] = 3
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 256
     threads: Annotated[int | None, typer.Option(help="Threads of every peer; default: one a processor.")] = None
+    minutes: Annotated[
+        int | None, typer.Option(help="Begin no conversation after so long; default: write all, however long it takes.")
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind the conversations that are in the file of --json.")
+    ] = False
     json: JsonPath = None
 
     def __post_init__(self) -> None:
         _check_count("--limit", self.limit)
+        _check_count("--minutes", self.minutes)
+        if self.resume and (self.json is None or not self.json.is_file()):
+            raise ConfigError(f"Got --resume with --json {self.json} but there is no such file to go on with")
         _check_count("--max-tokens", self.max_tokens)
         _check_count("--threads", self.threads, 1024)
         for given in self.data:
@@ -457,9 +467,10 @@ class PeersOptions:
 def peers(options: PeersOptions, command: str, console: Console) -> int:
     """Let a model write freely, turn by turn beside what else runs it on a CPU: transformers and llama.cpp.
 
-    All get the same prompts, with the answers of plain decoding in them. Exit code 1 if drafts change a token.
+    All get the same prompts, with the answers of plain decoding in them. The file of --json holds what is written so
+    far as soon as a conversation ends. Exit code 1 if drafts change a token.
     """
     from copyspec_engine.lab.bench.peers import measure_peers
     from copyspec_engine.lab.measuring import recorded
 
-    return recorded(measure_peers, options, command, console)
+    return recorded(partial(measure_peers, command=command), options, command, console)

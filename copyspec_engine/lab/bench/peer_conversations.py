@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from copyspec_engine.cli.demo.chain import chain_for
 from copyspec_engine.cli.demo.frameworks import Message
@@ -40,7 +41,7 @@ class PeerConversation:
 def load_conversations(
     kinds: Sequence[str], data: Mapping[str, str], files: Sequence[str], model: str, limit: int
 ) -> list[PeerConversation]:
-    """The conversations of each kind.
+    """The conversations, one of each kind before the second of any: wherever a run ends, it has seen all kinds.
 
     Args:
         kinds: `REWRITE` and names of `BENCHMARKS`.
@@ -52,14 +53,14 @@ def load_conversations(
     Raises:
         ConfigError: a file cannot be read, or holds something else.
     """
-    found = []
+    by_kind = []
     for kind in kinds:
         if kind == REWRITE:
-            found += [_rewrite(name, model) for name in files[:limit]]
+            by_kind.append([_rewrite(name, model) for name in files[:limit]])
         else:
             tasks = sampled(load_tasks(BENCHMARKS[kind], data.get(kind, SAMPLE)), limit)
-            found += [PeerConversation(kind, task.id, task.prompts) for task in tasks]
-    return found
+            by_kind.append([PeerConversation(kind, task.id, task.prompts) for task in tasks])
+    return [conversation for turn in zip_longest(*by_kind) for conversation in turn if conversation is not None]
 
 
 def _rewrite(file: str, model: str) -> PeerConversation:

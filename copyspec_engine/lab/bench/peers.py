@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -39,7 +43,7 @@ from copyspec_engine.lab.bench.peer_processes import (
     through_langchain,
 )
 from copyspec_engine.lab.display.tables import on_terminal
-from copyspec_engine.lab.measuring import Measured, memory_of, version
+from copyspec_engine.lab.measuring import Measured, memory_of, version, write_record
 from copyspec_engine.lab.results.peers import OURS, PLAIN, peers_tables_of
 
 __all__ = ["measure_peers"]
@@ -57,8 +61,13 @@ WARM_UP = "Write one sentence about the sea."
 WARM_UP_TOKENS = 8
 
 
-def measure_peers(options: PeersOptions, console: Console) -> Measured:
+def measure_peers(options: PeersOptions, console: Console, command: str) -> Measured:
     """Lets all write and prints the tables; exit code 1 if drafts change a token.
+
+    Args:
+        options: of the command.
+        console: of the tables.
+        command: stands in the file of `options.json`, which is written anew whenever a conversation ends.
 
     Raises:
         CopySpecError: an option cannot work, the model cannot be loaded, or a peer that was asked for cannot take part.
@@ -69,38 +78,55 @@ def measure_peers(options: PeersOptions, console: Console) -> Measured:
     if asked_for:
         raise ConfigError(f"Got --peer {asked_for[0]}, which cannot take part: {left_out[asked_for[0]]}")
     with _Running(options, left_out) as running:
-        rows, dropped = [], {}
+        record = running.record(_read(options.json) if options.resume and options.json else None)
+        done = {(row["kind"], row["conversation"]) for row in record["results"]} | set(map(tuple, record["cut_off"]))
+        to_do = [(number, each) for number, each in enumerate(conversations) if (each.kind, each.name) not in done]
+        ends_at = time.monotonic() + 60 * options.minutes if options.minutes else math.inf
         with console.status("Warming up ...") as status:
             running.warm_up()
-            for number, conversation in enumerate(conversations):
-                status.update(f"Writing {conversation.kind} {conversation.name} ...")
-                own = list(running.write(conversation, number))
-                rows += own
-                if len({row["turn"] for row in own}) < len(conversation.requests):
-                    dropped[f"{conversation.kind} {conversation.name}"] = "the context is full"
-        facts, memory, out = running.facts(), running.memory(), {**left_out, **running.failed}
-    is_lossless = facts.pop("is_lossless")
-    if not rows:
+            for number, conversation in to_do:
+                if time.monotonic() > ends_at:
+                    break
+                status.update(
+                    f"Writing {conversation.kind} {conversation.name} ({number + 1}/{len(conversations)}) ..."
+                )
+                rows = list(running.write(conversation, number))
+                record["results"] += rows
+                if len({row["turn"] for row in rows}) < len(conversation.requests):
+                    record["cut_off"].append([conversation.kind, conversation.name])
+                record |= {"memory": running.memory(), "left_out": {**left_out, **running.failed}}
+                if options.json:
+                    write_record(options.json, record, command)
+    if not record["results"]:
         raise ConfigError("Got conversations that all are longer than the model's context: take others")
-    record = {
-        "results": rows,
-        "memory": memory,
-        "left_out": out,
-        "cut_off": dropped,
-        "threads": options.num_threads,
-        "max_tokens": options.max_tokens,
-        **facts,
-    }
+    return _show(record, console), record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The figures of a run that is to go on."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"results", "cut_off", "model", "threads", "max_tokens", "machine"} - set(record)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"Got --resume but --json {path} cannot be read: {error}") from None
+    if missing:
+        raise ConfigError(f"Got --resume but --json {path} is of another command: it lacks {sorted(missing)[0]}")
+    return dict(record)
+
+
+def _show(record: Mapping[str, Any], console: Console) -> int:
+    """Prints the tables, and who was left out; the exit code."""
     for table in peers_tables_of(record):
         console.print(on_terminal(table))
-    for reason in dict.fromkeys(out.values()):
-        _note(console, f"Left out {', '.join(name for name in out if out[name] == reason)}: {reason}")
-    for name, reason in dropped.items():
-        _note(console, f"Cut off {name}: {reason}")
-    ours = [row["same_as_plain"] for row in rows if row["peer"] == OURS]
+    left_out = record["left_out"]
+    for reason in dict.fromkeys(left_out.values()):
+        _note(console, f"Left out {', '.join(name for name in left_out if left_out[name] == reason)}: {reason}")
+    for kind, name in record["cut_off"]:
+        _note(console, f"Cut off {kind} {name}: the context is full")
+    ours = [row["same_as_plain"] for row in record["results"] if row["peer"] == OURS]
     if ours:
         console.print(f"identical to plain decoding: {sum(ours)}/{len(ours)}")
-    return int(is_lossless and not all(ours)), record
+    return int(record["is_lossless"] and not all(ours))
 
 
 def _note(console: Console, text: str) -> None:
@@ -238,8 +264,34 @@ class _Running:
         found = {name: self._lanes[name](asked) for name in (*peers[first:], *peers[:first])}
         return {name: answer for name, answer in found.items() if answer is not None}
 
-    def facts(self) -> dict[str, Any]:
-        """What the figures hang on."""
+    def record(self, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What the file of figures holds before a conversation is written.
+
+        Args:
+            earlier: figures that it goes on with.
+
+        Raises:
+            ConfigError: those hang on something else.
+        """
+        record = {
+            "results": [],
+            "cut_off": [],
+            "peers": self._peers,
+            "threads": self._options.num_threads,
+            "max_tokens": self._options.max_tokens,
+            **self._facts_of_all(),
+        }
+        if earlier is None:
+            return record
+        for name in ("model", "dtype", "threads", "max_tokens", "peers", "machine"):
+            if earlier.get(name) != record[name]:
+                raise ConfigError(
+                    f"Got --resume of figures with {name} {earlier.get(name)}, but now it is {record[name]}: name "
+                    "another file, or run it as before"
+                )
+        return {**record, "results": list(earlier["results"]), "cut_off": list(earlier["cut_off"])}
+
+    def _facts_of_all(self) -> dict[str, Any]:
         others, binary = {}, _binary(self._options)
         if self._servers is not None and binary is not None:
             others["llama-server"] = server_version(binary)
