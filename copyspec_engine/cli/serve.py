@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 
-from copyspec_engine import Engine, EngineConfig, missing_extra
+from copyspec_engine import Engine, EngineConfig, LoadProgress, OnProgress, missing_extra
 from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.options import DEFAULT
 from copyspec_engine.serve.config import ServeConfig
@@ -78,8 +78,17 @@ def run_serve(options: Any, _words: str, console: Console) -> int:  # noqa: ANN4
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listener = listen(config)
-    with loading(engine_config.model) as shown:
-        engine = Engine(engine_config, on_progress=shown)
-    if engine.info.drafting_error is not None:
-        console.print(f"[yellow]Nothing is drafted:[/] {escape(engine.info.drafting_error)}")
-    return run_server(engine, config, listener, lambda url: console.print(f"Serving {options.model} at {url}/v1"))
+
+    def load(check: OnProgress) -> Engine:
+        with loading(engine_config.model) as shown:
+
+            def tell(told: LoadProgress) -> None:
+                check(told)
+                shown(told)
+
+            engine = Engine(engine_config, on_progress=tell)
+        if engine.info.drafting_error is not None:
+            console.print(f"[yellow]Nothing is drafted:[/] {escape(engine.info.drafting_error)}")
+        return engine
+
+    return run_server(load, config, listener, lambda url: console.print(f"Serving {options.model} at {url}/v1"))

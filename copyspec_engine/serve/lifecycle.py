@@ -1,5 +1,6 @@
 """From a socket to an exit code: a server's start, its signals, and its end, which cuts no answer without a word.
 
+It listens from the start, and answers while the engine is loaded (`Front`); a signal then ends the load.
 SIGTERM refuses new calls (503), lets those in flight come to their ends, cuts the rest short with a last event each,
 and exits with 0. SIGINT does the same without notice to balancers, and exits with 130. A second one ends at once.
 SIGHUP reads the keys again. Where the engine's loop has died the exit code is 70: a supervisor starts a new server.
@@ -19,10 +20,13 @@ import uvicorn
 
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.app import app_of
+from copyspec_engine.serve.calls import Calls
 from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.front import Front
 from copyspec_engine.serve.service import Service
 from copyspec_engine.serve.tenants import KEY_VARIABLE, Tenants
 from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 __all__ = ["DIED", "INTERRUPTED", "TERMINATED", "listen", "run_server"]
 
@@ -74,29 +78,31 @@ def _cannot_listen(config: ServeConfig, error: OSError) -> ConfigError:
 
 
 def run_server(
-    engine: Engine, config: ServeConfig, listener: socket.socket, started: Callable[[str], None] = lambda _url: None
+    load: Callable[[OnProgress], Engine],
+    config: ServeConfig,
+    listener: socket.socket,
+    started: Callable[[str], None] = lambda _url: None,
 ) -> int:
-    """Serve an engine until a signal or its death, close it, and return the exit code.
+    """Load an engine, serve it until a signal or its death, close it, and return the exit code.
 
     Args:
-        engine: that answers; closed at the end.
+        load: makes the engine, in a thread of its own. What it is given is told of the load, and raises where the
+            server is to end before it is over.
         config: of the server.
         listener: from `listen`.
-        started: told the server's address.
+        started: told the server's address, once the engine is there.
 
     Raises:
         ConfigError: the keys cannot be read, or the memory file that the engine was to have is not to be had.
+        Exception: what `load` raises.
     """
+    life = _Life(load, config, listener, started)
     try:
-        service = Service(engine, config)
-        if service.info.memory_error is not None:
-            raise ConfigError(
-                f"Got memory_path={engine.config.memory_path!r} but it cannot be used: {service.info.memory_error}"
-            )
-        return asyncio.run(_Life(service, listener, started).run())
+        return asyncio.run(life.run())
     finally:
         listener.close()
-        engine.close()
+        if life.engine is not None:
+            life.engine.close()
 
 
 class _Server(uvicorn.Server):
@@ -107,11 +113,24 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _UnwantedError(Exception):
+    """A signal has come before the engine was loaded."""
+
+
 class _Life:
     """The life of one server."""
 
-    def __init__(self, service: Service, listener: socket.socket, started: Callable[[str], None]) -> None:
-        self._service, self._listener, self._started = service, listener, started
+    def __init__(
+        self,
+        load: Callable[[OnProgress], Engine],
+        config: ServeConfig,
+        listener: socket.socket,
+        started: Callable[[str], None],
+    ) -> None:
+        self.engine: Engine | None = None
+        self._load, self._config, self._listener, self._started = load, config, listener, started
+        self._service: Service | None = None
+        self._front = Front()
         self._signals: list[signal.Signals] = []
         self._signalled = asyncio.Event()
         self._again = asyncio.Event()
@@ -123,10 +142,12 @@ class _Life:
         loop.add_signal_handler(signal.SIGHUP, self._reread)
         server = _Server(
             uvicorn.Config(
-                app_of(self._service),
+                self._front,
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                lifespan="off",
+                ws="none",
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=int(_LAST_EVENTS_S),
             )
@@ -134,19 +155,40 @@ class _Life:
         serving = asyncio.create_task(server.serve([self._listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(_LOOK_S / 5)
-        host, port = self._listener.getsockname()[:2]
-        self._started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        ending = asyncio.create_task(self._end())
-        await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        living = asyncio.create_task(self._live())
+        await asyncio.wait({serving, living}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit, server.force_exit = True, self._again.is_set()
         await serving
-        return await ending
+        return await living
+
+    async def _live(self) -> int:
+        """Load the engine, put the application over it, and wait for the end; the exit code."""
+        try:
+            self.engine = await asyncio.to_thread(self._load, self._check_wanted)
+        except _UnwantedError:
+            return INTERRUPTED if self._signals[0] == signal.SIGINT else 0
+        service = self._service = Service(self.engine, self._config)
+        if service.info.memory_error is not None:
+            raise ConfigError(
+                f"Got memory_path={self.engine.config.memory_path!r} but it cannot be used: {service.info.memory_error}"
+            )
+        self._front.app = app_of(service)
+        host, port = self._listener.getsockname()[:2]
+        self._started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        return await self._end(service)
+
+    def _check_wanted(self, _told: LoadProgress) -> None:
+        """In the load's thread: raises if nobody wants the engine any more."""
+        if self._signals:
+            raise _UnwantedError
 
     def _stop(self, number: signal.Signals) -> None:
         self._signals.append(number)
         (self._again if self._signalled.is_set() else self._signalled).set()
 
     def _reread(self) -> None:
+        if self._service is None:
+            return  # they are still to be read
         try:
             self._service.tenants.reread()
         except ConfigError as error:
@@ -154,37 +196,27 @@ class _Life:
         else:
             logger.info("the keys were read again")
 
-    async def _end(self) -> int:
+    async def _end(self, service: Service) -> int:
         """Wait for the end and bring it about; the exit code."""
-        watcher = asyncio.create_task(self._died())
+        config, calls = service.config, service.calls
+        watcher = asyncio.create_task(_died(service))
         signalled = asyncio.create_task(self._signalled.wait())
         await asyncio.wait({watcher, signalled}, return_when=asyncio.FIRST_COMPLETED)
         signalled.cancel()
         if watcher.done():
             logger.critical("the engine's loop has died")
-            await self._unless_again(self._idle(), _LAST_EVENTS_S)
+            await self._unless_again(_idle(calls), _LAST_EVENTS_S)
             return DIED
         watcher.cancel()
-        config, calls = self._service.config, self._service.calls
         calls.is_draining = True
         if self._signals[0] == signal.SIGTERM:
             await self._unless_again(asyncio.sleep(config.drain_notice_s))
-        await self._unless_again(self._idle(), config.drain_s)
+        await self._unless_again(_idle(calls), config.drain_s)
         await self._unless_again(calls.cut_short(), _LAST_EVENTS_S)
-        await self._unless_again(self._idle(), _LAST_EVENTS_S)
+        await self._unless_again(_idle(calls), _LAST_EVENTS_S)
         if self._signals[0] == signal.SIGINT:
             return INTERRUPTED
         return TERMINATED if self._again.is_set() else 0
-
-    async def _died(self) -> None:
-        """Wait until the loop of the engine has ended by itself."""
-        while not self._service.is_dead:
-            await asyncio.sleep(_WATCH_S)
-
-    async def _idle(self) -> None:
-        """Wait until no client is being answered any more."""
-        while len(self._service.calls):
-            await asyncio.sleep(_LOOK_S)
 
     async def _unless_again(self, work: Coroutine[Any, Any, None], timeout_s: float | None = None) -> None:
         """Do `work` for so many seconds at most, and no longer than until a second signal."""
@@ -193,3 +225,15 @@ class _Life:
         working.cancel()
         again.cancel()
         await asyncio.gather(working, again, return_exceptions=True)
+
+
+async def _died(service: Service) -> None:
+    """Wait until the loop of the engine has ended by itself."""
+    while not service.is_dead:
+        await asyncio.sleep(_WATCH_S)
+
+
+async def _idle(calls: Calls) -> None:
+    """Wait until no client is being answered any more."""
+    while len(calls):
+        await asyncio.sleep(_LOOK_S)

@@ -1,27 +1,51 @@
-"""A server over a scripted engine, as a process: `python -m tests.serve.server MEMORY_FILE WORDS`."""
+"""A server over a scripted engine, as a process: `python -m tests.serve.server MEMORY_FILE WORDS [OPTION=JSON ...]`.
+
+It says its address when it listens. With `hold=FILE` its engine is not there before the file is gone, and what is
+written in it by then is why the load fails.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+import time
+from functools import partial
+from pathlib import Path
 
-from copyspec_engine import CopySpecError, EngineConfig
+from copyspec_engine import ConfigError, CopySpecError, Engine, EngineConfig, LoadProgress, OnProgress
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import listen, run_server
 from copyspec_engine.testing import scripted_engine
 
 
-def main() -> None:
+def load(url: str, hold: Path | None, check: OnProgress) -> Engine:
     path, words = sys.argv[1], int(sys.argv[2])
-    config = ServeConfig(port=0, drain_notice_s=0.0, drain_s=0.2)
 
     def reply(prompt: str) -> str:
         if "die" in prompt:
             raise SystemExit("what no request should do to a loop")
         return "word " * words
 
-    engine = scripted_engine(reply, EngineConfig(model="scripted", drafter="none", memory_path=path))
+    if hold is not None:
+        print(url, flush=True)
+        while hold.exists():
+            if hold.read_text():
+                raise ConfigError(hold.read_text())
+            check(LoadProgress("read", "waiting"))
+            time.sleep(0.01)
+    return scripted_engine(reply, EngineConfig(model="scripted", drafter="none", memory_path=path))
+
+
+def main() -> None:
+    options = dict(given.split("=", 1) for given in sys.argv[3:])
+    hold = options.pop("hold", None)
+    told = {name: json.loads(value) for name, value in options.items()}
+    config = ServeConfig(**{"port": 0, "drain_notice_s": 0.0, "drain_s": 0.2, **told})
+    listener = listen(config)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        code = run_server(engine, config, listen(config), lambda url: print(url, flush=True))
+        begin = partial(load, url, None if hold is None else Path(hold))
+        code = run_server(begin, config, listener, lambda url: print(url, flush=True))
     except CopySpecError as error:
         print(error, flush=True)
         code = 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import listen
 from copyspec_engine.serve.tenants import KEY_VARIABLE
 from tests.serve.conftest import CHAT, body
+from tests.serve.test_tenants import key
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., tuple["subprocess.Popen[str]", str]]
@@ -24,11 +27,12 @@ Start = Callable[..., tuple["subprocess.Popen[str]", str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """start(words) -> a server whose answers have so many words, and its address or what it said instead."""
+    """start(words, **options) -> a server whose answers have so many words, and its address or what it said instead."""
     processes: list[subprocess.Popen[str]] = []
 
-    def begin(words: int = 3) -> tuple[subprocess.Popen[str], str]:
+    def begin(words: int = 3, **options: str) -> tuple[subprocess.Popen[str], str]:
         command = [sys.executable, "-m", "tests.serve.server", str(tmp_path / "memory.db"), str(words)]
+        command += [f"{name}={value}" for name, value in options.items()]
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {KEY_VARIABLE: ""}
         )
@@ -69,6 +73,92 @@ def test_new_calls_are_refused_while_a_server_drains_and_a_second_signal_ends_it
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
     assert "retry-after" in refused.headers
     assert process.wait(60) == 130
+
+
+def test_a_second_sigterm_ends_a_server_at_once(start: Start) -> None:
+    process, url = start(1500, drain_s="60", drain_notice_s="60")
+    with httpx.Client(base_url=url, timeout=60) as http, http.stream("POST", CHAT, json=body(stream=True)) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        while http.get("/ready").status_code == 200:
+            pass
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert '"finish_reason": "length"' in rest[-2], "a stream that is cut has a last event all the same"
+    assert process.wait(60) == 143
+
+
+def test_keys_are_read_again_on_sighup(start: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+
+    def allow(name: str) -> None:
+        keys.write_text(f"{name} {hashlib.sha256(name.encode()).hexdigest()}")
+        keys.chmod(0o600)
+
+    def code(http: httpx.Client, name: str) -> int:
+        return http.get("/v1/models", headers=key(name)).status_code
+
+    allow("ann")
+    process, url = start(1500, api_keys=json.dumps(str(keys)))
+    asked = {"json": body(stream=True, max_tokens=400), "headers": key("ann")}
+    with httpx.Client(base_url=url, timeout=60) as http, http.stream("POST", CHAT, **asked) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        allow("bob")
+        assert (code(http, "ann"), code(http, "bob")) == (200, 401)
+        process.send_signal(signal.SIGHUP)
+        while code(http, "bob") == 401:
+            pass
+        assert code(http, "ann") == 401
+        rest = [line for line in lines if line]
+        keys.write_text("nobody")
+        process.send_signal(signal.SIGHUP)
+        assert code(http, "bob") == 200, "keys that cannot be read leave the old ones"
+    assert len(rest) > 300, "who was let in is answered to the end"
+    assert rest[-1] == "data: [DONE]"
+
+
+def test_a_server_lives_and_is_not_ready_while_its_engine_is_loaded(start: Start, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    hold.touch()
+    process, url = start(hold=str(hold))
+    with httpx.Client(base_url=url, timeout=60) as http:
+        assert http.get("/health").status_code == 200
+        ready = http.get("/ready")
+        assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
+        for path in (CHAT, "/api/chat", "/", "/metrics"):
+            refused = http.post(path, json=body())
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) > 0
+        assert http.post(CHAT, json=body()).json()["error"]["code"] == "loading"
+        process.send_signal(signal.SIGHUP)
+        hold.unlink()
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == url
+        assert http.get("/ready").status_code == 200
+        assert http.post(CHAT, json=body()).json()["choices"][0]["message"]["content"] == "word word word "
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_server_whose_engine_is_still_loaded(
+    start: Start, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "hold").touch()
+    process, _ = start(hold=str(tmp_path / "hold"))
+    process.send_signal(number)
+    assert process.wait(60) == code
+
+
+def test_a_load_that_fails_ends_the_server(start: Start, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    hold.touch()
+    process, url = start(hold=str(hold))
+    assert httpx.get(f"{url}/health").status_code == 200
+    hold.write_text("there is no such model")
+    assert process.wait(60) == 2
+    assert process.stdout is not None
+    assert process.stdout.read().strip() == "there is no such model"
 
 
 def test_a_server_whose_engine_has_died_says_so(start: Start) -> None:
