@@ -13,9 +13,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-# Read by OpenMP when torch is imported, as in the `copyspec` command.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import torch
 from rich.console import Console
 

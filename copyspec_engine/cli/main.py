@@ -6,7 +6,6 @@ The commands import their modules when they run, so that `--help` need not wait 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -222,7 +221,4 @@ add_command(app, ServeOptions, "serve", "Serve a model over HTTP, in OpenAI's fo
 
 def main() -> None:
     """The console script."""
-    # OpenMP reads this when torch is imported. Workers that spin while they wait starve whatever else runs here: on a
-    # machine with as many busy threads as cores every parallel region then takes a time slice.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()

@@ -23,6 +23,7 @@ from copyspec_engine.execution.attention import (
 )
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import ModelRunner
+from copyspec_engine.execution.threads import one_torch_thread
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.info import Execution
 from copyspec_engine.values.tokens import TokenArray
@@ -93,8 +94,9 @@ def measure_pass_cost(
     """Least seconds of passes of `widths` tokens behind `context` others; uses the pool's first `room` slots.
 
     Must run before any request: it writes over those slots. Goes round all widths for as long as `budget_s` lasts,
-    so that a burst of other load cannot spoil one of them. On a slow model it stops at the first few, at least
-    four, which is why `widths` go from coarse to fine.
+    so that a burst of other load cannot spoil one of them; round the narrow ones first, since behind a wide one workers
+    of OpenMP still spin. On a slow model it stops at the first few, at least four, which is why `widths` go from coarse
+    to fine.
     """
     slots = np.arange(room, dtype=np.int64)
     _time_pass(runner, slots, context, 1)  # the first pass of all makes the KV tensors
@@ -109,9 +111,13 @@ def measure_pass_cost(
             deadline += seconds if runner.is_static else 0.0  # there it takes most of the budget
             seconds = _time_pass(runner, slots, context, width)
         least[width] = seconds
-    while time.perf_counter() + sum(least.values()) < deadline:
-        for width, seconds in least.items():
-            least[width] = min(seconds, _time_pass(runner, slots, context, width))
+    narrow = [width for width in least if width <= runner.narrow_tokens]
+    wide = [width for width in least if width > runner.narrow_tokens]
+    rest = deadline - time.perf_counter()
+    for group, until in ((narrow, deadline - rest / 2 if wide else deadline), (wide, deadline)):
+        while group and time.perf_counter() + sum(least[width] for width in group) < until:
+            for width in group:
+                least[width] = min(least[width], _time_pass(runner, slots, context, width))
     return undisturbed(sorted((least | _stairs(runner.exact_widths or (), least)).items()))
 
 
@@ -124,7 +130,9 @@ def _stairs(exact_widths: Sequence[int], seconds: Mapping[int, float]) -> dict[i
 def _time_pass(runner: ModelRunner, slots: TokenArray, context: int, width: int) -> float:
     clock = _clock(runner.device)
     begin = clock()
-    runner.run([Piece(slots, context, [0] * width, DraftTree(), num_logits=width)]).argmax(-1).tolist()
+    logits = runner.run([Piece(slots, context, [0] * width, DraftTree(), num_logits=width)])
+    with one_torch_thread():  # as a step does
+        logits.argmax(-1).tolist()
     return clock() - begin
 
 

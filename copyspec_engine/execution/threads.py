@@ -1,13 +1,22 @@
-"""Threads that run one function side by side: one team for a process, so that engines do not fight for cores."""
+"""Threads that run one function side by side: one team for a process, so that engines do not fight for cores.
+
+And how to keep torch from waking its own.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from queue import SimpleQueue
 
-__all__ = ["Team", "team"]
+import torch
+
+__all__ = ["Team", "one_torch_thread", "team"]
 
 
 class Team:
@@ -57,3 +66,42 @@ def team(num_threads: int) -> Team:
             if found is None or not found.is_alive:
                 found = _teams[num_threads] = Team(num_threads)
     return found
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """What torch computes on the CPU within the `with` block, it computes in the calling thread alone.
+
+    A worker of OpenMP that was woken spins for some 10 ms before it sleeps again, on a core that a narrow pass then
+    lacks: behind every pass a token's choice would wake it, and halve the speed. Sums come out in one order, too,
+    however many rows there are. Nothing changes where torch computes with something else than OpenMP.
+    """
+    set_threads = _openmp_setter()
+    if set_threads is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
+@cache
+def _openmp_setter() -> Callable[[int], object] | None:
+    """OpenMP's `omp_set_num_threads`, if it is the one that torch listens to.
+
+    It holds for the calling thread; `torch.set_num_threads` would hold for threads that begin meanwhile, too.
+    """
+    if sys.platform == "win32":  # there a process has no table of all functions
+        return None
+    try:
+        found: Callable[[int], object] = ctypes.CDLL(None).omp_set_num_threads
+    except AttributeError:
+        return None
+    before = torch.get_num_threads()
+    found(before + 1)
+    listens = torch.get_num_threads() == before + 1
+    found(before)
+    return found if listens else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
+from copyspec_engine.execution.threads import one_torch_thread
 from copyspec_engine.kv.slots import KVSequence, KVSlots
 from copyspec_engine.loop.draft_chain import Guess
 from copyspec_engine.loop.request import Request
@@ -113,9 +114,10 @@ class DraftWriter:
         logits = self.model.runner.forward(list(pieces.values()))
         if not len(logits):
             return {}
-        scores = logits[:, : self._vocab_size].float()
-        best = scores.argmax(dim=-1)
-        likely = scores.softmax(dim=-1).gather(-1, best[:, None]).squeeze(-1)
+        with one_torch_thread():
+            scores = logits[:, : self._vocab_size].float()
+            best = scores.argmax(dim=-1)
+            likely = scores.softmax(dim=-1).gather(-1, best[:, None]).squeeze(-1)
         wanting = [sequence for sequence, piece in pieces.items() if piece.num_logits]
         return dict(zip(wanting, map(Guess, best.tolist(), likely.tolist()), strict=True))
 

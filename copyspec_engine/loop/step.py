@@ -14,6 +14,7 @@ from copyspec_engine.drafting.cost import LiveCost
 from copyspec_engine.drafting.drafter import DraftingPolicy, wants_alternatives
 from copyspec_engine.drafting.tree import DraftTree, Run
 from copyspec_engine.execution.runner import LoadedModel
+from copyspec_engine.execution.threads import one_torch_thread
 from copyspec_engine.kv.slots import KVSlots
 from copyspec_engine.loop.conversation import Conversations
 from copyspec_engine.loop.draft_model import DraftWriter
@@ -78,8 +79,9 @@ class EngineCore:
                 with _noting_errors(group):
                     self._draft(group)
                     logits = self._run(group)
-                    sampled = self._sample(group, logits)
-                    self._verify(group, logits, sampled)
+                    with one_torch_thread():
+                        sampled = self._sample(group, logits)
+                        self._verify(group, logits, sampled)
             heard += self._commit(rows)
         return heard
 
