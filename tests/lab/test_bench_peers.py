@@ -137,6 +137,15 @@ def test_servers_are_asked_with_their_options_and_ended(stand_in: Any, tmp_path:
 
 
 @NOT_ON_WINDOWS
+def test_a_server_that_runs_without_its_fastest_instructions_is_recorded_so(stand_in: Any, tmp_path: Path) -> None:
+    program, _ = stand_in("no AMX")
+    out = tmp_path / "out.json"
+    result = bench(*SHORT, *program, "--peer", "llama", "--json", out)
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["versions"]["llama-server"] == "7 (stand-in), --no-repack"
+
+
+@NOT_ON_WINDOWS
 def test_a_server_that_dies_on_the_way_is_left_out_from_then_on(stand_in: Any, tmp_path: Path) -> None:
     program, record = stand_in("dies")
     out = tmp_path / "out.json"

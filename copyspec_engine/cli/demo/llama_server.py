@@ -101,6 +101,8 @@ class LlamaServer:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the server writes
         words = [binary, "-m", str(gguf), "--host", HOST, "--port", str(self._port), "-t", str(threads)]
         words += ["-c", str(CONTEXT_TOKENS), "-np", "1", "--jinja", *options]
+        self.is_without_repacking = False
+        """Whether it was started with --no-repack, which costs it the fastest instructions of some machines."""
         self._process = self._started(words)
         try:
             try:
@@ -111,6 +113,7 @@ class LlamaServer:
                 # Some machines name instructions for matrices (AMX) that they do not let a program use.
                 logger.warning("%s; started again with --no-repack, which leaves such instructions alone", error)
                 self._process = self._started([*words, "--no-repack"])
+                self.is_without_repacking = True
                 self._await_start(start_timeout_s)
         except BaseException:
             self.close()

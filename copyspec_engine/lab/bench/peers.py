@@ -294,7 +294,8 @@ class _Running:
     def _facts_of_all(self) -> dict[str, Any]:
         others, binary = {}, _binary(self._options)
         if self._servers is not None and binary is not None:
-            others["llama-server"] = server_version(binary)
+            repacks = not any(server.is_without_repacking for server in self._servers.running.values())
+            others["llama-server"] = server_version(binary) + ("" if repacks else ", --no-repack")
         if "ours-langchain" in self._peers:
             others["langchain-core"] = version("langchain-core")
         if "llama-langchain" in self._peers:
