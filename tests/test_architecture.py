@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"values", "chat", "engine", "adapters", FRONT},
     "testing": {*_LOOP, "loop", "engine"},
     "cli": {"values", "models", "bundled", "adapters", "serve", "execution", "testing", "lab", FRONT},
-    "lab": {*_LOOP, "loop", "engine", "adapters", "bundled", "cli", "testing", FRONT},
+    "lab": {*_LOOP, "loop", "engine", "adapters", "serve", "bundled", "cli", "testing", FRONT},
     "__main__": {"cli"},
 }
 """What each room may import of the others."""

@@ -19,8 +19,9 @@ from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.options import DEFAULT
 from copyspec_engine.serve.config import ServeConfig
 
-__all__ = ["ServeOptions", "run_serve"]
+__all__ = ["LOG_FORMAT", "ServeOptions", "check_serve_installed", "run_serve"]
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _ENGINE = (
     *("device", "dtype", "memory", "quantization", "exact", "trust_remote_code", "chat_template", "generation_config"),
@@ -61,22 +62,27 @@ ServeOptions = dataclasses.make_dataclass(
 """Every option of `ServeConfig`, and those of `EngineConfig` that can be given as words."""
 
 
+def check_serve_installed() -> None:
+    """Raises CopySpecError if the extra "serve" is not installed."""
+    missing = next((name for name in _PACKAGES if importlib.util.find_spec(name) is None), None)
+    if missing is not None:
+        raise missing_extra(missing, "serve")
+
+
 def run_serve(options: Any, _words: str, console: Console) -> int:  # noqa: ANN401 - made above
     """Serves until a signal; returns the exit code.
 
     Raises:
         CopySpecError: the extra "serve" is not installed, an option cannot be as it is, or the model cannot be loaded.
     """
-    missing = next((name for name in _PACKAGES if importlib.util.find_spec(name) is None), None)
-    if missing is not None:
-        raise missing_extra(missing, "serve")
+    check_serve_installed()
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     config = ServeConfig(**{name: given[name] for name in ServeConfig.model_fields})
     named = {name: given[name] for name in _NAMES if given[name] is not None}
     engine_config = EngineConfig(model=options.model, **{name: given[name] for name in _ENGINE}, **named)
     from copyspec_engine.serve.lifecycle import listen, run_server
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
     listener = listen(config)
 
     def load(check: OnProgress) -> Engine:

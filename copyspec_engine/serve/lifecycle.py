@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.app import app_of
@@ -28,7 +29,7 @@ from copyspec_engine.serve.tenants import KEY_VARIABLE, Tenants
 from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
-__all__ = ["DIED", "INTERRUPTED", "TERMINATED", "listen", "run_server"]
+__all__ = ["DIED", "INTERRUPTED", "TERMINATED", "listen", "run_server", "server_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,22 @@ class _Server(uvicorn.Server):
         yield
 
 
+def server_of(app: ASGIApp) -> uvicorn.Server:
+    """What answers on a socket for an application; whoever runs it ends it, by its `should_exit`."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=int(_LAST_EVENTS_S),
+        )
+    )
+
+
 class _UnwantedError(Exception):
     """A signal has come before the engine was loaded."""
 
@@ -140,18 +157,7 @@ class _Life:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, number)
         loop.add_signal_handler(signal.SIGHUP, self._reread)
-        server = _Server(
-            uvicorn.Config(
-                self._front,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                ws="none",
-                timeout_keep_alive=30,
-                timeout_graceful_shutdown=int(_LAST_EVENTS_S),
-            )
-        )
+        server = server_of(self._front)
         serving = asyncio.create_task(server.serve([self._listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(_LOOK_S / 5)

@@ -247,6 +247,37 @@ ALL: dict[str, dict[str, Any]] = {
         "command": "copyspec bench peers --model some.gguf",
         "machine": CPU,
     },
+    "serve": {
+        "results": [
+            {
+                "clients": 4,
+                "round": number,
+                "way": way,
+                "requests": 2,
+                "tokens": 100,
+                "chunks": 25,
+                "seconds": seconds,
+                "ttft_s": ttft_s,
+                "loop_s": loop_s,
+                "process_s": 1.0,
+                "client_cpu_s": client_cpu_s,
+            }
+            for number in (0, 1)
+            for way, seconds, ttft_s, loop_s, client_cpu_s in (
+                ("in-process", 1.0, [0.020, 0.040], 0.010, 0.0),
+                ("http", 1.25, [0.024, 0.044], 0.016, 0.002),
+            )
+        ],
+        "rounds": 2,
+        "max_tokens": 50,
+        "threads": 2,
+        "different": 0,
+        "model": "some/model",
+        "device": "cpu",
+        "dtype": "float32",
+        "command": "copyspec bench serve --model some/model",
+        "machine": CPU,
+    },
     "free_text": {
         "results": [
             {
@@ -350,6 +381,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "context": "| some/model | 1,010 | 2 | **30.0** | 10.0 | 5.00 | 3.00x | 6.00x | 4.00 | 12.5% |",
         "demo": "| 1, append | **100** | 25.0 | 25.0 | 4.00x | 4.00x | 1/1 |",
         "peers": "| over plain decoding | 4.00x | 4.00x | 4.00x |",
+        "serve": "| 4 | 4 | 4.00 | 100 | 80.0 | 80.0% (80.0% to 80.0%) |",
         "free-text": "| measured | 0 | copies and recycled | 1,000 | 1.60 | 80.0 | 1.25x |",
         "lossless": "| some/model | bfloat16 | no | 2,000 | 25,000 | 3 | 0.12 |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
@@ -410,6 +442,14 @@ def test_peers_are_compared_where_both_wrote_and_frameworks_with_each_other(repo
     assert "| copyspec | 2 | 250 ms | 2/2 | 1,234 MB |" in counts
     assert "| llama.cpp | 1 | 250 ms | 0/1 | - |" in counts
     assert "2 CPU cores (AMD EPYC), date not recorded: `peers.json`." in counts
+
+
+def test_a_server_is_compared_with_its_engine(report: Callable[..., Result]) -> None:
+    assert report().exit_code == 0
+    first, processor = block_of("serve").split("*\n\n")[2:]
+    assert "| 4 | 30.0 | 34.0 | 4.00 (4.00 to 4.00) | 40.0 | 44.0 |" in first
+    assert "| 4 | 3.00 | 60.0 | 20.0 |" in processor
+    assert "2 CPU cores (AMD EPYC), date not recorded: `serve.json`." in processor
 
 
 def test_files_of_one_run_share_its_command(report: Callable[..., Result]) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from copyspec_engine import ConfigError, EngineConfig
-from copyspec_engine.cli.options import BUNDLED, Device, DtypeName, ModelArguments, add_command, engine_config
+from copyspec_engine.cli.options import BUNDLED, DEFAULT, Device, DtypeName, ModelArguments, add_command, engine_config
 from copyspec_engine.lab.evaluation.benchmarks import BENCHMARKS
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "PeersOptions",
     "ProposeOptions",
     "ReportOptions",
+    "ServerOptions",
     "bench",
 ]
 
@@ -33,7 +34,7 @@ bench = typer.Typer(
     no_args_is_help=True,
     help="Measure: drafts and propose replay recorded conversations without a model, engine builds one that writes "
     "them, in free-text, context and peers a model writes as it likes, lossless counts answers that drafting changes, "
-    "and report puts what all of them have found into tables and plots.",
+    "serve asks an engine over HTTP and in process, and report puts what all of them have found into tables and plots.",
 )
 
 MOST_MEMORY = 20_000_000
@@ -474,3 +475,45 @@ def peers(options: PeersOptions, command: str, console: Console) -> int:
     from copyspec_engine.lab.measuring import recorded
 
     return recorded(partial(measure_peers, command=command), options, command, console)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions(ModelArguments):
+    """Options of `bench serve`."""
+
+    model: Annotated[str, typer.Option(help="A model, as for `copyspec serve`.")] = DEFAULT
+    clients: Annotated[
+        tuple[int, ...], typer.Option(metavar="N...", help="Clients that ask at once, or tasks in process.")
+    ] = (1, 16)
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64
+    rounds: Annotated[int, typer.Option(help="How often both ways make the same calls.")] = 8
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine; default: one a processor.")] = None
+    json: JsonPath = None
+
+    def __post_init__(self) -> None:
+        for number in self.clients:
+            _check_count("--clients", number, 256)
+        _check_count("--max-tokens", self.max_tokens)
+        _check_count("--rounds", self.rounds)
+        _check_count("--threads", self.threads, 1024)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of clients, each once."""
+        return tuple(dict.fromkeys(self.clients))
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or os.cpu_count() or 1
+
+
+@add_command(bench, ServerOptions)
+def serve(options: ServerOptions, command: str, console: Console) -> int:
+    """Ask one engine over HTTP and in process: what a server adds to the first token, and takes of the speed.
+
+    Exit code 1 if an answer over HTTP is another one.
+    """
+    from copyspec_engine.lab.bench.server import measure_server
+    from copyspec_engine.lab.measuring import recorded
+
+    return recorded(measure_server, options, command, console)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["RESAMPLES", "interval"]
+__all__ = ["RESAMPLES", "interval", "median_interval"]
 
 RESAMPLES = 2000
 _SEED = 0
@@ -38,4 +38,22 @@ def interval(conversations: Sequence[Sums]) -> tuple[float, float] | None:
     if not np.all(sums[:, 1::2]):
         return None
     lower, upper = np.quantile(np.prod(sums[:, ::2] / sums[:, 1::2], axis=1), _LEVELS).tolist()
+    return lower, upper
+
+
+def median_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """The 95 % interval of the median of all values over the groups that they come in, such as rounds.
+
+    Args:
+        groups: of values, none of them empty; whole groups are drawn.
+
+    Returns:
+        (lower, upper) limit, as `interval` has them; None for fewer than two groups.
+    """
+    if len(groups) < 2:
+        return None
+    drawn = np.random.default_rng(_SEED).integers(len(groups), size=(RESAMPLES, len(groups)))
+    values = [np.asarray(group, dtype=np.float64) for group in groups]
+    medians = [np.median(np.concatenate([values[at] for at in draw])) for draw in drawn]
+    lower, upper = np.quantile(medians, _LEVELS).tolist()
     return lower, upper

@@ -103,6 +103,15 @@ KINDS = {
         frozenset({"results", "memory", "left_out", "threads", "max_tokens", "model", "device", "dtype", *_FACTS}),
         frozenset({"peer", "kind", "conversation", "turn", "tokens", "seconds", "ttft_s", "same_as_plain"}),
     ),
+    "serve": Kind(
+        frozenset({"results", "rounds", "max_tokens", "threads", "different", "model", "device", "dtype", *_FACTS}),
+        frozenset(
+            {
+                *("clients", "round", "way", "requests", "tokens", "chunks", "seconds", "ttft_s"),
+                *("loop_s", "process_s", "client_cpu_s"),
+            }
+        ),
+    ),
     "lossless": Kind(
         frozenset(
             {"cases", "differences", "differences_per_1000_tokens", "tokens", "by_feature", "dtype", "exact", *_FACTS}

@@ -40,6 +40,7 @@ from copyspec_engine.lab.results.free_text import free_text_tables
 from copyspec_engine.lab.results.front import demo_tables, front_plots
 from copyspec_engine.lab.results.lossless import lossless_tables
 from copyspec_engine.lab.results.peers import peers_plots, peers_tables
+from copyspec_engine.lab.results.server import server_tables
 
 __all__ = ["BLOCKS", "COMMANDS", "fill_pages"]
 
@@ -52,6 +53,7 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "context": context_tables,
     "demo": demo_tables,
     "peers": peers_tables,
+    "serve": server_tables,
     "lossless": lossless_tables,
     "engine": engine_tables,
     "speed": speed_tables,

@@ -1,0 +1,137 @@
+"""`copyspec bench serve`: what the HTTP server costs beside the same engine asked in process.
+
+One process holds the engine and its server, this one the clients. Round by round both ways make the same calls, each
+time the other one first; while one is at work the other is silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+
+from copyspec_engine.cli.demo.frameworks import Message
+from copyspec_engine.cli.documents import load_document
+from copyspec_engine.cli.serve import check_serve_installed
+from copyspec_engine.lab.bench.command import ServerOptions
+from copyspec_engine.lab.bench.free_text import PROMPTS
+from copyspec_engine.lab.bench.peer_processes import PeerProcess
+from copyspec_engine.lab.bench.server_client import read_answer, request_bytes, stream_all
+from copyspec_engine.lab.bench.server_process import Asked, CpuTimes, ServerSide, Written
+from copyspec_engine.lab.display.tables import on_terminal
+from copyspec_engine.lab.measuring import Measured
+from copyspec_engine.lab.results.server import HTTP, IN_PROCESS, server_tables_of
+
+__all__ = ["measure_server"]
+
+DOCUMENTS = ("letter.txt", "meeting_notes.md")
+"""What is to be repeated besides the answers to `PROMPTS`: there many tokens come in one pass."""
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What one way made of its calls, in their order."""
+
+    seconds: float
+    """From the first call to the end of the last answer."""
+    written: list[Written]
+    cpu: CpuTimes
+    """Of the process of engine and server."""
+    client_cpu_s: float
+    """Of the process of the clients; where the engine is asked in process there are none."""
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "requests": len(self.written),
+            "tokens": sum(answer.tokens for answer in self.written),
+            "chunks": sum(answer.num_chunks for answer in self.written),
+            "seconds": round(self.seconds, 6),
+            "ttft_s": [round(answer.ttft_s, 6) for answer in self.written],
+            **{name: round(value, 6) for name, value in asdict(self.cpu).items()},
+            "client_cpu_s": round(self.client_cpu_s, 6),
+        }
+
+
+def measure_server(options: ServerOptions, console: Console) -> Measured:
+    """Makes all calls both ways and prints the tables.
+
+    Returns:
+        Exit code 1 if an answer over HTTP is another one although the engine promises the same.
+
+    Raises:
+        CopySpecError: an option cannot work, the extra "serve" is not installed, or the model cannot be loaded.
+    """
+    check_serve_installed()
+    rows, num_different = list[dict[str, Any]](), 0
+    with PeerProcess("the server", options.num_threads, ServerSide, config=options.config) as side:
+        facts = side.call("facts")
+        ways = _Ways(side)
+        with console.status("Warming up ...") as status:
+            for clients in options.numbers:
+                ways.write(clients, WARM_UP_TOKENS, -1)
+            for number in range(options.rounds):
+                for clients in options.numbers:
+                    status.update(f"Round {number + 1}/{options.rounds}, {clients} at once ...")
+                    found = ways.write(clients, options.max_tokens, number)
+                    rows += [
+                        {"clients": clients, "round": number, "way": way, **found[way].figures()}
+                        for way in (IN_PROCESS, HTTP)
+                    ]
+                    pairs = zip(*(found[way].written for way in found), strict=True)
+                    num_different += sum(own.text != other.text for own, other in pairs)
+    record = {
+        "results": rows,
+        "rounds": options.rounds,
+        "max_tokens": options.max_tokens,
+        "threads": options.num_threads,
+        "different": num_different,
+        **facts,
+    }
+    for table in server_tables_of(record):
+        console.print(on_terminal(table))
+    if num_different:
+        console.print(f"[bold red]Other answers over HTTP than in process: {num_different}[/]")
+    return int(num_different > 0 and facts["is_lossless"]), record
+
+
+class _Ways:
+    """The two ways to ask the engine of a process."""
+
+    def __init__(self, side: PeerProcess) -> None:
+        self._side = side
+        self._port, self._model = side.call("address")
+        documents = (f"Repeat this text.\n\n{load_document(name).text}" for name in DOCUMENTS)
+        self._prompts = (*PROMPTS, *documents)
+
+    def write(self, clients: int, max_tokens: int, number: int) -> dict[str, _Round]:
+        """Have every prompt answered both ways, as often as it takes for each client to have one."""
+        ways = (IN_PROCESS, HTTP) if number % 2 == 0 else (HTTP, IN_PROCESS)
+        found = {}
+        for way in ways:
+            calls = self._calls(way, clients, max_tokens, number)
+            found[way] = self._over_http(calls, clients) if way == HTTP else self._in_process(calls, clients)
+        self._side.call("forget")
+        return found
+
+    def _calls(self, way: str, clients: int, max_tokens: int, number: int) -> list[Asked]:
+        """Of a round, from another prompt on in each; every client has as many."""
+        size, count = len(self._prompts), clients * -(-len(self._prompts) // clients)
+        contents = [self._prompts[(number + call) % size] for call in range(count)]
+        messages: list[Message] = [{"role": "user", "content": content} for content in contents]
+        return [Asked(f"{way}-{call}", (message,), max_tokens) for call, message in enumerate(messages)]
+
+    def _in_process(self, calls: Sequence[Asked], clients: int) -> _Round:
+        seconds, cpu, written = self._side.call("write", calls, clients)
+        return _Round(seconds, written, cpu, 0.0)
+
+    def _over_http(self, calls: Sequence[Asked], clients: int) -> _Round:
+        sent = [request_bytes(asked, self._model) for asked in calls]
+        before, client_before_s = self._side.call("cpu_times"), time.process_time()
+        seconds, came = asyncio.run(stream_all(self._port, sent, clients))
+        client_cpu_s, cpu = time.process_time() - client_before_s, self._side.call("cpu_times") - before
+        return _Round(seconds, [read_answer(*answer) for answer in came], cpu, client_cpu_s)

@@ -1,0 +1,146 @@
+"""Clients of a server, as cheap as clients can be: they keep the bytes as they come, and read them when all is over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from copyspec_engine import CopySpecError
+from copyspec_engine.lab.bench.server_process import Asked, Written
+
+__all__ = ["read_answer", "request_bytes", "stream_all"]
+
+_END = b"0\r\n\r\n"
+"""Of a body in chunks. Events end with an empty line of their own, so that none of them ends with this."""
+_DONE = "[DONE]"
+
+Piece = tuple[float, bytes]
+"""Bytes, and when they came, on the clock `time.perf_counter`."""
+
+
+def request_bytes(asked: Asked, model: str) -> bytes:
+    """A call as it goes over the wire; its answer comes as a stream that tells its tokens."""
+    body = {
+        "model": model,
+        "messages": asked.messages,
+        "temperature": 0,
+        "max_tokens": asked.max_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    content = json.dumps(body).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"X-Session-ID: {asked.session_id}\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+async def stream_all(port: int, calls: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, list[Piece]]]]:
+    """Has clients make calls at once, each one its own after each other on a connection of its own.
+
+    Args:
+        port: of a server on this machine.
+        calls: what is sent; client k has the calls k, k + clients, ...
+        clients: how many.
+
+    Returns:
+        Seconds from the first call to the last answer's end, and for each call when it was sent and what came.
+
+    Raises:
+        CopySpecError: an answer is an error, or breaks off.
+    """
+    loop = asyncio.get_running_loop()
+    opened = [await loop.create_connection(_Connection, "127.0.0.1", port) for _ in range(clients)]
+
+    async def talk(connection: _Connection, own: Sequence[bytes]) -> list[tuple[float, list[Piece]]]:
+        return [await connection.ask(call) for call in own]
+
+    try:
+        began_s = time.perf_counter()
+        talks = [talk(connection, calls[number::clients]) for number, (_, connection) in enumerate(opened)]
+        came = await asyncio.gather(*talks)
+        seconds = time.perf_counter() - began_s
+    finally:
+        for transport, _ in opened:
+            transport.close()
+    return seconds, [came[number % clients][number // clients] for number in range(len(calls))]
+
+
+class _Connection(asyncio.Protocol):
+    """One call after the other."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Piece] = []
+        self._tail = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport), "it is a socket's"
+        self._transport = transport
+
+    async def ask(self, call: bytes) -> tuple[float, list[Piece]]:
+        self._pieces = []
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sent_s = time.perf_counter()
+        self._transport.write(call)
+        await self._over
+        return sent_s, self._pieces
+
+    def data_received(self, data: bytes) -> None:
+        self._pieces.append((time.perf_counter(), data))
+        self._tail = (self._tail + data)[-len(_END) :]
+        if len(self._pieces) == 1 and not data.startswith(b"HTTP/1.1 200 "):
+            self._fail(f"The server answered {data.decode(errors='replace')}")
+        elif self._tail == _END and not self._over.done():
+            self._over.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(f"The server closed the connection: {exc}")
+
+    def _fail(self, said: str) -> None:
+        if not self._over.done():
+            self._over.set_exception(CopySpecError(said))
+
+
+def read_answer(sent_s: float, pieces: Sequence[Piece]) -> Written:
+    """What a stream said.
+
+    Raises:
+        CopySpecError: it tells of an error, or has no end.
+    """
+    text, came, usage = "", list[float](), None
+    said = ""
+    for came_s, chunk in _chunks(pieces):
+        before = len(text)
+        for line in filter(None, chunk.decode().split("\n")):
+            said = line.removeprefix("data: ")
+            event: dict[str, Any] = {} if said == _DONE else json.loads(said)
+            if "error" in event:
+                raise CopySpecError(f"The server answered {said}")
+            usage = event.get("usage") or usage
+            text += "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
+        if len(text) > before:
+            came.append(came_s)
+    if said != _DONE or usage is None or not came:
+        raise CopySpecError(f"The server sent a stream without text or end: {said}")
+    return Written(text, usage["completion_tokens"], came[0] - sent_s, pieces[-1][0] - sent_s, len(came))
+
+
+def _chunks(pieces: Sequence[Piece]) -> Iterator[tuple[float, bytes]]:
+    """The chunks of a body, and when each was there as a whole."""
+    raw = b"".join(data for _, data in pieces)
+    ends = list(accumulate(len(data) for _, data in pieces))
+    at = raw.index(b"\r\n\r\n") + 4
+    while True:
+        line_end = raw.index(b"\r\n", at)
+        size = int(raw[at:line_end], 16)
+        if size == 0:
+            return
+        start, at = line_end + 2, line_end + size + 4
+        yield pieces[bisect_left(ends, at)][0], raw[start : start + size]
