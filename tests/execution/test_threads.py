@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from copyspec_engine import EngineConfig, GenerationRequest, SamplingParams
 from copyspec_engine.execution.threads import _openmp_setter, one_torch_thread
 from copyspec_engine.sampling import sampler
+from copyspec_engine.sampling.gumbel import highest_perturbed
 from copyspec_engine.testing import scripted_engine
 
 
@@ -47,14 +49,13 @@ def test_one_torch_thread_holds_for_the_calling_thread_alone_and_ends_with_its_b
 @pytest.mark.usefixtures("two_threads")
 def test_a_step_chooses_its_tokens_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = set()
-    draw = sampler._draw
 
-    def noted_draw(*args: object) -> torch.Tensor:
+    def noted(*args: Any) -> torch.Tensor:
         chosen.add(torch.get_num_threads())
-        return draw(*args)  # type: ignore[arg-type]
+        return highest_perturbed(*args)
 
     with scripted_engine(["some words"], EngineConfig(model="scripted", device="cpu")) as engine:
-        monkeypatch.setattr(sampler, "_draw", noted_draw)
+        monkeypatch.setattr(sampler, "highest_perturbed", noted)
         params = SamplingParams(temperature=0.5, seed=1, max_tokens=3)
         engine.generate(GenerationRequest(prompt="Say some words.", sampling=params))
     assert chosen == {1}
