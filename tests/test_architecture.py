@@ -64,7 +64,7 @@ WITHOUT_TORCH = {"values", "compiled", "memory", "drafting", "kv"}
 MAY_IMPORT_TRANSFORMERS = {
     "chat/reply.py",
     "chat/tokenizer.py",
-    "cli/demo/peers.py",
+    "cli/demo/transformers_lanes.py",
     "execution/attention.py",
     "execution/checkpoint.py",
     "execution/cuda_graphs.py",

@@ -17,10 +17,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from copyspec_engine import CopySpecError, Engine, EngineConfig, shared_engine
+from copyspec_engine.cli.demo.peer_process import PeerProcess
 from copyspec_engine.cli.main import app
 from copyspec_engine.lab.bench import peers as bench_peers
 from copyspec_engine.lab.bench.peer_conversations import REWRITE, load_conversations
-from copyspec_engine.lab.bench.peer_processes import PeerProcess
 from tests.cli.llama_servers import is_running, put_stand_in, starts
 
 NOT_ON_WINDOWS = pytest.mark.skipif(os.name == "nt", reason="the stand-in is a script with a #! line")

@@ -8,6 +8,7 @@ Drafting and plain decoding reuse the KV of the turns before, transformers reads
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -82,9 +83,9 @@ def measure_context(options: ContextOptions, console: Console) -> Measured:
         CopySpecError: an option cannot work, or the model cannot be loaded.
     """
     documents = [load_document(name) for name in dict.fromkeys(options.file)]
-    with drafting_engine(options.config) as engine:
+    with drafting_engine(options.config) as engine, ExitStack() as stack:
         _check(engine, options)
-        ways = _Ways(engine, options)
+        ways = stack.enter_context(closing(_Ways(engine, options)))
         measured: list[MeasuredTurn] = []
         for number, document in enumerate(documents):
             with console.status(f"Writing about {document.name} ...") as status:
@@ -130,6 +131,11 @@ class _Ways:
         for way in self._ways:
             self._write(way, [_user(REQUESTS[0])], "warm-up", _WARM_UP_TOKENS)
         self._forget("warm-up")
+
+    def close(self) -> None:
+        """End what was started for the peers."""
+        if self._peers is not None:
+            self._peers.close()
 
     def grow(self, document: Document, number: int) -> Iterator[MeasuredTurn]:
         """The turns that are measured of a conversation about a document.

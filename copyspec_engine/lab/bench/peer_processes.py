@@ -1,32 +1,18 @@
-"""Processes of `copyspec bench peers`: the engine in one, transformers in another.
-
-So the memory of each is its own, and no thread pool of one is at work while the other answers. All is timed where it
-is called: an answer's way between the processes takes nobody's time.
-
-Importing this is light: a process sets the number of its threads before anything that reads it is imported.
-"""
+"""The engine in a process of `copyspec bench peers`, and what is asked there. Importing this is light."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
-from copyspec_engine import CopySpecError, EngineConfig, GenerationRequest, NoDrafter, Segment
-from copyspec_engine.cli.demo.figures import GENERATE, LOOKUP, PeerAnswer
+from copyspec_engine import EngineConfig, GenerationRequest, NoDrafter, Segment
+from copyspec_engine.cli.demo.figures import PeerAnswer
 from copyspec_engine.cli.demo.frameworks import Ask, Message, ask_engine
 
-__all__ = ["AskedTurn", "EngineSide", "PeerProcess", "TransformersSide", "through_langchain"]
-
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-END_TIMEOUT_S = 5.0
+__all__ = ["AskedTurn", "EngineSide", "through_langchain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,114 +114,3 @@ def through_langchain(
             tokens = chunk.usage_metadata["output_tokens"]
     seconds = time.perf_counter() - started
     return PeerAnswer(tokens, seconds, text=text, ttft_s=ttft_s or seconds)
-
-
-class TransformersSide:
-    """transformers on the same weights: answers of `generate` and `prompt-lookup`.
-
-    Raises:
-        ModelLoadError: it cannot load the model.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        from copyspec_engine.cli.demo.peers import transformers_lanes
-
-        trusted = config.trust_remote_code
-        lanes = transformers_lanes(config.model, config.device, config.dtype, trust_remote_code=trusted)
-        self._lanes = {"generate": lanes[GENERATE], "prompt-lookup": lanes[LOOKUP]}
-
-    def answer(self, peer: str, asked: AskedTurn) -> PeerAnswer:
-        """The answer of a peer, which reads the whole prompt in every turn."""
-        return self._lanes[peer](asked.prompt_ids, asked.max_tokens)
-
-    def close(self) -> None:
-        """Nothing is to be ended."""
-
-
-class PeerProcess:
-    """One of the sides, made in a process of its own; `close` ends it, and so does leaving its `with` block.
-
-    Args:
-        name: what it is called in errors.
-        threads: how many threads compute in it.
-        make: makes the side, there.
-        arguments: of `make`, by name.
-
-    Raises:
-        CopySpecError: the side cannot be made.
-    """
-
-    def __init__(self, name: str, threads: int, make: Callable[..., Any], **arguments: Any) -> None:  # noqa: ANN401
-        self._name = name
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, threads, make, arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-        try:
-            self._result()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> PeerProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None, "it was started"
-        return self._process.pid
-
-    def call(self, method: str, *arguments: Any) -> Any:  # noqa: ANN401 - as the method has it
-        """What a method of the side gives.
-
-        Raises:
-            CopySpecError: the method raised one, or the process has ended.
-        """
-        self._connection.send((method, arguments))
-        return self._result()
-
-    def close(self) -> None:
-        """End the process; it is killed if it does not end by itself."""
-        self._connection.close()
-        for end in (self._process.terminate, self._process.kill):
-            self._process.join(END_TIMEOUT_S)
-            if self._process.exitcode is None:
-                end()
-        self._process.join()
-
-    def _result(self) -> Any:  # noqa: ANN401
-        try:
-            failed, result = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join(END_TIMEOUT_S)
-            raise CopySpecError(f"The process of {self._name} ended with exit code {self._process.exitcode}") from None
-        if failed:
-            raise CopySpecError(result)
-        return result
-
-
-def _serve(connection: Connection, threads: int, make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """What a process does: makes its side and calls its methods, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; who started this one closes its end then
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
-    import torch
-
-    torch.set_num_threads(threads)
-    with ExitStack() as stack, contextlib.suppress(EOFError, BrokenPipeError):
-        try:
-            side = stack.enter_context(contextlib.closing(make(**arguments)))
-        except CopySpecError as error:
-            connection.send((True, str(error)))
-            return
-        connection.send((False, None))
-        while True:
-            method, given = connection.recv()
-            try:
-                answer = False, getattr(side, method)(*given)
-            except CopySpecError as error:
-                answer = True, str(error)
-            connection.send(answer)

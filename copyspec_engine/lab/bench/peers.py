@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from copyspec_engine import ConfigError, CopySpecError
-from copyspec_engine.cli.demo.figures import PeerAnswer
+from copyspec_engine.cli.demo.figures import GENERATE, LOOKUP, PeerAnswer
 from copyspec_engine.cli.demo.frameworks import check_framework
 from copyspec_engine.cli.demo.llama_server import (
     CONTEXT_TOKENS,
@@ -33,15 +33,10 @@ from copyspec_engine.cli.demo.llama_server import (
     gguf_file,
     server_version,
 )
+from copyspec_engine.cli.demo.peer_process import PeerProcess, TransformersSide
 from copyspec_engine.lab.bench.command import PeersOptions
 from copyspec_engine.lab.bench.peer_conversations import PeerConversation, load_conversations
-from copyspec_engine.lab.bench.peer_processes import (
-    AskedTurn,
-    EngineSide,
-    PeerProcess,
-    TransformersSide,
-    through_langchain,
-)
+from copyspec_engine.lab.bench.peer_processes import AskedTurn, EngineSide, through_langchain
 from copyspec_engine.lab.display.tables import on_terminal
 from copyspec_engine.lab.measuring import Measured, memory_of, version, write_record
 from copyspec_engine.lab.results.peers import OURS, PLAIN, peers_tables_of
@@ -49,7 +44,7 @@ from copyspec_engine.lab.results.peers import OURS, PLAIN, peers_tables_of
 __all__ = ["measure_peers"]
 
 IN_ENGINE = (OURS, PLAIN, "ours-langchain")
-IN_TRANSFORMERS = ("generate", "prompt-lookup")
+IN_TRANSFORMERS = {"generate": GENERATE, "prompt-lookup": LOOKUP}
 SERVER_OPTIONS: dict[str, tuple[str, ...]] = {
     "llama": (),
     "llama-ngram-mod": ("--spec-type", "ngram-mod"),
@@ -189,7 +184,15 @@ class _Running:
         self._facts: dict[str, Any] = self._engine.call("facts")
         self._processes["copyspec"] = self._engine
         if set(self._peers) & set(IN_TRANSFORMERS):
-            started = PeerProcess("transformers", threads, TransformersSide, config=config)
+            started = PeerProcess(
+                "transformers",
+                threads,
+                TransformersSide,
+                model=config.model,
+                device=config.device,
+                dtype=config.dtype,
+                trust_remote_code=config.trust_remote_code,
+            )
             self._processes["transformers"] = stack.enter_context(started)
         gguf, binary = gguf_file(config.model), _binary(self._options)
         if gguf is not None and binary is not None:
@@ -199,9 +202,11 @@ class _Running:
             self._lanes[name] = self._lane(name)
 
     def _lane(self, name: str) -> Callable[[AskedTurn], PeerAnswer | None]:
-        if name not in SERVER_OPTIONS:
-            process = self._processes["copyspec" if name in IN_ENGINE else "transformers"]
-            return lambda asked: process.call("answer", name, asked)
+        if name in IN_TRANSFORMERS:
+            process = self._processes["transformers"]
+            return lambda asked: process.call("answer", IN_TRANSFORMERS[name], asked.prompt_ids, asked.max_tokens)
+        if name in IN_ENGINE:
+            return lambda asked: self._engine.call("answer", name, asked)
         servers = self._servers
         assert servers is not None, "see _cannot_take_part"
         servers.start(name, SERVER_OPTIONS[name], WARM_UP, self._engine.call("encode", WARM_UP))

@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from copyspec_engine.cli.demo.frameworks import Message
+from copyspec_engine.cli.demo.peer_process import PeerProcess
 from copyspec_engine.cli.documents import load_document
 from copyspec_engine.cli.serve import check_serve_installed
 from copyspec_engine.lab.bench.command import ServerOptions
 from copyspec_engine.lab.bench.free_text import PROMPTS
-from copyspec_engine.lab.bench.peer_processes import PeerProcess
 from copyspec_engine.lab.bench.server_client import read_answer, request_bytes, stream_all
 from copyspec_engine.lab.bench.server_process import Asked, CpuTimes, ServerSide, Written
 from copyspec_engine.lab.display.tables import on_terminal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,8 @@ def _subject(options: EvalOptions, console: Console) -> Iterator[tuple[Subject, 
             if options.peers:
                 from copyspec_engine.lab.evaluation.with_peers import WithPeers
 
-                yield WithPeers(written, _measured(options)[0].name), about
+                with closing(WithPeers(written, _measured(options)[0].name)) as subject:
+                    yield subject, about
             else:
                 yield written, about
 

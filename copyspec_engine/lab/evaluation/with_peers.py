@@ -26,7 +26,7 @@ class WithPeers:
         drafter: name of one of those; the tokens that its earlier answers had are those that peers read of equal texts.
 
     Raises:
-        ModelLoadError: transformers cannot load the checkpoint a second time.
+        CopySpecError: transformers cannot load the checkpoint a second time.
     """
 
     def __init__(self, subject: EngineSubject, drafter: str) -> None:
@@ -76,3 +76,7 @@ class WithPeers:
     def gap(self, plain: TurnRecord, position: int, other: int) -> float | None:
         """See `Subject`."""
         return self._subject.gap(plain, position, other)
+
+    def close(self) -> None:
+        """End what was started for the peers."""
+        self._peers.close()

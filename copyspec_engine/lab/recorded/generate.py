@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from copyspec_engine.cli.demo.peers import LOOKUP_TOKENS, generate_greedy
+from copyspec_engine.cli.demo.transformers_lanes import LOOKUP_TOKENS, generate_greedy
 from copyspec_engine.kv.slots import common_prefix_length
 from copyspec_engine.lab.recorded.records import Turn, Written
 from copyspec_engine.lab.recorded.runner import force, next_tokens
