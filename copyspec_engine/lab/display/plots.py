@@ -48,6 +48,8 @@ _INKED: tuple[Any, ...] = (
 ELEMENT_INCHES = (6.0, 3.6)
 CAPTION_LETTERS = 165
 """Letters of a caption in a line, over the usual width."""
+_FEW = 3
+"""Series whose names fit into a chart."""
 DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 
 
@@ -154,7 +156,9 @@ def _figure(plot: Plot) -> Figure:
     for axes, chart in zip(drawn.subplots(1, len(plot.charts), squeeze=False)[0], plot.charts, strict=True):
         _draw(axes, chart, [names.index(name) for name, _ in chart.series])
         axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
-        if len(chart.series) > 1:
+        if len(chart.series) > _FEW and len(plot.charts) == 1:  # too many to find room among the bars
+            drawn.legend(loc="outside right upper", frameon=False, fontsize=9)
+        elif len(chart.series) > 1:
             axes.legend(frameon=False, fontsize=9)
     drawn.text(0.01, 0.08 / height, "\n".join(lines), fontsize=8, va="bottom")
     return drawn
