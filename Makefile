@@ -1,12 +1,14 @@
 # Two commands: `make demo` and `make test`. Both create .venv and install what they need on the first run.
+# `make conformance` makes an environment of its own for each client, too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/cpu.txt
+CLIENTS := $(basename $(notdir $(wildcard scripts/conformance/requirements/*.txt)))
 INPUTS := pyproject.toml $(CONSTRAINTS)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format docs conformance clean
 
 demo: $(VENV)/.for-demo
 	@echo "==> Main job: a document rewritten turn by turn by a small real model, through LangChain, beside its peers"
@@ -33,6 +35,17 @@ format: $(VENV)/.for-test
 docs: $(VENV)/.for-docs
 	@echo "==> Building the docs into site/"
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+# CONFORMANCE="--clients litellm" runs one of them; see python -m scripts.conformance --help.
+conformance: $(VENV)/.for-test $(CLIENTS:%=.venv-conformance/%/.ready)
+	@$(BIN)/copyspec pull smollm2
+	$(BIN)/python -m scripts.conformance $(CONFORMANCE)
+
+.venv-conformance/%/.ready: scripts/conformance/requirements/%.txt
+	@echo "==> An environment for $*"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r $<
+	@touch $@
 
 $(VENV)/.created:
 	@echo "==> Creating $(VENV) with $(PYTHON)"

@@ -99,10 +99,12 @@ def api_error(error: Exception) -> ApiError:
         return error
     for kind, status, code, retry in _TABLE:
         if isinstance(error, kind):
-            param = getattr(error, "param", None)
+            param, message = getattr(error, "param", None), str(error)
             if isinstance(error, ContextOverflowError):
                 param = param or "messages"
-            return ApiError(status, code, str(error), param, retry_after_s=retry)
+                # agents and gateways find the limit by these words, and then shorten the chat
+                message = f"{message}. This model's maximum context length is {error.max_tokens} tokens"
+            return ApiError(status, code, message, param, retry_after_s=retry)
     if isinstance(error, CopySpecError):  # an extra that is not installed
         return ApiError(501, "not_installed", str(error))
     logger.error("an unexpected error", exc_info=error)
