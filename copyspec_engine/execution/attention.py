@@ -8,6 +8,9 @@ place by the kernels of paged_attention.py where the batch says where its rows a
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -77,8 +80,18 @@ class KVStore:
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         # Zeros rather than uninitialised memory: a masked slot's NaN would still spoil a softmax sum.
-        shape = (like.shape[0], self.num_slots + 1, like.shape[2])
-        return torch.zeros(shape, dtype=self.dtype or like.dtype, device=like.device)
+        shape, dtype = (like.shape[0], self.num_slots + 1, like.shape[2]), self.dtype or like.dtype
+        return (
+            _lazy_zeros(shape, dtype)
+            if like.device.type == "cpu"
+            else torch.zeros(shape, dtype=dtype, device=like.device)
+        )
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of the CPU for which the system finds memory when they are written: slots that nobody uses take none."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private), dtype=dtype).view(shape)
 
 
 class Row(Protocol):

@@ -364,3 +364,18 @@ def test_a_position_beyond_the_context_is_never_allowed() -> None:
     assert isinstance(model.config, LlamaConfig)
     config = EngineConfig(model="m", max_model_len=4096, step_cost=STEP_COST)
     assert prepare(model, ByteTokenizer(), config).info.max_model_len == 512
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="tells no memory")
+def test_slots_that_nobody_has_used_take_no_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    store, before = KVStore(2**20), resident()
+    keys, values = store.layer(0, torch.ones(2, 1, 64), torch.ones(2, 1, 64))
+    assert keys.numel() * keys.element_size() > 2**29
+    assert resident() - before < 2**24
+    store.write(0, slice(2**19, 2**19 + 3), torch.ones(2, 3, 64), torch.ones(2, 3, 64))
+    assert keys[:, 2**19 - 1 : 2**19 + 4].sum() == 2 * 3 * 64
+    assert values[:, -1].sum() == 0
+    assert resident() - before < 2**24
