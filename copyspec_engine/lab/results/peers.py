@@ -50,17 +50,25 @@ def peers_tables_of(record: Mapping[str, Any]) -> list[Table]:
     """The tables of one file of figures; that of ours over each is there if ours wrote."""
     rows: Sequence[Row] = record["results"]
     names, columns = _names(rows), [*_columns(rows), ALL]
-    headings = ("", *(" ".join(str(part) for part in column if part is not None) for column in columns))
-    speeds = [(NAMES[name], *(figure(_rate(_of(rows, name, column))) for column in columns)) for name in names]
-    ratios = []
-    for name in names:
-        ours = BESIDE.get(name, OURS)
-        if ours in names and name not in (ours, *BESIDE.values()):
-            cells = (times(_ratio(rows, ours, name, column)) for column in columns)
-            ratios.append((f"over {NAMES[name]}", *cells))
+    labels = [" ".join(str(part) for part in column if part is not None) for column in columns]
+    speeds = [
+        (label, *(figure(_rate(_of(rows, name, column))) for name in names))
+        for label, column in zip(labels, columns, strict=True)
+    ]
+    pairs = [
+        (ours, name)
+        for name in names
+        if (ours := BESIDE.get(name, OURS)) in names and name not in (ours, *BESIDE.values())
+    ]
+    ratios = [
+        (label, *(times(_ratio(rows, ours, name, column)) for ours, name in pairs))
+        for label, column in zip(labels, columns, strict=True)
+    ]
+    headings = ("", *(NAMES[name] for name in names))
     tables = [Table("Tokens per second, the prompt's time included", headings, tuple(speeds))]
-    if ratios:
-        tables.append(Table(f"{NAMES[OURS]} over each, or through LangChain over LangChain", headings, tuple(ratios)))
+    if pairs:
+        over = ("", *(f"over {NAMES[name]}" for _, name in pairs))
+        tables.append(Table(f"{NAMES[OURS]} over each, or through LangChain over LangChain", over, tuple(ratios)))
     return [*tables, _counts(record, names)]
 
 
