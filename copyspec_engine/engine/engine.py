@@ -128,6 +128,7 @@ class RequestHandle:
 
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 class Engine:
@@ -167,6 +168,7 @@ class Engine:
 
         self._preparation = Preparation(self._config, self._model, self._core.known_ids)
         _open_engines.add(self)
+        _threads.add(self._loop.thread)
 
     # ---- front doors, any thread -------------------------------------------------------------------------------
 
@@ -463,6 +465,8 @@ def _close_all() -> None:
     """Let loop threads end before the interpreter takes their libraries away."""
     for engine in list(_open_engines):
         engine.close()
+    for thread in list(_threads):  # those of engines that nobody holds any more, which end just now
+        thread.join()
 
 
 def _after_fork() -> None:

@@ -93,7 +93,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
         for row, span in zip(rows, spans, strict=True):
             if row.is_processed:
                 row.process(scores[span.start : span.stop])
-    tokens = scores.argmax(dim=-1)
+    tokens = _likeliest(scores)
     alike: dict[tuple[object, ...], list[int]] = {}  # rows whose tokens are drawn in the same way
     for i, row in enumerate(rows):
         if row.params.temperature > 0.0:
@@ -106,6 +106,13 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
         tokens[nodes] = _draw(drawn.float(), rows[group[0]].params, keys, tokens[nodes], _WIDTH)
     flat: list[int] = tokens.tolist()
     return [flat[span.start : span.stop] for span in spans]
+
+
+def _likeliest(scores: torch.Tensor) -> torch.Tensor:
+    """The token with the highest score of each node, shape (nodes,); the first one of several."""
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:  # NumPy's is 20 times as fast as torch's
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
 
 
 def _draw(

@@ -296,3 +296,19 @@ raise SystemExit(code)
 def test_in_a_forked_child_handles_and_engines_raise_instead_of_waiting_for_ever() -> None:
     command = [sys.executable, "-W", "ignore", "-c", _FORKED]
     assert subprocess.run(command, check=False, timeout=90).returncode == 0
+
+
+def test_the_interpreter_waits_for_loops_of_engines_that_nobody_holds_any_more() -> None:
+    """They would free a model's tensors while the interpreter takes torch away: "terminate called", exit code 134."""
+    code = (
+        "import atexit, threading\n"
+        "atexit.register(lambda: print([t.name for t in threading.enumerate() if t.name == 'copyspec-engine']))\n"
+        "from copyspec_engine.testing import scripted_engine\n"
+        "engine = scripted_engine(['word ' * 4000])\n"
+        "from copyspec_engine import GenerationRequest\n"
+        "handle = engine.stream(GenerationRequest(prompt='Write.'))\n"
+        "next(iter(handle))\n"
+        "del handle, engine\n"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "[]\n"), run.stderr

@@ -305,6 +305,9 @@ def test_greedy_rows_without_processors_cost_one_argmax_and_one_copy(monkeypatch
     logits = torch.arange(60.0).reshape(6, 10)
     rows = [SampleRow(SamplingParams(), 1, 5, chain(3)), SampleRow(SamplingParams(), 2, 9, chain(3))]
     assert sample(logits, rows) == [[9, 9, 9], [9, 9, 9]]
+    assert calls == ["tolist"], "NumPy finds the highest scores"
+    calls.clear()
+    assert sample(logits.bfloat16(), rows) == [[9, 9, 9], [9, 9, 9]]
     assert calls == ["argmax", "tolist"]
 
 
