@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -46,18 +48,50 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
+STREAMS: dict[str, tuple[dict[str, Any], str]] = {
+    CHAT: ({"messages": body()["messages"], "stream": True}, '"finish_reason": "length"'),
+    "/v1/completions": ({"prompt": "hi", "max_tokens": 4000, "stream": True}, '"finish_reason": "length"'),
+    "/v1/responses": ({"input": "hi", "stream": True}, '"type": "response.incomplete"'),
+    "/api/chat": ({"messages": body()["messages"]}, '"done_reason": "length"'),
+    "/api/generate": ({"prompt": "hi"}, '"done_reason": "length"'),
+}
+"""What is asked of each endpoint, and what the last event of an answer that was cut says."""
+
+
 def test_sigterm_ends_streams_with_a_last_event_and_a_second_server_is_refused_the_memory(start: Start) -> None:
     process, url = start(1500)
     second, said = start()
     assert (second.wait(60), "memory" in said) == (2, True)
-    with httpx.Client(base_url=url, timeout=60) as http, http.stream("POST", CHAT, json=body(stream=True)) as stream:
-        lines = stream.iter_lines()
-        next(lines)
+    with httpx.Client(base_url=url, timeout=60) as http, ExitStack() as stack:
+        streams = {}
+        for path, (asked, _) in STREAMS.items():
+            stream = stack.enter_context(http.stream("POST", path, json={"model": "scripted", **asked}))
+            streams[path] = stream.iter_lines()
+            next(streams[path])
         process.send_signal(signal.SIGTERM)
-        rest = [line for line in lines if line]
-    assert '"finish_reason": "length"' in rest[-2]
-    assert rest[-1] == "data: [DONE]"
+        told = {path: [line for line in lines if line and line != "data: [DONE]"] for path, lines in streams.items()}
+    for path, (_, last) in STREAMS.items():
+        assert last in told[path][-1], path
     assert process.wait(60) == 0
+
+
+def test_what_was_said_is_there_after_a_server_was_killed_in_the_middle_of_an_answer(start: Start) -> None:
+    process, url = start(1500)
+    named = {"X-Session-ID": "a"}
+    with httpx.Client(base_url=url, timeout=60) as http:
+        http.post(CHAT, json=body("said once", max_tokens=40), headers=named)
+        before = http.get("/v1/copyspec/conversations/a/export").json()["texts"]
+        with http.stream("POST", CHAT, json=body("never told whole", stream=True), headers=named) as stream:
+            next(stream.iter_lines())
+            process.kill()
+    _, url = start()
+    with httpx.Client(base_url=url, timeout=60) as http:
+        assert [told["id"] for told in http.get("/v1/copyspec/conversations").json()["data"]] == ["a"]
+        assert http.get("/v1/copyspec/conversations/a/export").json()["texts"] == before
+        http.post(CHAT, json=body("said again"), headers=named)
+        texts = http.get("/v1/copyspec/conversations/a/export").json()["texts"]
+    assert texts[: len(before)] == before
+    assert "said again" in str(texts[len(before) :])
 
 
 def test_new_calls_are_refused_while_a_server_drains_and_a_second_signal_ends_it_at_once(start: Start) -> None:
