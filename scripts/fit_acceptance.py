@@ -89,7 +89,7 @@ def fit(work: Sequence[Work], epochs: int, seed: int) -> npt.NDArray[np.float64]
     """Mean weights after replaying conversations; the pace is learnt for each source and curve."""
     random = np.random.default_rng(seed)
     policies = {name: DraftingPolicy(load_cost_curve(name), first_guess()) for name in ("gpu", "cpu")}
-    weights = policies["gpu"].acceptance.weights
+    weights = policies["gpu"].acceptance.of(None).weights
     states: dict[tuple[str, str], Acceptance] = {}
     total, count = np.zeros_like(weights), 0
     for epoch in range(epochs):
@@ -98,7 +98,7 @@ def fit(work: Sequence[Work], epochs: int, seed: int) -> npt.NDArray[np.float64]
             eos = frozenset() if end is None else frozenset((end,))
             curve = "gpu" if random.random() < 0.5 else "cpu"
             policy, memory = policies[curve], SessionMemory(MAX_SESSION_TOKENS)
-            fresh = policy.acceptance.copy()._replace(weights=weights)
+            fresh = policy.acceptance.of(None).copy()._replace(weights=weights)
             memory.acceptance = states.setdefault((source, curve), fresh)
 
             def begin(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ from copyspec_engine.drafting.tree import ALTERNATIVE, DRAFT_MODEL, DraftTree, b
 from copyspec_engine.memory.acceptance import (
     DECLARED,
     STARTED,
+    Acceptance,
     alternatives_worth,
     blend,
     calibrated_all,
@@ -43,6 +45,7 @@ from copyspec_engine.memory.acceptance import (
 from copyspec_engine.memory.alternatives import NO_ALTERNATIVES
 from copyspec_engine.memory.conversation import SessionMemory
 from copyspec_engine.memory.index import OVERLAP, EarliestIndex, Span
+from copyspec_engine.memory.per_owner import PerOwner
 from copyspec_engine.values.config import AdaptiveDrafter, CopySpecDrafter, DrafterConfig
 
 __all__ = ["Drafter", "DraftingPolicy", "Ingredients", "answer_texts", "likely_nodes", "wants_alternatives"]
@@ -56,7 +59,7 @@ _TRIAL_NODES, _MOST_GAIN = 16, 0.5
 """What so many alternatives gain in a pass at most, in tokens: where verifying them costs more, even keeping
 them costs more than it gives."""
 _SHARED = 0.05
-"""How far what a call has learnt moves what later conversations start from."""
+"""How far what a call has learnt moves what later conversations of its owner start from."""
 
 
 class Drafter(Protocol):
@@ -100,16 +103,17 @@ class Ingredients:
 
 
 class DraftingPolicy:
-    """Begins drafters; holds what all conversations share: the cost of a pass, and what acceptance starts from.
+    """Begins drafters; holds the cost of a pass, which all conversations share, and what acceptance starts from.
 
     Args:
         cost: cost of a forward pass by its tokens, in passes of one token.
-        weights: what acceptance starts from; default: fitted to recorded conversations.
+        weights: what acceptance starts from for a new owner; default: fitted to recorded conversations.
     """
 
     def __init__(self, cost: CostCurve, weights: Sequence[float] | None = None) -> None:
         self.cost = cost
-        self.acceptance = fresh_acceptance(weights)
+        self.acceptance = PerOwner(partial(fresh_acceptance, weights))
+        """What it starts from in a new conversation of each owner."""
         self.scratch = make_scratch(_MAX_NODES)
 
     def begin(
@@ -120,6 +124,7 @@ class DraftingPolicy:
         eos_token_ids: frozenset[int] = frozenset(),
         prediction_ids: Sequence[int] = (),
         ingredients: Ingredients | None = None,
+        owner: str | None = None,
     ) -> Drafter:
         """A drafter for one call.
 
@@ -130,10 +135,11 @@ class DraftingPolicy:
             eos_token_ids: nothing is drafted behind one of these.
             prediction_ids: a text that the answer is expected to repeat in large part.
             ingredients: parts of adaptive drafting to leave out.
+            owner: whose call it is: what it teaches is for his later ones.
         """
         if isinstance(options, AdaptiveDrafter):
-            ingredients = ingredients or Ingredients()
-            return _AdaptiveDrafter(self, options, memory, prompt_ids, eos_token_ids, prediction_ids, ingredients)
+            parts, known = ingredients or Ingredients(), self.acceptance.of(owner)
+            return _AdaptiveDrafter(self, options, memory, prompt_ids, eos_token_ids, prediction_ids, parts, known)
         if isinstance(options, CopySpecDrafter):
             return _BlockDrafter(options, memory, prompt_ids, eos_token_ids)
         return _NoDrafter(memory, prompt_ids)
@@ -193,12 +199,13 @@ class _AdaptiveDrafter:
         eos_token_ids: frozenset[int],
         prediction_ids: Sequence[int],
         ingredients: Ingredients,
+        known: Acceptance,
     ) -> None:
-        self._policy, self._memory, self._index = policy, memory, memory.index
+        self._policy, self._memory, self._index, self._known = policy, memory, memory.index, known
         self._alternatives, self._drafts_alternatives = memory.alternatives, options.recycle
         self._most = options.max_draft_tokens
         if memory.acceptance is None:
-            memory.acceptance = policy.acceptance.copy()
+            memory.acceptance = known.copy()
         self.acceptance = memory.acceptance
         self._call = make_call(
             np.array(sorted(eos_token_ids), dtype=np.int64),
@@ -282,7 +289,7 @@ class _AdaptiveDrafter:
     def finish(self) -> None:
         self._index.close(self._answer)
         self._memory.add_answer(self._first)
-        blend(self._policy.acceptance, self.acceptance, _SHARED)
+        blend(self._known, self.acceptance, _SHARED)
 
     def _open(self, size: int) -> Span:
         """A part of the memory for the answer, or for what comes now of it."""

@@ -25,6 +25,7 @@ from copyspec_engine.loop.draft_chain import DraftChain, Guess, masses
 from copyspec_engine.loop.draft_model import DraftWriter, UnknownTokenError
 from copyspec_engine.loop.request import Request
 from copyspec_engine.memory.draft_acceptance import DraftAcceptance, DraftedToken
+from copyspec_engine.memory.per_owner import PerOwner
 
 __all__ = ["Combination"]
 
@@ -37,7 +38,7 @@ _HORIZON = 20
 _MOST_FAILURES = 3
 """Requests in a row whose draft model failed, after which it is not asked any more."""
 _SHARED = 0.5
-"""How far what a call has learnt moves what later conversations start from."""
+"""How far what a call has learnt moves what later conversations of its owner start from."""
 
 
 @dataclass(slots=True)
@@ -92,7 +93,7 @@ class Combination:
         self.seconds = 0.0
         """Time that the draft model has taken so far."""
         self._max_tokens = max_tokens
-        self._acceptance = DraftAcceptance()
+        self._acceptance = PerOwner(DraftAcceptance)
         self._known: dict[Request, _Known] = {}
         self._failures = 0
         self.error: str | None = None
@@ -154,9 +155,9 @@ class Combination:
 
     def _begin(self, request: Request) -> _Known:
         memory = request.drafting.memory
-        acceptance = (
-            self._acceptance.copy() if memory is None or memory.draft_acceptance is None else memory.draft_acceptance
-        )
+        acceptance = None if memory is None else memory.draft_acceptance
+        if acceptance is None:
+            acceptance = self._acceptance.of(request.account).copy()
         if memory is not None:
             memory.draft_acceptance = acceptance
         self._known[request] = known = _Known(acceptance)
@@ -271,5 +272,5 @@ class Combination:
         """A request is over."""
         known = self._known.pop(request, None)
         if known is not None:
-            self._acceptance.blend(known.acceptance, _SHARED)
+            self._acceptance.of(request.account).blend(known.acceptance, _SHARED)
         self.draft_model.release(request)

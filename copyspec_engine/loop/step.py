@@ -104,6 +104,7 @@ class EngineCore:
                         request.sequence.token_ids,
                         asked.eos_token_ids,
                         asked.prediction_ids,
+                        owner=request.account,
                     )
             except Exception as error:
                 failed.append((request, self._fail(request, error)))

@@ -4,7 +4,7 @@ A branch point of a draft has candidates for its next token, best first. The mod
 probability that it is right given that the better ones are wrong. It is logistic and additive in a handful of discrete
 features, so that it learns from few examples, stays finite whatever the text, and a factor is one table lookup. The
 weights start from values fitted to recorded conversations (`scripts/fit_acceptance.py`), follow each conversation
-quickly and all of them slowly. What is shared between conversations are these numbers, never a token.
+quickly and all of its owner slowly (per_owner.py). What is shared between these are numbers, never a token.
 
 Two things more are learnt: how far the probability of a whole path is to be corrected, by its size, and the pace of a
 conversation in tokens per second, which decides what a draft token must earn.

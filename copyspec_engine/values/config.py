@@ -555,7 +555,8 @@ class GenerationRequest(_Options):
     """Whom all that is kept of the call counts for, where several share an engine: a session or a pool for the owner of
     the call that began it. Wherever a limit is reached (max_sessions, pools, KV that is kept, spellings) the owner who
     has most gives way first, so that one's traffic takes nothing from another who has less. It decides no answer, and
-    opens nothing: whoever names a session has it. Calls without an owner have one together."""
+    opens nothing: whoever names a session has it. What calls teach about drafting is for those of the same owner alone.
+    Calls without an owner have one together."""
     continues: str | None = Field(default=None, min_length=1)
     """Another session whose KV and spelling this call may begin with, and leaves as they are."""
     memory_pool: str | None = Field(default=None, min_length=1)

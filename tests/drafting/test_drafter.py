@@ -131,16 +131,17 @@ def test_two_calls_of_a_conversation_at_the_same_time_keep_both_answers() -> Non
     assert not any(span.is_open for span in memory.index.spans)
 
 
-def test_a_conversation_starts_from_what_others_have_learnt() -> None:
-    """Only numbers go from one conversation to the next, and slowly."""
+def test_a_conversation_starts_from_what_others_of_its_owner_have_learnt() -> None:
+    """Only numbers go from one conversation to the next, and slowly; from one owner to the next nothing."""
     policy, rng = DraftingPolicy(CostCurve([(1, 1.0), (256, 6.0)])), random.Random(0)
-    before = policy.acceptance.copy()
+    before = policy.acceptance.of(None).copy()
     memory = SessionMemory(100_000)
     noise = [rng.randrange(5) for _ in range(300)]
     write(policy.begin(AdaptiveDrafter(), memory, noise), [rng.randrange(5) for _ in range(300)])
     assert memory.acceptance is not None
-    there, here = abs(policy.acceptance.weights - before.weights), abs(memory.acceptance.weights - before.weights)
+    there, here = (abs(known.weights - before.weights) for known in (policy.acceptance.of(None), memory.acceptance))
     assert 0 < there.sum() < here.sum()
+    assert (policy.acceptance.of("another").weights == before.weights).all()
 
 
 def test_the_first_token_does_not_wait_for_a_draft() -> None:

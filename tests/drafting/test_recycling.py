@@ -20,6 +20,7 @@ from copyspec_engine.memory.acceptance import (
     BY_SUPPORT,
     NUM_WEIGHTS,
     alternatives_worth,
+    blend,
     first_guess,
     learn_alternatives,
 )
@@ -55,7 +56,7 @@ def engine_for(make_engine: MakeEngine, source: str, name: str = "llama", **opti
     runner = loop_of(engine).model.runner
     forward = runner.forward
     runner.forward = lambda pieces: 30.0 * forward(pieces)  # type: ignore[method-assign]
-    weights = loop_of(engine).core.policy.acceptance.weights
+    weights = loop_of(engine).core.policy.acceptance.of(None).weights
     if source == "recycled":
         weights[:BY_ALTERNATIVE] = -8.0
     weights[BY_ALTERNATIVE : BY_ALTERNATIVE + 26] = 0.0
@@ -213,14 +214,15 @@ def test_a_session_never_drafts_what_was_likely_in_another_one(
 
 def test_forgetting_a_session_erases_its_alternatives(make_engine: MakeEngine) -> None:
     engine = engine_for(make_engine, "recycled")
-    shared = loop_of(engine).core.policy.acceptance.copy()
+    shared = loop_of(engine).core.policy.acceptance.of(None)
+    before = shared.copy()
     first = run(engine, FRESH, ON, session="a", max_tokens=80)
     memory = loop_of(engine).core.conversations.store.peek("a")
     assert memory is not None
     assert kept_tokens(memory)
     assert engine.memory("a").num_bytes > memory.index.num_bytes
     engine.forget("a")
-    loop_of(engine).core.policy.acceptance = shared  # what all conversations learn from, which no forgetting undoes
+    blend(shared, before, 1.0)  # what later conversations start from, which no forgetting undoes
     assert run(engine, FRESH, ON, session="a", max_tokens=80).draft_stats == first.draft_stats
 
 
@@ -333,7 +335,7 @@ def test_alternatives_that_come_to_nothing_are_soon_left_out() -> None:
             drafted.append(int((draft.sources == ALTERNATIVE).sum()))
             drafter.observe(draft, (), (1000 + i,))
         drafter.finish()
-        assert float(alternatives_worth(policy.acceptance.alternatives)) < 0.5, call
+        assert float(alternatives_worth(policy.acceptance.of(None).alternatives)) < 0.5, call
     assert sum(drafted[:20]) > 10 * sum(drafted[100:120])
     assert sum(drafted[120:140]) < sum(drafted[:20])
 
@@ -362,12 +364,12 @@ def test_copies_learn_nothing_from_alternatives_where_none_are_kept() -> None:
     memory = SessionMemory(4096)
     policy = DraftingPolicy(CHEAPEST)
     drafter = policy.begin(ON, memory, list(ids_of("abcabcabdabcabe") * 4))
-    before = policy.acceptance.weights[BY_ALTERNATIVE:].copy()
+    before = policy.acceptance.of(None).weights[BY_ALTERNATIVE:].copy()
     for token in ids_of("abcabcabdabcabe") * 4:
         drafter.observe(DraftTree(), (), (token,))
     assert memory.acceptance is not None
     assert (memory.acceptance.weights[BY_ALTERNATIVE:] == before).all()
-    assert (memory.acceptance.weights[:BY_ALTERNATIVE] != policy.acceptance.weights[:BY_ALTERNATIVE]).any()
+    assert (memory.acceptance.weights[:BY_ALTERNATIVE] != policy.acceptance.of(None).weights[:BY_ALTERNATIVE]).any()
 
 
 def test_only_adaptive_drafters_want_alternatives() -> None:

@@ -284,8 +284,10 @@ def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> l
     watched: list[WatchedDrafter] = []
     begin = loop_of(engine).core.policy.begin
 
-    def watched_begin(options: Any, memory: SessionMemory, prompt_ids: Sequence[int], *rest: Any) -> Drafter:
-        drafter = begin(options, memory, prompt_ids, *rest)
+    def watched_begin(
+        options: Any, memory: SessionMemory, prompt_ids: Sequence[int], *rest: Any, **named: Any
+    ) -> Drafter:
+        drafter = begin(options, memory, prompt_ids, *rest, **named)
         is_bad = "bad" in engine.decode(prompt_ids)
         if is_bad and fails == "begin":
             raise ArithmeticError("from begin")

@@ -117,10 +117,10 @@ def test_nothing_is_left_for_the_next_round(tiny: Engine) -> None:
 def test_a_request_that_fails_is_a_difference(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     real, number = DraftingPolicy.begin, iter(range(10**9))
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **named: Any) -> Any:
         if not isinstance(arguments[1], NoDrafter) and next(number) % 10 == 9:
             raise RuntimeError("no drafter today")
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(DraftingPolicy, "begin", failing)
     failed = [outcome for outcome in run_round(tiny, ability_of(tiny), 1, 0) if outcome.got is None]

@@ -20,6 +20,7 @@ from copyspec_engine import (
     DrafterConfig,
     DraftModel,
     DraftModelDrafter,
+    DraftStats,
     Engine,
     EngineConfig,
     GenerationOutput,
@@ -219,6 +220,17 @@ def test_a_draft_model_that_is_not_worth_its_time_is_not_asked_and_keeps_nothing
     passes = engine.metrics().draft_model_passes - before
     assert passes < 40
     assert_no_draft_rows_left(engine)
+
+
+def test_what_one_owner_teaches_of_a_draft_model_is_for_no_other(make_drafted: MakeDrafted) -> None:
+    engine = make_drafted(perturbed(0.2))
+
+    def stats(owner: str | None) -> DraftStats:
+        return run(engine, PROMPT, "adaptive", options={"owner": owner}, max_tokens=80).draft_stats
+
+    alone = stats("ann")
+    assert stats("ann") != alone, "what was learnt decides"
+    assert stats("bob") == stats(None) == alone
 
 
 def test_the_first_token_never_waits_for_the_draft_model(make_drafted: MakeDrafted) -> None:

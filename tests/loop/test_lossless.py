@@ -175,7 +175,7 @@ class OracleTrees:
         self._answer, self._rng = answer, random.Random(seed)
         self._done = 0
 
-    def begin(self, *_: object) -> Drafter:
+    def begin(self, *_: object, owner: str | None) -> Drafter:
         """As `DraftingPolicy.begin`."""
         self._done = 0
         return self

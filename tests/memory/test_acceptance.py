@@ -80,7 +80,7 @@ def test_learning_stays_finite_on_adversarial_text(kind: str, start: str) -> Non
         drafter.finish()
         assert memory.acceptance is not None
         assert_is_finite(memory.acceptance)
-        assert_is_finite(policy.acceptance)
+        assert_is_finite(policy.acceptance.of(None))
 
 
 def test_chances_are_probabilities_over_all_that_weights_can_add_up_to() -> None:
