@@ -27,7 +27,8 @@ def docs_page(document: Mapping[str, Any]) -> str:
     parts = [part for path, methods in document["paths"].items() for part in _endpoint(path, methods, schemas)]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f'<h1>{title}</h1><p>The same for programs: <a href="openapi.json">openapi.json</a></p>{"".join(parts)}</html>'
+        f"<h1>{title}</h1><p>A server with keys wants one with each call: <code>Authorization: Bearer KEY</code>.</p>"
+        f'<p>The same for programs: <a href="openapi.json">openapi.json</a></p>{"".join(parts)}</html>'
     )
 
 

@@ -1,6 +1,6 @@
 """The gate that every request comes through: who it is for, where it comes from, whose key it has; and what it was.
 
-Denies by default: a path needs a key unless it is in `OPEN`, or is the page's. Says nothing of bodies, and logs none.
+Denies by default: a path needs a key unless it is in `OPEN`, or is the page's. Neither keys nor bodies are logged.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,8 +23,8 @@ __all__ = ["OPEN", "Gate"]
 
 logger = logging.getLogger(__name__)
 
-OPEN = frozenset({"/health", "/ready", "/version"})
-"""Paths that need no key."""
+OPEN = frozenset({"/health", "/ready", "/version", "/docs", "/openapi.json"})
+"""Paths that need no key: nothing that anybody has asked is told there, and a browser could send none."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _MOST_ID_LETTERS = 128
 
@@ -106,7 +107,7 @@ class Gate:
         logger.info(
             "%s %s %s tenant=%s request=%s %.0f ms",
             scope["method"],
-            scope["path"],
+            quote(scope["path"]),
             passage.status,
             "-" if tenant is None else tenant.name,
             passage.request_id,

@@ -1,12 +1,13 @@
 """A server over a scripted engine, as a process: `python -m tests.serve.server MEMORY_FILE WORDS [OPTION=JSON ...]`.
 
 It says its address when it listens. With `hold=FILE` its engine is not there before the file is gone, and what is
-written in it by then is why the load fails.
+written in it by then is why the load fails. Its loggers say all that they have to say on stderr.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from functools import partial
@@ -37,6 +38,7 @@ def load(url: str, hold: Path | None, check: OnProgress) -> Engine:
 
 
 def main() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.DEBUG)
     options = dict(given.split("=", 1) for given in sys.argv[3:])
     hold = options.pop("hold", None)
     told = {name: json.loads(value) for name, value in options.items()}

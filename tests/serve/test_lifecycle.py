@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,15 +31,24 @@ Start = Callable[..., tuple["subprocess.Popen[str]", str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """start(words, **options) -> a server whose answers have so many words, and its address or what it said instead."""
+    """start(words, **options) -> a server whose answers have so many words, and its address or what it said instead.
+
+    What it logs is in the file "log".
+    """
     processes: list[subprocess.Popen[str]] = []
 
-    def begin(words: int = 3, **options: str) -> tuple[subprocess.Popen[str], str]:
+    def begin(words: int = 3, own_key: str = "", **options: str) -> tuple[subprocess.Popen[str], str]:
         command = [sys.executable, "-m", "tests.serve.server", str(tmp_path / "memory.db"), str(words)]
         command += [f"{name}={value}" for name, value in options.items()]
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {KEY_VARIABLE: ""}
-        )
+        with (tmp_path / "log").open("a") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {KEY_VARIABLE: own_key},
+            )
         processes.append(process)
         assert process.stdout is not None
         return process, process.stdout.readline().strip()
@@ -205,6 +216,44 @@ def test_a_server_whose_engine_has_died_says_so(start: Start) -> None:
     assert (died.status_code, died.json()["error"]["code"]) == (503, "engine_stopped")
     assert '"code": "engine_stopped"' in rest[-1]
     assert process.wait(60) == 70
+
+
+def test_no_key_and_no_text_is_ever_logged(start: Start, tmp_path: Path) -> None:
+    good, own, bad, text = "good-4711", "own-4712", "bad-4713", "said-4714"
+    file = tmp_path / "keys"
+    file.write_text(f"ann {hashlib.sha256(good.encode()).hexdigest()}")
+    file.chmod(0o600)
+    process, url = start(own_key=own, api_keys=json.dumps(str(file)))
+    with httpx.Client(base_url=url, timeout=60) as http:
+        for key in (good, own, bad, f"{bad}\xe9 {bad}"):
+            for name, value in (
+                ("Authorization", f"Bearer {key}"),
+                ("Authorization", f"Basic {key}"),
+                ("Authorization", key),
+                ("X-API-Key", key),
+                ("X-Session-ID", key),
+            ):
+                given = {name: value.encode("latin-1")}
+                http.get("/v1/models", headers=given, params={"api_key": key})
+                http.get("/metrics", headers=given)
+                http.post(CHAT, headers=given, json=body(key, api_key=key))
+                http.post(CHAT, headers=given, content=f"{{{key}".encode())
+            http.post(CHAT, headers={"Authorization": f"Bearer {good}"}, json=body(text, session_id=text, user=text))
+        http.get("/nothing%0Aforged 500")
+        with socket.create_connection((http.base_url.host, http.base_url.port or 80)) as raw:
+            raw.sendall(f"GET /v1/models HTTP/1.1\r\nAuthorization Bearer {bad}\r\n\r\n".encode())
+            raw.recv(100)
+        file.write_text(f"ann {good}")  # as somebody would who has not read how
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 0, log
+    assert all(
+        part in log for part in (f"POST {CHAT} 200 tenant=ann", f"POST {CHAT} 401 tenant=-", "stay as they were")
+    )
+    assert not [line for line in (log + said).splitlines() if re.search("471[1-4]", line)]
+    assert [line for line in log.splitlines() if "forged" in line and "GET /nothing%0Aforged" not in line] == []
 
 
 def test_only_this_machine_may_ask_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

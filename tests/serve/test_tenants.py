@@ -33,11 +33,12 @@ def key(name: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {name}"}
 
 
-async def test_all_but_three_paths_need_a_key(echo: Engine, client: Client, keys: Path) -> None:
+async def test_all_needs_a_key_that_tells_of_calls(echo: Engine, client: Client, keys: Path) -> None:
     http = client(echo, api_keys=str(keys))
-    for path in ("/health", "/ready", "/version"):
+    for path in ("/health", "/ready", "/version", "/docs", "/openapi.json", "/", "/page/main.js"):
         assert (await http.get(path)).status_code == 200
-    for path in ("/v1/models", "/openapi.json", "/docs", "/metrics", "/nothing"):
+    assert (await client(echo, api_keys=str(keys), page=False).get("/")).status_code == 401
+    for path in ("/v1/models", "/metrics", "/nothing", "/docs/", "/page/../metrics"):
         for headers in ({}, key("wrong"), key(""), {"Authorization": "Basic ann-key"}):
             response = await http.get(path, headers=headers)
             assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), path
