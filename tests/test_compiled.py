@@ -57,7 +57,7 @@ def test_no_call_waits_for_a_compiler() -> None:
 
 NO_LOAD_COMPILES = """
 from copyspec_engine import Engine, EngineConfig, GenerationRequest, SamplingParams
-from copyspec_engine.execution.lanes import kernel
+from copyspec_engine.execution.lane_products import kernel
 from copyspec_engine.execution.narrow_kernels import run_pass
 from copyspec_engine.loop.warm_up import compile_ahead
 

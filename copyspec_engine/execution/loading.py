@@ -296,16 +296,11 @@ def _ready(
         on_progress: see `load_model`.
         bytes_beside: what else a token takes on this device, in the KV of a draft model.
     """
-    wide_bytes, narrow_bytes = weight_bytes(
-        model, [] if served.checked.narrow is None else served.checked.narrow.weights
-    )
-    logger.info(
-        "%s: weights take %.1f MB, and in fewer bits %.1f MB", config.model, wide_bytes / 1e6, narrow_bytes / 1e6
-    )
+    wide_bytes, narrow_bytes = _weight_bytes(model, config, served)
     limit = longest_context(model.config.get_text_config(), config.model)
     max_model_len, checked = min(config.max_model_len or limit, limit), served.checked
-    bytes_per_token = served.bytes_per_token
-    num_slots = choose_num_slots(config.kv_cache_tokens, max_model_len, bytes_per_token + bytes_beside, model.device)
+    token_bytes = served.bytes_per_token + bytes_beside
+    num_slots = choose_num_slots(config.kv_cache_tokens, max_model_len, token_bytes, model.device)
     kv_dtype = None if served.stateful else kv_dtype_of(config, model)
     runner: Runner = served.stateful or ModelRunner(
         model, num_slots, served.exact_widths, checked.execution, checked.narrow, kv_dtype
@@ -315,9 +310,7 @@ def _ready(
         is_measured = True
         with _phase("measure", "measuring", config, on_progress):
             step_cost = find_pass_cost(runner, model, config, min(num_slots, max_model_len), checked.execution)
-    defaults = GenerationDefaults()
-    if config.generation_config != "ignore":
-        defaults = read_defaults(model.generation_config, config.model, vocab_size(model))
+    defaults = _sampling_defaults(model, config)
     info = EngineInfo(
         model=config.model,
         architecture=type(model).__name__,
@@ -328,7 +321,7 @@ def _ready(
         weight_bytes=wide_bytes,
         narrow_weight_bytes=narrow_bytes,
         num_kv_slots=num_slots,
-        kv_bytes_per_token=bytes_per_token,
+        kv_bytes_per_token=served.bytes_per_token,
         kv_dtype=str(kv_dtype or "").removeprefix("torch."),
         step_cost=step_cost,
         exact=config.exact,
@@ -343,6 +336,23 @@ def _ready(
     return LoadedModel(
         runner, tokenizer, info, eos_token_ids(model, tokenizer), is_measured, served.exact_widths, defaults
     )
+
+
+def _weight_bytes(model: PreTrainedModel, config: EngineConfig, served: _Served) -> tuple[int, int]:
+    """Bytes of the weights, and of those of them that are kept in fewer bits."""
+    narrow = served.checked.narrow
+    wide_bytes, narrow_bytes = weight_bytes(model, [] if narrow is None else narrow.weights)
+    logger.info(
+        "%s: weights take %.1f MB, and in fewer bits %.1f MB", config.model, wide_bytes / 1e6, narrow_bytes / 1e6
+    )
+    return wide_bytes, narrow_bytes
+
+
+def _sampling_defaults(model: PreTrainedModel, config: EngineConfig) -> GenerationDefaults:
+    """What the checkpoint says of sampling, unless that is to be ignored."""
+    if config.generation_config == "ignore":
+        return GenerationDefaults()
+    return read_defaults(model.generation_config, config.model, vocab_size(model))
 
 
 @contextlib.contextmanager

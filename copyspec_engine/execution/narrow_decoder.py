@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows
 from torch import nn
 
-from copyspec_engine.execution import lanes
+from copyspec_engine.execution import lane_attention, lane_products, lanes
 from copyspec_engine.execution import narrow_kernels as k
 from copyspec_engine.execution.attention import KVStore
 from copyspec_engine.execution.narrow_weights import NarrowWeight
@@ -234,9 +234,9 @@ class _Matcher:
         self._used[id(weight)] = weight
         codes, scales, least = arrays
         assert codes is not None
-        per_unit = lanes.UNIT // lanes.LANES
-        row[first : first + lanes.LINEAR_COLUMNS] = (
-            lanes.kernel(_kind(weight)),
+        per_unit = lane_products.UNIT // lanes.LANES
+        row[first : first + lane_products.LINEAR_COLUMNS] = (
+            lane_products.kernel(_kind(weight)),
             codes.ctypes.data,
             0 if scales is None else scales.ctypes.data,
             0 if least is None else least.ctypes.data,
@@ -308,7 +308,7 @@ def _as_stored(weight: torch.Tensor) -> NarrowWeight:
 
 def _filled(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Blocks up to a whole unit, the last ones zeros."""
-    missing = -len(array) % (lanes.UNIT // lanes.LANES)
+    missing = -len(array) % (lane_products.UNIT // lanes.LANES)
     if not missing:
         return array
     return np.concatenate((array, np.zeros((missing, *array.shape[1:]), array.dtype)))
@@ -375,7 +375,7 @@ class NarrowPasses:
         ids = torch.tensor([[token for piece in pieces for token in piece.ids]])
         embedded[: len(tokens)] = self._decoder.embed(ids)[0].numpy()
         self._reach(int(tokens[:, k.POSITION].max()) + 1)
-        chunks = -(-int((tokens[:, k.NUM_SHARED] + tokens[:, k.NUM_OWN]).max()) // lanes.CHUNK)
+        chunks = -(-int((tokens[:, k.NUM_SHARED] + tokens[:, k.NUM_OWN]).max()) // lane_attention.CHUNK)
         logits = np.empty((len(wanted), self._decoder.vocabulary), np.float32)
         shared = k.Shared(
             counters=self._counters, embedded=embedded, logits=logits, **self._between_threads(rows, chunks)
@@ -443,10 +443,10 @@ class NarrowPasses:
                 hidden=np.zeros((rows, int(self._model[k.HIDDEN])), np.float32),
                 x=np.zeros(widest * rows, np.float32),
                 sums=np.zeros(widest // k.GROUP * rows, np.float32),
-                unit=np.zeros((rows, lanes.UNIT), np.float32),
-                other_unit=np.zeros((rows, lanes.UNIT), np.float32),
-                scores=np.zeros((lanes.ROWS_AT_ONCE, lanes.CHUNK), np.float32),
-                seen=np.zeros(lanes.SEEN_COLUMNS, np.int64),
+                unit=np.zeros((rows, lane_products.UNIT), np.float32),
+                other_unit=np.zeros((rows, lane_products.UNIT), np.float32),
+                scores=np.zeros((lane_attention.ROWS_AT_ONCE, lane_attention.CHUNK), np.float32),
+                seen=np.zeros(lane_attention.SEEN_COLUMNS, np.int64),
             )
         return self._own[number, rows]
 
@@ -462,10 +462,10 @@ def _describe(pieces: Sequence[Piece]) -> tuple[IntArray, IntArray]:
         chain = len(piece.ids) - len(piece.draft) if not piece.draft.is_chain else len(piece.ids)
         for i in range(chain):
             context = piece.base + i + 1
-            whole = context // lanes.CHUNK * lanes.CHUNK
+            whole = context // lane_attention.CHUNK * lane_attention.CHUNK
             rows.append((first, whole, first + whole, context - whole, slots[context - 1], context - 1))
         start, before = first + len(slots), piece.base + chain
-        whole = before // lanes.CHUNK * lanes.CHUNK
+        whole = before // lane_attention.CHUNK * lane_attention.CHUNK
         paths: list[list[int]] = []
         for node in range(len(piece.ids) - chain):
             parent = piece.draft.parents[node]

@@ -1,9 +1,10 @@
 """A whole forward pass of a few tokens as one compiled function, which several threads run side by side.
 
-Decoding reads every weight for a few tokens, so it takes as long as reading them does, and as the several
-hundred small operations in between do. Here weights are read as they are stored (lanes.py), keys and values where they
-lie, and nothing is called in between. Each thread runs `run_pass` from beginning to end, takes what is to be computed
-next from a counter, and waits for the others wherever something is needed that they may still be computing.
+Decoding reads every weight for a few tokens, so it takes as long as reading them does, and as the several hundred small
+operations in between do. Here weights are read as they are stored (lane_products.py), keys and values where they lie
+(lane_attention.py), and nothing is called in between. Each thread runs `run_pass` from beginning to end, takes what is
+to be computed next from a counter, and waits for the others wherever something is needed that they may still be
+computing.
 
 A token's bits depend on its own path alone: not on what else is in the pass, nor on how many threads there are.
 """
@@ -16,15 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from copyspec_engine.compiled import compile_for, compiled, inlined
-from copyspec_engine.execution.lanes import (
-    BFLOAT16,
-    BIAS,
+from copyspec_engine.execution.lane_attention import (
     CHUNK,
-    KERNEL,
-    LINEAR_COLUMNS,
-    MOST_ROWS,
-    NUM_INPUTS,
-    NUM_OUTPUTS,
     ROWS_AT_ONCE,
     SEEN_COUNT,
     SEEN_DIM,
@@ -32,20 +26,31 @@ from copyspec_engine.execution.lanes import (
     SEEN_SLOTS,
     SEEN_STORED,
     SEEN_VALUES,
+    score,
+    weighted_sum,
+)
+from copyspec_engine.execution.lane_products import (
+    BIAS,
+    KERNEL,
+    LINEAR_COLUMNS,
+    MOST_ROWS,
+    NUM_INPUTS,
+    NUM_OUTPUTS,
     UNIT,
+    multiply,
+)
+from copyspec_engine.execution.lanes import (
+    BFLOAT16,
     WIDTH,
     add_and_fetch,
     dot,
     fetch,
     greatest,
-    multiply,
     number_at,
     put_bfloat16,
     put_number,
-    score,
     sleep,
     total,
-    weighted_sum,
 )
 
 __all__ = ["CHUNK", "GROUP", "Own", "Shared", "Work", "compile_pass", "run_pass"]

@@ -7,7 +7,8 @@ import numpy as np
 from copyspec_engine.compiled import counting_compilations
 from copyspec_engine.drafting.cost import CostCurve, LiveCost
 from copyspec_engine.drafting.drafter import DraftingPolicy, likely_nodes, wants_alternatives
-from copyspec_engine.execution.lanes import KINDS, kernel
+from copyspec_engine.execution.lane_products import kernel
+from copyspec_engine.execution.lanes import KINDS
 from copyspec_engine.execution.narrow_kernels import compile_pass
 from copyspec_engine.memory.alternatives import NUM_ALTERNATIVES, Alternatives
 from copyspec_engine.memory.conversation import SessionMemory

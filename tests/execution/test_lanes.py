@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from copyspec_engine.compiled import compiled
-from copyspec_engine.execution import lanes
-from copyspec_engine.execution.lanes import LANES, UNIT, WIDE_SCALES
+from copyspec_engine.execution import lane_attention, lane_products, lanes
+from copyspec_engine.execution.lane_products import UNIT
+from copyspec_engine.execution.lanes import LANES, WIDE_SCALES
 
 INPUTS = 64
 BLOCKS = UNIT // LANES
@@ -20,7 +21,7 @@ BLOCKS = UNIT // LANES
 @compiled
 def call(kernel: int, rows: int, given: npt.NDArray[np.int64], out: npt.NDArray[np.float32]) -> None:
     x, sums = given[0], given[1]
-    lanes.multiply(kernel, rows, x, sums, given.ctypes.data + 16, 0, out.ctypes.data)
+    lane_products.multiply(kernel, rows, x, sums, given.ctypes.data + 16, 0, out.ctypes.data)
 
 
 @compiled
@@ -32,8 +33,8 @@ def attend(
 ) -> None:
     """Queries (rows, dim), their products with keys (rows, CHUNK), and sums of values times these (rows, dim)."""
     rows = queries.shape[0]
-    lanes.score(seen.ctypes.data, rows, queries.ctypes.data, scores.ctypes.data, rows % 2)
-    lanes.weighted_sum(seen.ctypes.data, rows, scores.ctypes.data, out.ctypes.data, 4 * out.shape[1])
+    lane_attention.score(seen.ctypes.data, rows, queries.ctypes.data, scores.ctypes.data, rows % 2)
+    lane_attention.weighted_sum(seen.ctypes.data, rows, scores.ctypes.data, out.ctypes.data, 4 * out.shape[1])
 
 
 @compiled
@@ -97,7 +98,9 @@ def test_rows_times_weights_of_each_kind(kind: int) -> None:
         out = np.zeros((rows, UNIT), np.float32)
         codes, scales, least = (array.ctypes.data for array in stored)
         columns = [0, codes, scales, least, 0, INPUTS, UNIT, 0, 0]
-        call(lanes.kernel(kind), rows, np.array([across.ctypes.data, sums.ctypes.data, *columns], np.int64), out)
+        call(
+            lane_products.kernel(kind), rows, np.array([across.ctypes.data, sums.ctypes.data, *columns], np.int64), out
+        )
         expected = x[:rows].astype(np.float64) @ weights
         np.testing.assert_allclose(out, expected, atol=2e-6 * np.abs(expected).max())
         found[rows] = out
@@ -105,7 +108,7 @@ def test_rows_times_weights_of_each_kind(kind: int) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [1, 9, 37, lanes.CHUNK])
+@pytest.mark.parametrize("count", [1, 9, 37, lane_attention.CHUNK])
 @pytest.mark.parametrize("dim", [1, 7, 16, 64, 80, 200])
 def test_queries_over_slots(dim: int, count: int, stored: torch.dtype) -> None:
     rng = np.random.default_rng(dim)
@@ -113,11 +116,11 @@ def test_queries_over_slots(dim: int, count: int, stored: torch.dtype) -> None:
     slots = rng.permutation(150)[:count]
     kind = lanes.FLOAT32 if stored == torch.float32 else lanes.BFLOAT16
     seen = np.array([keys.data_ptr(), values.data_ptr(), slots.ctypes.data, count, dim, kind], np.int64)
-    queries = rng.standard_normal((lanes.ROWS_AT_ONCE, dim)).astype(np.float32)
+    queries = rng.standard_normal((lane_attention.ROWS_AT_ONCE, dim)).astype(np.float32)
     exact = queries.astype(np.float64) @ keys.double().numpy()[slots].T
     found = {}
-    for rows in range(1, lanes.ROWS_AT_ONCE + 1):
-        scores, out = np.zeros((rows, lanes.CHUNK), np.float32), np.full((rows, dim), np.nan, np.float32)
+    for rows in range(1, lane_attention.ROWS_AT_ONCE + 1):
+        scores, out = np.zeros((rows, lane_attention.CHUNK), np.float32), np.full((rows, dim), np.nan, np.float32)
         attend(seen, queries[:rows], scores, out)
         assert (scores[:, count : -(-count // lanes.WIDTH) * lanes.WIDTH] == scores[:, count - 1 : count]).all()
         np.testing.assert_allclose(scores[:, :count], exact[:rows], rtol=1e-5, atol=3e-5)
@@ -125,7 +128,7 @@ def test_queries_over_slots(dim: int, count: int, stored: torch.dtype) -> None:
         np.testing.assert_allclose(out, sums, rtol=1e-5, atol=2e-6 * np.abs(exact).sum())
         found[rows] = scores[:, :count], out
     for rows, pair in found.items():
-        for got, of_all in zip(pair, found[lanes.ROWS_AT_ONCE], strict=True):
+        for got, of_all in zip(pair, found[lane_attention.ROWS_AT_ONCE], strict=True):
             assert (got == of_all[:rows]).all(), "a row's bits depend on the others"
 
 

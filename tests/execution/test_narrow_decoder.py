@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from copyspec_engine import CopySpecDrafter, Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
 from copyspec_engine.drafting.cost import undisturbed
 from copyspec_engine.drafting.tree import DraftTree
-from copyspec_engine.execution import lanes, narrow_kernels, pass_cost
+from copyspec_engine.execution import lane_products, narrow_kernels, pass_cost
 from copyspec_engine.execution.checkpoint import relative_difference
-from copyspec_engine.execution.lanes import CHUNK
+from copyspec_engine.execution.lane_attention import CHUNK
 from copyspec_engine.execution.loading import prepare
 from copyspec_engine.execution.narrow_decoder import MOST_TOKENS, NarrowPasses
 from copyspec_engine.execution.narrow_kernels import Own, Shared, Work, run_pass
@@ -286,14 +286,14 @@ def test_the_faster_way_is_taken_as_far_as_it_is_faster(
 
 def test_what_loading_compiles_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))  # where nothing is kept yet
-    lanes.kernel.cache_clear()
+    lane_products.kernel.cache_clear()
     told: list[LoadProgress] = []
     config = EngineConfig(model="tiny", step_cost=STEP_COST)
     prepare(rounded("llama"), ByteTokenizer(), config, told.append)
     compiling = [progress for progress in told if progress.text.startswith("compiling what tiny needs")]
     assert [progress.done for progress in compiling] == [1]
     assert {progress.phase for progress in told} == {"check"}
-    lanes.kernel.cache_clear()
+    lane_products.kernel.cache_clear()
     prepare(rounded("llama"), ByteTokenizer(), config, told.append)
     assert told[-1] == LoadProgress("check", "checking tiny"), "what is kept is not compiled"
 
