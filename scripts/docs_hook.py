@@ -1,7 +1,7 @@
-"""Fills pages of the docs while MkDocs builds them: with the fields of options, and with the options of commands.
+"""Fills pages of the docs while MkDocs builds them: with fields of options, options of commands, a server's metrics.
 
-A page says where: `<!-- options: EngineConfig -->` and `<!-- command: bench drafts -->`. So what the code says of
-itself is written down once, in the code.
+A page says where: `<!-- options: EngineConfig -->`, `<!-- command: bench drafts -->` and `<!-- metrics: all -->`. So
+what the code says of itself is written down once, in the code.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from inspect import cleandoc
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from typer.main import get_command
 
@@ -19,12 +20,13 @@ from copyspec_engine.values.options import Options, declared
 
 __all__ = ["commands", "on_page_markdown"]
 
-MARK = re.compile(r"<!-- (options|command): (.*?) -->")
+MARK = re.compile(r"<!-- (options|command|metrics): (.*?) -->")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """What MkDocs calls with each page; every mark becomes what it asks for."""
-    return MARK.sub(lambda mark: (_options if mark[1] == "options" else _command)(mark[2]), markdown)
+    fill = {"options": _options, "command": _command, "metrics": _metrics}
+    return MARK.sub(lambda mark: fill[mark[1]](mark[2]), markdown)
 
 
 def commands() -> dict[str, Any]:
@@ -64,6 +66,18 @@ def _command(words: str) -> str:
         if option.name != "help":
             rows.append(f"| {', '.join(names)} | {_cell(option.help or '')} | {_default(option)} |\n")
     return f"| option | what it does | default |\n|---|---|---|\n{''.join(rows)}" if rows else ""
+
+
+def _metrics(_: str) -> str:
+    """All that GET /metrics tells, of an engine that was never asked."""
+    from copyspec_engine.serve.metrics import Metrics  # of the extra "serve"
+
+    found = Metrics(cast("Any", SimpleNamespace(heartbeat_age_s=0.0)), "").registry.collect()
+    rows = (
+        f"| `{metric.name}{'_total' * (metric.type == 'counter')}` | {metric.type} | {metric.documentation} |\n"
+        for metric in found
+    )
+    return f"| metric | type | what it tells |\n|---|---|---|\n{''.join(rows)}"
 
 
 def _cell(text: str) -> str:

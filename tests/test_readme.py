@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +150,14 @@ def test_the_page_of_options_has_every_field_of_every_class() -> None:
         for name, field in kind.model_fields.items():
             assert f"**`{name}`**" in filled
             assert " ".join((field.description or "").split()) in " ".join(filled.split()), name
+
+
+def test_the_page_of_the_server_has_every_metric(port: int) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        told = set(re.findall(r"^# TYPE (\S+)", answer.read().decode(), flags=re.MULTILINE))
+    filled = HOOK["on_page_markdown"](TEXTS["docs/serve.md"])
+    named = set(re.findall(r"^\| `(copyspec_\w+)` \|", filled, flags=re.MULTILINE))
+    assert named == {name for name in told if not name.endswith("_created")}
 
 
 def test_the_site_builds(tmp_path: Path) -> None:

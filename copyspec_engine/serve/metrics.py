@@ -28,6 +28,23 @@ _WAIT_S = 1.0
 """Seconds for which a scrape waits for the engine's own counts; then it gets the last ones."""
 
 
+_GAUGES = {
+    "running": ("Requests that are decoded.", "num_running"),
+    "waiting": ("Requests that wait.", "num_waiting"),
+    "sessions": ("Conversations that are remembered.", "num_sessions"),
+}
+"""What they mean, and where `EngineMetrics` has them."""
+_COUNTERS = {
+    "prompt_tokens": ("Tokens of prompts.", "prompt_tokens"),
+    "cached_tokens": ("Of these, those whose KV was reused.", "cached_tokens"),
+    "completion_tokens": ("Tokens of answers.", "completion_tokens"),
+    "draft_tokens": ("Tokens that were drafted.", "draft_tokens"),
+    "forward_passes": ("Forward passes of the model, of however many requests.", "num_steps"),
+    "draft_model_passes": ("Forward passes of the draft model.", "draft_model_passes"),
+    "preemptions": ("Requests that gave way to others.", "num_preemptions"),
+}
+
+
 class Metrics:
     """What a server counts. For one event loop.
 
@@ -47,13 +64,19 @@ class Metrics:
             return Histogram(f"copyspec_{name}", text, buckets=buckets, registry=self.registry)
 
         self.requests = Counter(
-            "copyspec_requests", "HTTP requests.", ("endpoint", "method", "code"), registry=self.registry
+            "copyspec_requests",
+            "HTTP requests by endpoint, method and status.",
+            ("endpoint", "method", "code"),
+            registry=self.registry,
         )
         self.in_flight = Gauge("copyspec_calls_in_flight", "Calls that are answered now.", registry=self.registry)
         self.draining = Gauge("copyspec_draining", "1 while new calls are refused.", registry=self.registry)
         self.between_chunks = times("time_between_chunks_seconds", "Between two chunks of an answer.")
         self._reuse = Counter(
-            "copyspec_conversations", "Answers by how their conversation was found.", ("kind",), registry=self.registry
+            "copyspec_conversations",
+            "Answers by how their conversation was found: named, found, new or none.",
+            ("kind",),
+            registry=self.registry,
         )
         self._first_token = times("time_to_first_token_seconds", "From a call to the first token of an answer.")
         self._request = times("request_seconds", "From a call to the end of an answer.")
@@ -100,36 +123,25 @@ class _EngineCollector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        age = self._engine.heartbeat_age_s
+        """Each count; before the first time that they were taken without a value."""
+        age, last = self._engine.heartbeat_age_s, self.last
         yield GaugeMetricFamily("copyspec_heartbeat_age_seconds", "For how long the engine's loop is in a turn.", age)
-        last = self.last
-        if last is None:
-            return
-        gauges = {
-            "running": ("Requests that are decoded.", last.num_running),
-            "waiting": ("Requests that wait.", last.num_waiting),
-            "sessions": ("Conversations that are remembered.", last.num_sessions),
-        }
-        counters = {
-            "prompt_tokens": ("Tokens of prompts.", last.prompt_tokens),
-            "cached_tokens": ("Of these, those whose KV was reused.", last.cached_tokens),
-            "completion_tokens": ("Tokens of answers.", last.completion_tokens),
-            "draft_tokens": ("Tokens that were drafted.", last.draft_tokens),
-            "forward_passes": ("Forward passes of the model, of however many requests.", last.num_steps),
-            "draft_model_passes": ("Forward passes of the draft model.", last.draft_model_passes),
-            "preemptions": ("Requests that gave way to others.", last.num_preemptions),
-        }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(f"copyspec_{name}", text, value)
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(f"copyspec_{name}", text, value)
-        free = last.num_kv_slots - last.num_kv_slots_running - last.num_kv_slots_cached
-        slots = {"running": last.num_kv_slots_running, "cached": last.num_kv_slots_cached, "free": free}
-        yield _labelled(GaugeMetricFamily("copyspec_kv_slots", "KV slots.", labels=("state",)), slots)
-        by_source = CounterMetricFamily("copyspec_accepted_tokens", "Accepted draft tokens.", labels=("source",))
-        yield _labelled(by_source, last.accepted_by_source)
-        yield _labelled(CounterMetricFamily("copyspec_finished", "Answers.", labels=("reason",)), last.finished)
-        if self._vllm_names:
+        for name, (text, attribute) in _GAUGES.items():
+            yield GaugeMetricFamily(f"copyspec_{name}", text, None if last is None else getattr(last, attribute))
+        for name, (text, attribute) in _COUNTERS.items():
+            yield CounterMetricFamily(f"copyspec_{name}", text, None if last is None else getattr(last, attribute))
+        slots = GaugeMetricFamily("copyspec_kv_slots", "KV slots, one for each token, by state.", labels=("state",))
+        sources = CounterMetricFamily(
+            "copyspec_accepted_tokens", "Accepted draft tokens by source.", labels=("source",)
+        )
+        reasons = CounterMetricFamily("copyspec_finished", "Answers by the reason of their end.", labels=("reason",))
+        if last is not None:
+            free = last.num_kv_slots - last.num_kv_slots_running - last.num_kv_slots_cached
+            _fill(slots, {"running": last.num_kv_slots_running, "cached": last.num_kv_slots_cached, "free": free})
+            _fill(sources, last.accepted_by_source)
+            _fill(reasons, last.finished)
+        yield from (slots, sources, reasons)
+        if self._vllm_names and last is not None:
             yield from self._as_vllm(last)
 
     def _as_vllm(self, last: EngineMetrics) -> Iterator[Metric]:
@@ -146,12 +158,9 @@ class _EngineCollector(Collector):
             yield family
 
 
-def _labelled(
-    family: GaugeMetricFamily | CounterMetricFamily, values: dict[str, int]
-) -> GaugeMetricFamily | CounterMetricFamily:
+def _fill(family: GaugeMetricFamily | CounterMetricFamily, values: dict[str, int]) -> None:
     for label, value in values.items():
         family.add_metric((label,), value)
-    return family
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:
