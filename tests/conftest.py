@@ -1,7 +1,8 @@
-"""Engines over tiny random models and the byte tokenizer, so that stop texts and chats work on them."""
+"""Engines over tiny random models and the byte tokenizer, so that stop texts and chats work on them; and a browser."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,6 +44,19 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser without windows. Playwright keeps an event loop in this thread, so it ends with its module."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs chromium or google-chrome on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield running
+        running.close()
 
 
 def assert_all_slots_free(engine: Engine) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,6 @@ import pytest
 
 from copyspec_engine.lab.evaluation.records import TurnRecord
 from copyspec_engine.lab.page import render_page, transcripts
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome on the PATH")
 
 DOCUMENT = "Ann \U0001f600 books the room.\r\nBo <b>brings</b> the slides."
 LONG = "word " * 3000 + "the needle " + "word " * 3000
@@ -83,14 +78,6 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = transcripts([*records("one"), *records("two")], "adaptive", ["one", "two"], decode)
     path.write_text(render_page("A run", ["a model"], "adaptive", found), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from copyspec_engine import Engine, EngineConfig
+from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.testing import held_by, scripted_engine
 from tests.serve.servers import serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome on the PATH"),
-    pytest.mark.enable_socket,
-]
+pytestmark = pytest.mark.enable_socket
 
 FOX = "The quick brown fox jumps over the lazy dog, \U0001f98a and the lazy dog sleeps on."
 
@@ -49,14 +47,6 @@ def engine() -> Iterator[Engine]:
 def address(engine: Engine) -> Iterator[str]:
     with serving(engine) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture
@@ -175,6 +165,24 @@ def test_a_document_is_edited_its_changes_are_shown_and_can_be_undone(page: Any)
     page.click("#undo")
     assert page.locator("#text").input_value() == FOX
     sync_api.expect(page.locator("#result")).to_be_hidden()
+
+
+def test_a_server_with_keys_is_asked_with_the_one_that_is_typed(browser: Any, engine: Engine, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann {hashlib.sha256(b'key of ann').hexdigest()}")
+    keys.chmod(0o600)
+    with serving(engine, ServeConfig(api_keys=str(keys))) as address, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(address)
+        sync_api.expect(page.locator("#status")).to_contain_text("no API key")
+        page.fill("#key", "key of ann")
+        page.press("#key", "Enter")
+        sync_api.expect(page.locator("#model")).to_have_text("scripted")
+        page.fill("#say", "hello")
+        page.press("#say", "Enter")
+        sync_api.expect(page.locator("#messages li.assistant > .text")).to_have_text("<b>hello</b>")
+        page.goto(f"{address}/docs")
+        sync_api.expect(page.locator("h1")).to_contain_text("copyspec")
 
 
 def test_the_page_can_be_used_by_keyboard_and_says_what_is_wrong(page: Any, engine: Engine) -> None:
