@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -29,7 +30,6 @@ __all__ = [
     "Framing",
     "answer_of",
     "obfuscated",
-    "wants_obfuscation",
 ]
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,9 @@ class EventWriter(Protocol):
 
 class AnswerWriter(EventWriter, Protocol):
     """The same for answers that may also come as a whole."""
+
+    obfuscate: bool
+    """Events are to be `obfuscated`."""
 
     def whole(self) -> Mapping[str, Any]:
         """All that was written, once it is over."""
@@ -162,10 +165,27 @@ class EventResponse(Response):
 
 
 async def answer_of(
-    call: Call, writer: AnswerWriter, framing: Framing | None, config: ServeConfig, headers: Mapping[str, str]
+    request: Request,
+    call: Call,
+    writer: AnswerWriter,
+    framing: Framing | None,
+    config: ServeConfig,
+    headers: Mapping[str, str],
+    obfuscation: bool | None = None,
 ) -> Response:
-    """A call's answer: in events, or without a framing as one JSON object, once it is over."""
+    """A call's answer: in events, or as one JSON object, once it is over.
+
+    Args:
+        request: whose answer it is.
+        call: its call.
+        writer: makes events or the object of the call's chunks.
+        framing: how events lie in the body; None: the answer is one object.
+        config: the times.
+        headers: besides those of every answer.
+        obfuscation: whether events are to hide their lengths; None: as is best for where the client is.
+    """
     if framing is not None:
+        writer.obfuscate = _wants_obfuscation(obfuscation, request.scope)
         return EventResponse(call, writer, framing, config, headers)
     try:
         async for index, chunk in call.chunks():
@@ -178,7 +198,7 @@ async def answer_of(
 _LEAST_BYTES = 256
 
 
-def wants_obfuscation(asked: bool | None, scope: Scope) -> bool:
+def _wants_obfuscation(asked: bool | None, scope: Scope) -> bool:
     """Whether the lengths of a stream's events are to say nothing of what is in them.
 
     How much was copied in a step shows in the length of its event, encrypted or not. Default: on, but for clients on

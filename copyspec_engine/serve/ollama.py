@@ -25,7 +25,7 @@ from copyspec_engine.serve.bodies import documented, read_body
 from copyspec_engine.serve.chat import ChatAnswer, ChatQuestion, told_logprobs
 from copyspec_engine.serve.conversations import Caller
 from copyspec_engine.serve.errors import ApiError
-from copyspec_engine.serve.events import LINES, Event, answer_of, obfuscated, wants_obfuscation
+from copyspec_engine.serve.events import LINES, Event, answer_of, obfuscated
 from copyspec_engine.serve.ollama_bodies import OllamaBody, OllamaChatBody, OllamaGenerateBody
 from copyspec_engine.serve.service import Service, answer_headers
 from copyspec_engine.values.config import GenerationRequest
@@ -127,9 +127,7 @@ async def _answer(
     headers: Mapping[str, str],
 ) -> Response:
     call = await service.begin(request, requests)
-    if lines.streams:
-        lines.obfuscate = wants_obfuscation(None, request.scope)
-    return await answer_of(call, lines, LINES if lines.streams else None, service.config, headers)
+    return await answer_of(request, call, lines, LINES if lines.streams else None, service.config, headers)
 
 
 @dataclass(slots=True)

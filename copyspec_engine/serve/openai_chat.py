@@ -26,7 +26,7 @@ from copyspec_engine.serve.chat import (
 from copyspec_engine.serve.choices import ChoicesWriter, told_at_end
 from copyspec_engine.serve.conversations import Caller
 from copyspec_engine.serve.errors import invalid
-from copyspec_engine.serve.events import SSE, Event, answer_of, wants_obfuscation
+from copyspec_engine.serve.events import SSE, Event, answer_of
 from copyspec_engine.serve.messages import checked_choice, checked_messages, checked_tools
 from copyspec_engine.serve.service import Service, answer_headers
 from copyspec_engine.values.grammar import Grammar
@@ -173,10 +173,8 @@ def chat_router(service: Service) -> APIRouter:
         requests, talks = question.asked(service, service.caller(request), call_id)
         call = await service.begin(request, requests)
         writer = ChatWriter(service, body, call_id, talks)
-        if body.stream:
-            writer.obfuscate = wants_obfuscation(body.include_obfuscation, request.scope)
-        headers = answer_headers(talks[0], ignored)
-        return await answer_of(call, writer, SSE if body.stream else None, service.config, headers)
+        headers, framing = answer_headers(talks[0], ignored), SSE if body.stream else None
+        return await answer_of(request, call, writer, framing, service.config, headers, body.include_obfuscation)
 
     return router
 

@@ -18,7 +18,7 @@ from copyspec_engine.serve.chat import told_logprobs
 from copyspec_engine.serve.choices import ChoicesWriter, told_at_end
 from copyspec_engine.serve.conversations import Caller, salt_of
 from copyspec_engine.serve.errors import by_names, invalid
-from copyspec_engine.serve.events import SSE, Event, answer_of, wants_obfuscation
+from copyspec_engine.serve.events import SSE, Event, answer_of
 from copyspec_engine.serve.sampling import seeded
 from copyspec_engine.serve.service import Service, answer_headers
 from copyspec_engine.values.config import GenerationRequest
@@ -128,10 +128,8 @@ def completions_router(service: Service) -> APIRouter:
             requests, talk = body.requests(service, service.caller(request), call_id)
             call = await service.begin(request, requests)
         writer = CompletionWriter(service, body, call_id, len(requests))
-        if body.stream:
-            writer.obfuscate = wants_obfuscation(body.include_obfuscation, request.scope)
-        headers = answer_headers(talk, body.ignored())
-        return await answer_of(call, writer, SSE if body.stream else None, service.config, headers)
+        headers, framing = answer_headers(talk, body.ignored()), SSE if body.stream else None
+        return await answer_of(request, call, writer, framing, service.config, headers, body.include_obfuscation)
 
     return router
 

@@ -18,7 +18,7 @@ from copyspec_engine.serve.calls import Call
 from copyspec_engine.serve.chat import ChatQuestion, Effort, json_grammar, reasoning_template
 from copyspec_engine.serve.conversations import Caller
 from copyspec_engine.serve.errors import by_names, invalid, not_found
-from copyspec_engine.serve.events import NAMED_EVENTS, answer_of, wants_obfuscation
+from copyspec_engine.serve.events import NAMED_EVENTS, answer_of
 from copyspec_engine.serve.items import Item, checked_items, messages_of
 from copyspec_engine.serve.kept import StoredConversation, StoredResponse, Told
 from copyspec_engine.serve.messages import checked_choice, checked_tools
@@ -326,10 +326,8 @@ def responses_router(service: Service) -> APIRouter:
         asked = Told((*before.items, *added), (*before.messages, *messages), question.named)
         keep = _Keeper(caller.tenant, body, call, asked)
         writer = ResponseWriter(service, body.head(service, response_id), body.options, talks[0], keep)
-        if body.stream:
-            writer.obfuscate = wants_obfuscation(body.include_obfuscation, request.scope)
-        headers = answer_headers(talks[0], [*ignored, *ignored_inside])
-        return await answer_of(call, writer, NAMED_EVENTS if body.stream else None, service.config, headers)
+        headers, framing = answer_headers(talks[0], [*ignored, *ignored_inside]), NAMED_EVENTS if body.stream else None
+        return await answer_of(request, call, writer, framing, service.config, headers, body.include_obfuscation)
 
     @router.get("/v1/responses/{name}")
     async def get_response(request: Request, name: str) -> Response:
