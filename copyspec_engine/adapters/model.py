@@ -19,7 +19,7 @@ from typing_extensions import Self
 from copyspec_engine.adapters.conversations import ConversationFinder, first_named
 from copyspec_engine.adapters.remote import AnyEngine, RemoteEngine, shared_remote
 from copyspec_engine.chat.formats import ChatFormat
-from copyspec_engine.engine.engine import Engine, shared_engine
+from copyspec_engine.engine.engine import Engine, loaded_engine, shared_engine
 from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.values.config import (
     DrafterConfig,
@@ -256,14 +256,16 @@ class LocalModel(AdapterOptions, ModelOptions):
         return shared_engine(self._engine_config(model), self.on_progress)
 
     async def _aget_engine(self, model: str | None = None) -> AnyEngine:
-        """`_get_engine` in a thread: loading takes seconds, and the event loop must go on."""
+        """`_get_engine`, in a thread where it loads a model or asks a server: the event loop must go on."""
         if self.base_url is not None:
             engine = self._remote(model)
-            await asyncio.to_thread(lambda: engine.info)
+            if not engine.has_info:
+                await asyncio.to_thread(lambda: engine.info)
             return engine
         if isinstance(self.engine, Engine) and model in (None, self.model):
             return self.engine
-        return await asyncio.to_thread(self._get_engine, model)
+        loaded = loaded_engine(self._engine_config(model))
+        return await asyncio.to_thread(self._get_engine, model) if loaded is None else loaded
 
     def _name_of(self, engine: AnyEngine, model: str | None = None) -> str:
         """What answers call the model: as it was asked for, and a server's only one as the server does."""

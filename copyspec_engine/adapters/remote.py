@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -124,6 +124,11 @@ class RemoteEngine:
         )
 
     @property
+    def has_info(self) -> bool:
+        """Whether `info` is known; else it asks the server, and waits."""
+        return "info" in vars(self)
+
+    @property
     def chat_format(self) -> ChatFormat:
         """How the model's chat template writes tool calls and reasoning."""
         return self.info.chat_format
@@ -187,8 +192,6 @@ class RemoteEngine:
 
     async def agenerate(self, request: GenerationRequest) -> GenerationOutput:
         """As `Engine.agenerate`."""
-        from contextlib import aclosing
-
         async with aclosing(self.astream(request)) as chunks:
             async for chunk in chunks:
                 if chunk.output is not None:

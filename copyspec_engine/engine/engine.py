@@ -40,6 +40,7 @@ __all__ = [
     "Engine",
     "RequestHandle",
     "inspect_model",
+    "loaded_engine",
     "shared_engine",
 ]
 
@@ -317,16 +318,21 @@ class Engine:
 
     def memory(self, session_id: str) -> ConversationMemory:
         """What a conversation remembers; it need not exist. Its methods raise EngineStoppedError once we are closed."""
-        from copyspec_engine.memory.view import ConversationMemory
+        from copyspec_engine.memory.view import ConversationMemory, read_export
+
+        fingerprint, vocab_size = self._model.tokenizer.fingerprint, self._model.runner.vocab_size
+
+        def load(exported: str, owner: str | None) -> int:
+            texts = read_export(exported, fingerprint(), vocab_size)
+            return self._loop.call(partial(self._core.take_in, session_id, texts, owner))
 
         return ConversationMemory(
             session_id,
             look=partial(self._loop.call, partial(self._core.look, session_id)),
             decode=partial(self._model.tokenizer.decode, skip_special_tokens=False),
             forget=partial(self.forget, session_id),
-            take_in=lambda texts, owner: self._loop.call(partial(self._core.take_in, session_id, texts, owner)),
-            fingerprint=self._model.tokenizer.fingerprint,
-            vocab_size=self._model.runner.vocab_size,
+            load=load,
+            fingerprint=fingerprint,
         )
 
     def sessions(self, owner: str | None = None) -> list[SessionInfo]:
@@ -443,13 +449,19 @@ def shared_engine(config: EngineConfig | None = None, on_progress: OnProgress | 
     with _registry_lock:
         lock = _shared_locks.setdefault(config, threading.Lock())
     with lock:
-        with _registry_lock:
-            engine = _shared.get(config)
-        if engine is None or engine._loop.is_over:
+        engine = loaded_engine(config)
+        if engine is None:
             engine = Engine(config, on_progress=on_progress)
             with _registry_lock:
                 _shared[config] = engine
         return engine
+
+
+def loaded_engine(config: EngineConfig) -> Engine | None:
+    """What `shared_engine` gives for a config, if it is there already; never waits for a load."""
+    with _registry_lock:
+        engine = _shared.get(config)
+    return None if engine is None or engine._loop.is_over else engine
 
 
 def close_shared_engines(keep: Callable[[EngineConfig], bool] = lambda _: False) -> None:

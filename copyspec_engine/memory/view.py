@@ -17,7 +17,7 @@ from copyspec_engine.memory.conversation import KINDS, SessionMemory
 from copyspec_engine.values.errors import ConfigError, about
 from copyspec_engine.values.tokens import Fingerprint, TokenArray
 
-__all__ = ["ConversationMemory", "Snapshot", "StoredText", "snapshot"]
+__all__ = ["ConversationMemory", "Snapshot", "StoredText", "read_export", "snapshot"]
 
 TextKind = Literal["prompt", "answer", "prediction"]
 
@@ -61,9 +61,8 @@ class ConversationMemory:
         look: takes a snapshot.
         decode: token ids -> text.
         forget: erases the conversation.
-        take_in: adds (kind, tokens) of texts to it for an owner, and says how many.
-        fingerprint: of the tokenizer and chat template.
-        vocab_size: of the model.
+        load: adds the texts of an export to it for an owner, and says how many.
+        fingerprint: of the tokenizer and chat template; asked for after a look.
     """
 
     def __init__(
@@ -73,13 +72,12 @@ class ConversationMemory:
         look: Callable[[], Snapshot],
         decode: Callable[[Sequence[int]], str],
         forget: Callable[[], bool],
-        take_in: Callable[[Sequence[tuple[int, TokenArray]], str | None], int],
+        load: Callable[[str, str | None], int],
         fingerprint: Callable[[], Fingerprint],
-        vocab_size: int,
     ) -> None:
         self.session_id = session_id
-        self._look, self._decode, self._forget, self._take_in = look, decode, forget, take_in
-        self._fingerprint, self._vocab_size = fingerprint, vocab_size
+        self._look, self._decode, self._forget = look, decode, forget
+        self._load, self._fingerprint = load, fingerprint
 
     def texts(self) -> tuple[StoredText, ...]:
         """The texts, oldest first, with what is written so far of answers in flight."""
@@ -126,7 +124,7 @@ class ConversationMemory:
             ConfigError: it is no such JSON, or of another tokenizer or chat template; nothing is added.
             EngineStoppedError: the engine was closed.
         """
-        return self._take_in(_read(exported, self._fingerprint(), self._vocab_size), owner)
+        return self._load(exported, owner)
 
     def clear(self) -> bool:
         """Erase the conversation, in main memory, pools and on disk, with its KV; False if there was nothing.
@@ -141,8 +139,13 @@ class ConversationMemory:
         return f"{type(self).__name__}({self.session_id!r})"
 
 
-def _read(exported: str, fingerprint: Fingerprint, vocab_size: int) -> list[tuple[int, TokenArray]]:
+def read_export(exported: str, fingerprint: Fingerprint, vocab_size: int) -> list[tuple[int, TokenArray]]:
     """Kind and tokens of the texts in an export.
+
+    Args:
+        exported: the JSON.
+        fingerprint: of the tokenizer and chat template that it must have been made with.
+        vocab_size: of the model.
 
     Raises:
         ConfigError: it is none, or not of this tokenizer and template.
