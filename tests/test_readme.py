@@ -42,7 +42,17 @@ EXPECTED = {
     "integrations/llama_index/README.md": "# Notes\n- Ann books the room\n- Cy orders lunch",
 }
 """What the snippets of a page print, at its beginning."""
-OTHERS = {"--index-url", "--extra-index-url", "--slow", "--random-cases", "--spec-type", "--jinja", "--json", "--write"}
+OTHERS = {
+    "--index-url",
+    "--extra-index-url",
+    "--slow",
+    "--random-cases",
+    "--spec-type",
+    "--jinja",
+    "--json",
+    "--write",
+    "--openai-document",
+}
 """Options of other programs and of scripts."""
 HOOK = runpy.run_path(str(ROOT / "scripts" / "docs_hook.py"))
 COMMANDS = HOOK["commands"]()

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Match
 from starlette.types import ASGIApp
 
 from copyspec_engine.engine.engine import Engine
@@ -19,17 +20,19 @@ from copyspec_engine.serve.bodies import body_schemas
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.docs import POLICY, docs_page
 from copyspec_engine.serve.errors import ApiError, error_response, http_error, not_found
-from copyspec_engine.serve.gate import Gate
+from copyspec_engine.serve.gate import OPEN, Gate
 from copyspec_engine.serve.health import health_router
 from copyspec_engine.serve.inspection import conversations_router, explain_router, tokens_router
 from copyspec_engine.serve.metrics import metrics_router
 from copyspec_engine.serve.models import models_router
 from copyspec_engine.serve.ollama import ollama_router
+from copyspec_engine.serve.ollama_bodies import LATEST
 from copyspec_engine.serve.ollama_models import ollama_models_router
 from copyspec_engine.serve.openai_chat import chat_router
 from copyspec_engine.serve.openai_completions import completions_router
 from copyspec_engine.serve.openai_conversations import named_conversations_router
 from copyspec_engine.serve.openai_responses import responses_router
+from copyspec_engine.serve.schemas import ERRORS
 from copyspec_engine.serve.service import Service
 from copyspec_engine.serve.site import page_router
 from copyspec_engine.values.errors import CopySpecError
@@ -57,11 +60,18 @@ def create_app(engine: Engine, config: ServeConfig | None = None) -> ASGIApp:
 
 def app_of(service: Service) -> ASGIApp:
     """A service as an ASGI application."""
-    app = FastAPI(title="copyspec", version=importlib.metadata.version("copyspec"), docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="copyspec",
+        version=importlib.metadata.version("copyspec"),
+        docs_url=None,
+        redoc_url=None,
+        responses=ERRORS,
+        generate_unique_id_function=lambda route: route.name,
+    )
     for router in (*_ROUTERS, page_router) if service.config.page else _ROUTERS:
         app.include_router(router(service))
     app.include_router(metrics_router(service.metrics))
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -96,6 +106,9 @@ _ELSEWHERE = (
 )
 
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
+
 async def _routing_error(request: Request, error: Exception) -> Response:
     status, path = error.status_code if isinstance(error, HTTPException) else 400, request.url.path
     if status == 404 and path.startswith(tuple(f"/v1/{name}" for name in _ELSEWHERE)):
@@ -106,16 +119,40 @@ async def _routing_error(request: Request, error: Exception) -> Response:
         return error_response(not_found(f"There is no {request.method} {path} here: see /docs"), path)
     detail = error.detail if isinstance(error, HTTPException) else str(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if status == 405:  # each route knows of its own methods alone
+        headers["Allow"] = ", ".join(method for method in _METHODS if _has(request, method))
     return error_response(http_error(status, detail), path, headers)
+
+
+def _has(request: Request, method: str) -> bool:
+    """Whether the path of a request takes a method."""
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 
 async def _error(request: Request, error: Exception) -> Response:
     return error_response(error, request.url.path)
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _bodies(service: Service) -> dict[str, Any]:
+    """The schemas of bodies, with the names that the model goes by."""
+    schemas = body_schemas()
+    for name, schema in schemas.items():
+        if "model" in schema.get("properties", {}):
+            known = [*service.models, *(f"{model}{LATEST}" for model in service.models if name.startswith("Ollama"))]
+            model = schema["properties"]["model"]
+            optional = [None] if "anyOf" in model else []
+            schema["properties"]["model"] = {"enum": known + optional, "description": model.get("description", "")}
+    return schemas
+
+
+def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas())
+        document["components"]["schemas"] |= _bodies(service)
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, methods in document["paths"].items():
+            for said in methods.values():
+                said["security"] = [] if path in OPEN or service.tenants.is_open else [{"key": []}]
         app.openapi_schema = document
     return app.openapi_schema

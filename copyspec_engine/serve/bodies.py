@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from starlette.requests import ClientDisconnect, Request
 
 from copyspec_engine.serve.config import ServeConfig
@@ -20,16 +20,28 @@ __all__ = ["Body", "body_schemas", "documented", "read_body", "read_json", "read
 class Body(Documented):
     """What an endpoint takes: known fields of known types, none of which is ignored without a word.
 
-    Subclasses say in `without_effect` which of their fields are accepted and change nothing.
+    Subclasses say in `without_effect` which of their fields are accepted and change nothing, and in `unsupported` which
+    are refused, and what to do instead.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     without_effect: ClassVar[tuple[str, ...]] = ()
+    unsupported: ClassVar[Mapping[str, str]] = {}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        """JSON has one kind of number: 1.0 is an integer too."""
+        return [_number(item) for item in value] if isinstance(value, list) else _number(value)
 
     def ignored(self) -> list[str]:
         """Fields that were given, and change nothing."""
         return [name for name in self.without_effect if getattr(self, name) not in (None, False)]
+
+
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 _LARGE_BYTES = 1 << 18
@@ -93,7 +105,7 @@ async def _read(request: Request, config: ServeConfig, max_bytes: int) -> bytes:
 
 def _parsed(body: bytes, max_depth: int) -> Any:  # noqa: ANN401 - any JSON value
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body or b"{}", parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"Got a body that is no JSON: {error}") from None
     _check(value, max_depth)
@@ -135,10 +147,11 @@ def _of_validation(kind: type[BaseModel], error: ValidationError) -> ApiError:
     return ApiError(400, codes.get(first["type"], "invalid_value"), str(told), where.removeprefix(".") or None)
 
 
-def documented(kind: type[Body]) -> dict[str, Any]:
+def documented(kind: type[BaseModel]) -> dict[str, Any]:
     """What the OpenAPI document says of an endpoint that reads such a body by itself."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    required = any(field.is_required() for field in kind.model_fields.values())
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
 def body_schemas() -> dict[str, Any]:
@@ -148,6 +161,8 @@ def body_schemas() -> dict[str, Any]:
     for kind in kinds:
         kinds += kind.__subclasses__()
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        for name, instead in kind.unsupported.items():
+            schema["properties"][name] = {"enum": [None, False], "description": f"Refused: {instead}."}
         found |= schema.pop("$defs", {})
         found[kind.__name__] = schema
     return found

@@ -47,11 +47,9 @@ class CopySpecOptions(Body):
 class CallBody(SamplingBody):
     """What a call says besides its prompt.
 
-    Subclasses say in `unsupported` which of their fields are refused, and what to do instead; and in `names` how they
-    call what the engine calls otherwise.
+    Subclasses say in `names` how they call what the engine calls otherwise.
     """
 
-    unsupported: ClassVar[Mapping[str, str]] = {}
     names: ClassVar[Mapping[str, str]] = {}
 
     model: str
@@ -80,7 +78,7 @@ class CallBody(SamplingBody):
         """
         service.check_model(self.model)
         for name, instead in self.unsupported.items():
-            if getattr(self, name) not in (None, False):
+            if getattr(self, name) is not None and getattr(self, name) is not False:
                 raise invalid(name, f"Got {name} but it is not supported: {instead}", "unsupported_parameter")
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "Got stream_options without stream: set stream to true, or leave it out")

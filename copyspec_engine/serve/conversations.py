@@ -15,12 +15,12 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import invalid
 from copyspec_engine.serve.tenants import Tenant
 
-__all__ = ["SESSION_METADATA", "Caller", "checked_session", "engine_session", "salt_of", "told_session"]
+__all__ = ["PRINTABLE", "SESSION_METADATA", "Caller", "checked_session", "engine_session", "salt_of", "told_session"]
 
 SESSION_METADATA = ("session_id", "thread_id", "conversation_id")
 """Keys of a body's `metadata` that name a conversation."""
 _MOST_CHARACTERS = 256
-_PRINTABLE = string.ascii_letters + string.digits + string.punctuation.replace("%", "") + " "
+PRINTABLE = string.ascii_letters + string.digits + string.punctuation.replace("%", "") + " "
 """Of ids in headers, which have all other characters percent-encoded."""
 
 
@@ -86,7 +86,7 @@ def engine_session(tenant: Tenant, session_id: str) -> str:
 def told_session(talk: Talk) -> str | None:
     """The value of X-Session-ID for a call's answer, as it may be sent back; None: it stands alone."""
     session = talk.request_options()["session_id"]
-    return None if session is None else quote(session.partition("/")[2], safe=_PRINTABLE)
+    return None if session is None else quote(session.partition("/")[2], safe=PRINTABLE)
 
 
 def salt_of(tenant: Tenant, key: str | None) -> str | None:

@@ -36,10 +36,10 @@ def _endpoint(path: str, methods: Mapping[str, Any], schemas: Mapping[str, Any])
     for method, said in methods.items():
         yield f"<h2><code>{escape(method.upper())} {escape(path)}</code></h2>"
         yield f"<p>{escape(said.get('description', ''))}</p>"
-        content = said.get("requestBody", {}).get("content", {}).get("application/json", {})
-        reference = content.get("schema", {}).get("$ref", "")
-        if reference:
-            yield _fields(schemas[reference.rpartition("/")[2]], schemas)
+        for title, body in (("asked", said.get("requestBody", {})), ("answered", said["responses"]["200"])):
+            schema = body.get("content", {}).get("application/json", {}).get("schema", {})
+            if "$ref" in schema:
+                yield f"<h3>{title}</h3>{_fields(schemas[schema['$ref'].rpartition('/')[2]], schemas)}"
 
 
 def _fields(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
@@ -48,7 +48,8 @@ def _fields(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
     for name, field in schema.get("properties", {}).items():
         mark = " (required)" if name in required else ""
         text = escape(field.get("description", ""))
-        held = next((part["$ref"] for part in field.get("anyOf", ()) if "$ref" in part), "")
+        parts = (field, field.get("items", {}), *field.get("anyOf", ()))
+        held = next((part["$ref"] for part in parts if "$ref" in part), "")
         inner = _fields(schemas[held.rpartition("/")[2]], schemas) if held else ""
         rows.append(
             f"<tr><td><code>{escape(name)}</code>{mark}<td><code>{escape(_type(field))}</code><td>{text}{inner}"
@@ -59,6 +60,8 @@ def _fields(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
 def _type(field: Mapping[str, Any]) -> str:
     if "anyOf" in field:
         return " | ".join(kind for kind in map(_type, field["anyOf"]) if kind != "null")
+    if field.get("enum") == [None, False]:
+        return "nothing"
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
     if field.get("type") == "array":

@@ -21,7 +21,18 @@ from copyspec_engine.serve.errors import by_names, invalid, not_found
 from copyspec_engine.serve.kept import Answered
 from copyspec_engine.serve.messages import checked_messages, checked_tools
 from copyspec_engine.serve.pages import check_query
-from copyspec_engine.serve.service import Service
+from copyspec_engine.serve.schemas import (
+    ConversationDeleted,
+    ConversationExport,
+    ConversationImported,
+    ConversationList,
+    ConversationMemory,
+    ExplainedAnswers,
+    TextOfTokens,
+    TokensOfText,
+    answers,
+)
+from copyspec_engine.serve.service import Service, ignored_header
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.info import SessionInfo
 
@@ -65,7 +76,7 @@ def tokens_router(service: Service) -> APIRouter:
     """POST /tokenize and /detokenize."""
     router, engine = APIRouter(), service.engine
 
-    @router.post("/tokenize", openapi_extra=documented(TokenizeBody))
+    @router.post("/tokenize", openapi_extra=documented(TokenizeBody), responses=answers(TokensOfText))
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a chat as the model would read it."""
         body = await read_body(request, TokenizeBody, service.config)
@@ -83,7 +94,7 @@ def tokens_router(service: Service) -> APIRouter:
             )
         return JSONResponse(answer, headers=ignored)
 
-    @router.post("/detokenize", openapi_extra=documented(DetokenizeBody))
+    @router.post("/detokenize", openapi_extra=documented(DetokenizeBody), responses=answers(TextOfTokens))
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
         body = await read_body(request, DetokenizeBody, service.config)
@@ -124,9 +135,7 @@ async def _tokens(service: Service, request: Request, body: TokenizeBody) -> tup
         chat_template_kwargs=body.chat_template_kwargs or {},
         session_id=None if named is None else engine_session(caller.tenant, named),
     )
-    return await asyncio.to_thread(engine.tokenize, asked), {
-        "X-Copyspec-Ignored": ", ".join(ignored)
-    } if ignored else {}
+    return await asyncio.to_thread(engine.tokenize, asked), ignored_header(ignored)
 
 
 def conversations_router(service: Service) -> APIRouter:
@@ -134,15 +143,15 @@ def conversations_router(service: Service) -> APIRouter:
     router, engine = APIRouter(), service.engine
     place = "/v1/copyspec/conversations"
 
-    @router.get(place)
-    async def list_conversations(request: Request) -> Response:
+    @router.get(place, responses=answers(ConversationList))
+    async def list_remembered(request: Request) -> Response:
         """The tenant's conversations whose texts are remembered, the one that was not used for longest first."""
         check_query(request, ())
         found = await asyncio.to_thread(_own, engine, service.caller(request).tenant.name)
         return JSONResponse({"object": "list", "data": [_info(name, info) for name, info in found.items()]})
 
-    @router.get(place + "/{name:path}/export")
-    async def export(request: Request, name: str) -> Response:
+    @router.get(place + "/{name:path}/export", responses=answers(ConversationExport))
+    async def export_remembered(request: Request, name: str) -> Response:
         """All that a conversation remembers."""
         check_query(request, ())
         session = engine_session(service.caller(request).tenant, checked_session(name, "id"))
@@ -156,8 +165,12 @@ def conversations_router(service: Service) -> APIRouter:
 
         return Response((await asyncio.to_thread(exported)).encode(), media_type="application/json")
 
-    @router.post(place + "/{name:path}/import")
-    async def take_in(request: Request, name: str) -> Response:
+    @router.post(
+        place + "/{name:path}/import",
+        openapi_extra=documented(ConversationExport),
+        responses=answers(ConversationImported),
+    )
+    async def import_remembered(request: Request, name: str) -> Response:
         """Add what an export has given to a conversation, which need not exist."""
         tenant = service.caller(request).tenant
         session = engine_session(tenant, checked_session(name, "id"))
@@ -168,8 +181,8 @@ def conversations_router(service: Service) -> APIRouter:
             added = await asyncio.to_thread(lambda: memory.load(json.dumps(told), owner=tenant.name))
         return JSONResponse({"id": name, "object": "copyspec.conversation.imported", "num_texts": added})
 
-    @router.get(place + "/{name:path}")
-    async def get_conversation(request: Request, name: str) -> Response:
+    @router.get(place + "/{name:path}", responses=answers(ConversationMemory))
+    async def get_remembered(request: Request, name: str) -> Response:
         """What a conversation remembers, in numbers."""
         check_query(request, ())
         tenant = service.caller(request).tenant
@@ -181,8 +194,8 @@ def conversations_router(service: Service) -> APIRouter:
         sizes = await asyncio.to_thread(lambda: {"num_texts": len(memory), "num_bytes": memory.num_bytes})
         return JSONResponse({**_info(name, info), **sizes})
 
-    @router.delete(place + "/{name:path}")
-    async def forget(request: Request, name: str) -> Response:
+    @router.delete(place + "/{name:path}", responses=answers(ConversationDeleted))
+    async def forget_remembered(request: Request, name: str) -> Response:
         """Erase a conversation: its texts in memory and on disk, its KV, and its answers that are kept."""
         tenant = service.caller(request).tenant
         if not await service.forget(tenant, checked_session(name, "id")):
@@ -215,7 +228,7 @@ def explain_router(service: Service) -> APIRouter:
     """POST /v1/copyspec/explain/{id of an answer}."""
     router, engine = APIRouter(), service.engine
 
-    @router.post("/v1/copyspec/explain/{call_id}")
+    @router.post("/v1/copyspec/explain/{call_id}", responses=answers(ExplainedAnswers))
     async def explain(request: Request, call_id: str) -> Response:
         """Where the answers to a call were copied from, in messages and characters of what was written."""
         await read_nothing(request, service.config)

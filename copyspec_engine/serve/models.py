@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
+from copyspec_engine.serve.schemas import ModelInfo, ModelList, answers
 from copyspec_engine.serve.service import Service
 
 __all__ = ["models_router"]
@@ -31,12 +32,12 @@ def models_router(service: Service) -> APIRouter:
             },
         }
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=answers(ModelList))
     async def list_models() -> JSONResponse:
         """The model, under each of its names."""
         return JSONResponse({"object": "list", "data": [entry(name) for name in service.models]})
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses=answers(ModelInfo))
     async def get_model(name: str) -> JSONResponse:
         """The model, if this is a name of it."""
         service.check_model(name)

@@ -27,6 +27,7 @@ from copyspec_engine.serve.conversations import Caller
 from copyspec_engine.serve.errors import ApiError
 from copyspec_engine.serve.events import LINES, Event, answer_of, obfuscated
 from copyspec_engine.serve.ollama_bodies import OllamaBody, OllamaChatBody, OllamaGenerateBody
+from copyspec_engine.serve.schemas import OLLAMA_ERRORS, OllamaChatAnswer, OllamaGenerateAnswer, answers
 from copyspec_engine.serve.service import Service, answer_headers
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.outputs import GenerationOutput, StreamChunk
@@ -36,10 +37,14 @@ __all__ = ["AnswerLines", "ChatLines", "GenerateLines", "ollama_router", "timest
 
 def ollama_router(service: Service) -> APIRouter:
     """The endpoints that answer."""
-    router = APIRouter()
+    router = APIRouter(responses=OLLAMA_ERRORS)
 
-    @router.post("/api/chat", openapi_extra=documented(OllamaChatBody))
-    async def chat(request: Request) -> Response:
+    @router.post(
+        "/api/chat",
+        openapi_extra=documented(OllamaChatBody),
+        responses=answers(OllamaChatAnswer, stream="application/x-ndjson"),
+    )
+    async def ollama_chat(request: Request) -> Response:
         """Write the next message of a chat."""
         body = await read_body(request, OllamaChatBody, service.config)
         body.check(service)
@@ -52,8 +57,12 @@ def ollama_router(service: Service) -> APIRouter:
         lines = ChatLines(service, body, talks[0])
         return await _answer(service, request, requests, lines, answer_headers(talks[0], ignored))
 
-    @router.post("/api/generate", openapi_extra=documented(OllamaGenerateBody))
-    async def generate(request: Request) -> Response:
+    @router.post(
+        "/api/generate",
+        openapi_extra=documented(OllamaGenerateBody),
+        responses=answers(OllamaGenerateAnswer, stream="application/x-ndjson"),
+    )
+    async def ollama_generate(request: Request) -> Response:
         """Answer one prompt."""
         body = await read_body(request, OllamaGenerateBody, service.config)
         body.check(service)

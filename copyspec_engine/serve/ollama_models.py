@@ -16,7 +16,15 @@ from copyspec_engine.serve.bodies import Body, documented, read_body
 from copyspec_engine.serve.errors import invalid, not_found
 from copyspec_engine.serve.ollama import timestamp
 from copyspec_engine.serve.ollama_bodies import LATEST, check_ollama_model
-from copyspec_engine.serve.service import Service
+from copyspec_engine.serve.schemas import (
+    OLLAMA_ERRORS,
+    OllamaModelList,
+    OllamaModelShown,
+    OllamaRunningList,
+    OllamaVersion,
+    answers,
+)
+from copyspec_engine.serve.service import Service, ignored_header
 
 __all__ = ["OllamaShowBody", "ollama_models_router"]
 
@@ -54,37 +62,36 @@ class OllamaShowBody(Body):
 
 def ollama_models_router(service: Service) -> APIRouter:
     """The endpoints that do not answer."""
-    router = APIRouter()
+    router = APIRouter(responses=OLLAMA_ERRORS)
 
     @router.head("/api/tags", include_in_schema=False)
-    @router.get("/api/tags")
-    async def tags() -> JSONResponse:
+    @router.get("/api/tags", responses=answers(OllamaModelList))
+    async def ollama_tags() -> JSONResponse:
         """The model, under each of its names."""
         listed = {"modified_at": timestamp(service.created), "capabilities": _capabilities(service)}
         return JSONResponse({"models": [{**entry, **listed} for entry in _entries(service)]})
 
-    @router.get("/api/ps")
-    async def running() -> JSONResponse:
+    @router.get("/api/ps", responses=answers(OllamaRunningList))
+    async def ollama_ps() -> JSONResponse:
         """The same: the model is loaded as long as the server runs."""
         info = service.info
         on_device = 0 if info.device == "cpu" else _size(service)
         loaded = {"expires_at": _NEVER, "size_vram": on_device, "context_length": info.max_model_len}
         return JSONResponse({"models": [{**entry, **loaded} for entry in _entries(service)]})
 
-    @router.post("/api/show", openapi_extra=documented(OllamaShowBody))
-    async def show(request: Request) -> JSONResponse:
+    @router.post("/api/show", openapi_extra=documented(OllamaShowBody), responses=answers(OllamaModelShown))
+    async def ollama_show(request: Request) -> JSONResponse:
         """What is known of the model."""
         body = await read_body(request, OllamaShowBody, service.config)
         name = body.model or body.name
         if name is None:
             raise invalid("model", "Got no model for the body but it is required", "missing_parameter")
         check_ollama_model(name, service)
-        ignored = ", ".join(body.ignored())
-        return JSONResponse(_shown(service), headers={"X-Copyspec-Ignored": ignored} if ignored else None)
+        return JSONResponse(_shown(service), headers=ignored_header(body.ignored()))
 
     @router.head("/api/version", include_in_schema=False)
-    @router.get("/api/version")
-    async def version() -> JSONResponse:
+    @router.get("/api/version", responses=answers(OllamaVersion))
+    async def ollama_version() -> JSONResponse:
         """The version of copyspec."""
         return JSONResponse({"version": importlib.metadata.version("copyspec")})
 

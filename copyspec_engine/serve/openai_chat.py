@@ -28,6 +28,7 @@ from copyspec_engine.serve.conversations import Caller
 from copyspec_engine.serve.errors import invalid
 from copyspec_engine.serve.events import SSE, Event, answer_of
 from copyspec_engine.serve.messages import checked_choice, checked_messages, checked_tools
+from copyspec_engine.serve.schemas import ChatCompletion, answers
 from copyspec_engine.serve.service import Service, answer_headers
 from copyspec_engine.values.grammar import Grammar
 from copyspec_engine.values.outputs import GenerationOutput, ReplyDelta, StreamChunk, TokenLogprob
@@ -163,7 +164,11 @@ def chat_router(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=documented(ChatBody))
+    @router.post(
+        "/v1/chat/completions",
+        openapi_extra=documented(ChatBody),
+        responses=answers(ChatCompletion, stream="text/event-stream", links={"explain": "call_id"}),
+    )
     async def chat_completions(request: Request) -> Response:
         """Write the next message of a chat."""
         body = await read_body(request, ChatBody, service.config)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,6 +20,7 @@ from copyspec_engine.serve.conversations import Caller, salt_of
 from copyspec_engine.serve.errors import by_names, invalid
 from copyspec_engine.serve.events import SSE, Event, answer_of
 from copyspec_engine.serve.sampling import seeded
+from copyspec_engine.serve.schemas import TextCompletion, answers
 from copyspec_engine.serve.service import Service, answer_headers
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.outputs import GenerationOutput, StreamChunk, TokenLogprob
@@ -27,6 +28,9 @@ from copyspec_engine.values.outputs import GenerationOutput, StreamChunk, TokenL
 __all__ = ["CompletionBody", "completions_router"]
 
 _DEFAULT_TOKENS = 16
+
+
+_Prompt = str | list[int] | Annotated[list[str | list[int]], Field(min_length=1, max_length=1)]
 
 
 def _one_prompt(value: object) -> object:
@@ -50,7 +54,7 @@ class CompletionBody(CallBody):
         "suffix": "the model writes behind its prompt only, so write what it is to fill in into the prompt",
     }
 
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt, json_schema_input_type=_Prompt)]
     """A text, a list of one text, or token ids."""
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -118,7 +122,11 @@ def completions_router(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=documented(CompletionBody))
+    @router.post(
+        "/v1/completions",
+        openapi_extra=documented(CompletionBody),
+        responses=answers(TextCompletion, stream="text/event-stream", links={"explain": "call_id"}),
+    )
     async def completions(request: Request) -> Response:
         """Go on with a text."""
         body = await read_body(request, CompletionBody, service.config)

@@ -14,10 +14,13 @@ from copyspec_engine.serve.bodies import Body, documented, read_body
 from copyspec_engine.serve.items import checked_items, messages_of
 from copyspec_engine.serve.kept import StoredConversation, Told
 from copyspec_engine.serve.openai_responses import known_item, stored_conversation
-from copyspec_engine.serve.pages import check_query, page_of
-from copyspec_engine.serve.service import Service
+from copyspec_engine.serve.pages import PAGE, check_query, page_of, query
+from copyspec_engine.serve.schemas import ItemList, NamedConversation, NamedConversationDeleted, answers
+from copyspec_engine.serve.service import Service, ignored_header
 
 __all__ = ["named_conversations_router"]
+
+_LINKS = dict.fromkeys(("get_conversation", "list_items", "delete_conversation"), "name")
 
 
 class ConversationBody(Body):
@@ -33,7 +36,11 @@ def named_conversations_router(service: Service) -> APIRouter:
     """The endpoints."""
     router = APIRouter()
 
-    @router.post("/v1/conversations", openapi_extra=documented(ConversationBody))
+    @router.post(
+        "/v1/conversations",
+        openapi_extra=documented(ConversationBody),
+        responses=answers(NamedConversation, links=_LINKS),
+    )
     async def create_conversation(request: Request) -> Response:
         """Make a conversation."""
         body = await read_body(request, ConversationBody, service.config)
@@ -50,20 +57,20 @@ def named_conversations_router(service: Service) -> APIRouter:
         size = sum(len(str(message["content"])) for message in messages)  # a token has a character at least
         tenant.named.keep(name, StoredConversation(made, Told(tuple(items), tuple(messages), name)), size)
         stored_conversation(tenant, name)  # too long a one is not kept
-        return JSONResponse(made, headers={"X-Copyspec-Ignored": ", ".join(ignored)} if ignored else {})
+        return JSONResponse(made, headers=ignored_header(ignored))
 
-    @router.get("/v1/conversations/{name}")
+    @router.get("/v1/conversations/{name}", responses=answers(NamedConversation))
     async def get_conversation(request: Request, name: str) -> Response:
         """A conversation that is kept."""
         check_query(request, ())
         return JSONResponse(stored_conversation(service.caller(request).tenant, name).body)
 
-    @router.get("/v1/conversations/{name}/items")
+    @router.get("/v1/conversations/{name}/items", openapi_extra=query(*PAGE), responses=answers(ItemList))
     async def list_items(request: Request, name: str) -> Response:
         """What was said in a conversation; the last item first."""
         return JSONResponse(page_of(request, stored_conversation(service.caller(request).tenant, name).told.items))
 
-    @router.delete("/v1/conversations/{name}")
+    @router.delete("/v1/conversations/{name}", responses=answers(NamedConversationDeleted))
     async def delete_conversation(request: Request, name: str) -> Response:
         """Erase a conversation, with all that is remembered and kept of it."""
         tenant = service.caller(request).tenant

@@ -22,8 +22,9 @@ from copyspec_engine.serve.events import NAMED_EVENTS, answer_of
 from copyspec_engine.serve.items import Item, checked_items, messages_of
 from copyspec_engine.serve.kept import StoredConversation, StoredResponse, Told
 from copyspec_engine.serve.messages import checked_choice, checked_tools
-from copyspec_engine.serve.pages import check_query, page_of
+from copyspec_engine.serve.pages import PAGE, check_query, page_of, query
 from copyspec_engine.serve.response_writer import ResponseWriter
+from copyspec_engine.serve.schemas import ItemList, ResponseDeleted, ResponseObject, answers
 from copyspec_engine.serve.service import Service, answer_headers
 from copyspec_engine.serve.tenants import Tenant
 from copyspec_engine.values.config import SamplingParams
@@ -32,6 +33,7 @@ from copyspec_engine.values.outputs import GenerationOutput
 
 __all__ = ["ResponseBody", "responses_router"]
 
+_LINKS = {"get_response": "name", "delete_response": "name", "input_items": "name", "explain": "call_id"}
 _LOGPROBS = "message.output_text.logprobs"
 
 
@@ -95,7 +97,9 @@ class ResponseBody(CallBody):
     """A system message before all others; it holds for this response only."""
     previous_response_id: str | None = None
     """A response to go on from, which was not made with store=false."""
-    conversation: Annotated[str | None, BeforeValidator(_id_of)] = None
+    conversation: Annotated[str | None, BeforeValidator(_id_of, json_schema_input_type=str | dict[str, str] | None)] = (
+        None
+    )
     """One of POST /v1/conversations to go on with, and to add to."""
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -265,7 +269,7 @@ class ResponseBody(CallBody):
             "tools": self.tools or [],
             "top_logprobs": self.top_logprobs or 0,
             "truncation": "disabled",
-            "user": self.user,
+            **({} if self.user is None else {"user": self.user}),
             **used,
         }
 
@@ -309,7 +313,11 @@ def responses_router(service: Service) -> APIRouter:
             raise not_found(f"There is no response {name!r} here, or it is not kept any more", "response_not_found")
         return found
 
-    @router.post("/v1/responses", openapi_extra=documented(ResponseBody))
+    @router.post(
+        "/v1/responses",
+        openapi_extra=documented(ResponseBody),
+        responses=answers(ResponseObject, stream="text/event-stream", links=_LINKS),
+    )
     async def create_response(request: Request) -> Response:
         """Answer a text or items."""
         body = await read_body(request, ResponseBody, service.config)
@@ -329,13 +337,13 @@ def responses_router(service: Service) -> APIRouter:
         headers, framing = answer_headers(talks[0], [*ignored, *ignored_inside]), NAMED_EVENTS if body.stream else None
         return await answer_of(request, call, writer, framing, service.config, headers, body.include_obfuscation)
 
-    @router.get("/v1/responses/{name}")
+    @router.get("/v1/responses/{name}", openapi_extra=query("include"), responses=answers(ResponseObject))
     async def get_response(request: Request, name: str) -> Response:
         """A response that is kept."""
         check_query(request, ("include",))
         return JSONResponse(stored(request, name).body)
 
-    @router.delete("/v1/responses/{name}")
+    @router.delete("/v1/responses/{name}", responses=answers(ResponseDeleted))
     async def delete_response(request: Request, name: str) -> Response:
         """Keep a response no longer."""
         stored(request, name)
@@ -344,7 +352,7 @@ def responses_router(service: Service) -> APIRouter:
         tenant.answered.pop(name)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
 
-    @router.get("/v1/responses/{name}/input_items")
+    @router.get("/v1/responses/{name}/input_items", openapi_extra=query(*PAGE), responses=answers(ItemList))
     async def input_items(request: Request, name: str) -> Response:
         """The items that a response was asked with, those of earlier responses included; the last one first."""
         return JSONResponse(page_of(request, stored(request, name).asked))

@@ -9,9 +9,31 @@ from starlette.requests import Request
 
 from copyspec_engine.serve.errors import invalid
 
-__all__ = ["check_query", "page_of"]
+__all__ = ["PAGE", "check_query", "page_of", "query"]
 
 _DEFAULT, _MOST = 20, 100
+_ORDERS = ("asc", "desc")
+
+
+_PARAMETERS = {
+    "limit": ({"type": "integer", "minimum": 1, "maximum": _MOST, "default": _DEFAULT}, "Most items of a page."),
+    "order": ({"enum": list(_ORDERS), "default": "desc"}, "Whether the first or the last item comes first."),
+    "after": ({"type": "string"}, "The id of the item before the page."),
+    "include": ({"type": "array", "items": {"type": "string"}}, "Changes nothing."),
+}
+PAGE = tuple(_PARAMETERS)
+"""What the address of a list may say."""
+
+
+def query(*names: str) -> dict[str, Any]:
+    """What the OpenAPI document says of parameters, one of `PAGE` each."""
+    told = [(name, *_PARAMETERS[name]) for name in names]
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "required": False, "schema": schema, "description": description}
+            for name, schema, description in told
+        ]
+    }
 
 
 def check_query(request: Request, known: Iterable[str]) -> None:
@@ -33,12 +55,12 @@ def page_of(request: Request, items: Sequence[Mapping[str, Any]]) -> dict[str, A
     Raises:
         ApiError: one of these cannot be as it is.
     """
-    check_query(request, ("limit", "order", "after", "include"))
+    check_query(request, PAGE)
     asked = request.query_params
     limit, order, after = asked.get("limit", str(_DEFAULT)), asked.get("order", "desc"), asked.get("after")
     if not limit.isdecimal() or not 1 <= int(limit) <= _MOST:
         raise invalid("limit", f"Got limit={limit!r} but expected 1 to {_MOST}")
-    if order not in ("asc", "desc"):
+    if order not in _ORDERS:
         raise invalid("order", f"Got order={order!r} but expected 'asc' or 'desc'")
     ordered = list(items) if order == "asc" else list(reversed(items))
     if after is not None:

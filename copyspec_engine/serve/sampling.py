@@ -18,8 +18,10 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Texts = Annotated[list[str], BeforeValidator(_as_list)]
+Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 """Several texts, or one by itself."""
+_Word = str | list[int]
+_Words = Annotated[list[_Word], BeforeValidator(_as_list, json_schema_input_type=str | list[_Word])]
 
 
 class SamplingBody(Body):
@@ -38,7 +40,7 @@ class SamplingBody(Body):
     logit_bias: dict[str, float] | None = None
     suppress_tokens: list[int] | None = None
     begin_suppress_tokens: list[int] | None = None
-    bad_words: Annotated[list[str | list[int]], BeforeValidator(_as_list)] | None = None
+    bad_words: _Words | None = None
     no_repeat_ngram_size: int | None = None
     seed: int | None = None
     max_tokens: int | None = None

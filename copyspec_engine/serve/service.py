@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
+from urllib.parse import quote
 
 from starlette.requests import Request
 
@@ -16,13 +17,16 @@ from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.calls import Call, Calls
 from copyspec_engine.serve.config import ServeConfig
-from copyspec_engine.serve.conversations import Caller, engine_session, told_session
+from copyspec_engine.serve.conversations import PRINTABLE, Caller, engine_session, told_session
 from copyspec_engine.serve.errors import not_found
 from copyspec_engine.serve.metrics import Metrics
 from copyspec_engine.serve.tenants import Tenant, Tenants
 from copyspec_engine.values.config import GenerationRequest
 
-__all__ = ["Service", "answer_headers"]
+__all__ = ["Service", "answer_headers", "ignored_header"]
+
+_MOST_NAMED = 1024
+"""Characters of a header."""
 
 
 class Service:
@@ -97,6 +101,12 @@ class Service:
 
 def answer_headers(talk: Talk, ignored: Iterable[str]) -> dict[str, str]:
     """What every answer says of its conversation, and of fields that changed nothing."""
-    session, names = told_session(talk), ", ".join(dict.fromkeys(ignored))
-    headers = {"X-Session-ID": session} if session is not None else {}
-    return headers | ({"X-Copyspec-Ignored": names} if names else {})
+    session = told_session(talk)
+    return ({"X-Session-ID": session} if session is not None else {}) | ignored_header(ignored)
+
+
+def ignored_header(names: Iterable[str]) -> dict[str, str]:
+    """The header that names fields which changed nothing, as many as fit; a client's names may be any text."""
+    told = ", ".join(quote(name, safe=PRINTABLE) for name in dict.fromkeys(names))
+    shown = told if len(told) <= _MOST_NAMED else f"{told[:_MOST_NAMED].rpartition(', ')[0]}, ..."
+    return {"X-Copyspec-Ignored": shown} if told else {}

@@ -30,8 +30,11 @@ CLIENTS = {
     "pydantic-ai": "pydantic_ai_client",
     "instructor": "instructor_client",
     "llama-index": "llama_index_client",
+    "schemathesis": "schemathesis_client",
 }
 """Their scripts, by their names and those of their environments; openai is in the one that this runs in."""
+_AT_RANDOM = "schemathesis"
+"""Asks anything at all, which a real model would be long about."""
 _LIMIT_S = 900
 """Seconds for one client, or for a server to be there."""
 
@@ -61,7 +64,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.conformance", description=__doc__)
     parser.add_argument("--clients", nargs="+", default=list(CLIENTS), choices=list(CLIENTS), metavar="NAME")
     parser.add_argument("--model", default="smollm2", help="a real model, for all that holds with any; '' for none")
+    parser.add_argument("--openai-document", type=Path, help="OpenAI's openapi.json; see openai_document.py")
     options = parser.parse_args()
+    document = [] if options.openai_document is None else [str(options.openai_document.resolve(strict=True))]
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     with ExitStack() as servers:
         places = [
@@ -70,7 +75,11 @@ def main() -> int:
         if options.model:
             command = [sys.executable, "-m", "copyspec_engine", "serve", options.model, "--port", "0"]
             places.append(servers.enter_context(_serving(command, options.model)))
-        runs = [_run(client, place, console) for client in options.clients for place in places]
+        runs = [
+            _run(client, place, console, document if client == _AT_RANDOM else [])
+            for client in options.clients
+            for place in (places[:1] if client == _AT_RANDOM else places)
+        ]
     console.print(_table(runs))
     return int(any(run.failed for run in runs))
 
@@ -97,15 +106,15 @@ def _serving(command: Sequence[str], model: str) -> Iterator[Place]:
             server.communicate()
 
 
-def _run(client: str, place: Place, console: Console) -> Run:
-    """All behaviours of a client at a server, told as they come."""
+def _run(client: str, place: Place, console: Console, others: Sequence[str]) -> Run:
+    """All behaviours of a client at a server, told as they come; `others` is what else its script takes."""
     own = ENVIRONMENTS / client / "bin" / "python"
     command = [str(own) if own.exists() else sys.executable, "-m", f"scripts.conformance.{CLIENTS[client]}"]
     run = Run(client, place)
     console.rule(f"{client} at {place.model}")
     with tempfile.TemporaryFile("w+") as log:
         script = subprocess.Popen(
-            [*command, place.url, place.model], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
+            [*command, place.url, place.model, *others], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
         )
         assert script.stdout is not None
         stop = threading.Timer(_LIMIT_S, script.kill)

@@ -134,7 +134,7 @@ def errors(place: Place) -> None:
         ({"api_key": "wrong"}, litellm.AuthenticationError),
         ({"model": "openai/gpt-0"}, litellm.NotFoundError),
         ({"temperature": -1}, litellm.BadRequestError),
-        ({"messages": [{"role": "user", "content": "word " * 20_000}]}, litellm.ContextWindowExceededError),
+        ({"messages": [{"role": "user", "content": "word " * 9_000}]}, litellm.ContextWindowExceededError),
     ]
     for options, kind in wrong:
         try:

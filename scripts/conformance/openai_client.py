@@ -542,7 +542,7 @@ async def helper_logprobs(at: OpenAIClient) -> None:
 async def error_overflow(at: OpenAIClient) -> None:
     """errors: too long a prompt is a BadRequestError with context_length_exceeded."""
     for options in ({}, {"stream": True}):
-        error = await refused(_raised(at.chat, text="word " * 20_000, **options), openai.BadRequestError)
+        error = await refused(_raised(at.chat, text="word " * 9_000, **options), openai.BadRequestError)
         same((error.code, error.type, error.param), ("context_length_exceeded", "invalid_request_error", "messages"))
         assert "This model's maximum context length is " in error.message
 
@@ -890,7 +890,7 @@ async def response_errors(at: OpenAIClient) -> None:
         ({"temperature": -1}, "temperature"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0]"),
-        ({"input": "word " * 20_000}, "input"),
+        ({"input": "word " * 9_000}, "input"),
     ]
     for given, param in wrong:
         asked = {"model": at.model, "input": "hi", **given}

@@ -129,8 +129,8 @@ async def errors(place: Place) -> None:
     wrong: list[tuple[Answer, str, type[Exception]]] = [
         (model(place, key="wrong"), "hi", ModelAuthenticationError),
         (model(Place(place.url, "gpt-0")), "hi", ModelNotFoundError),
-        (model(place), "word " * 20_000, ModelContextWindowExceededError),
-        (model(place, OpenAIResponsesModel), "word " * 20_000, ModelContextWindowExceededError),
+        (model(place), "word " * 9_000, ModelContextWindowExceededError),
+        (model(place, OpenAIResponsesModel), "word " * 9_000, ModelContextWindowExceededError),
     ]
     for asked, text, kind in wrong:
         try:

@@ -7,13 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-import openai
 import pytest
-from pydantic import BaseModel
 
 from copyspec_engine import Engine, GenerationRequest
 from tests.serve.conftest import Client, events
-from tests.serve.servers import serving
 
 MakeEngine = Callable[..., Engine]
 RESPONSES, CONVERSATIONS = "/v1/responses", "/v1/conversations"
@@ -379,68 +376,6 @@ async def test_a_failure_in_the_middle_ends_the_response(
     assert last["response"]["error"]["code"] == "server_error"
     assert (text_of(last["response"]), last["response"]["output"][0]["status"]) == ("a", "incomplete")
     assert "secret" not in response.text
-
-
-class Sum(BaseModel):
-    a: int
-
-
-def replies(prompt: str) -> str:
-    """Calls the tool that it is told of until there is a result, writes JSON where it is asked for, or repeats."""
-    if "<|im_start|>" not in prompt:
-        return prompt.upper()
-    last = prompt.split("<|im_start|>")[-2].partition("\n")[2].removesuffix("\n").removesuffix("<|im_end|>")
-    if "json" in last:
-        return '{"a":1}'
-    return CALL if '"add"' in prompt and "assistant" not in prompt[:-12] else last.upper()
-
-
-@pytest.mark.enable_socket
-async def test_the_official_clients_read_it(make_engine: MakeEngine) -> None:
-    with serving(make_engine(replies)) as address:
-        sync = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        client = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        async with client:
-            await _by_async_client(client)
-        with sync:
-            _by_client(sync)
-
-
-async def _by_async_client(client: openai.AsyncOpenAI) -> None:
-    said = await client.responses.create(model="scripted", input="hello", stream=True)
-    deltas = [event.delta async for event in said if event.type == "response.output_text.delta"]
-    assert "".join(deltas) == "HELLO"
-    async with client.responses.stream(model="scripted", input="json", text_format=Sum) as stream:
-        async for _ in stream:
-            pass
-        assert (await stream.get_final_response()).output_parsed == Sum(a=1)
-    text = await client.completions.create(model="scripted", prompt="ab", stream=True)
-    assert "".join([event.choices[0].text async for event in text]) == "AB"
-
-
-def _by_client(client: openai.OpenAI) -> None:
-    items: list[Any] = [{"role": "user", "content": "add"}]
-    first = client.responses.create(model="scripted", input=items, tools=[TOOL])  # type: ignore[list-item]
-    call = first.output[0]
-    assert call.type == "function_call"
-    items += [*first.output, {"type": "function_call_output", "call_id": call.call_id, "output": "two"}]
-    second = client.responses.create(model="scripted", input=items, tools=[TOOL])  # type: ignore[list-item]
-    assert second.output_text == "TWO"
-    by_id = client.responses.create(model="scripted", input=items[-1:], previous_response_id=first.id)
-    assert by_id.output_text == "TWO"
-    assert client.responses.retrieve(first.id).to_dict() == first.to_dict()
-    assert len(client.responses.input_items.list(second.id).data) == 3
-    conversation = client.conversations.create(metadata={"a": "b"})
-    client.responses.create(model="scripted", input="one", conversation=conversation.id)
-    assert len(client.conversations.items.list(conversation.id).data) == 2
-    assert client.conversations.delete(conversation.id).deleted
-    client.responses.delete(first.id)
-    with pytest.raises(openai.NotFoundError):
-        client.responses.retrieve(first.id)
-    parsed = client.responses.parse(model="scripted", input="json", text_format=Sum)
-    assert parsed.output_parsed == Sum(a=1)
-    completion = client.completions.create(model="scripted", prompt="ab", logprobs=1)
-    assert (completion.choices[0].text, completion.choices[0].logprobs.tokens) == ("AB", ["A", "B"])  # type: ignore[union-attr]
 
 
 @pytest.mark.real_model
