@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -152,8 +151,6 @@ class HFTokenizer:
             self.tokenizer.chat_template = given_template(chat_template)
         self.backend: Any = tokenizer.backend_tokenizer
         """The `tokenizers.Tokenizer` behind it."""
-        # Encoding may change settings of the backend on the way; decoding only reads and needs no lock.
-        self._encoding = threading.Lock()
         self._template_error: ConfigError | None = None
         sources = self._usable_sources(is_given=chat_template is not None)
         self._chat_format = self._find_format(sources, tool_prompt)
@@ -213,8 +210,11 @@ class HFTokenizer:
         return token_id
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        with self._encoding:
-            ids: list[int] = self.backend.encode(_encodable(text), add_special_tokens=False).ids
+        text = _encodable(text)
+        if len(text) < _LONG_TEXT:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         begin = self._begin if special_tokens else []
         return ids if ids[: len(begin)] == begin else begin + ids
 
@@ -374,25 +374,24 @@ class HFTokenizer:
         return describe_template(source, variables, response_template=own, tool_prompt=tool_prompt)
 
     def vocabulary(self) -> dict[str, int]:
-        with self._encoding:
-            vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
+        vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
         return vocabulary
 
     def fingerprint(self) -> Fingerprint:
-        with self._encoding:
-            normalizer = json.loads(self.backend.to_str())["normalizer"]
+        normalizer = json.loads(self.backend.to_str())["normalizer"]
         values = {"vocabulary": self.vocabulary(), "normalizer": normalizer}
         return Fingerprint.of(values, self.tokenizer.chat_template)
 
     def grammar_tokenizer(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
         from llguidance.hf import from_tokenizer
 
-        with self._encoding:
-            width = max(vocab_size, len(self.tokenizer))
-            fast: Any = self.tokenizer
-            return from_tokenizer(fast, n_vocab=width, eos_token=list(eos_token_ids))
+        width = max(vocab_size, len(self.tokenizer))
+        fast: Any = self.tokenizer
+        return from_tokenizer(fast, n_vocab=width, eos_token=list(eos_token_ids))
 
 
+_LONG_TEXT = 1 << 15
+"""Characters, about 20 ms of work, from which on the backend is asked in the way in which it lets other threads run."""
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 """Private characters around a control token's name in what the caller gave; such ones of the caller's are dropped."""
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from starlette.requests import ClientDisconnect, Request
 
 from copyspec_engine.serve.config import ServeConfig
@@ -35,6 +35,15 @@ class Body(Documented):
         """JSON has one kind of number: 1.0 is an integer too."""
         return [_number(item) for item in value] if isinstance(value, list) else _number(value)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_few_unknown(cls, value: Any) -> Any:  # noqa: ANN401 - anything may be given
+        """Of fields that are not known as many as one error can tell of."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        unknown = [name for name in value if name not in cls.model_fields][:_MOST_UNKNOWN]
+        return {name: item for name, item in value.items() if name in cls.model_fields or name in unknown}
+
     def ignored(self) -> list[str]:
         """Fields that were given, and change nothing."""
         return [name for name in self.without_effect if getattr(self, name) not in (None, False)]
@@ -44,6 +53,7 @@ def _number(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+_MOST_UNKNOWN = 8
 _LARGE_BYTES = 1 << 18
 """Of a body that takes more than a few milliseconds to be read."""
 

@@ -102,7 +102,8 @@ def tokens_router(service: Service) -> APIRouter:
             service.check_model(body.model)
         if body.tokens:
             with by_names({"prompt_token_ids": "tokens"}):
-                engine.tokenize(GenerationRequest(prompt_token_ids=body.tokens))  # refuses ids that are none
+                # It refuses ids that are none.
+                await asyncio.to_thread(lambda: engine.tokenize(GenerationRequest(prompt_token_ids=body.tokens)))
         skip = bool(body.skip_special_tokens)
         text = await asyncio.to_thread(engine.decode, body.tokens, skip_special_tokens=skip)
         return JSONResponse({"prompt": text})

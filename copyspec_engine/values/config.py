@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -477,8 +478,8 @@ class SamplingParams(_Options):
 
     @model_validator(mode="after")
     def _check_logits(self) -> SamplingParams:
-        tokens = [token for token, _ in self.logit_bias]
-        twice = next((token for token in tokens if tokens.count(token) > 1), None)
+        counts = Counter(token for token, _ in self.logit_bias)
+        twice = next((token for token, count in counts.items() if count > 1), None)
         if twice is not None:
             raise ConfigError(
                 f"Got logit_bias with token id {twice} more than once: give each id one bias", "logit_bias"

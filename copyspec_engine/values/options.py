@@ -14,8 +14,10 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import DictSchema, ListSchema, TupleSchema
 
 from copyspec_engine.values.errors import ConfigError
 
@@ -181,6 +183,25 @@ _MAX_SHOWN = 300
 """Characters of a value in an error: a whole prompt would hide what is wrong."""
 
 
+_COLLECTIONS = {
+    name
+    for name, kind in (("list", ListSchema), ("tuple", TupleSchema), ("dict", DictSchema))
+    if "fail_fast" in kind.__annotations__  # of dicts not in every version of pydantic
+}
+
+
+def _end_at_first_error(schema: Any) -> None:  # noqa: ANN401 - any part of a schema
+    """Have the collections in a schema of pydantic's checked up to the first wrong value only."""
+    if isinstance(schema, dict):
+        if schema.get("type") in _COLLECTIONS:
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _end_at_first_error(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _end_at_first_error(part)
+
+
 class Documented(BaseModel):
     """Options of which `help` shows each with its type, default, range, and what is said below it."""
 
@@ -188,6 +209,13 @@ class Documented(BaseModel):
 
     told_by: ClassVar[tuple[type[BaseModel], ...]] = ()
     """Whose fields of the same names tell of those that have no text of their own."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
+        """What pydantic checks. One wrong value of a collection is told of: a million take it half a minute."""
+        schema = handler(source)
+        _end_at_first_error(schema)
+        return schema
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:  # noqa: ANN401 - as pydantic has it
@@ -275,6 +303,8 @@ def explain_errors(
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, list | tuple | dict) and len(value) > _MAX_SHOWN:
+        return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -186,6 +187,20 @@ def test_many_threads_may_encode_render_and_stream_at_once(tokenizer: HFTokenize
 
     with ThreadPoolExecutor(16) as threads:
         assert all(threads.map(work, range(200)))
+
+
+def test_others_go_on_while_a_long_text_becomes_tokens(tokenizer: HFTokenizer) -> None:
+    """Past regression: while a text of a megabyte was read no other thread did anything, for seconds."""
+    line = "the dog sat on the mat 🙂\n"
+    text = line * 60_000
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(lambda: (time.sleep(0.01), tokenizer.encode(text))[1])
+        turns = 0
+        while not reading.done():
+            time.sleep(0.001)
+            turns += 1
+    assert turns > 50
+    assert reading.result() == tokenizer.encode(line) * 60_000
 
 
 def test_bytes_that_are_no_text_never_break_a_stream() -> None:

@@ -117,6 +117,19 @@ async def test_json_that_is_nested_without_end_is_refused(echo: Engine, client: 
     assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
 
 
+async def test_of_many_wrong_fields_a_few_are_told(echo: Engine, client: Client) -> None:
+    """All of them took minutes, in which nobody was answered."""
+    http = client(echo)
+    unknown = await http.post(CHAT, json=body(**{f"field_{number}": 1 for number in range(50_000)}))
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "unknown_parameter")
+    assert unknown.json()["error"]["message"].count("Got unknown option") == 8
+    wrong = await http.post(CHAT, json=body(messages=[1] * 500_000, metadata={str(at): 1 for at in range(100_000)}))
+    assert wrong.status_code == 400
+    assert [wrong.json()["error"]["message"].count(f"Got {name}") for name in ("messages", "metadata")] == [1, 1]
+    inside = await http.post(CHAT, json=body(copyspec={f"field_{number}": 1 for number in range(50_000)}))
+    assert inside.json()["error"]["message"].count("Got unknown option") == 8
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [

@@ -90,3 +90,13 @@ def test_a_secret_is_not_repeated_and_a_long_value_is_cut() -> None:
     assert "max_tokens='xxx" in text
     assert "10002 characters" in text
     assert len(text) < 500
+
+
+def test_of_a_million_wrong_values_one_is_told() -> None:
+    """All of them took half a minute, in which no thread did anything else."""
+    wrong = [-1] * 1_000_000
+    assert said(SamplingParams, suppress_tokens=wrong).count("suppress_tokens") == 1
+    assert said(GenerationRequest, prompt_token_ids=["x"] * 1_000_000).count("prompt_token_ids") == 1
+    assert "max_tokens=a list of 1000000 but" in said(SamplingParams, max_tokens=wrong)
+    params = SamplingParams(logit_bias=dict.fromkeys(range(100_000), 1.0))
+    assert len(params.logit_bias) == 100_000
