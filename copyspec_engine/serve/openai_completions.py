@@ -161,7 +161,7 @@ class CompletionWriter(ChoicesWriter):
         if body.echo:
             prompt = body.prompt
             self._echo = prompt if isinstance(prompt, str) else service.engine.decode(prompt, skip_special_tokens=False)
-        self._with_logprobs, self._with_top = body.logprobs is not None, bool(body.logprobs)
+        self._with_logprobs = body.logprobs is not None
         self._texts = [self._echo] * number
         self._begun = [False] * number
         self._entries: list[list[_Entry]] = [[] for _ in range(number)]
@@ -244,7 +244,7 @@ class CompletionWriter(ChoicesWriter):
         return {
             "tokens": [token for _, token, _ in entries],
             "token_logprobs": [one.logprob for one in told],
-            "top_logprobs": top if self._with_top else None,
+            "top_logprobs": top,
             "text_offset": [at for at, _, _ in entries],
         }
 

@@ -185,7 +185,10 @@ class ResponseWriter:
 
     def _told(self) -> list[dict[str, Any]]:
         """The log-probabilities that go with a piece of text."""
-        told: list[dict[str, Any]] = logprobs_metadata(self._service.engine, self._ready)["content"]
+        told = [
+            {**_with_bytes(entry), "top_logprobs": [_with_bytes(top) for top in entry["top_logprobs"]]}
+            for entry in logprobs_metadata(self._service.engine, self._ready)["content"]
+        ]
         self._ready = []
         self._logprobs += told
         return told
@@ -213,6 +216,11 @@ class ResponseWriter:
         }
         if output.finish_reason != "cancelled":
             self._keep(self._response, self._answer.message(), output)
+
+
+def _with_bytes(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A log-probability as responses have it, where a part of a character has no bytes rather than null."""
+    return {**entry, "bytes": entry["bytes"] or []}
 
 
 def _usage(output: GenerationOutput) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class TextLogprobs(_Answer):
 
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float]]
+    """The token itself among them."""
     text_offset: list[int]
 
 

@@ -74,7 +74,8 @@ async def test_logprobs_of_a_stream_are_those_of_the_whole_answer(echo: Engine, 
     assert whole["tokens"][:2] == ["A", "B"]
     assert whole["text_offset"] == [0, 1, 2, 2]
     assert [len(top) for top in whole["top_logprobs"]] == [2, 2, 2, 2]
-    assert bare == {**whole, "top_logprobs": None}
+    chosen = [{token: one} for token, one in zip(whole["tokens"], whole["token_logprobs"], strict=True)]
+    assert bare == {**whole, "top_logprobs": chosen}
 
 
 async def test_several_answers_come_in_one_and_count_their_prompt_once(client: Client, make_engine: MakeEngine) -> None:

@@ -224,7 +224,8 @@ async def test_logprobs_are_those_of_the_chat(echo: Engine, client: Client) -> N
     message = {"model": "scripted", "messages": [{"role": "user", "content": "ab ä"}], "logprobs": True}
     chat = (await http.post("/v1/chat/completions", json={**message, "top_logprobs": 1})).json()
     told = await ask(http, "ab ä", include=["message.output_text.logprobs"], top_logprobs=1)
-    assert told["output"][0]["content"][0]["logprobs"] == chat["choices"][0]["logprobs"]["content"]
+    expected = json.dumps(chat["choices"][0]["logprobs"]["content"]).replace('"bytes": null', '"bytes": []')
+    assert told["output"][0]["content"][0]["logprobs"] == json.loads(expected)
 
 
 @pytest.mark.parametrize("drafter", ["none", "adaptive"])
