@@ -139,10 +139,13 @@ async def _tokens(service: Service, request: Request, body: TokenizeBody) -> tup
     return await asyncio.to_thread(engine.tokenize, asked), ignored_header(ignored)
 
 
+_CONVERSATIONS = "/v1/copyspec/conversations"
+
+
 def conversations_router(service: Service) -> APIRouter:
     """/v1/copyspec/conversations."""
-    router, engine = APIRouter(), service.engine
-    place = "/v1/copyspec/conversations"
+    router, engine, place = APIRouter(), service.engine, _CONVERSATIONS
+    router.include_router(_exports_router(service))  # first: their paths are those of a conversation whose name goes on
 
     @router.get(place, responses=answers(ConversationList))
     async def list_remembered(request: Request) -> Response:
@@ -150,6 +153,34 @@ def conversations_router(service: Service) -> APIRouter:
         check_query(request, ())
         found = await asyncio.to_thread(_own, engine, service.caller(request).tenant.name)
         return JSONResponse({"object": "list", "data": [_info(name, info) for name, info in found.items()]})
+
+    @router.get(place + "/{name:path}", responses=answers(ConversationMemory))
+    async def get_remembered(request: Request, name: str) -> Response:
+        """What a conversation remembers, in numbers."""
+        check_query(request, ())
+        tenant = service.caller(request).tenant
+        checked_session(name, "id")
+        info = (await asyncio.to_thread(_own, engine, tenant.name)).get(name)
+        if info is None:
+            raise _unknown(name)
+        memory = engine.memory(engine_session(tenant, name))
+        sizes = await asyncio.to_thread(lambda: {"num_texts": len(memory), "num_bytes": memory.num_bytes})
+        return JSONResponse({**_info(name, info), **sizes})
+
+    @router.delete(place + "/{name:path}", responses=answers(ConversationDeleted))
+    async def forget_remembered(request: Request, name: str) -> Response:
+        """Erase a conversation: its texts in memory and on disk, its KV, and its answers that are kept."""
+        tenant = service.caller(request).tenant
+        if not await service.forget(tenant, checked_session(name, "id")):
+            raise _unknown(name)
+        return JSONResponse({"id": name, "object": "copyspec.conversation.deleted", "deleted": True})
+
+    return router
+
+
+def _exports_router(service: Service) -> APIRouter:
+    """What a conversation remembers, as a whole, out and in."""
+    router, engine, place = APIRouter(), service.engine, _CONVERSATIONS
 
     @router.get(place + "/{name:path}/export", responses=answers(ConversationExport))
     async def export_remembered(request: Request, name: str) -> Response:
@@ -181,27 +212,6 @@ def conversations_router(service: Service) -> APIRouter:
             memory = engine.memory(session)
             added = await asyncio.to_thread(lambda: memory.load(json.dumps(told), owner=tenant.name))
         return JSONResponse({"id": name, "object": "copyspec.conversation.imported", "num_texts": added})
-
-    @router.get(place + "/{name:path}", responses=answers(ConversationMemory))
-    async def get_remembered(request: Request, name: str) -> Response:
-        """What a conversation remembers, in numbers."""
-        check_query(request, ())
-        tenant = service.caller(request).tenant
-        checked_session(name, "id")
-        info = (await asyncio.to_thread(_own, engine, tenant.name)).get(name)
-        if info is None:
-            raise _unknown(name)
-        memory = engine.memory(engine_session(tenant, name))
-        sizes = await asyncio.to_thread(lambda: {"num_texts": len(memory), "num_bytes": memory.num_bytes})
-        return JSONResponse({**_info(name, info), **sizes})
-
-    @router.delete(place + "/{name:path}", responses=answers(ConversationDeleted))
-    async def forget_remembered(request: Request, name: str) -> Response:
-        """Erase a conversation: its texts in memory and on disk, its KV, and its answers that are kept."""
-        tenant = service.caller(request).tenant
-        if not await service.forget(tenant, checked_session(name, "id")):
-            raise _unknown(name)
-        return JSONResponse({"id": name, "object": "copyspec.conversation.deleted", "deleted": True})
 
     return router
 
