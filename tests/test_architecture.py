@@ -54,8 +54,9 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"values", "chat", "memory", "execution", "engine", FRONT},
     "serve": {"values", "chat", "engine", "adapters", FRONT},
     "testing": {*_LOOP, "loop", "engine"},
-    "cli": {"values", "models", "bundled", "adapters", "serve", "execution", "testing", "lab", FRONT},
-    "lab": {*_LOOP, "loop", "engine", "adapters", "serve", "bundled", "cli", "testing", FRONT},
+    "scale": {"values", "engine", "serve"},
+    "cli": {"values", "models", "bundled", "adapters", "serve", "scale", "execution", "testing", "lab", FRONT},
+    "lab": {*_LOOP, "loop", "engine", "adapters", "serve", "scale", "bundled", "cli", "testing", FRONT},
     "__main__": {"cli"},
 }
 """What each room may import of the others."""
@@ -82,7 +83,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "lab/recorded/",
 }
 MAY_IMPORT_INSIDES = {
-    *("adapters", "bundled", "lab", "models", "serve", "testing"),
+    *("adapters", "bundled", "lab", "models", "scale", "serve", "testing"),
     *("values.outputs", "execution.calibration"),
 }
 """What the command line, the integrations and the evaluation import beside the public names."""
