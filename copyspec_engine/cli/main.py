@@ -28,6 +28,7 @@ from copyspec_engine.cli.options import (
     add_command,
     engine_config,
 )
+from copyspec_engine.cli.scale import scale
 from copyspec_engine.cli.serve import ServeOptions, run_serve
 from copyspec_engine.lab.bench.command import bench
 from copyspec_engine.lab.evaluation.command import evaluations
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(evaluations, name="eval")
 app.add_typer(models, name="models")
+app.add_typer(scale, name="scale")
 
 _MODEL_HELP = 'smollm2, a name on the hub, a folder, a GGUF file, or "bundled", the copier that comes along.'
 Model = Annotated[str, typer.Option(help=_MODEL_HELP)]

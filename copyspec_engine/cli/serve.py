@@ -17,11 +17,10 @@ from rich.markup import escape
 from copyspec_engine import Engine, EngineConfig, LoadProgress, OnProgress, missing_extra
 from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.options import DEFAULT
-from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.config import MAX_WAITING, ServeConfig
 
-__all__ = ["LOG_FORMAT", "ServeOptions", "check_serve_installed", "run_serve"]
+__all__ = ["ServeOptions", "check_serve_installed", "option_of", "options_of_serve", "run_serve"]
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _ENGINE = (
     *("device", "dtype", "memory", "quantization", "exact", "trust_remote_code", "chat_template", "generation_config"),
@@ -32,41 +31,40 @@ _ENGINE = (
 """Options of the engine whose values can be given as words."""
 _NAMES = {"drafter": "adaptive, copyspec, draft-model or none.", "draft_model": "A smaller model that drafts too."}
 """Options of the engine that take an object, or a name."""
-_MAX_WAITING = 64
-"""Calls that may wait where nothing else is said: more would only wait for their clients to give up."""
 
 
-def _options() -> Iterator[tuple[str, Any, Any]]:
+def options_of_serve() -> Iterator[tuple[str, Any, Any]]:
     """(name, type, default) of every option, as a dataclass has them."""
     yield "model", Annotated[str, typer.Argument(help="A model, as for `copyspec chat`.")], DEFAULT
     for kind, names in ((ServeConfig, tuple(ServeConfig.model_fields)), (EngineConfig, _ENGINE)):
         for name in names:
-            yield name, *_option(kind, name)
+            yield name, *option_of(kind, name)
     for name, text in _NAMES.items():
         yield name, Annotated[str | None, typer.Option(help=text)], None
 
 
-def _option(kind: type[BaseModel], name: str) -> tuple[Any, Any]:
+def option_of(kind: type[BaseModel], name: str) -> tuple[Any, Any]:
+    """(type, default) of a field as an option of a command."""
     field = kind.model_fields[name]
     text = " ".join((field.description or "").split()).replace("[", "\\[")
-    default = _MAX_WAITING if name == "max_waiting" else field.default
+    default = MAX_WAITING if name == "max_waiting" else field.default
     return Annotated[field.annotation, typer.Option(help=text)], default
 
 
 ServeOptions = dataclasses.make_dataclass(
     "ServeOptions",
-    [(name, kind, dataclasses.field(default=default)) for name, kind, default in _options()],
+    [(name, kind, dataclasses.field(default=default)) for name, kind, default in options_of_serve()],
     frozen=True,
     kw_only=True,
 )
 """Every option of `ServeConfig`, and those of `EngineConfig` that can be given as words."""
 
 
-def check_serve_installed() -> None:
-    """Raises CopySpecError if the extra "serve" is not installed."""
+def check_serve_installed(extra: str = "serve") -> None:
+    """Raises CopySpecError if what the extra "serve" brings is not installed; it names `extra`."""
     missing = next((name for name in _PACKAGES if importlib.util.find_spec(name) is None), None)
     if missing is not None:
-        raise missing_extra(missing, "serve")
+        raise missing_extra(missing, extra)
 
 
 def run_serve(options: Any, _words: str, console: Console) -> int:  # noqa: ANN401 - made above
@@ -80,7 +78,7 @@ def run_serve(options: Any, _words: str, console: Console) -> int:  # noqa: ANN4
     config = ServeConfig(**{name: given[name] for name in ServeConfig.model_fields})
     named = {name: given[name] for name in _NAMES if given[name] is not None}
     engine_config = EngineConfig(model=options.model, **{name: given[name] for name in _ENGINE}, **named)
-    from copyspec_engine.serve.lifecycle import listen, run_server
+    from copyspec_engine.serve.lifecycle import LOG_FORMAT, listen, run_server
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
     listener = listen(config)

@@ -14,7 +14,7 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError
 from copyspec_engine.values.options import Documented, explain_errors
 
-__all__ = ["Body", "body_schemas", "documented", "read_body", "read_json", "read_nothing"]
+__all__ = ["Body", "body_schemas", "documented", "read_body", "read_bytes", "read_json", "read_nothing"]
 
 
 class Body(Documented):
@@ -83,7 +83,7 @@ async def read_json(request: Request, config: ServeConfig, max_bytes: int | None
         config: the limits.
         max_bytes: of the body, if not as the config has it.
     """
-    body = await _read(request, config, config.max_body_bytes if max_bytes is None else max_bytes)
+    body = await read_bytes(request, config, config.max_body_bytes if max_bytes is None else max_bytes)
     if len(body) < _LARGE_BYTES:
         return _parsed(body, config.max_depth)
     return await asyncio.to_thread(_parsed, body, config.max_depth)  # others are answered meanwhile
@@ -95,11 +95,16 @@ async def read_nothing(request: Request, config: ServeConfig) -> None:
     Raises:
         ApiError: it says something.
     """
-    if (await _read(request, config, config.max_body_bytes)).strip() not in (b"", b"{}"):
+    if (await read_bytes(request, config, config.max_body_bytes)).strip() not in (b"", b"{}"):
         raise ApiError(400, "invalid_value", "Got a body but all there is to say is in the path: send none, or {}")
 
 
-async def _read(request: Request, config: ServeConfig, max_bytes: int) -> bytes:
+async def read_bytes(request: Request, config: ServeConfig, max_bytes: int) -> bytes:
+    """The body of a request as it came.
+
+    Raises:
+        ApiError: it is larger than `max_bytes`, does not come, or its client goes away.
+    """
     body, pieces = bytearray(), aiter(request.stream())
     try:
         while (piece := await asyncio.wait_for(anext(pieces, None), config.body_timeout_s)) is not None:

@@ -8,9 +8,13 @@ from pydantic import Field, field_validator
 
 from copyspec_engine.values.options import Options
 
-__all__ = ["ServeConfig", "is_loopback"]
+__all__ = ["MAX_WAITING", "ServeConfig", "is_loopback"]
 
 _SESSION_HEADERS = ("x-claude-code-session-id", "x-session-affinity", "x-opencode-session")
+MAX_WAITING = 64
+"""Calls that may wait where nothing else is said: more would only wait for their clients to give up."""
+_BYTES_PER_TOKEN = 32
+"""Of an exported text, at most: the number of each token and the text that it stands for."""
 
 
 def is_loopback(host: str) -> bool:
@@ -96,6 +100,10 @@ class ServeConfig(Options):
     @classmethod
     def _lower(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name.lower().rstrip("/") for name in names)
+
+    def largest_import(self, memory_tokens: int) -> int:
+        """Bytes of a body with all that a conversation remembers, which may hold so many tokens."""
+        return max(self.max_body_bytes, _BYTES_PER_TOKEN * memory_tokens)
 
     @property
     def is_local(self) -> bool:

@@ -17,7 +17,7 @@ from copyspec_engine.serve.config import is_loopback
 from copyspec_engine.serve.errors import ApiError, error_response
 from copyspec_engine.serve.service import Service
 from copyspec_engine.serve.site import PAGE_PATHS
-from copyspec_engine.serve.tenants import DEFAULT_TENANT, Tenant
+from copyspec_engine.serve.tenants import DEFAULT_TENANT, Tenant, given_key
 
 __all__ = ["OPEN", "Gate"]
 
@@ -84,8 +84,7 @@ class Gate:
             ApiError: 401, the key is missing or wrong.
         """
         tenants = self._service.tenants
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        key = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        key = given_key(headers)
         tenant = tenants.of_key(key)
         if tenant is not None:
             return tenant

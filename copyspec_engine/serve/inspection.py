@@ -38,9 +38,6 @@ from copyspec_engine.values.info import SessionInfo
 
 __all__ = ["conversations_router", "explain_router", "tokens_router"]
 
-_BYTES_PER_TOKEN = 32
-"""Of an exported text, at most: the number of each token and the text that it stands for."""
-
 
 class TokenizeBody(Body):
     """A text, or messages for the chat template."""
@@ -206,7 +203,7 @@ def _exports_router(service: Service) -> APIRouter:
         """Add what an export has given to a conversation, which need not exist."""
         tenant = service.caller(request).tenant
         session = engine_session(tenant, checked_session(name, "id"))
-        largest = max(service.config.max_body_bytes, _BYTES_PER_TOKEN * engine.config.memory_tokens)
+        largest = service.config.largest_import(engine.config.memory_tokens)
         told = await read_json(request, service.config, largest)
         with by_names({"exported": "texts"}):
             memory = engine.memory(session)

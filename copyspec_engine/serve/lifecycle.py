@@ -30,17 +30,28 @@ from copyspec_engine.serve.tenants import KEY_VARIABLE, Tenants
 from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
-__all__ = ["DIED", "INTERRUPTED", "TERMINATED", "listen", "run_server", "server_of"]
+__all__ = [
+    "DIED",
+    "INTERRUPTED",
+    "LAST_EVENTS_S",
+    "LOG_FORMAT",
+    "TERMINATED",
+    "idle",
+    "listen",
+    "run_server",
+    "server_of",
+]
 
 logger = logging.getLogger(__name__)
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 DIED = 70
 """Exit code: the engine's loop has died."""
 INTERRUPTED = 130
 """Exit code: after Ctrl-C."""
 TERMINATED = 143
 """Exit code: a second SIGTERM, which waits for nobody."""
-_LAST_EVENTS_S = 5.0
+LAST_EVENTS_S = 5.0
 """Seconds for last events to reach their readers."""
 _LOOK_S = 0.05
 _WATCH_S = 0.25
@@ -126,7 +137,7 @@ def server_of(app: ASGIApp) -> uvicorn.Server:
             lifespan="off",
             ws="none",
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=int(_LAST_EVENTS_S),
+            timeout_graceful_shutdown=int(LAST_EVENTS_S),
         )
     )
 
@@ -214,15 +225,15 @@ class _Life:
         signalled.cancel()
         if watcher.done():
             logger.critical("the engine's loop has died")
-            await self._unless_again(_idle(calls), _LAST_EVENTS_S)
+            await self._unless_again(idle(calls), LAST_EVENTS_S)
             return DIED
         watcher.cancel()
         calls.is_draining = True
         if self._signals[0] == signal.SIGTERM:
             await self._unless_again(asyncio.sleep(config.drain_notice_s))
-        await self._unless_again(_idle(calls), config.drain_s)
-        await self._unless_again(calls.cut_short(), _LAST_EVENTS_S)
-        await self._unless_again(_idle(calls), _LAST_EVENTS_S)
+        await self._unless_again(idle(calls), config.drain_s)
+        await self._unless_again(calls.cut_short(), LAST_EVENTS_S)
+        await self._unless_again(idle(calls), LAST_EVENTS_S)
         if self._signals[0] == signal.SIGINT:
             return INTERRUPTED
         return TERMINATED if self._again.is_set() else 0
@@ -242,7 +253,7 @@ async def _died(service: Service) -> None:
         await asyncio.sleep(_WATCH_S)
 
 
-async def _idle(calls: Calls) -> None:
+async def idle(calls: Calls) -> None:
     """Wait until no client is being answered any more."""
     while len(calls):
         await asyncio.sleep(_LOOK_S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -174,7 +173,7 @@ def chat_router(service: Service) -> APIRouter:
         body = await read_body(request, ChatBody, service.config)
         body.check(service)
         question, ignored = body.question(service, service.caller(request))
-        call_id = f"chatcmpl-{secrets.token_hex(16)}"
+        call_id = service.new_id("chatcmpl-", 32)
         requests, talks = question.asked(service, service.caller(request), call_id)
         call = await service.begin(request, requests)
         writer = ChatWriter(service, body, call_id, talks)

@@ -131,7 +131,7 @@ def completions_router(service: Service) -> APIRouter:
         """Go on with a text."""
         body = await read_body(request, CompletionBody, service.config)
         body.check(service)
-        call_id = f"cmpl-{secrets.token_hex(16)}"
+        call_id = service.new_id("cmpl-", 32)
         with by_names(body.names):
             requests, talk = body.requests(service, service.caller(request), call_id)
             call = await service.begin(request, requests)

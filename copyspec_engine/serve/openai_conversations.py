@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from typing import Any
 
@@ -47,7 +46,7 @@ def named_conversations_router(service: Service) -> APIRouter:
         tenant, ignored = service.caller(request).tenant, dict[str, None]()
         items = checked_items("items", body.items or (), lambda name: known_item(tenant, name), ignored)
         messages = messages_of("items", items, service.config) if items else []
-        name = f"conv_{secrets.token_hex(24)}"
+        name = service.new_id("conv_", 48)
         made = {
             "id": name,
             "object": "conversation",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -326,7 +325,7 @@ def responses_router(service: Service) -> APIRouter:
         before = body.before(caller.tenant)
         added = checked_items("input", body.input, lambda name: known_item(caller.tenant, name), ignored_inside)
         messages = messages_of("input", added, service.config)
-        response_id = f"resp_{secrets.token_hex(24)}"
+        response_id = service.new_id("resp_", 48)
         with by_names(body.names):
             question, ignored = body.question(service, caller, before, messages)
             requests, talks = question.asked(service, caller, response_id)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import math
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
@@ -55,11 +56,22 @@ class Service:
         facts = [self.info.model, self.info.model_source, self.info.dtype, self.info.exact, self.info.versions]
         self.fingerprint = f"fp_{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
         """Changes where the same call may get another answer."""
+        self.tag = ""
+        """What ids that are made here begin with, in hex: where there are several servers, which of them it was."""
 
     @property
     def is_dead(self) -> bool:
         """The engine's loop has ended, and all that helps is a new server. Never waits."""
         return math.isinf(self.engine.heartbeat_age_s)
+
+    def new_id(self, kind: str, num_digits: int) -> str:
+        """An id that nobody can guess.
+
+        Args:
+            kind: what it begins with, as "resp_".
+            num_digits: hexadecimal ones behind that, 32 or more.
+        """
+        return kind + self.tag + secrets.token_hex(num_digits // 2)[len(self.tag) :]
 
     def caller(self, request: Request) -> Caller:
         """Who makes a request; the gate has seen to it that he may."""

@@ -17,7 +17,7 @@ from copyspec_engine.serve.errors import ApiError
 from copyspec_engine.serve.kept import Answered, Kept, StoredConversation, StoredResponse
 from copyspec_engine.values.errors import ConfigError
 
-__all__ = ["DEFAULT_TENANT", "KEY_VARIABLE", "Tenant", "Tenants"]
+__all__ = ["DEFAULT_TENANT", "KEY_VARIABLE", "Tenant", "Tenants", "given_key"]
 
 DEFAULT_TENANT = "default"
 KEY_VARIABLE = "COPYSPEC_API_KEY"
@@ -111,6 +111,7 @@ class Tenants:
         self._config = config
         self._environment = os.environ if environment is None else environment
         self._tenants: dict[str, Tenant] = {}
+        self._stamp = _stamp_of(config)
         self._keys = self._read()
 
     @property
@@ -121,6 +122,15 @@ class Tenants:
     def reread(self) -> None:
         """Read the keys again. Raises as the constructor does, and then the keys stay as they were."""
         self._keys = self._read()
+
+    def reread_if_changed(self) -> bool:
+        """Read the keys again if their file was changed; whether it was. Raises as `reread` does, once a change."""
+        stamp, before = _stamp_of(self._config), self._stamp
+        if stamp == before:
+            return False
+        self._stamp = stamp
+        self.reread()
+        return True
 
     def of_key(self, key: str | None) -> Tenant | None:
         """The tenant of a key; None: it is nobody's. Takes as long for a wrong key as for a right one."""
@@ -147,6 +157,23 @@ class Tenants:
         if self._config.api_keys is not None:
             keys += _keys_of(Path(os.path.expanduser(self._config.api_keys)))
         return tuple(keys)
+
+
+def given_key(headers: Mapping[str, str]) -> str:
+    """The key that a request comes with, by its headers, their names in lower case; empty: none."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def _stamp_of(config: ServeConfig) -> tuple[int, int, int] | None:
+    """What is another one when the file of keys was changed."""
+    if config.api_keys is None:
+        return None
+    try:
+        found = os.stat(os.path.expanduser(config.api_keys))
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _keys_of(path: Path) -> list[tuple[str, bytes]]:

@@ -137,10 +137,9 @@ async def _cpu_times() -> CpuTimes:
 @contextmanager
 def _serving(engine: Any) -> Iterator[tuple[asyncio.AbstractEventLoop, int, str]]:  # noqa: ANN401 - an Engine
     """Serves within the `with` block, as `copyspec serve` does: its event loop, its port, and the model's name."""
-    from copyspec_engine.cli.serve import LOG_FORMAT
     from copyspec_engine.serve.app import app_of
     from copyspec_engine.serve.config import ServeConfig
-    from copyspec_engine.serve.lifecycle import listen, server_of
+    from copyspec_engine.serve.lifecycle import LOG_FORMAT, listen, server_of
     from copyspec_engine.serve.service import Service
     from copyspec_engine.serve.tenants import KEY_VARIABLE
 

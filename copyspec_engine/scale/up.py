@@ -1,0 +1,92 @@
+"""`copyspec scale up`: an application of several replicas, from a command to an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from copyspec_engine.scale import build
+from copyspec_engine.scale.options import split_options
+from copyspec_engine.serve.lifecycle import INTERRUPTED
+from copyspec_engine.values.errors import ConfigError, CopySpecError
+
+__all__ = ["UpOptions", "prepare_ray", "run_up"]
+
+APPLICATION = "copyspec"
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """How the application is run."""
+
+    args: Mapping[str, Any]
+    """Options of `build`."""
+    port: int
+    """Of Ray's proxies."""
+    address: str | None = None
+    """Of a running Ray cluster, "auto": the one of this machine; None: one begins, and ends with the command."""
+
+
+def prepare_ray() -> None:
+    """Say what Ray reads from the environment when it is imported, where nothing is said yet.
+
+    It sends no reports to its makers, and replicas are no less urgent than what else runs on the machine.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def run_up(options: UpOptions, started: Callable[[str], None] = lambda _url: None) -> int:
+    """Run the application until a signal; the exit code.
+
+    Args:
+        options: how.
+        started: told the address, once the replicas are there.
+
+    Raises:
+        ConfigError: an option cannot be as it is, or the machine has less than the replicas are to use.
+        CopySpecError: there is no such cluster, or the application does not start.
+    """
+    prepare_ray()
+    application = build(options.args)
+    scale, config, _ = split_options(options.args)
+    import ray
+    from ray import serve
+
+    signals: list[int] = []
+    ended = threading.Event()
+
+    def stop(number: int, _frame: object) -> None:
+        signals.append(number)
+        ended.set()
+
+    try:
+        told = {"address": options.address} if options.address else {"include_dashboard": False}
+        try:
+            ray.init(**told)
+        except (ConnectionError, ValueError) as error:
+            raise CopySpecError(f"Got address={options.address!r} but there is no such Ray cluster: {error}") from None
+        for name, each in (("CPU", scale.num_cpus), ("GPU", scale.num_gpus)):
+            there = ray.cluster_resources().get(name, 0)
+            if each * scale.replicas > there:
+                raise ConfigError(
+                    f"Got replicas={scale.replicas} with num_{name.lower()}s={each} but there are {there:g}: lower one"
+                )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        location = {"host": config.host, "port": options.port}
+        serve.start(http_options=location, proxy_location="EveryNode", logging_config={"enable_access_log": False})
+        try:
+            serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
+        except RuntimeError as error:
+            raise CopySpecError(f"The replicas do not start: {error}") from None
+        started(f"http://{config.host}:{options.port}")
+        ended.wait()
+        serve.delete(APPLICATION)
+    finally:
+        ray.shutdown()
+    return INTERRUPTED if signals[0] == signal.SIGINT else 0
