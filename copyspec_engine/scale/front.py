@@ -132,11 +132,16 @@ class _Asked:
         """Give the answer to the client, to its end or with a last event that tells of the loss."""
         status, headers = self._begun
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        body, num_events = self._first, 0
+        body, num_events, num_bytes = self._first, 0, 0
+        length = Headers(raw=headers).get("content-length")
         try:
             while body:
                 num_events += body.count(b"\nevent: ") + body.startswith(b"event: ")
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                num_bytes += len(body)
+                more = str(num_bytes) != length
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+                if not more:
+                    return
                 body = await anext(self._parts, b"")
         except RayActorError:
             logger.warning("a replica was lost while it answered %s", self._scope["path"])
