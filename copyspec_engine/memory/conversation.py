@@ -83,7 +83,10 @@ class SessionMemory:
         self._answers: list[Span] = []
         self._saved: dict[Span, int] = {}
         """Texts that are in the memory file, and their numbers there."""
-        self._next_number = self._num_calls = 0
+        self._next_number = self._num_calls = self._last_number = 0
+        self._numbering = 1 if index is None else -1
+        """Each numbers its own texts, since numbers that all share would tell how much others say; in a pool downwards
+        from -1, so that none is taken for a text of the session's own memory."""
         self._noted: list[Span] | None = None
 
     # ---- for drafters ----------------------------------------------------------------------------------------------
@@ -120,6 +123,9 @@ class SessionMemory:
             self.add_answer(self._add([span])[0])
 
     def _add(self, spans: list[Span]) -> list[Span]:
+        for span in spans:
+            self._last_number += self._numbering
+            span.number = self._last_number
         self._spans += spans
         if self._noted is not None:
             self._noted += spans

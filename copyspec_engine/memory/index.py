@@ -11,10 +11,9 @@ The loops are compiled with Numba. Not covered: which occurrence is worth copyin
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,8 +111,8 @@ class Span:
     """Still being written; not forgotten before it is closed."""
     used: bool = False
     """Copied from since it was written or last spared."""
-    number: int = field(default_factory=itertools.count(1).__next__)
-    """No other text of this process has it."""
+    number: int = 0
+    """Whoever adds texts numbers them."""
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------

@@ -217,7 +217,8 @@ class Copy:
     """Tokens from the source's beginning: that of the prompt, the answer, the prediction or the stored text; None for
     "pool", whose texts are nobody's to look at, "grammar", "frequent", "draft_model" and "recycled"."""
     stored_text: int | None = None
-    """The number of the stored text in `Engine.memory`, for the sources that begin with "earlier_"."""
+    """The number of the stored text in `Engine.memory`, for the sources that begin with "earlier_"; that of a text in
+    a pool, which is not shown there, is negative."""
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     """Tokens around the place in the stored text, at most 64 each; none if it was forgotten meanwhile."""

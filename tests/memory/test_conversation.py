@@ -48,6 +48,16 @@ def test_a_conversation_that_grows_is_stored_once() -> None:
     assert sum(map(len, texts(memory))) < len(history) + 20 * 64
 
 
+def test_each_conversation_numbers_its_own_texts() -> None:
+    shared = CopyIndex(10_000)
+    memories = [SessionMemory(10_000), SessionMemory(10_000), SessionMemory(0, shared), SessionMemory(0, shared)]
+    for turn in range(2):
+        for place, memory in enumerate(memories):
+            call(memory, list(range(100 * (4 * turn + place), 100 * (4 * turn + place) + 90)), [9, 8, 7])
+    found = [[text.number for text in memory.texts] for memory in memories]
+    assert found == [[1, 2, 3, 4]] * 2 + [[-1, -2, -3, -4]] * 2, "nobody can tell how much others say"
+
+
 def test_text_that_left_the_prompt_stays_a_source() -> None:
     memory = SessionMemory(10_000)
     call(memory, list(range(50)), [100, 101, 102, 103])
