@@ -8,7 +8,7 @@ CLIENTS := $(basename $(notdir $(wildcard scripts/conformance/requirements/*.txt
 INPUTS := pyproject.toml $(CONSTRAINTS)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format docs conformance clean
+.PHONY: demo test lint format docs conformance dist clean
 
 demo: $(VENV)/.for-demo
 	@echo "==> Main job: a document rewritten turn by turn by a small real model, through LangChain, beside its peers"
@@ -43,6 +43,22 @@ conformance: $(VENV)/.for-test $(CLIENTS:%=.venv-conformance/%/.ready)
 
 .venv-conformance/%/.ready: scripts/conformance/requirements/%.txt
 	@echo "==> An environment for $*"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r $<
+	@touch $@
+
+# What goes to a package index: copyspec, and the two packages that bring it with an extra.
+dist: .venv-dist/.ready
+	@echo "==> Building and checking what is in dist/"
+	.venv-dist/bin/python -m scripts.build_packages
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/check-wheel-contents dist/copyspec-*.whl
+	.venv-dist/bin/check-wheel-contents --config integrations/langchain/pyproject.toml dist/langchain_copyspec-*.whl
+	.venv-dist/bin/check-wheel-contents --config integrations/llama_index/pyproject.toml dist/llama_index_llms_copyspec-*.whl
+	.venv-dist/bin/cffconvert --validate
+
+.venv-dist/.ready: constraints/dist.txt
+	@echo "==> An environment for building"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -r $<
 	@touch $@

@@ -7,9 +7,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email import policy
+from email.message import Message
+from email.parser import BytesParser
 from pathlib import Path
 
 import pytest
+import yaml
+
+from scripts.build_packages import build_all
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -22,15 +28,20 @@ PACKAGES = {
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
-    code = "import sys; from hatchling.build import *; build_wheel(sys.argv[1]); build_sdist(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True, capture_output=True)
+    build_all(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def wheel(built: Path) -> set[str]:
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+    with zipfile.ZipFile(next(built.glob("copyspec-*.whl"))) as archive:
         return set(archive.namelist())
+
+
+def metadata(built: Path, name: str) -> Message:
+    with zipfile.ZipFile(next(built.glob(f"{name}-*.whl"))) as archive:
+        files = {path.rpartition("/")[2]: path for path in archive.namelist()}
+        return BytesParser(policy=policy.default).parsebytes(archive.read(files["METADATA"]))
 
 
 def test_the_wheel_holds_every_module_under_its_import_name(wheel: set[str]) -> None:
@@ -70,6 +81,39 @@ def test_the_source_archive_can_build_the_wheel_and_run_the_tests(built: Path, w
     needed = {"pyproject.toml", "LICENSE", "Makefile", "constraints/cpu.txt", "conftest.py", "tests/conftest.py"}
     assert needed | {"copyspec_engine/memory/acceptance.json"} <= files
     assert {name for name in wheel if name.startswith("copyspec_engine/bundled/model/")} <= files
+
+
+@pytest.mark.parametrize("name", ["copyspec", "langchain_copyspec", "llama_index_llms_copyspec"])
+def test_the_page_of_a_package_links_to_what_is_there(built: Path, name: str) -> None:
+    told = metadata(built, name)
+    source = dict(line.split(", ") for line in told.get_all("Project-URL", []))["Source"]
+    text = told.get_payload()
+    assert isinstance(text, str)
+    links = re.findall(r"\]\(([^)]+)\)|src(?:set)?=\"([^\"]+)\"", text)
+    assert links
+    for link in (target or picture for target, picture in links):
+        kind, version, path = link.removeprefix(f"{source}/").split("/", 2)
+        assert (kind, version) in {(kind, f"v{told['Version']}") for kind in ("blob", "raw", "tree")}, link
+        assert (ROOT / path.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("langchain_copyspec", "langchain"), ("llama_index_llms_copyspec", "llama-index")]
+)
+def test_a_package_without_files_brings_the_same_version_with_its_extra(built: Path, name: str, extra: str) -> None:
+    whole, told = metadata(built, "copyspec"), metadata(built, name)
+    assert told.get_all("Requires-Dist") == [f"copyspec[{extra}]=={whole['Version']}"]
+    assert extra in whole.get_all("Provides-Extra", [])
+    for shared in ("Version", "Requires-Python", "License-Expression", "Project-URL", "Classifier"):
+        assert told.get_all(shared) == whole.get_all(shared)
+    with zipfile.ZipFile(next(built.glob(f"{name}-*.whl"))) as archive:
+        assert all(".dist-info/" in path for path in archive.namelist())
+
+
+def test_the_citation_is_of_this_version(built: Path) -> None:
+    cited, told = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")), metadata(built, "copyspec")
+    assert [cited[key] for key in ("title", "version", "license")] == ["copyspec", told["Version"], "MIT"]
+    assert f"Source, {cited['repository-code']}" in told.get_all("Project-URL", [])
 
 
 def test_what_the_makefile_runs_of_the_package_is_there() -> None:
