@@ -14,7 +14,7 @@ from copyspec_engine import ConfigError, CopySpecError, EngineConfig, Generation
 from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.chat.formats import find_chat_format
 from copyspec_engine.chat.reply import ReplyParser
-from copyspec_engine.chat.template import ChatTemplate, for_template
+from copyspec_engine.chat.template import for_template
 from copyspec_engine.chat.tokenizer import HFTokenizer
 
 CHATML = (
@@ -92,20 +92,6 @@ def test_calls_and_results_have_the_hermes_form(fast: PreTrainedTokenizerFast) -
         '<tool_call>\n{"name": "add_up", "arguments": {"a": 42}}\n</tool_call><|im_end|>\n<|im_start|>user\n'
         "<tool_response>\nresult forty\n</tool_response>\n<tool_response>\nresult fifty\n</tool_response><|im_end|>"
     ) in text
-
-
-def test_rendering_holds_up_nobody_who_encodes(fast: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = with_template(fast, CHATML)
-    render = ChatTemplate.render
-    locked: list[bool] = []
-
-    def watched(*args: Any) -> str:
-        locked.append(tokenizer._encoding.locked())
-        return render(*args)
-
-    monkeypatch.setattr(ChatTemplate, "render", watched)
-    assert tokenizer.render([ASK], TOOLS)
-    assert locked == [False]
 
 
 def test_what_a_model_is_told_to_write_is_read(fast: PreTrainedTokenizerFast) -> None:

@@ -266,6 +266,7 @@ def test_the_guides_commands_run(command: str, tmp_path: Path, monkeypatch: pyte
     Path("tests/data/chats.jsonl").write_bytes(CHATS.read_bytes())
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     command = command.replace("--shape bundled", "--shape tiny").replace("--max-tokens 100", "--max-tokens 30")
+    command = command.replace("smollm2 --clients 1 16 --rounds 12", "bundled --clients 1 2 --rounds 1 --max-tokens 2")
     words = ["bundled" if word == "DIR" else word.replace("000", "00") for word in command.split()]
     result = bench(*words)
     assert result.exit_code == 0, result.output
