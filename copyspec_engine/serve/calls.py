@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
@@ -44,7 +45,10 @@ class Call:
         """Its conversation was erased meanwhile: nothing of it is kept."""
         self.on_close: Callable[[], None] = lambda: None
         self._engine, self._tenant, self._metrics = engine, tenant, metrics
-        self._items: asyncio.Queue[tuple[int, StreamChunk | Exception]] = asyncio.Queue()
+        self._items = deque[tuple[int, StreamChunk | Exception]]()
+        """What came and was not taken yet."""
+        self._came: asyncio.Future[None] | None = None
+        """Something has come; None: nobody waits for it."""
         loop = asyncio.get_running_loop()
         self._first: list[asyncio.Future[Exception | None]] = [loop.create_future() for _ in requests]
         """What came first of each answer: None for a chunk."""
@@ -67,27 +71,47 @@ class Call:
         if error is not None:
             raise error
 
-    async def take(self, timeout_s: float | None = None) -> tuple[int, StreamChunk] | None:
-        """The number of an answer and its next chunk; None when all are over.
+    @property
+    def is_over(self) -> bool:
+        """All answers were taken to their ends."""
+        return not self._left
+
+    async def take(self) -> list[tuple[int, StreamChunk]]:
+        """The chunks that have come since, each with the number of its answer.
+
+        Waits for one, but not beyond the end or a `wake`.
 
         Raises:
-            asyncio.TimeoutError: there is none for so many seconds.
             Exception: what an answer failed with; the others are cancelled then.
         """
-        if not self._left:
-            return None
-        index, item = await asyncio.wait_for(self._items.get(), timeout_s)
-        if isinstance(item, Exception):
-            self._left = 0
-            self.cancel()
-            raise item
-        self._left -= item.is_last
-        return index, item
+        if self._left and not self._items:
+            self._came = asyncio.get_running_loop().create_future()
+            await self._came
+        taken: list[tuple[int, StreamChunk]] = []
+        while self._left and self._items:
+            index, item = self._items[0]
+            if not isinstance(item, Exception):
+                self._left -= item.is_last
+                taken.append((index, item))
+            elif taken:  # it is told behind them
+                break
+            else:
+                self._left = 0
+                self.cancel()
+                raise item
+            self._items.popleft()
+        return taken
+
+    def wake(self) -> None:
+        """Whoever waits in `take` goes on."""
+        if self._came is not None and not self._came.done():
+            self._came.set_result(None)
 
     async def chunks(self) -> AsyncIterator[tuple[int, StreamChunk]]:
         """All that `take` gives."""
-        while (taken := await self.take()) is not None:
-            yield taken
+        while not self.is_over:
+            for taken in await self.take():
+                yield taken
 
     def cancel(self) -> None:
         """End the answers at the next step, each with a last chunk; those that have not come in yet with an error."""
@@ -133,7 +157,8 @@ class Call:
             self._tenant.give_back(1)
             if len(self.outputs) == len(self.requests):
                 self._keep()
-        self._items.put_nowait((index, item))
+        self._items.append((index, item))
+        self.wake()
         if not self._first[index].done():
             self._first[index].set_result(item if isinstance(item, Exception) else None)
 

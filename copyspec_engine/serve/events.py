@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,6 +84,10 @@ class Framing:
     done: bytes = b""
     """Behind the last event of an answer that came to its end."""
 
+    def join(self, events: Iterable[Event]) -> bytes:
+        """Events, one behind the other."""
+        return b"".join(map(self.frame, events))
+
     def frame(self, event: Event) -> bytes:
         name = f"event: {event['type']}\n" if self.named else ""
         return f"{name}{self.before}{json.dumps(event, ensure_ascii=False)}{self.after}".encode(
@@ -125,43 +130,87 @@ class EventResponse(Response):
         self._call, self._writer, self._framing, self._config = call, writer, framing, config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - as ASGI has it
-        async def put(message: dict[str, Any]) -> None:
-            await asyncio.wait_for(send(message), self._config.send_timeout_s)
-
+        config, task = self._config, asyncio.current_task()
+        assert task is not None, "an application runs in a task"
+        sending = _Alarm(config.send_timeout_s, task.cancel)
+        silence = _Alarm(min(config.ping_s, config.delta_s), self._call.wake)
         try:
-            await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for body in self._bodies():
-                await put({"type": "http.response.body", "body": body, "more_body": True})
-            await put({"type": "http.response.body", "body": b"", "more_body": False})
-        except asyncio.TimeoutError:
-            logger.warning("a reader took nothing for %s seconds: its call is cancelled", self._config.send_timeout_s)
+            with sending:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for body, more in self._bodies(silence):
+                with sending:
+                    await send({"type": "http.response.body", "body": body, "more_body": more})
+        except asyncio.CancelledError:
+            if not sending.has_rung:
+                raise
+            logger.warning("a reader took nothing for %s seconds: its call is cancelled", config.send_timeout_s)
         except OSError:
             logger.info("a reader went away")
         finally:
+            sending.stop()
+            silence.stop()
             self._call.close()
 
-    async def _bodies(self) -> AsyncIterator[bytes]:
-        frame, config = self._framing.frame, self._config
+    async def _bodies(self, silence: _Alarm) -> AsyncIterator[tuple[bytes, bool]]:
+        """Parts of the body, and whether more of it will come. What has come at once is one part."""
+        framing, call = self._framing, self._call
         last_event = time.monotonic()
         try:
-            while True:
-                try:
-                    taken = await self._call.take(min(config.ping_s, config.delta_s))
-                except asyncio.TimeoutError:
-                    is_long = time.monotonic() - last_event >= config.delta_s
+            while not call.is_over:
+                body, is_woken = b"", False
+                with silence:
+                    while not (body or is_woken or call.is_over):
+                        taken = await call.take()
+                        body = framing.join(event for each in taken for event in self._writer.events(*each))
+                        is_woken = not taken
+                if is_woken and not call.is_over:
+                    is_long = time.monotonic() - last_event >= self._config.delta_s
                     event = self._writer.keep_alive() if is_long else None
-                    body = self._framing.ping if event is None else frame(event)
-                else:
-                    if taken is None:
-                        break
-                    body = b"".join(map(frame, self._writer.events(*taken)))
+                    body = b"" if event is None else framing.frame(event)
                 if body:
-                    if body != self._framing.ping:
-                        last_event = time.monotonic()
-                    yield body
-            yield b"".join(map(frame, self._writer.end())) + self._framing.done
+                    last_event = time.monotonic()
+                if call.is_over:
+                    yield body + framing.join(self._writer.end()) + framing.done, False
+                elif body or framing.ping:
+                    yield body or framing.ping, True
         except Exception as error:  # there is no status left to say it with
-            yield b"".join(map(frame, self._writer.failed(api_error(error))))
+            yield framing.join(self._writer.failed(api_error(error))), False
+
+
+class _Alarm:
+    """Rings where a `with` block of it lasts too long, and again for as long as it lasts.
+
+    A stream waits many times and hardly ever for long: all of its blocks share one timer.
+
+    Args:
+        limit_s: seconds that a block may last.
+        ring: called then.
+    """
+
+    def __init__(self, limit_s: float, ring: Callable[[], object]) -> None:
+        self.has_rung = False
+        self._limit_s, self._ring = limit_s, ring
+        self._loop = asyncio.get_running_loop()
+        self._since_s = math.inf
+        """When the block was entered, or it rang last; infinite outside of one."""
+        self._timer = self._loop.call_later(limit_s, self._look)
+
+    def __enter__(self) -> None:
+        self._since_s = self._loop.time()
+
+    def __exit__(self, *_: object) -> None:
+        self._since_s = math.inf
+
+    def stop(self) -> None:
+        """It rings no more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now_s = self._loop.time()
+        if now_s - self._since_s >= self._limit_s:
+            self._since_s, self.has_rung = now_s, True
+            self._ring()
+        self._timer = self._loop.call_at(min(self._since_s, now_s) + self._limit_s, self._look)
 
 
 async def answer_of(
