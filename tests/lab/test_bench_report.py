@@ -250,10 +250,9 @@ ALL: dict[str, dict[str, Any]] = {
     "serve": {
         "results": [
             {
-                "clients": 4,
-                "round": number,
+                "clients": 2,
+                "batch": number,
                 "way": way,
-                "requests": 2,
                 "tokens": 100,
                 "chunks": 25,
                 "seconds": seconds,
@@ -381,7 +380,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "context": "| some/model | 1,010 | 2 | **30.0** | 10.0 | 5.00 | 3.00x | 6.00x | 4.00 | 12.5% |",
         "demo": "| 1, append | **100** | 25.0 | 25.0 | 4.00x | 4.00x | 1/1 |",
         "peers": "|  | over plain decoding | over llama.cpp | over llama.cpp in LangChain |",
-        "serve": "| 4 | 4 | 4.00 | 100 | 80.0 | 80.0% (80.0% to 80.0%) |",
+        "serve": "| 2 | 4 | 4.00 | 100 | 80.0 | 80.0% (80.0% to 80.0%) |",
         "free-text": "| measured | 0 | copies and recycled | 1,000 | 1.60 | 80.0 | 1.25x |",
         "lossless": "| some/model | bfloat16 | no | 2,000 | 25,000 | 3 | 0.12 |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
@@ -450,8 +449,8 @@ def test_peers_are_compared_where_both_wrote_and_frameworks_with_each_other(repo
 def test_a_server_is_compared_with_its_engine(report: Callable[..., Result]) -> None:
     assert report().exit_code == 0
     first, processor = block_of("serve").split("*\n\n")[2:]
-    assert "| 4 | 30.0 | 34.0 | 4.00 (4.00 to 4.00) | 40.0 | 44.0 |" in first
-    assert "| 4 | 3.00 | 60.0 | 20.0 |" in processor
+    assert "| 2 | 30.0 | 34.0 | 4.00 (4.00 to 4.00) | 40.0 | 44.0 |" in first
+    assert "| 2 | 3.00 | 60.0 | 20.0 |" in processor
     assert "2 CPU cores (AMD EPYC), date not recorded: `serve.json`." in processor
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from copyspec_engine import CopySpecError, Engine, EngineConfig
+from copyspec_engine import CopySpecError, Engine, EngineConfig, SessionInfo
 from copyspec_engine.cli.main import app
 from copyspec_engine.lab import measuring
 from copyspec_engine.lab.bench import server as bench_server
@@ -42,39 +42,41 @@ class Here:
 
 
 @pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
-    """The engines that measurements make; each answers with what it was asked."""
-    made: list[Engine] = []
+def scripted(monkeypatch: pytest.MonkeyPatch) -> list[SessionInfo]:
+    """Measurements have an engine that answers with what it was asked; what it remembers when they are over."""
+    left: list[SessionInfo] = []
 
     @contextmanager
     def drafting_engine(config: EngineConfig) -> Iterator[Engine]:
         with scripted_engine(lambda prompt: prompt * 2, config) as engine:
-            made.append(engine)
             yield engine
-            assert not engine.sessions(), "all was forgotten"
+            left.extend(engine.sessions())
 
     monkeypatch.setattr(bench_server, "PeerProcess", Here)
     monkeypatch.setattr(measuring, "drafting_engine", drafting_engine)
-    return made
+    return left
 
 
-def test_both_ways_make_the_same_calls(engines: list[Engine], tmp_path: Path) -> None:
+def test_both_ways_make_the_same_calls(scripted: list[SessionInfo], tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     result = bench("--clients", 1, 3, "--rounds", 2, "--max-tokens", 10, "--json", out)
     assert result.exit_code == 0, result.output
     written = json.loads(out.read_text(encoding="utf-8"))
     ways = ("in-process", "http")
-    rows = {(row["clients"], row["round"], row["way"]): row for row in written["results"]}
-    assert list(rows) == [(clients, number, way) for number in (0, 1) for clients in (1, 3) for way in ways]
+    rows = {(row["clients"], row["batch"], row["way"]): row for row in written["results"]}
+    batches = {1: (range(8), range(8, 16)), 3: (range(3), range(3, 6))}
+    expected = [
+        (at_once, number, way) for i in (0, 1) for at_once in (1, 3) for number in batches[at_once][i] for way in ways
+    ]
+    assert list(rows) == expected
     for (clients, _, _), row in rows.items():
-        requests = {1: 8, 3: 9}[clients]
-        assert (row["requests"], row["tokens"], len(row["ttft_s"])) == (requests, 10 * requests, requests)
-        assert requests <= row["chunks"] <= row["tokens"]
+        assert (row["tokens"], len(row["ttft_s"])) == (10 * clients, clients)
+        assert clients <= row["chunks"] <= row["tokens"]
         assert all(0 < ttft_s <= row["seconds"] for ttft_s in row["ttft_s"])
         assert row["loop_s"] <= row["process_s"]
         assert (row["client_cpu_s"] > 0) == (row["way"] == "http")
     assert (written["different"], written["model"], written["max_tokens"]) == (0, "smollm2", 10)
-    assert len(engines) == 1
+    assert not scripted, "all was forgotten"
     assert "over HTTP by in process" in result.output
 
 
@@ -83,7 +85,7 @@ def test_a_process_of_its_own_holds_the_engine() -> None:
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.usefixtures("engines")
+@pytest.mark.usefixtures("scripted")
 def test_another_answer_over_http_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_server, "read_answer", lambda *came: replace(read_answer(*came), text="else"))
     result = bench("--clients", 1, "--rounds", 1, "--max-tokens", 2)
@@ -91,7 +93,7 @@ def test_another_answer_over_http_ends_with_an_error(monkeypatch: pytest.MonkeyP
     assert "Other answers over HTTP than in process: 8" in result.output
 
 
-@pytest.mark.usefixtures("engines")
+@pytest.mark.usefixtures("scripted")
 def test_an_answer_that_is_an_error_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_server, "request_bytes", lambda *_: b"GET /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     result = bench("--clients", 1, "--rounds", 1, "--max-tokens", 2)
@@ -113,8 +115,8 @@ END = event(None, usage={"completion_tokens": 5}) + "data: [DONE]\n\n"
 
 
 def test_a_stream_is_read_from_its_bytes_however_they_came() -> None:
-    raw = HEAD + body(event(""), event("The ") + event("sea"), event(" is salt"), END)
-    first = len(HEAD + body(event(""))) - 5  # without the end of a whole body
+    raw = HEAD + body(event(""), ": ping\n\n", event("The ") + event("sea"), event(" is salt"), END)
+    first = len(HEAD + body(event(""), ": ping\n\n")) - 5  # without the end of a whole body
     for cut in (1, 7, 50, len(raw)):
         pieces = [(float(stop), raw[stop - cut : stop]) for stop in range(cut, len(raw) + cut, cut)]
         answer = read_answer(0.0, pieces)

@@ -1,7 +1,7 @@
 """`copyspec bench serve`: what the HTTP server costs beside the same engine asked in process.
 
-One process holds the engine and its server, this one the clients. Round by round both ways make the same calls, each
-time the other one first; while one is at work the other is silent.
+One process holds the engine and its server, this one the clients. Batch by batch, as small as they can be, both ways
+make the same calls, each time the other one first; while one is at work the other is silent.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ __all__ = ["measure_server"]
 
 DOCUMENTS = ("letter.txt", "meeting_notes.md")
 """What is to be repeated besides the answers to `PROMPTS`: there many tokens come in one pass."""
+NUM_PROMPTS = len(PROMPTS) + len(DOCUMENTS)
 WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Round:
-    """What one way made of its calls, in their order."""
+class _Answers:
+    """To the calls of a batch, in their order."""
 
+    way: str
     seconds: float
     """From the first call to the end of the last answer."""
     written: list[Written]
@@ -47,7 +49,7 @@ class _Round:
 
     def figures(self) -> dict[str, Any]:
         return {
-            "requests": len(self.written),
+            "way": self.way,
             "tokens": sum(answer.tokens for answer in self.written),
             "chunks": sum(answer.num_chunks for answer in self.written),
             "seconds": round(self.seconds, 6),
@@ -73,17 +75,16 @@ def measure_server(options: ServerOptions, console: Console) -> Measured:
         ways = _Ways(side)
         with console.status("Warming up ...") as status:
             for clients in options.numbers:
-                ways.write(clients, WARM_UP_TOKENS, -1)
-            for number in range(options.rounds):
+                ways.answers(0, clients, WARM_UP_TOKENS)
+            for round_ in range(options.rounds):
                 for clients in options.numbers:
-                    status.update(f"Round {number + 1}/{options.rounds}, {clients} at once ...")
-                    found = ways.write(clients, options.max_tokens, number)
-                    rows += [
-                        {"clients": clients, "round": number, "way": way, **found[way].figures()}
-                        for way in (IN_PROCESS, HTTP)
-                    ]
-                    pairs = zip(*(found[way].written for way in found), strict=True)
-                    num_different += sum(own.text != other.text for own, other in pairs)
+                    status.update(f"Round {round_ + 1}/{options.rounds}, {clients} at once ...")
+                    num_batches = -(-NUM_PROMPTS // clients)
+                    for batch in range(round_ * num_batches, (round_ + 1) * num_batches):
+                        found = ways.answers(batch, clients, options.max_tokens)
+                        rows += [{"clients": clients, "batch": batch, **found[way].figures()} for way in found]
+                        pairs = zip(*(answers.written for answers in found.values()), strict=True)
+                        num_different += sum(own.text != other.text for own, other in pairs)
     record = {
         "results": rows,
         "rounds": options.rounds,
@@ -108,30 +109,27 @@ class _Ways:
         documents = (f"Repeat this text.\n\n{load_document(name).text}" for name in DOCUMENTS)
         self._prompts = (*PROMPTS, *documents)
 
-    def write(self, clients: int, max_tokens: int, number: int) -> dict[str, _Round]:
-        """Have every prompt answered both ways, as often as it takes for each client to have one."""
-        ways = (IN_PROCESS, HTTP) if number % 2 == 0 else (HTTP, IN_PROCESS)
-        found = {}
-        for way in ways:
-            calls = self._calls(way, clients, max_tokens, number)
-            found[way] = self._over_http(calls, clients) if way == HTTP else self._in_process(calls, clients)
+    def answers(self, batch: int, clients: int, max_tokens: int) -> dict[str, _Answers]:
+        """What both ways give of a batch: as many calls as there are clients, all at once, of the next prompts."""
+        ask = {IN_PROCESS: self._in_process, HTTP: self._over_http}
+        found = {
+            way: ask[way](self._calls(way, batch, clients, max_tokens)) for way in list(ask)[:: 1 - 2 * (batch % 2)]
+        }
         self._side.call("forget")
-        return found
+        return {way: found[way] for way in ask}
 
-    def _calls(self, way: str, clients: int, max_tokens: int, number: int) -> list[Asked]:
-        """Of a round, from another prompt on in each; every client has as many."""
-        size, count = len(self._prompts), clients * -(-len(self._prompts) // clients)
-        contents = [self._prompts[(number + call) % size] for call in range(count)]
+    def _calls(self, way: str, batch: int, clients: int, max_tokens: int) -> list[Asked]:
+        contents = [self._prompts[(batch * clients + call) % len(self._prompts)] for call in range(clients)]
         messages: list[Message] = [{"role": "user", "content": content} for content in contents]
         return [Asked(f"{way}-{call}", (message,), max_tokens) for call, message in enumerate(messages)]
 
-    def _in_process(self, calls: Sequence[Asked], clients: int) -> _Round:
-        seconds, cpu, written = self._side.call("write", calls, clients)
-        return _Round(seconds, written, cpu, 0.0)
+    def _in_process(self, calls: Sequence[Asked]) -> _Answers:
+        seconds, cpu, written = self._side.call("write", calls)
+        return _Answers(IN_PROCESS, seconds, written, cpu, 0.0)
 
-    def _over_http(self, calls: Sequence[Asked], clients: int) -> _Round:
+    def _over_http(self, calls: Sequence[Asked]) -> _Answers:
         sent = [request_bytes(asked, self._model) for asked in calls]
         before, client_before_s = self._side.call("cpu_times"), time.process_time()
-        seconds, came = asyncio.run(stream_all(self._port, sent, clients))
+        seconds, came = asyncio.run(stream_all(self._port, sent))
         client_cpu_s, cpu = time.process_time() - client_before_s, self._side.call("cpu_times") - before
-        return _Round(seconds, [read_answer(*answer) for answer in came], cpu, client_cpu_s)
+        return _Answers(HTTP, seconds, [read_answer(*answer) for answer in came], cpu, client_cpu_s)

@@ -42,13 +42,12 @@ def request_bytes(asked: Asked, model: str) -> bytes:
     return head.encode() + content
 
 
-async def stream_all(port: int, calls: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, list[Piece]]]]:
-    """Has clients make calls at once, each one its own after each other on a connection of its own.
+async def stream_all(port: int, calls: Sequence[bytes]) -> tuple[float, list[tuple[float, list[Piece]]]]:
+    """Makes calls at once, each on a connection that is open already.
 
     Args:
         port: of a server on this machine.
-        calls: what is sent; client k has the calls k, k + clients, ...
-        clients: how many.
+        calls: what is sent.
 
     Returns:
         Seconds from the first call to the last answer's end, and for each call when it was sent and what came.
@@ -57,36 +56,30 @@ async def stream_all(port: int, calls: Sequence[bytes], clients: int) -> tuple[f
         CopySpecError: an answer is an error, or breaks off.
     """
     loop = asyncio.get_running_loop()
-    opened = [await loop.create_connection(_Connection, "127.0.0.1", port) for _ in range(clients)]
-
-    async def talk(connection: _Connection, own: Sequence[bytes]) -> list[tuple[float, list[Piece]]]:
-        return [await connection.ask(call) for call in own]
-
+    opened = [await loop.create_connection(_Connection, "127.0.0.1", port) for _ in calls]
     try:
         began_s = time.perf_counter()
-        talks = [talk(connection, calls[number::clients]) for number, (_, connection) in enumerate(opened)]
-        came = await asyncio.gather(*talks)
-        seconds = time.perf_counter() - began_s
+        asking = (connection.ask(call) for (_, connection), call in zip(opened, calls, strict=True))
+        came = await asyncio.gather(*asking)
+        return time.perf_counter() - began_s, came
     finally:
         for transport, _ in opened:
             transport.close()
-    return seconds, [came[number % clients][number // clients] for number in range(len(calls))]
 
 
 class _Connection(asyncio.Protocol):
-    """One call after the other."""
+    """One call."""
 
     def __init__(self) -> None:
         self._pieces: list[Piece] = []
         self._tail = b""
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport), "it is a socket's"
         self._transport = transport
 
     async def ask(self, call: bytes) -> tuple[float, list[Piece]]:
-        self._pieces = []
-        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sent_s = time.perf_counter()
         self._transport.write(call)
         await self._over
@@ -118,7 +111,9 @@ def read_answer(sent_s: float, pieces: Sequence[Piece]) -> Written:
     said = ""
     for came_s, chunk in _chunks(pieces):
         before = len(text)
-        for line in filter(None, chunk.decode().split("\n")):
+        for line in chunk.decode().split("\n"):
+            if not line.startswith("data: "):  # a comment, which says that the server lives, or nothing
+                continue
             said = line.removeprefix("data: ")
             event: dict[str, Any] = {} if said == _DONE else json.loads(said)
             if "error" in event:

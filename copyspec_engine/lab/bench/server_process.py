@@ -91,9 +91,9 @@ class ServerSide:
         """Since the process began."""
         return asyncio.run_coroutine_threadsafe(_cpu_times(), self._loop).result()
 
-    def write(self, calls: Sequence[Asked], clients: int) -> tuple[float, CpuTimes, list[Written]]:
-        """The answers in process, as `stream_all` has them over HTTP."""
-        return asyncio.run_coroutine_threadsafe(self._write(calls, clients), self._loop).result()
+    def write(self, calls: Sequence[Asked]) -> tuple[float, CpuTimes, list[Written]]:
+        """The answers to calls at once in process, as `stream_all` has them over HTTP."""
+        return asyncio.run_coroutine_threadsafe(self._write(calls), self._loop).result()
 
     def forget(self) -> None:
         """Erase what was said in process and over HTTP."""
@@ -103,14 +103,11 @@ class ServerSide:
     def close(self) -> None:
         self._close()
 
-    async def _write(self, calls: Sequence[Asked], clients: int) -> tuple[float, CpuTimes, list[Written]]:
-        async def talk(own: Sequence[Asked]) -> list[Written]:
-            return [await self._answer(asked) for asked in own]
-
+    async def _write(self, calls: Sequence[Asked]) -> tuple[float, CpuTimes, list[Written]]:
         before, began_s = await _cpu_times(), time.perf_counter()
-        written = await asyncio.gather(*(talk(calls[number::clients]) for number in range(clients)))
+        written = await asyncio.gather(*map(self._answer, calls))
         seconds, after = time.perf_counter() - began_s, await _cpu_times()
-        return seconds, after - before, [written[number % clients][number // clients] for number in range(len(calls))]
+        return seconds, after - before, written
 
     async def _answer(self, asked: Asked) -> Written:
         request = GenerationRequest(

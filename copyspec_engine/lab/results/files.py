@@ -107,7 +107,7 @@ KINDS = {
         frozenset({"results", "rounds", "max_tokens", "threads", "different", "model", "device", "dtype", *_FACTS}),
         frozenset(
             {
-                *("clients", "round", "way", "requests", "tokens", "chunks", "seconds", "ttft_s"),
+                *("clients", "batch", "way", "tokens", "chunks", "seconds", "ttft_s"),
                 *("loop_s", "process_s", "client_cpu_s"),
             }
         ),

@@ -15,8 +15,8 @@ from copyspec_engine.lab.results.files import Results, notes
 __all__ = ["HTTP", "IN_PROCESS", "server_tables", "server_tables_of"]
 
 Row = Mapping[str, Any]
-Rounds = Sequence[tuple[Row, Row]]
-"""The same calls in process and over HTTP, round by round."""
+Pairs = Sequence[tuple[Row, Row]]
+"""The same calls in process and over HTTP, batch by batch."""
 
 IN_PROCESS, HTTP = "in-process", "http"
 """The ways to ask."""
@@ -34,15 +34,15 @@ def server_tables(results: Results) -> list[Table]:
 def server_tables_of(record: Mapping[str, Any]) -> list[Table]:
     """Of one file of figures: tokens per second, times to the first token, and processor time."""
     rows: Sequence[Row] = record["results"]
-    by_clients = {clients: _rounds(rows, clients) for clients in dict.fromkeys(row["clients"] for row in rows)}
+    by_clients = {clients: _pairs(rows, clients) for clients in dict.fromkeys(row["clients"] for row in rows)}
 
-    def table(title: str, headings: tuple[str, ...], cells: Callable[[Rounds], tuple[str, ...]]) -> Table:
-        body = tuple((str(clients), *cells(rounds)) for clients, rounds in by_clients.items())
+    def table(title: str, headings: tuple[str, ...], cells: Callable[[Pairs], tuple[str, ...]]) -> Table:
+        body = tuple((str(clients), *cells(pairs)) for clients, pairs in by_clients.items())
         return Table(title, ("at once", *headings), body)
 
     return [
         table(
-            "Tokens per second, medians of rounds",
+            "Tokens per second, medians of batches",
             ("answers", "tokens per chunk", "in process", "over HTTP", "over HTTP by in process"),
             _speed,
         ),
@@ -59,25 +59,25 @@ def server_tables_of(record: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _rounds(rows: Sequence[Row], clients: int) -> Rounds:
-    found = {(row["round"], row["way"]): row for row in rows if row["clients"] == clients}
+def _pairs(rows: Sequence[Row], clients: int) -> Pairs:
+    found = {(row["batch"], row["way"]): row for row in rows if row["clients"] == clients}
     return [(row, found[number, HTTP]) for (number, way), row in found.items() if way == IN_PROCESS]
 
 
-def _speed(rounds: Rounds) -> tuple[str, ...]:
-    own, http = ([row["tokens"] / row["seconds"] for row in rows] for rows in zip(*rounds, strict=True))
+def _speed(pairs: Pairs) -> tuple[str, ...]:
+    own, http = ([row["tokens"] / row["seconds"] for row in rows] for rows in zip(*pairs, strict=True))
     ratios = [over / inside for inside, over in zip(own, http, strict=True)]
-    per_chunk = _sum(rounds, HTTP, "tokens") / _sum(rounds, HTTP, "chunks")
+    per_chunk = _sum(pairs, HTTP, "tokens") / _sum(pairs, HTTP, "chunks")
     ratio = _with_limits(ratios, [[ratio] for ratio in ratios], percent)
-    answers = str(int(_sum(rounds, HTTP, "requests")))
+    answers = str(sum(len(http["ttft_s"]) for _, http in pairs))
     return answers, figure(per_chunk), figure(median(own)), figure(median(http)), ratio
 
 
-def _first(rounds: Rounds) -> tuple[str, ...]:
-    own, http = ([1000 * ttft_s for row in rows for ttft_s in row["ttft_s"]] for rows in zip(*rounds, strict=True))
+def _first(pairs: Pairs) -> tuple[str, ...]:
+    own, http = ([1000 * ttft_s for row in rows for ttft_s in row["ttft_s"]] for rows in zip(*pairs, strict=True))
     more = [
         [1000 * (over - inside) for inside, over in zip(*(row["ttft_s"] for row in pair), strict=True)]
-        for pair in rounds
+        for pair in pairs
     ]
     late = (figure(float(np.quantile(times, 0.95))) for times in (own, http))
     shown = _with_limits([each for group in more for each in group], more, "{:.2f}".format)
@@ -90,12 +90,12 @@ def _with_limits(values: Sequence[float], groups: Sequence[Sequence[float]], sho
     return show(median(values)) + ("" if found is None else f" ({show(found[0])} to {show(found[1])})")
 
 
-def _processor(rounds: Rounds) -> tuple[str, ...]:
-    server_s = _sum(rounds, HTTP, "loop_s") - _sum(rounds, IN_PROCESS, "loop_s")
-    requests, tokens = _sum(rounds, HTTP, "requests"), _sum(rounds, HTTP, "tokens")
-    client_s = _sum(rounds, HTTP, "client_cpu_s")
+def _processor(pairs: Pairs) -> tuple[str, ...]:
+    server_s = _sum(pairs, HTTP, "loop_s") - _sum(pairs, IN_PROCESS, "loop_s")
+    requests, tokens = sum(len(http["ttft_s"]) for _, http in pairs), _sum(pairs, HTTP, "tokens")
+    client_s = _sum(pairs, HTTP, "client_cpu_s")
     return figure(1e3 * server_s / requests), figure(1e6 * server_s / tokens), figure(1e6 * client_s / tokens)
 
 
-def _sum(rounds: Rounds, way: str, name: str) -> float:
-    return float(sum(row[name] for pair in rounds for row in pair if row["way"] == way))
+def _sum(pairs: Pairs, way: str, name: str) -> float:
+    return float(sum(row[name] for pair in pairs for row in pair if row["way"] == way))
