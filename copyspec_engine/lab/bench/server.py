@@ -6,7 +6,6 @@ make the same calls, each time the other one first; while one is at work the oth
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -130,6 +129,6 @@ class _Ways:
     def _over_http(self, calls: Sequence[Asked]) -> _Answers:
         sent = [request_bytes(asked, self._model) for asked in calls]
         before, client_before_s = self._side.call("cpu_times"), time.process_time()
-        seconds, came = asyncio.run(stream_all(self._port, sent))
+        seconds, came = stream_all(self._port, sent)
         client_cpu_s, cpu = time.process_time() - client_before_s, self._side.call("cpu_times") - before
         return _Answers(HTTP, seconds, [read_answer(*answer) for answer in came], cpu, client_cpu_s)

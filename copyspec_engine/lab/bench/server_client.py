@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import selectors
+import socket
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +20,8 @@ __all__ = ["read_answer", "request_bytes", "stream_all"]
 _END = b"0\r\n\r\n"
 """Of a body in chunks. Events end with an empty line of their own, so that none of them ends with this."""
 _DONE = "[DONE]"
+_MOST_BYTES = 1 << 16
+"""That are read at once."""
 
 Piece = tuple[float, bytes]
 """Bytes, and when they came, on the clock `time.perf_counter`."""
@@ -42,7 +46,7 @@ def request_bytes(asked: Asked, model: str) -> bytes:
     return head.encode() + content
 
 
-async def stream_all(port: int, calls: Sequence[bytes]) -> tuple[float, list[tuple[float, list[Piece]]]]:
+def stream_all(port: int, calls: Sequence[bytes]) -> tuple[float, list[tuple[float, list[Piece]]]]:
     """Makes calls at once, each on a connection that is open already.
 
     Args:
@@ -55,50 +59,31 @@ async def stream_all(port: int, calls: Sequence[bytes]) -> tuple[float, list[tup
     Raises:
         CopySpecError: an answer is an error, or breaks off.
     """
-    loop = asyncio.get_running_loop()
-    opened = [await loop.create_connection(_Connection, "127.0.0.1", port) for _ in calls]
-    try:
-        began_s = time.perf_counter()
-        asking = (connection.ask(call) for (_, connection), call in zip(opened, calls, strict=True))
-        came = await asyncio.gather(*asking)
-        return time.perf_counter() - began_s, came
-    finally:
-        for transport, _ in opened:
-            transport.close()
+    with ExitStack() as stack:
+        unread = stack.enter_context(selectors.DefaultSelector())
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in calls]
+        answers: list[tuple[float, list[Piece]]] = []
+        for connection, call in zip(opened, calls, strict=True):
+            answers.append((time.perf_counter(), []))
+            connection.sendall(call)
+            unread.register(connection, selectors.EVENT_READ, (connection, answers[-1][1]))
+        while unread.get_map():
+            for key, _ in unread.select():
+                connection, pieces = key.data
+                pieces.append((time.perf_counter(), connection.recv(_MOST_BYTES)))
+                if _is_whole(pieces):
+                    unread.unregister(connection)
+    return max(pieces[-1][0] for _, pieces in answers) - answers[0][0], answers
 
 
-class _Connection(asyncio.Protocol):
-    """One call."""
-
-    def __init__(self) -> None:
-        self._pieces: list[Piece] = []
-        self._tail = b""
-        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport), "it is a socket's"
-        self._transport = transport
-
-    async def ask(self, call: bytes) -> tuple[float, list[Piece]]:
-        sent_s = time.perf_counter()
-        self._transport.write(call)
-        await self._over
-        return sent_s, self._pieces
-
-    def data_received(self, data: bytes) -> None:
-        self._pieces.append((time.perf_counter(), data))
-        self._tail = (self._tail + data)[-len(_END) :]
-        if len(self._pieces) == 1 and not data.startswith(b"HTTP/1.1 200 "):
-            self._fail(f"The server answered {data.decode(errors='replace')}")
-        elif self._tail == _END and not self._over.done():
-            self._over.set_result(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(f"The server closed the connection: {exc}")
-
-    def _fail(self, said: str) -> None:
-        if not self._over.done():
-            self._over.set_exception(CopySpecError(said))
+def _is_whole(pieces: Sequence[Piece]) -> bool:
+    """Whether an answer has come to its end."""
+    last = pieces[-1][1]
+    if not last:
+        raise CopySpecError("The server closed a connection in the middle of an answer")
+    if len(pieces) == 1 and not last.startswith(b"HTTP/1.1 200 "):
+        raise CopySpecError(f"The server answered {last.decode(errors='replace')}")
+    return b"".join(data for _, data in pieces[-len(_END) :]).endswith(_END)
 
 
 def read_answer(sent_s: float, pieces: Sequence[Piece]) -> Written:
