@@ -154,22 +154,22 @@ class EventResponse(Response):
     async def _bodies(self, silence: _Alarm) -> AsyncIterator[tuple[bytes, bool]]:
         """Parts of the body, and whether more of it will come. What has come at once is one part."""
         framing, call = self._framing, self._call
-        last_event = time.monotonic()
+        last_event, is_over = time.monotonic(), False
         try:
-            while not call.is_over:
+            while not is_over:
                 body, is_woken = b"", False
                 with silence:
-                    while not (body or is_woken or call.is_over):
+                    while not (body or is_woken or is_over):
                         taken = await call.take()
+                        is_woken, is_over = not taken, call.is_over
                         body = framing.join(event for each in taken for event in self._writer.events(*each))
-                        is_woken = not taken
-                if is_woken and not call.is_over:
+                if is_woken and not is_over:
                     is_long = time.monotonic() - last_event >= self._config.delta_s
                     event = self._writer.keep_alive() if is_long else None
                     body = b"" if event is None else framing.frame(event)
                 if body:
                     last_event = time.monotonic()
-                if call.is_over:
+                if is_over:
                     yield body + framing.join(self._writer.end()) + framing.done, False
                 elif body or framing.ping:
                     yield body or framing.ping, True
