@@ -2,7 +2,7 @@
 
 It listens from the start, and answers while the engine is loaded (`Front`); a signal then ends the load.
 SIGTERM refuses new calls (503), lets those in flight come to their ends, cuts the rest short with a last event each,
-and exits with 0. SIGINT does the same without notice to balancers, and exits with 130. A second one ends at once.
+and exits with 0. SIGINT does the same without notice to balancers, and exits with 130. A second one cuts all short.
 SIGHUP reads the keys again. Where the engine's loop has died the exit code is 70: a supervisor starts a new server.
 """
 
@@ -14,7 +14,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -50,9 +50,9 @@ DIED = 70
 INTERRUPTED = 130
 """Exit code: after Ctrl-C."""
 TERMINATED = 143
-"""Exit code: a second SIGTERM, which waits for nobody."""
+"""Exit code: a second SIGTERM, for which no answer comes to its own end."""
 LAST_EVENTS_S = 5.0
-"""Seconds for last events to reach their readers."""
+"""Seconds at most for calls that are cut to end, and for their last events to reach their readers."""
 _LOOK_S = 0.05
 _WATCH_S = 0.25
 
@@ -232,8 +232,8 @@ class _Life:
         if self._signals[0] == signal.SIGTERM:
             await self._unless_again(asyncio.sleep(config.drain_notice_s))
         await self._unless_again(idle(calls), config.drain_s)
-        await self._unless_again(calls.cut_short(), LAST_EVENTS_S)
-        await self._unless_again(idle(calls), LAST_EVENTS_S)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_end_all(calls), LAST_EVENTS_S)
         if self._signals[0] == signal.SIGINT:
             return INTERRUPTED
         return TERMINATED if self._again.is_set() else 0
@@ -251,6 +251,12 @@ async def _died(service: Service) -> None:
     """Wait until the loop of the engine has ended by itself."""
     while not service.is_dead:
         await asyncio.sleep(_WATCH_S)
+
+
+async def _end_all(calls: Calls) -> None:
+    """Cut all calls short, and wait until their clients have been told."""
+    await calls.cut_short()
+    await idle(calls)
 
 
 async def idle(calls: Calls) -> None:

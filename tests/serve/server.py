@@ -1,7 +1,8 @@
 """A server over a scripted engine, as a process: `python -m tests.serve.server MEMORY_FILE WORDS [OPTION=JSON ...]`.
 
 It says its address when it listens. With `hold=FILE` its engine is not there before the file is gone, and what is
-written in it by then is why the load fails. Its loggers say all that they have to say on stderr.
+written in it by then is why the load fails. With `stall=FILE` a call that says "stall" writes the file, and holds up
+all that the engine does until it is gone. Its loggers say all that they have to say on stderr.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import listen, run_server
 from copyspec_engine.testing import scripted_engine
 
+MOST_TOKENS = 1 << 17
 
-def load(url: str, hold: Path | None, check: OnProgress) -> Engine:
+
+def load(url: str, hold: Path | None, stall: Path | None, check: OnProgress) -> Engine:
     path, words = sys.argv[1], int(sys.argv[2])
 
     def reply(prompt: str) -> str:
         if "die" in prompt:
             raise SystemExit("what no request should do to a loop")
+        if stall is not None and "stall" in prompt:
+            stall.touch()
+            while stall.exists():
+                time.sleep(0.01)
         return "word " * words
 
     if hold is not None:
@@ -34,19 +41,20 @@ def load(url: str, hold: Path | None, check: OnProgress) -> Engine:
                 raise ConfigError(hold.read_text())
             check(LoadProgress("read", "waiting"))
             time.sleep(0.01)
-    return scripted_engine(reply, EngineConfig(model="scripted", drafter="none", memory_path=path))
+    config = EngineConfig(model="scripted", drafter="none", memory_path=path, max_model_len=MOST_TOKENS)
+    return scripted_engine(reply, config)
 
 
 def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.DEBUG)
     options = dict(given.split("=", 1) for given in sys.argv[3:])
-    hold = options.pop("hold", None)
+    hold, stall = (Path(options.pop(name)) if name in options else None for name in ("hold", "stall"))
     told = {name: json.loads(value) for name, value in options.items()}
     config = ServeConfig(**{"port": 0, "drain_notice_s": 0.0, "drain_s": 0.2, **told})
     listener = listen(config)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        begin = partial(load, url, None if hold is None else Path(hold))
+        begin = partial(load, url, hold, stall)
         code = run_server(begin, config, listener, lambda url: print(url, flush=True))
     except CopySpecError as error:
         print(error, flush=True)

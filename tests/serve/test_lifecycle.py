@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from tests.serve.conftest import CHAT, body
 from tests.serve.test_tenants import key
 
 ROOT = Path(__file__).parents[2]
+ENDLESS = 20_000
+"""Words, which no test waits for."""
 Start = Callable[..., tuple["subprocess.Popen[str]", str]]
 
 
@@ -61,7 +65,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 STREAMS: dict[str, tuple[dict[str, Any], str]] = {
     CHAT: ({"messages": body()["messages"], "stream": True}, '"finish_reason": "length"'),
-    "/v1/completions": ({"prompt": "hi", "max_tokens": 4000, "stream": True}, '"finish_reason": "length"'),
+    "/v1/completions": ({"prompt": "hi", "max_tokens": 5 * ENDLESS, "stream": True}, '"finish_reason": "length"'),
     "/v1/responses": ({"input": "hi", "stream": True}, '"type": "response.incomplete"'),
     "/api/chat": ({"messages": body()["messages"]}, '"done_reason": "length"'),
     "/api/generate": ({"prompt": "hi"}, '"done_reason": "length"'),
@@ -70,7 +74,7 @@ STREAMS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_sigterm_ends_streams_with_a_last_event_and_a_second_server_is_refused_the_memory(start: Start) -> None:
-    process, url = start(1500)
+    process, url = start(ENDLESS)
     second, said = start()
     assert (second.wait(60), "memory" in said) == (2, True)
     with httpx.Client(base_url=url, timeout=60) as http, ExitStack() as stack:
@@ -87,7 +91,7 @@ def test_sigterm_ends_streams_with_a_last_event_and_a_second_server_is_refused_t
 
 
 def test_what_was_said_is_there_after_a_server_was_killed_in_the_middle_of_an_answer(start: Start) -> None:
-    process, url = start(1500)
+    process, url = start(ENDLESS)
     named = {"X-Session-ID": "a"}
     with httpx.Client(base_url=url, timeout=60) as http:
         http.post(CHAT, json=body("said once", max_tokens=40), headers=named)
@@ -106,7 +110,7 @@ def test_what_was_said_is_there_after_a_server_was_killed_in_the_middle_of_an_an
 
 
 def test_new_calls_are_refused_while_a_server_drains_and_a_second_signal_ends_it_at_once(start: Start) -> None:
-    process, url = start(1500)
+    process, url = start(ENDLESS, drain_s="60")
     with httpx.Client(base_url=url, timeout=60) as http, http.stream("POST", CHAT, json=body(stream=True)) as stream:
         next(stream.iter_lines())
         process.send_signal(signal.SIGINT)
@@ -120,17 +124,29 @@ def test_new_calls_are_refused_while_a_server_drains_and_a_second_signal_ends_it
     assert process.wait(60) == 130
 
 
-def test_a_second_sigterm_ends_a_server_at_once(start: Start) -> None:
-    process, url = start(1500, drain_s="60", drain_notice_s="60")
-    with httpx.Client(base_url=url, timeout=60) as http, http.stream("POST", CHAT, json=body(stream=True)) as stream:
+def test_a_second_sigterm_ends_a_server_at_once(start: Start, tmp_path: Path) -> None:
+    stall = tmp_path / "stall"
+    process, url = start(ENDLESS, drain_s="60", drain_notice_s="60", stall=str(stall))
+    with (
+        httpx.Client(base_url=url, timeout=60) as http,
+        ThreadPoolExecutor(1) as threads,
+        http.stream("POST", CHAT, json=body(stream=True)) as stream,
+    ):
         lines = stream.iter_lines()
         next(lines)
+        stalled = threads.submit(http.post, CHAT, json=body("stall"))
+        while not stall.exists():
+            pass
         process.send_signal(signal.SIGTERM)
         while http.get("/ready").status_code == 200:
             pass
         process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)  # which a step of a large model may take
+        stall.unlink()
         rest = [line for line in lines if line]
+        whole = stalled.result().json()["choices"][0]
     assert '"finish_reason": "length"' in rest[-2], "a stream that is cut has a last event all the same"
+    assert whole["finish_reason"] == "length"
     assert process.wait(60) == 143
 
 
@@ -145,7 +161,7 @@ def test_keys_are_read_again_on_sighup(start: Start, tmp_path: Path) -> None:
         return http.get("/v1/models", headers=key(name)).status_code
 
     allow("ann")
-    process, url = start(1500, api_keys=json.dumps(str(keys)))
+    process, url = start(ENDLESS, api_keys=json.dumps(str(keys)))
     asked = {"json": body(stream=True, max_tokens=400), "headers": key("ann")}
     with httpx.Client(base_url=url, timeout=60) as http, http.stream("POST", CHAT, **asked) as stream:
         lines = stream.iter_lines()
@@ -207,7 +223,7 @@ def test_a_load_that_fails_ends_the_server(start: Start, tmp_path: Path) -> None
 
 
 def test_a_server_whose_engine_has_died_says_so(start: Start) -> None:
-    process, url = start(1500)
+    process, url = start(ENDLESS)
     with httpx.Client(base_url=url, timeout=60) as http, http.stream("POST", CHAT, json=body(stream=True)) as stream:
         lines = stream.iter_lines()
         next(lines)
