@@ -111,9 +111,8 @@ class _Ways:
     def answers(self, batch: int, clients: int, max_tokens: int) -> dict[str, _Answers]:
         """What both ways give of a batch: as many calls as there are clients, all at once, of the next prompts."""
         ask = {IN_PROCESS: self._in_process, HTTP: self._over_http}
-        found = {
-            way: ask[way](self._calls(way, batch, clients, max_tokens)) for way in list(ask)[:: 1 - 2 * (batch % 2)]
-        }
+        in_turn = list(ask) if batch % 2 == 0 else list(reversed(ask))
+        found = {way: ask[way](self._calls(way, batch, clients, max_tokens)) for way in in_turn}
         self._side.call("forget")
         return {way: found[way] for way in ask}
 
