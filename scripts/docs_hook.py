@@ -1,7 +1,8 @@
-"""Fills pages of the docs while MkDocs builds them: with fields of options, options of commands, a server's metrics.
+"""Fills pages of the docs while MkDocs builds them: with options, commands, a server's metrics, and what traces tell.
 
-A page says where: `<!-- options: EngineConfig -->`, `<!-- command: bench drafts -->` and `<!-- metrics: all -->`. So
-what the code says of itself is written down once, in the code.
+A page says where: `<!-- options: EngineConfig -->`, `<!-- command: bench drafts -->`, `<!-- metrics: all -->` and
+`<!-- traces: attributes -->` or `<!-- traces: instruments -->`. So what the code says of itself is written down once,
+in the code.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from typer.main import get_command
 
 import copyspec_engine
 from copyspec_engine.cli.main import app
+from copyspec_engine.engine.telemetry_names import attributes_told, instruments_told
 from copyspec_engine.values.options import Options, declared
 
 __all__ = ["commands", "on_page_markdown"]
 
-MARK = re.compile(r"<!-- (options|command|metrics): (.*?) -->")
+MARK = re.compile(r"<!-- (options|command|metrics|traces): (.*?) -->")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """What MkDocs calls with each page; every mark becomes what it asks for."""
-    fill = {"options": _options, "command": _command, "metrics": _metrics}
+    fill = {"options": _options, "command": _command, "metrics": _metrics, "traces": _traces}
     return MARK.sub(lambda mark: fill[mark[1]](mark[2]), markdown)
 
 
@@ -78,6 +80,15 @@ def _metrics(_: str) -> str:
         for metric in found
     )
     return f"| metric | type | what it tells |\n|---|---|---|\n{''.join(rows)}"
+
+
+def _traces(what: str) -> str:
+    """What OpenTelemetry is told."""
+    if what == "attributes":
+        rows = (f"| `{name}` | {_cell(text)} |\n" for name, text in attributes_told().items())
+        return f"| attribute | what it says |\n|---|---|\n{''.join(rows)}"
+    rows = (f"| `{name}` | {kind} | {_cell(text)} |\n" for name, (kind, text) in instruments_told().items())
+    return f"| instrument | kind | what it tells |\n|---|---|---|\n{''.join(rows)}"
 
 
 def _cell(text: str) -> str:

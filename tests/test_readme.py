@@ -85,11 +85,22 @@ def port() -> Iterator[int]:
         thread.join()
 
 
+@pytest.fixture
+def provider_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenTelemetry's provider of spans can be set once in a process: here it ends with the test."""
+    trace = pytest.importorskip("opentelemetry.trace")
+    monkeypatch.setattr(
+        trace, "set_tracer_provider", lambda made: monkeypatch.setattr(trace, "get_tracer_provider", lambda: made)
+    )
+
+
 @pytest.mark.parametrize("page", [page for page in TEXTS if snippets(page) and page not in RUN_ELSEWHERE])
 def test_the_snippets_run_in_order_and_print_what_they_say(
     page: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     names = {"__name__": "snippet"}
+    if page == "docs/traces.md":
+        request.getfixturevalue("provider_of_one_test")
     for code in snippets(page):
         if page == "docs/serve.md":
             code = code.replace("8000", str(request.getfixturevalue("port")))

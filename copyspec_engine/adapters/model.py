@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, Valid
 from typing_extensions import Self
 
 from copyspec_engine.adapters.conversations import ConversationFinder, first_named
-from copyspec_engine.adapters.remote import AnyEngine, RemoteEngine, shared_remote
+from copyspec_engine.adapters.remote import AnyEngine, RemoteEngine, shared_remote, without_password
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.engine import Engine, loaded_engine, shared_engine
 from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
@@ -49,6 +49,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_UNSHOWN = frozenset({"cache_salt", "chat_template", "chat_template_kwargs", "logit_bias", "prediction"})
+"""Options that a model's repr leaves out: long ones, and one that opens what is shared."""
 
 
 class AdapterOptions(Documented):
@@ -207,6 +210,13 @@ class LocalModel(AdapterOptions, ModelOptions):
         memo = {} if memo is None else memo
         memo |= {id(kept): kept for kept in (self.engine, self.on_progress)}
         return super().__deepcopy__(memo)
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """What was set of the options, none of it long or secret; frameworks' own fields say nothing of the model."""
+        where = {"model": self.model} if self.base_url is None else {"base_url": without_password(self.base_url)}
+        own = {**AdapterOptions.model_fields, **ModelOptions.model_fields}
+        given = {name: getattr(self, name) for name, option in own.items() if getattr(self, name) != option.default}
+        yield from ((name, value) for name, value in (where | given).items() if name not in _UNSHOWN)
 
     def load(self) -> Self:
         """Load the weights now rather than at the first call, and give this model back.

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 from copyspec_engine.adapters.wire import chunk_from_json
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.engine import Engine, RequestHandle
+from copyspec_engine.engine.telemetry import trace_headers
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.errors import (
     ConfigError,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from copyspec_engine import ConversationMemory
 
-__all__ = ["AnyEngine", "RemoteEngine", "RemoteModel", "shared_remote"]
+__all__ = ["AnyEngine", "RemoteEngine", "RemoteModel", "shared_remote", "without_password"]
 
 _KEY_THAT_IS_NONE = "none"
 """OpenAI's client insists on one."""
@@ -55,6 +56,11 @@ class RemoteModel:
     chat_format: ChatFormat
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint says of sampling."""
+
+
+def without_password(url: str) -> str:
+    """A URL without who asks, for texts that somebody reads."""
+    return re.sub(r"^(\w+://)[^/@]*@", r"\1", url)
 
 
 class RemoteEngine:
@@ -96,6 +102,10 @@ class RemoteEngine:
         self._model = model
         self._token_texts: dict[int, str] = {}
         """Texts of tokens whose log-probabilities were told."""
+
+    def __repr__(self) -> str:
+        named = "" if self._model is None else f", model={self._model!r}"
+        return f"RemoteEngine({without_password(self.base_url)!r}{named})"
 
     # ---- what it is --------------------------------------------------------------------------------------------
 
@@ -256,7 +266,10 @@ class RemoteEngine:
             "model": self.info.model,
             "messages": list(map(_message, request.messages)),
             "stream": True,
-            "extra_headers": {} if named is None else {"X-Session-ID": quote(named, safe=" ")},
+            "extra_headers": {
+                **trace_headers(),
+                **({} if named is None else {"X-Session-ID": quote(named, safe=" ")}),
+            },
             "extra_body": given,
         }
 

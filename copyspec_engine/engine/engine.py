@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.reports import Reports
+from copyspec_engine.engine.telemetry import CallTrace, Telemetry
 from copyspec_engine.engine.thread import FORKED, LoopThread, Sink
 from copyspec_engine.values.config import EngineConfig, GenerationRequest
 from copyspec_engine.values.errors import ConfigError, EngineStoppedError, RequestFailedError
@@ -168,6 +169,7 @@ class Engine:
         from copyspec_engine.engine.preparation import Preparation
 
         self._preparation = Preparation(self._config, self._model, self._core.known_ids)
+        self._telemetry = Telemetry(self._model.info.model, partial(self._loop.call, self._core.metrics))
         _open_engines.add(self)
         _threads.add(self._loop.thread)
 
@@ -231,13 +233,14 @@ class Engine:
             EngineBusyError: too many requests wait already.
             EngineStoppedError: the engine takes no more requests.
         """
-        prepared = self._prepare(request)
-        if wait:
-            self._loop.wait(prepared)
-        else:
-            self._loop.places.take(prepared.number)
         handle = RequestHandle(request.request_id)
-        self._loop.enqueue(prepared, handle.sink)
+        with self._telemetry.call(request) as trace:
+            prepared = self._prepare(request, trace)
+            if wait:
+                self._loop.wait(prepared)
+            else:
+                self._loop.places.take(prepared.number)
+            self._loop.enqueue(prepared, handle.sink)
         handle.on_close(partial(self._abandon, prepared))
         if request.explain:
             handle.on_last(partial(self._explained, request))
@@ -255,12 +258,13 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
-        prepared = await asyncio.to_thread(self._prepare, request)
-        if wait:
-            await self._loop.wait_async(prepared)
-        else:
-            self._loop.places.take(prepared.number)
-        self._loop.enqueue(prepared, partial(_put_threadsafe, loop, items))
+        with self._telemetry.call(request) as trace:
+            prepared = await asyncio.to_thread(self._prepare, request, trace)
+            if wait:
+                await self._loop.wait_async(prepared)
+            else:
+                self._loop.places.take(prepared.number)
+            self._loop.enqueue(prepared, partial(_put_threadsafe, loop, items))
         try:
             while True:
                 item = await items.get()
@@ -362,6 +366,11 @@ class Engine:
         """
         self._loop.close()
 
+    def __repr__(self) -> str:
+        info = self._model.info
+        closed = ", closed" if self._loop.is_over else ""
+        return f"Engine({info.model!r}, {info.device}, {info.dtype}, {info.max_model_len:,} tokens{closed})"
+
     def __enter__(self) -> Engine:
         return self
 
@@ -370,10 +379,13 @@ class Engine:
 
     # ---- between the front doors and the loop ------------------------------------------------------------------
 
-    def _prepare(self, request: GenerationRequest) -> Request:
+    def _prepare(self, request: GenerationRequest, trace: CallTrace | None) -> Request:
         """Tokenise and check a request."""
         self._loop.check_running()
-        return self._preparation.request(request)
+        prepared = self._preparation.request(request)
+        if trace is not None:
+            trace.handed_over(prepared)
+        return prepared
 
     def _abandon(self, prepared: Request) -> None:
         """Nobody will read this request any more. Whoever holds its handle holds the engine by this."""

@@ -16,7 +16,7 @@ from copyspec_engine.chat.reply import Form, ReplyParser
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.grammar.state import GrammarCompiler
 from copyspec_engine.kv.slots import KVSequence
-from copyspec_engine.loop.request import Answer, Asked, Drafting, Request
+from copyspec_engine.loop.request import Answer, Asked, Drafting, Progress, Request
 from copyspec_engine.sampling.processors import Bans
 from copyspec_engine.values.config import (
     DrafterConfig,
@@ -88,7 +88,7 @@ class Preparation:
 
     def request(self, call: GenerationRequest) -> Request:
         """Tokenise and check a request. Raises as `Engine.stream` does of its input."""
-        model = self._model
+        begun_s, model = time.perf_counter(), self._model
         token_ids = self.token_ids(call)
         if not token_ids:
             raise ConfigError("Got an empty prompt: the text gives no tokens", _input_of(call))
@@ -127,9 +127,8 @@ class Preparation:
         with about("grammar"):
             grammar = None if call.grammar is None else self._grammars.begin(self._placed(call.grammar, reply))
         answer = Answer(answer_stream(model.tokenizer, call, token_ids, params.stop), grammar=grammar, reply=reply)
-        return Request(
-            asked, KVSequence(token_ids), answer, Drafting("never" if model.draft is None else drafter.draft_model_use)
-        )
+        drafting = Drafting("never" if model.draft is None else drafter.draft_model_use)
+        return Request(asked, KVSequence(token_ids), answer, drafting, Progress(asked_s=begun_s))
 
     def _bans(self, params: SamplingParams, ends: frozenset[int], num_prompt_tokens: int) -> Bans | None:
         """What may not come in the answer to a request.

@@ -402,6 +402,7 @@ class LoopThread:
         last = isinstance(item, Exception) or item.is_last
         if last:
             sink = self._take_off(request)
+            _tell_end(request, item)
         else:
             with self.lock:
                 entry = self.requests.get(request.id)
@@ -423,7 +424,16 @@ class LoopThread:
         except MemoryFileError:
             logger.exception("the memory file was not closed well")
         for request, sink in waiting:
-            _hand(sink, request, EngineStoppedError(self._cause))
+            error = EngineStoppedError(self._cause)
+            _tell_end(request, error)
+            _hand(sink, request, error)
+
+
+def _tell_end(request: Request, item: StreamChunk | Exception) -> None:
+    """A request is over: whoever wanted to know hears of it, before its reader does."""
+    on_end, request.on_end = request.on_end, None
+    if on_end is not None:
+        on_end(item)
 
 
 def _hand(sink: Sink, request: Request, item: StreamChunk | Exception) -> bool:

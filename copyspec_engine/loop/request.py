@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -133,6 +133,8 @@ class Progress:
     draft_lengths: list[int] = field(default_factory=list)
     accepted_lengths: list[int] = field(default_factory=list)
     asked_s: float = field(default_factory=time.perf_counter)
+    prepared_s: float = field(default_factory=time.perf_counter)
+    """When its prompt was tokens, and it was checked."""
     started_s: float = 0.0
     """Of its first admission; 0: it waits for it."""
     first_token_s: float = 0.0
@@ -150,9 +152,10 @@ class Progress:
 
     def timing(self) -> Timing:
         if not self.started_s:
-            return Timing()
+            return Timing(prepare_s=self.prepared_s - self.asked_s)
         first, last = self.first_token_s or self.started_s, self.last_token_s or self.started_s
-        return Timing(self.started_s - self.asked_s, first - self.asked_s, last - self.asked_s)
+        asked = self.asked_s
+        return Timing(self.started_s - asked, first - asked, last - asked, self.prepared_s - asked)
 
 
 @dataclass(slots=True, eq=False)
@@ -167,6 +170,8 @@ class Request:
     progress: Progress = field(default_factory=Progress)
     number: int = field(default_factory=itertools.count().__next__)
     """Its own, where the caller's request_id may come again."""
+    on_end: Callable[[StreamChunk | Exception], None] | None = None
+    """Told of its last chunk, or of what it failed with, whether anybody reads it or not; must not raise or block."""
 
     @property
     def id(self) -> str:

@@ -20,6 +20,8 @@ from copyspec_engine.values.tokens import Fingerprint, TokenArray
 __all__ = ["ConversationMemory", "Snapshot", "StoredText", "read_export", "snapshot"]
 
 TextKind = Literal["prompt", "answer", "prediction"]
+_SHOWN_TEXTS, _SHOWN_CHARACTERS = 20, 200
+"""What a notebook shows of a memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,23 @@ class ConversationMemory:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.session_id!r})"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the latest texts, shortened."""
+        from copyspec_engine.values.html import table
+
+        texts = self.texts()
+        shown = {
+            f"{text.number} \N{MIDDLE DOT} {text.kind} \N{MIDDLE DOT} {len(text.token_ids):,} tokens": _short(text.text)
+            for text in texts[-_SHOWN_TEXTS:]
+        }
+        left_out = f", the last {_SHOWN_TEXTS} of them" if len(texts) > _SHOWN_TEXTS else ""
+        num_tokens = sum(len(text.token_ids) for text in texts)
+        return table(f"{self.session_id}: {len(texts):,} texts of {num_tokens:,} tokens{left_out}", shown)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def read_export(exported: str, fingerprint: Fingerprint, vocab_size: int) -> list[tuple[int, TokenArray]]:

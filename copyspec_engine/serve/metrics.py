@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from copyspec_engine.engine.engine import Engine
+from copyspec_engine.engine.telemetry_names import COUNTERS, GAUGES
 from copyspec_engine.serve.tenants import Tenant
 from copyspec_engine.values.config import GenerationRequest
 from copyspec_engine.values.errors import EngineStoppedError
@@ -26,23 +27,6 @@ _TOKENS = (1, 1.5, 2, 3, 5, 8, 12, 20, 40, 80, 160)
 _SHARES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
 _WAIT_S = 1.0
 """Seconds for which a scrape waits for the engine's own counts; then it gets the last ones."""
-
-
-_GAUGES = {
-    "running": ("Requests that are decoded.", "num_running"),
-    "waiting": ("Requests that wait.", "num_waiting"),
-    "sessions": ("Conversations that are remembered.", "num_sessions"),
-}
-"""What they mean, and where `EngineMetrics` has them."""
-_COUNTERS = {
-    "prompt_tokens": ("Tokens of prompts.", "prompt_tokens"),
-    "cached_tokens": ("Of these, those whose KV was reused.", "cached_tokens"),
-    "completion_tokens": ("Tokens of answers.", "completion_tokens"),
-    "draft_tokens": ("Tokens that were drafted.", "draft_tokens"),
-    "forward_passes": ("Forward passes of the model, of however many requests.", "num_steps"),
-    "draft_model_passes": ("Forward passes of the draft model.", "draft_model_passes"),
-    "preemptions": ("Requests that gave way to others.", "num_preemptions"),
-}
 
 
 class Metrics:
@@ -126,9 +110,9 @@ class _EngineCollector(Collector):
         """Each count; before the first time that they were taken without a value."""
         age, last = self._engine.heartbeat_age_s, self.last
         yield GaugeMetricFamily("copyspec_heartbeat_age_seconds", "For how long the engine's loop is in a turn.", age)
-        for name, (text, attribute) in _GAUGES.items():
+        for name, (text, attribute) in GAUGES.items():
             yield GaugeMetricFamily(f"copyspec_{name}", text, None if last is None else getattr(last, attribute))
-        for name, (text, attribute) in _COUNTERS.items():
+        for name, (text, attribute) in COUNTERS.items():
             yield CounterMetricFamily(f"copyspec_{name}", text, None if last is None else getattr(last, attribute))
         slots = GaugeMetricFamily("copyspec_kv_slots", "KV slots, one for each token, by state.", labels=("state",))
         sources = CounterMetricFamily(

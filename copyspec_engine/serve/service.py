@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.engine.engine import Engine
+from copyspec_engine.engine.telemetry import continued_trace
 from copyspec_engine.serve.calls import Call, Calls
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.conversations import PRINTABLE, Caller, engine_session, told_session
@@ -108,7 +109,8 @@ class Service:
 
     async def begin(self, request: Request, requests: Sequence[GenerationRequest]) -> Call:
         """A call of the client of `request`; see `Calls.begin`."""
-        return await self.calls.begin(request.scope["copyspec.tenant"], requests, request.receive)
+        with continued_trace(request.headers):
+            return await self.calls.begin(request.scope["copyspec.tenant"], requests, request.receive)
 
 
 def answer_headers(talk: Talk, ignored: Iterable[str]) -> dict[str, str]:

@@ -82,6 +82,27 @@ class EngineMetrics:
         """Share of the pool that running requests hold, 0 to 1."""
         return self.num_kv_slots_running / self.num_kv_slots
 
+    def _repr_html_(self) -> str:
+        """What notebooks show: the figures in words."""
+        from copyspec_engine.values.html import table
+
+        accepted = (f"{count:,} {source}" for source, count in self.accepted_by_source.items())
+        finished = (f"{count:,} {reason}" for reason, count in self.finished.items())
+        rows = {
+            "requests": f"{self.num_running:,} running, {self.num_waiting:,} waiting",
+            "finished": ", ".join(finished) or "none",
+            "tokens per forward pass": f"{self.tokens_per_forward:.2f}",
+            "prompt tokens": f"{self.prompt_tokens:,}, {self.prefix_hit_rate:.0%} of them reused",
+            "tokens of answers": f"{self.completion_tokens:,}",
+            "draft tokens": f"{self.draft_tokens:,}",
+            "accepted, by source": ", ".join(accepted) or "none",
+            "forward passes": f"{self.num_steps:,}",
+            "KV slots": f"{self.num_kv_slots_running:,} running, {self.num_kv_slots_cached:,} kept, of "
+            f"{self.num_kv_slots:,}",
+            "sessions": f"{self.num_sessions:,}",
+        }
+        return table("Engine", rows)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:

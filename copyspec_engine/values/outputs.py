@@ -151,6 +151,17 @@ class Explanation:
             shown.append(f"\n[{number}] {note}", style="dim")
         return shown
 
+    def _repr_html_(self) -> str:
+        """What notebooks show: the text, in a colour for each kind of source, and where each part stands."""
+        from copyspec_engine.values.html import Marked, marked_text
+
+        return marked_text(
+            Marked(piece)
+            if span is None
+            else Marked(piece, span.source, _note(span) if span.source in _COLOURS else "")
+            for piece, span in self.pieces()
+        )
+
 
 def _note(span: CopiedSpan) -> str:
     """A span's source in words."""
@@ -332,6 +343,8 @@ class Timing:
     """Until the first token was sampled."""
     total_s: float = 0.0
     """Until the last token was sampled."""
+    prepare_s: float = 0.0
+    """Until the prompt was tokens, and the call checked; a part of `queue_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +390,21 @@ class GenerationOutput:
     @property
     def tokens_per_s(self) -> float:
         return self.usage.completion_tokens / self.timing.total_s if self.timing.total_s else 0.0
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the answer, with what was copied in colour, and how it came about."""
+        from copyspec_engine.values.html import Marked, figures_line, marked_text
+
+        said = self.explanation
+        pieces = (Marked(segment.text, segment.source) for segment in self.segments)
+        return (marked_text(pieces) if said is None else said._repr_html_()) + figures_line(
+            f"{self.usage.completion_tokens:,} tokens in {self.draft_stats.num_forward_passes:,} passes",
+            f"{self.tokens_per_forward:.1f} per pass",
+            f"{self.copied_share:.0%} copied",
+            f"{self.usage.cached_tokens:,} of {self.usage.prompt_tokens:,} prompt tokens reused",
+            f"{self.timing.total_s:.2f} s",
+            self.finish_reason,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from copyspec_engine.lab.evaluation.records import RunFacts, RunFolder, TurnReco
 from copyspec_engine.lab.page import render_page, transcripts
 from copyspec_engine.lab.page.explain import ExplainOptions, demo_records, run_explain
 from copyspec_engine.lab.page.figures import Figures
-from copyspec_engine.lab.page.html import exact
 from copyspec_engine.lab.page.passes import pass_ends
 from copyspec_engine.testing import scripted_engine
+from copyspec_engine.values.html import exact
 
 DOCUMENT = "Ann books the room. Bo brings the slides."
 
@@ -247,7 +247,7 @@ def test_no_text_can_leave_its_place() -> None:
 
 
 def test_texts_stand_in_the_page_character_by_character() -> None:
-    assert str(exact("a\r\nb\rc\0<")) == "a&#13;\nb&#13;c\N{REPLACEMENT CHARACTER}&lt;"
+    assert exact("a\r\nb\rc\0<") == "a&#13;\nb&#13;c\N{REPLACEMENT CHARACTER}&lt;"
 
 
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:

@@ -10,42 +10,18 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from copyspec_engine import CopiedSpan, CopySource
 from copyspec_engine.lab.page.figures import Figures
 from copyspec_engine.lab.page.transcript import ShownAnswer, ShownConversation, ShownMessage, ShownPiece
+from copyspec_engine.values.html import KINDS, MARKED_CHARACTERS, exact
 
 __all__ = ["render_page"]
 
 
-class Kind(NamedTuple):
-    """How the page speaks of a kind of source."""
-
-    mark: str
-    """Stands behind longer copies, where a prompt's have the message's number."""
-    name: str
-    heading: str
-    meaning: str
-
-
-_REMEMBERED = "remembered from an earlier call, not in this one"
-KINDS: dict[CopySource, Kind] = {
-    "prompt": Kind("", "prompt", "Copied from the prompt", "a message of the call, by its number"),
-    "answer": Kind("a", "this answer", "Copied from this answer", "what the answer said before"),
-    "prediction": Kind("p", "prediction", "Copied from the prediction", "the text that the caller declared"),
-    "earlier_prompt": Kind("e", "earlier prompt", "Copied from an earlier prompt", _REMEMBERED),
-    "earlier_answer": Kind("ea", "earlier answer", "Copied from an earlier answer", _REMEMBERED),
-    "earlier_prediction": Kind("ep", "earlier prediction", "Copied from an earlier prediction", _REMEMBERED),
-    "pool": Kind("s", "shared pool", "Copied from the shared pool", "a text of another conversation"),
-    "grammar": Kind("g", "grammar", "Forced by the grammar", "nothing else was allowed there"),
-    "frequent": Kind("f", "frequent token", "A frequent token", "guessed because it is frequent, from no text"),
-}
-MARKED_CHARACTERS = 12
-"""Copies of fewer have no mark: it would tear words apart."""
 LONG_CHARACTERS, LONG_LINES = 1500, 18
 """Messages of more than this are folded until someone asks for them."""
 
@@ -67,7 +43,13 @@ def render_page(title: str, facts: Sequence[str], writer: str, conversations: Se
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"exact": exact, "number": _number, "seconds": _seconds, "place": _place, "mark": _mark}
+    environment.filters |= {
+        "exact": lambda text: Markup(exact(text)),
+        "number": _number,
+        "seconds": _seconds,
+        "place": _place,
+        "mark": _mark,
+    }
     environment.tests |= {"long": _is_long, "reachable": _is_reachable}
     script = (folder / "page.js").read_text(encoding="utf-8")
     answers = [answer for conversation in conversations for answer in conversation.answers]
@@ -84,11 +66,6 @@ def render_page(title: str, facts: Sequence[str], writer: str, conversations: Se
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-def exact(text: str) -> Markup:
-    """A text as a browser reads it back: line ends as they are, and something in place of a zero, which HTML drops."""
-    return Markup(str(escape(text)).replace("\r", "&#13;").replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
 
 def _sources_in(answers: Sequence[ShownAnswer]) -> list[CopySource]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from langchain_core.messages import (
@@ -29,6 +29,7 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.utils.json import parse_partial_json
 
 from copyspec_engine import (
@@ -49,6 +50,7 @@ from copyspec_engine.adapters.answers import (
     segment_metadata,
     tool_metadata,
 )
+from copyspec_engine.adapters.model import AdapterOptions
 from copyspec_engine.adapters.remote import AnyEngine
 from langchain_copyspec._calls import PreparedCall
 
@@ -307,6 +309,12 @@ class ReplyWriter:
 
     # A stream
 
+    def generations(self, chunk: StreamChunk) -> Iterator[ChatGenerationChunk]:
+        """The same as `chunks`, as LangChain streams them; the last one has the figures of the answer."""
+        told = None if chunk.output is None else self.figures(chunk.output)
+        for message in self.chunks(chunk):
+            yield ChatGenerationChunk(message=message, generation_info=told if message.chunk_position else None)
+
     def chunks(self, chunk: StreamChunk) -> list[AIMessageChunk]:
         """What a step of the engine adds, a part of the answer each, then what is known at its end.
 
@@ -386,6 +394,11 @@ class ReplyWriter:
         return AIMessageChunk(content=content, response_metadata=metadata, **fields)
 
     # Metadata
+
+    def figures(self, output: GenerationOutput) -> dict[str, Any]:
+        """What callbacks and traces are told of an answer: no texts, and no conversation, as caches keep it too."""
+        told = answer_metadata(replace(output, explanation=None), AdapterOptions())
+        return {"model_name": self._model, "finish_reason": output.finish_reason, "copyspec": told}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         return {"logprobs": logprobs_metadata(self._engine, logprobs)} if logprobs else {}

@@ -294,7 +294,7 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
         engine = self._get_engine(asked.model)
         call = self._call(engine, asked)
         *_, last = stream_call(engine, call)
-        return ChatResult(generations=[ChatGeneration(message=self._answer(engine, call, asked, last))])
+        return self._result(engine, call, asked, last)
 
     @override
     async def _agenerate(
@@ -309,7 +309,7 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
         call = self._call(engine, asked)
         async with aclosing(astream_call(engine, call)) as chunks:
             *_, last = [chunk async for chunk in chunks]
-        return ChatResult(generations=[ChatGeneration(message=self._answer(engine, call, asked, last))])
+        return self._result(engine, call, asked, last)
 
     @override
     def _stream(
@@ -327,8 +327,7 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
             for chunk in chunks:
                 if chunk.is_last:
                     self._answer(engine, call, asked, chunk)
-                for message in writer.chunks(chunk):
-                    yield ChatGenerationChunk(message=message)
+                yield from writer.generations(chunk)
 
     @override
     async def _astream(
@@ -346,8 +345,8 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
             async for chunk in chunks:
                 if chunk.is_last:
                     self._answer(engine, call, asked, chunk)
-                for message in writer.chunks(chunk):
-                    yield ChatGenerationChunk(message=message)
+                for made in writer.generations(chunk):
+                    yield made
 
     def _asked(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> _AskedCall:
         model = options.pop("model", None)
@@ -360,6 +359,13 @@ class ChatCopySpec(CallOptions, LocalModel, ConversationalModel):
     def _call(self, engine: AnyEngine, asked: _AskedCall) -> PreparedCall:
         talk = self._conversations.begin(asked.options.session_id, asked.messages, asked.shown)
         return PreparedCall(asked.request(engine, talk), talk, asked.options)
+
+    def _result(self, engine: AnyEngine, call: PreparedCall, asked: _AskedCall, last: StreamChunk) -> ChatResult:
+        """The whole answer, and the figures that callbacks look for beside it."""
+        assert last.output is not None, "the last chunk has the whole answer"
+        message = self._answer(engine, call, asked, last)
+        told = self._writer(engine, call, asked).figures(last.output)
+        return ChatResult(generations=[ChatGeneration(message=message, generation_info=told)], llm_output=told)
 
     def _answer(self, engine: AnyEngine, call: PreparedCall, asked: _AskedCall, last: StreamChunk) -> AIMessage:
         """The whole answer, with which the conversation can be continued."""

@@ -13,6 +13,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.prompts import ChatPromptTemplate
 
 import copyspec_engine
@@ -384,6 +385,31 @@ def test_callbacks_see_every_chunk_once(echo: Engine) -> None:
     handler = Tokens()
     llm.invoke("hello", config={"callbacks": [handler]})
     assert "".join(handler.seen) == "HELLO"
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "stream", "astream"])
+async def test_callbacks_are_told_the_figures_of_an_answer(echo: Engine, how: str) -> None:
+    class Ends(BaseCallbackHandler):
+        def on_llm_end(self, response: LLMResult, **_: Any) -> None:
+            self.result = response
+
+    handler = Ends()
+    llm, options = ChatCopySpec(engine=echo, session_id="notes"), {"config": {"callbacks": [handler]}}
+    if how == "stream":
+        list(llm.stream("hello", **options))
+    elif how == "astream":
+        [_ async for _ in llm.astream("hello", **options)]
+    else:
+        answer = llm.invoke("hello", **options) if how == "invoke" else await llm.ainvoke("hello", **options)
+        assert answer.response_metadata["copyspec"]["session_id"] == "notes"
+    (generation,) = handler.result.generations[0]
+    assert isinstance(generation, ChatGeneration)
+    metadata = generation.message.response_metadata
+    figures = {name: value for name, value in metadata["copyspec"].items() if name not in ("session_id", "copies")}
+    told = {"model_name": "scripted", "finish_reason": "stop", "copyspec": figures}
+    assert generation.generation_info == told
+    assert handler.result.llm_output == (None if "stream" in how else told)
+    assert {"copied_share", "tokens_per_forward", "num_forward_passes", "ttft_s"} <= set(figures)
 
 
 def test_a_cache_answers_for_every_conversation(make_engine: MakeEngine) -> None:
