@@ -8,7 +8,7 @@ CLIENTS := $(basename $(notdir $(wildcard scripts/conformance/requirements/*.txt
 INPUTS := pyproject.toml $(CONSTRAINTS)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format docs conformance dist clean
+.PHONY: demo test lint format docs conformance dist scale-drills clean
 
 demo: $(VENV)/.for-demo
 	@echo "==> Main job: a document rewritten turn by turn by a small real model, through LangChain, beside its peers"
@@ -40,6 +40,10 @@ docs: $(VENV)/.for-docs
 conformance: $(VENV)/.for-test $(CLIENTS:%=.venv-conformance/%/.ready)
 	@$(BIN)/copyspec pull smollm2
 	$(BIN)/python -m scripts.conformance $(CONFORMANCE)
+
+# Ray goes into the environment; the drills run in a network of their own. SCALE_DRILLS="lost --json PATH" runs one.
+scale-drills: $(VENV)/.for-scale
+	$(BIN)/python -m scripts.scale_drill $(SCALE_DRILLS)
 
 .venv-conformance/%/.ready: scripts/conformance/requirements/%.txt
 	@echo "==> An environment for $*"
@@ -79,6 +83,11 @@ $(VENV)/.for-demo: $(VENV)/.created $(INPUTS)
 $(VENV)/.for-test: $(VENV)/.for-demo $(INPUTS)
 	@echo "==> Installing what the tests need"
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[langchain,llama-index,serve,docs,eval,dev]'
+	@touch $@
+
+$(VENV)/.for-scale: $(VENV)/.for-test $(INPUTS)
+	@echo "==> Installing Ray"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[scale]'
 	@touch $@
 
 $(VENV)/.for-docs: $(VENV)/.for-demo $(INPUTS)

@@ -15,7 +15,7 @@ from copyspec_engine.scale.router import SlotRouter
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.values.config import EngineConfig
 
-__all__ = ["application_of"]
+__all__ = ["application_of", "replica_options"]
 
 _HEALTH_PERIOD_S = 2.0
 _MARGIN_S = 10.0
@@ -28,22 +28,7 @@ _MOST_OF_A_FRONT = 100_000
 
 def application_of(scale: ScaleConfig, config: ServeConfig, engine_config: EngineConfig) -> Application:
     """The application of several replicas."""
-    router = f"{SlotRouter.__module__}.{SlotRouter.__name__}"
-    told = {"direct": config.model_dump(mode="json")} if scale.direct else {}
-    options: dict[str, Any] = {
-        "name": "Replica",
-        "num_replicas": scale.replicas,
-        "max_ongoing_requests": 2 * (engine_config.max_running + engine_config.max_waiting) + _SPARE,
-        "max_queued_requests": -1,  # Ray's own refusals know neither conversations nor the form of an error
-        "max_surge_percent": 0,  # one more at a time would take a slot of its own, and conversations with it
-        "ray_actor_options": {"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
-        "request_router_config": RequestRouterConfig(request_router_class=router, request_router_kwargs=told),
-        "health_check_period_s": _HEALTH_PERIOD_S,
-        "graceful_shutdown_timeout_s": config.drain_s + _MARGIN_S,
-        "graceful_shutdown_wait_loop_s": 0.5,
-        "max_constructor_retry_count": 3,
-    }
-    given = (scale, config, engine_config)
+    options, given = replica_options(scale, config, engine_config), (scale, config, engine_config)
     if scale.direct:
         return serve.deployment(serve.ingress()(Replica)).options(**options).bind(*given)
     front = serve.deployment(serve.ingress()(Front)).options(
@@ -56,3 +41,22 @@ def application_of(scale: ScaleConfig, config: ServeConfig, engine_config: Engin
         graceful_shutdown_timeout_s=config.drain_s + _MARGIN_S,
     )
     return front.bind(serve.deployment(Replica).options(**options).bind(*given), config, engine_config.memory_tokens)
+
+
+def replica_options(scale: ScaleConfig, config: ServeConfig, engine_config: EngineConfig) -> dict[str, Any]:
+    """How Ray is to treat the replicas."""
+    router = f"{SlotRouter.__module__}.{SlotRouter.__name__}"
+    told = {"direct": config.model_dump(mode="json")} if scale.direct else {}
+    return {
+        "name": "Replica",
+        "num_replicas": scale.replicas,
+        "max_ongoing_requests": 2 * (engine_config.max_running + engine_config.max_waiting) + _SPARE,
+        "max_queued_requests": -1,  # Ray's own refusals know neither conversations nor the form of an error
+        "max_surge_percent": 0,  # one more at a time would take a slot of its own, and conversations with it
+        "ray_actor_options": {"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
+        "request_router_config": RequestRouterConfig(request_router_class=router, request_router_kwargs=told),
+        "health_check_period_s": _HEALTH_PERIOD_S,
+        "graceful_shutdown_timeout_s": config.drain_s + _MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "max_constructor_retry_count": 3,
+    }

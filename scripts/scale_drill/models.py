@@ -14,10 +14,12 @@ from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.testing import loop_of, scripted_engine
 
-__all__ = ["PASS_VARIABLE", "scripted", "story"]
+__all__ = ["PASS_VARIABLE", "STICK", "scripted", "stick", "story"]
 
 PASS_VARIABLE = "SCALE_DRILL_PASS_S"
 """Seconds that a forward pass takes at least."""
+STICK = "stick-"
+"""What the name of a story begins with that no engine comes back from."""
 _ASKED = re.compile(r"(\d+) words of story (\S+?)[.]?<\|im_end\|>")
 
 
@@ -26,8 +28,15 @@ def story(name: str, num_words: int) -> str:
     return " ".join(hashlib.sha256(f"{name} {number}".encode()).hexdigest()[:7] for number in range(num_words))
 
 
+def stick() -> None:
+    """Come back from no pass any more."""
+    time.sleep(3600)
+
+
 def _reply(prompt: str) -> str:
     asked = _ASKED.findall(prompt)
+    if asked and asked[-1][1].startswith(STICK):
+        stick()
     return story(asked[-1][1], int(asked[-1][0])) if asked else "ok"
 
 

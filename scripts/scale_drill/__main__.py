@@ -1,0 +1,80 @@
+"""Drills of several replicas, on a Ray cluster of their own: `python -m scripts.scale_drill [DRILL ...] [options]`.
+
+sticky       many calls of 500 conversations: each is answered where the one before was
+lost         SIGKILL of a replica in the middle of streams, behind a front
+lost-direct  the same where Ray's proxies ask the replicas themselves
+front        SIGKILL of the front
+proxy        SIGKILL of Ray's proxy
+scale        1, 2, 3, 2 and 1 replicas under load
+rolling      another version in place of a running one
+stuck        a loop that is stuck in a pass
+
+They run in a network of their own (Linux, and a user who may have one). The exit code is 0 if all that was drilled
+held, 1 if not, and 77 where there is no such network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from scripts.scale_drill.network import enter_own_network
+
+SKIPPED = 77
+
+
+def main(words: list[str]) -> int:
+    """Run the drills that are asked for; the exit code."""
+    parser = argparse.ArgumentParser("scale_drill", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("drills", nargs="*", default=[], metavar="DRILL", help="default: all of them")
+    parser.add_argument("--conversations", type=int, default=60, help="of most drills")
+    parser.add_argument("--calls", type=int, default=10_000, help="of sticky")
+    parser.add_argument("--rounds", type=int, default=2, help="kills of lost and lost-direct")
+    parser.add_argument("--pass-s", type=float, default=0.004, help="seconds that a pass of the scripted model takes")
+    parser.add_argument("--memory-path", help="a store that the replicas share; default: a file for each")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(words)
+    try:
+        enter_own_network()
+    except OSError as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return SKIPPED
+    return _run(options, shlex.join(["python -m scripts.scale_drill", *words]), parser)
+
+
+def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentParser) -> int:
+    from copyspec_engine.lab.measuring import machine, versions, write_record
+    from scripts.scale_drill.cluster import Cluster
+    from scripts.scale_drill.drills import DRILLS, DrillOptions
+    from scripts.scale_drill.models import PASS_VARIABLE
+
+    unknown = [name for name in options.drills if name not in DRILLS]
+    if unknown:
+        parser.error(f"got {unknown[0]!r} but expected {', '.join(DRILLS)}")
+    os.environ[PASS_VARIABLE] = str(options.pass_s)
+    os.environ["COPYSPEC_API_KEY"] = ""
+    told, all_held = {}, True
+    with tempfile.TemporaryDirectory() as folder, Cluster() as cluster:
+        for name in options.drills or DRILLS:
+            place = Path(folder, name)
+            drill = DrillOptions(place, options.conversations, options.calls, options.rounds, options.memory_path)
+            began = time.monotonic()
+            found = asyncio.run(DRILLS[name](cluster, drill))
+            seconds = round(time.monotonic() - began, 1)
+            told[name] = {"held": not found.broken, "broken": found.broken, "seconds": seconds, **found.figures}
+            all_held = all_held and not found.broken
+            print(f"{name}: {told[name]}", flush=True)
+    if options.json is not None:
+        about = {"pass_s": options.pass_s, "versions": versions(), "machine": machine()}
+        write_record(options.json, {"drills": told, **about}, command)
+    return int(not all_held)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

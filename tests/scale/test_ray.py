@@ -1,0 +1,259 @@
+"""What Ray is told and asked, without a cluster: routers, fronts and replicas, each by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own
+    pytest.importorskip("ray.serve", reason="needs ray: pip install 'copyspec[scale]'")
+
+from ray.exceptions import ActorDiedError
+from ray.serve import Application
+
+from copyspec_engine import Engine, EngineConfig
+from copyspec_engine.scale import build, front, replica
+from copyspec_engine.scale.application import replica_options
+from copyspec_engine.scale.config import ScaleConfig
+from copyspec_engine.scale.front import Front
+from copyspec_engine.scale.options import split_options
+from copyspec_engine.scale.replica import Replica
+from copyspec_engine.scale.router import SlotRouter, order
+from copyspec_engine.scale.routes import Route
+from copyspec_engine.scale.slots import tag_of
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.lifecycle import DIED
+from copyspec_engine.testing import held_by
+from scripts.scale_drill.models import STICK, scripted, story
+
+CHAT = "/v1/chat/completions"
+
+
+def question(words: int, name: str, **more: Any) -> bytes:
+    messages = [{"role": "user", "content": f"{words} words of story {name}."}]
+    return json.dumps({"model": "scripted", "messages": messages, **more}).encode()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_application_leaves_it_to_the_engines_to_refuse_calls(direct: bool) -> None:
+    args = {"model": "scripted", "replicas": 3, "num_gpus": 0.5, "kv_cache_tokens": 4096, "direct": direct}
+    assert isinstance(build(args), Application)
+    options = replica_options(*split_options(args))
+    assert options["max_ongoing_requests"] > EngineConfig().max_running + 64
+    assert options["max_queued_requests"] == -1
+    assert options["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0.5}
+    assert options["max_surge_percent"] == 0
+    assert bool(options["request_router_config"].request_router_kwargs) == direct
+
+
+def test_a_call_goes_to_its_slot_and_what_a_replica_has_made_leads_back_to_it() -> None:
+    slots = ["0", "1", "2"]
+    by_key = order(Route("key"), slots)
+    assert sorted(by_key) == slots
+    assert order(Route("key", tag_of(by_key[2])), slots)[0] == by_key[2]
+    assert order(Route("key", tag_of("9")), slots) == by_key
+    assert order(Route("key"), [slot for slot in slots if slot != by_key[0]]) == by_key[1:]
+    assert order(Route(), slots) == []
+
+
+async def test_the_router_names_one_replica_and_the_next_only_when_that_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    router = SlotRouter.__new__(SlotRouter)
+    router.initialize_state()
+    replicas: list[Any] = [SimpleNamespace(replica_metadata={"slot": slot}) for slot in ("0", "1", "2")]
+    first, second, _ = order(Route("key"), ["0", "1", "2"])
+
+    async def chosen(session: str, age_s: float = 0.0) -> list[list[str]]:
+        pending: Any = SimpleNamespace(
+            metadata=SimpleNamespace(session_id=session), created_at=100.0, routing_context=SimpleNamespace()
+        )
+        monkeypatch.setattr("time.time", lambda: 100.0 + age_s)
+        ranks = await router.choose_replicas(replicas, pending)
+        return [[replica.replica_metadata["slot"] for replica in rank] for rank in ranks]
+
+    assert await chosen(":key") == [[first]]
+    assert await chosen(":key", age_s=60.0) == [[first], [second]]
+    assert await chosen(":") == [["0", "1", "2"]]
+
+
+class Handle:
+    """Replicas as a front knows them: each call takes the next of some answers, whose parts may be errors."""
+
+    def __init__(self, answers: Sequence[Sequence[Any]]) -> None:
+        self._answers = iter(answers)
+        self.sessions: list[str] = []
+        self.cancelled = 0
+        self.ask = SimpleNamespace(remote=self._remote)
+
+    def options(self, *, stream: bool = True, session_id: str | None = None) -> Handle:
+        if session_id is not None:
+            self.sessions.append(session_id)
+        return self
+
+    def _remote(self, _scope: Any, _body: bytes) -> Any:
+        return _Parts(self, next(self._answers))
+
+
+class _Parts:
+    def __init__(self, handle: Handle, parts: Sequence[Any]) -> None:
+        self._handle, self._parts = handle, iter(parts)
+
+    async def __anext__(self) -> Any:
+        part = next(self._parts, StopAsyncIteration())
+        if isinstance(part, asyncio.Future):
+            return await part
+        if isinstance(part, Exception):
+            raise part
+        return part
+
+    def __aiter__(self) -> _Parts:
+        return self
+
+    def cancel(self) -> None:
+        self._handle.cancelled += 1
+
+
+LOST = ActorDiedError()
+SSE = (200, [(b"content-type", b"text/event-stream; charset=utf-8")])
+LINES = (200, [(b"content-type", b"application/x-ndjson")])
+
+
+async def asked(handle: Any, path: str = CHAT, **headers: str) -> httpx.Response:
+    app = Front(handle, ServeConfig(), 1000).__serve_build_asgi_app__()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
+        return await client.post(path, content=question(3, "a"), headers=headers)
+
+
+async def test_a_call_whose_replica_is_lost_before_its_first_byte_is_asked_once_more() -> None:
+    handle = Handle([[b"", LOST], [b"", SSE, b"data: whole\n\n"]])
+    response = await asked(handle, **{"x-session-id": "notes"})
+    assert (response.status_code, response.text) == (200, "data: whole\n\n")
+    assert len(set(handle.sessions)) == 1
+    handle = Handle([[b"", SSE, LOST], [LOST]])
+    response = await asked(handle)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_lost")
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("path", "begun", "body", "last"),
+    [
+        (CHAT, SSE, b"data: {}\n\n", 'data: {"error": {"message": '),
+        ("/v1/responses", SSE, b'event: a\ndata: {}\n\nevent: b\ndata: {"x": "event: "}\n\n', "event: error\ndata: {"),
+        ("/api/chat", LINES, b"{}\n", '{"error": "The replica was lost'),
+    ],
+)
+async def test_a_stream_whose_replica_is_lost_ends_with_an_error_in_the_form_of_its_api(
+    path: str, begun: Any, body: bytes, last: str
+) -> None:
+    response = await asked(Handle([[b"", begun, body, LOST]]), path)
+    assert response.text.startswith(body.decode() + last)
+    assert "[DONE]" not in response.text
+    if path == "/v1/responses":
+        told = json.loads(response.text.rpartition("data: ")[2])
+        assert (told["code"], told["sequence_number"]) == ("replica_lost", 2)
+
+
+async def test_a_call_that_no_replica_takes_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_ADMISSION_S", 0.01)
+    handle = Handle([[asyncio.get_running_loop().create_future()]])
+    response = await asked(handle)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_replica")
+    assert handle.cancelled == 1
+
+
+async def test_a_front_refuses_a_body_that_is_too_large_and_hands_on_what_is_no_json() -> None:
+    app = Front(Handle([[b"", (400, []), b"no"]]), ServeConfig(max_body_bytes=1024), 1000).__serve_build_asgi_app__()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
+        assert (await client.post(CHAT, content=b"x" * 2000)).status_code == 413
+        assert (await client.post(CHAT, content=b"[" * 1000)).status_code == 400
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with scripted(EngineConfig(model="scripted", drafter="none")) as engine:
+        yield engine
+
+
+@pytest.fixture
+def made(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Replica:
+    """A replica over a scripted model, in slot 0."""
+    monkeypatch.setattr(replica, "_slot_of", lambda _scale: SimpleNamespace(name="0"))
+    monkeypatch.setattr(replica, "engine_maker", lambda _scale: lambda _config: engine)
+    return Replica(ScaleConfig(stuck_s=0.05), ServeConfig(), engine.config)
+
+
+def scope() -> dict[str, Any]:
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"x-session-id", b"notes")]
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT,
+        "query_string": b"",
+        "headers": headers,
+        "scheme": "http",
+        "http_version": "1.1",
+        "root_path": "",
+        "asgi": {"version": "3.0"},
+        "client": ("127.0.0.1", 1),
+    }
+
+
+async def test_a_replica_answers_as_a_server_does_and_its_ids_name_its_slot(made: Replica) -> None:
+    assert made.record_replica_metadata() == {"slot": "0"}
+    taken, (status, headers), *bodies = [part async for part in made.ask(scope(), question(3, "a"))]
+    told = json.loads(b"".join(bodies))
+    assert (taken, status, told["choices"][0]["message"]["content"]) == (b"", 200, story("a", 3))
+    assert told["id"].startswith(f"chatcmpl-{tag_of('0')}")
+    assert b"x-request-id" not in dict(headers)
+
+
+async def test_a_call_that_nobody_reads_any_more_is_cancelled_in_the_replica(
+    made: Replica, engine: Engine, stopped_early: Callable[..., Any]
+) -> None:
+    parts: AsyncIterator[Any] = made.ask(scope(), question(1000, "a", stream=True))
+    async for part in parts:
+        if isinstance(part, bytes) and part:
+            break
+    await parts.aclose()  # type: ignore[attr-defined]
+    assert await stopped_early(engine)
+
+
+async def test_a_replica_whose_engine_is_stuck_or_dead_ends_itself(
+    made: Replica, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
+    await made.check_health()
+    assert not exits
+    stick = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(
+        "scripts.scale_drill.models.stick", lambda: asyncio.run_coroutine_threadsafe(stick.wait(), loop).result()
+    )
+    call = asyncio.ensure_future(anext(_texts(made.ask(scope(), question(3, f"{STICK}a")))))
+    while engine.heartbeat_age_s < 0.1:
+        await asyncio.sleep(0.01)
+    await made.check_health()
+    assert exits == [DIED]
+    stick.set()
+    await call
+    assert not any(held_by(engine))
+    engine.close()
+    await made.check_health()
+    assert exits == [DIED, DIED]
+
+
+async def _texts(parts: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+    async for part in parts:
+        if isinstance(part, bytes) and part:
+            yield part
