@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ async def _lost(cluster: Cluster, options: DrillOptions, *, direct: bool) -> Fou
             victim = sorted(cluster.replicas())[number % 2]
             process = cluster.replicas()[victim]
             killed = time.monotonic()
-            had = await _in_stream(streaming, client, lambda process=process: kill(process), 10)
+            had = await _in_stream(streaming, client, partial(kill, process), 10)
             is_lost = {talk.name: before[talk.name] == victim for talk in streaming}
             _check_streams(found, streaming, is_lost, had, direct=direct)
             hit = [talk for talk in talks if before[talk.name] == victim]
@@ -234,7 +235,7 @@ async def scale(cluster: Cluster, options: DrillOptions) -> Found:
         await at_once(talks, client, SHORT)
         for before, after in ((1, 2), (2, 3), (3, 2), (2, 1)):
             old, were = set(cluster.replicas()), {talk.name: talk.tag for talk in talks}
-            calls = await _meanwhile(talks, client, lambda after=after: cluster.deploy(options.args(), after))
+            calls = await _meanwhile(talks, client, partial(cluster.deploy, options.args(), after))
             bad = [answer.error for answer in calls if not answer.is_whole or answer.error]
             found.check(not bad, f"{before} -> {after}: {len(bad)} of {len(calls)} calls failed, as {bad[:3]}")
             await at_once(talks, client, SHORT)
@@ -292,7 +293,9 @@ async def stuck(cluster: Cluster, options: DrillOptions) -> Found:
         asked = asyncio.create_task(sticking.ask(client, SHORT))
         began = time.monotonic()
         await asyncio.to_thread(
-            wait_until, "the stuck replica has ended", lambda: set(replicas.values()) - set(cluster.replicas().values())
+            wait_until,
+            "the stuck replica has ended",
+            lambda: not set(replicas.values()) <= set(cluster.replicas().values()),
         )
         found.figures["ended_after_s"] = round(time.monotonic() - began, 1)
         asked.cancel()
@@ -306,7 +309,7 @@ async def stuck(cluster: Cluster, options: DrillOptions) -> Found:
     return found
 
 
-Drill = Callable[[Cluster, DrillOptions], Awaitable[Found]]
+Drill = Callable[[Cluster, DrillOptions], Coroutine[Any, Any, Found]]
 DRILLS: dict[str, Drill] = {
     "sticky": sticky,
     "lost": lost,
