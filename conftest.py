@@ -35,13 +35,15 @@ SMOLLM2 = "smollm2"
 @pytest.fixture(scope="session", autouse=True)
 def _no_test_writes_to_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from copyspec_engine.models import KNOWN
-    from copyspec_engine.models.store import converted_folders, models_folder
+    from copyspec_engine.models.store import converted_folders
+    from copyspec_engine.values.folders import cache_dir, compiled_folder, models_folder
 
-    cache, users = tmp_path_factory.mktemp("cache"), models_folder()
-    lent = (users / SMOLLM2, *converted_folders(KNOWN[SMOLLM2].package.file_sha256))
-    for folder in lent:
+    cache, users = tmp_path_factory.mktemp("cache"), cache_dir()
+    compiled_folder().mkdir(parents=True, exist_ok=True)
+    converted = converted_folders(KNOWN[SMOLLM2].package.file_sha256)
+    for folder in (compiled_folder(), models_folder() / SMOLLM2, *converted):
         if folder.is_dir():
-            place = cache / "models" / folder.relative_to(users)
+            place = cache / folder.relative_to(users)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(folder, target_is_directory=True)
     os.environ["COPYSPEC_CACHE_DIR"] = str(cache)

@@ -1,29 +1,35 @@
 """Numba's `njit` with types kept, and with machine code that is kept for later processes.
 
-Compiling everything takes about twenty seconds. The code is kept beside the sources, or in the user's cache folder
-where that one is read-only; where neither can be written, every process compiles anew.
+Compiling everything takes about twenty seconds. The code is kept in the cache folder, never beside the sources, where
+an uninstallation would leave it; where the folder cannot be written, every process compiles anew.
 
 Numba judges by the file that holds a function whether kept machine code still fits. These functions call each other
-across files and contain each other's constants, so here all of those files count.
+across files and contain each other's constants, so here all of those files count: each state of them has a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
+import shutil
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit, typeof
-from numba.core.caching import NullCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.core.ccallback import CFunc
 from numba.core.event import Event, Listener, install_listener, trigger_event
 from numba.core.sigutils import normalize_signature
+
+from copyspec_engine.values.folders import cache_dir, compiled_folder
 
 __all__ = ["compile_for", "compiled", "compiled_address", "counting_compilations", "inlined", "sources"]
 
@@ -31,18 +37,17 @@ logger = logging.getLogger(__name__)
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 """A division by zero gives infinity: loops that must look for one cannot be made into vector code."""
+_PACKAGE = Path(__file__).parent
+_UNUSED_S = 30 * 24 * 3600.0
+"""After so long code that no process has asked for is removed."""
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def compiled(function: _Function) -> _Function:
     """Compile a function at its first call with each type of arguments."""
-    try:
-        kept: Any = njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # no folder can be written
-        return cast(_Function, njit(**_OPTIONS)(function))
-    if not _guarded(kept._cache):
-        return cast(_Function, njit(**_OPTIONS)(function))
-    return cast(_Function, kept)
+    dispatcher: Any = njit(**_OPTIONS)(function)
+    _keep_code_of(dispatcher, function)
+    return cast(_Function, dispatcher)
 
 
 def compile_for(function: Callable[..., object], *arguments: object) -> None:
@@ -56,10 +61,7 @@ def compiled_address(function: Callable[..., int], signature: object) -> int:
     """The address of a function, compiled now for one signature in Numba's types, for compiled code to call."""
     arguments, result = normalize_signature(signature)  # type: ignore[no-untyped-call]
     callback: Any = _Callback(function, (arguments, result), locals={}, options=dict(_OPTIONS))
-    with suppress(RuntimeError):  # no folder can be written
-        callback.enable_caching()
-        if not _guarded(callback._cache):
-            callback._cache = NullCache()
+    _keep_code_of(callback, function)
     callback.compile()
     _callbacks.append(callback)
     return cast(int, callback.address)
@@ -76,27 +78,82 @@ _callbacks: list[object] = []
 """Their machine code lasts as long as they do."""
 
 
-def _guarded(cache: Any) -> bool:  # noqa: ANN401
-    """Let what Numba keeps count only while none of all files with compiled functions has changed."""
-    file: Any = getattr(cache, "_cache_file", None)
-    if not hasattr(file, "_source_stamp"):
-        logger.warning("this version of Numba keeps machine code elsewhere; drafting is compiled anew in each process")
-        return False
-    file._source_stamp = _stamp()  # in Numba's own terms the digest of one file
-    file._load_index = _forgiving(file._load_index)
-    return True
+def _keep_code_of(compiling: Any, function: Callable[..., object]) -> None:  # noqa: ANN401 - of Numba
+    """Have what Numba compiles of a function kept, where there is a folder for it."""
+    if _folder() is not None:
+        keep: Any = _Kept
+        kept = keep(function)
+        if isinstance(kept._impl.locator, _Locator):  # else NUMBA_CACHE_LOCATOR_CLASSES names others, which know less
+            compiling._cache = kept
 
 
-def _forgiving(load_index: Callable[[], dict[Any, Any]]) -> Callable[[], dict[Any, Any]]:
-    """Numba reads what is kept before it looks whether it is of these files; others' may name types long gone."""
+class _Locator(_CacheLocator):
+    """Tells Numba where the code of a function is kept."""
 
-    def load() -> dict[Any, Any]:
+    def __init__(self, function: Any, file: str) -> None:  # noqa: ANN401 - of Python
+        self._line = function.__code__.co_firstlineno
+        self._room = ".".join(Path(file).relative_to(_PACKAGE).parent.parts)
+
+    @classmethod
+    def from_function(cls, py_func: object, py_file: str) -> _Locator:
+        return cls(py_func, py_file)
+
+    def get_cache_path(self) -> str:
+        folder = _folder()
+        assert folder is not None  # else nothing is kept
+        return str(folder / self._room)
+
+    def get_source_stamp(self) -> str:
+        return _stamp()
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+
+class _Files(CompileResultCacheImpl):
+    _locator_classes: list[type[object]] = [_Locator]  # noqa: RUF012 - as Numba declares it
+
+
+class _Kept(FunctionCache):
+    _impl_class = _Files
+
+    def save_overload(self, sig: object, data: object) -> None:
+        whole: Any = super()
         try:
-            return load_index()
-        except (AttributeError, ImportError):
-            return {}
+            whole.save_overload(sig, data)
+        except OSError as error:
+            logger.warning("Compiled code is not kept: %s", error)
 
-    return load
+
+@cache
+def _folder() -> Path | None:
+    """Where the code of these very sources is kept; None, with a warning, if nothing can be."""
+    root = compiled_folder()
+    folder = root / _stamp()[:16]
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (cache_dir(), root):
+            if not _is_ours(path):
+                raise PermissionError(f"{path} is another user's, or others may write into it")
+        folder.mkdir(exist_ok=True)
+        os.utime(folder)
+    except OSError as error:
+        logger.warning(
+            "Compiled code is not kept, so that each process takes a minute to compile it: %s. Set COPYSPEC_CACHE_DIR "
+            "to a folder of your own that can be written",
+            error,
+        )
+        return None
+    for other in root.iterdir():
+        if other.stat().st_mtime < time.time() - _UNUSED_S:
+            shutil.rmtree(other, ignore_errors=True)  # of another version; whoever still needs it compiles anew
+    return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Code that is kept is run as it is read: it must not be what another user has put there."""
+    state = path.stat()
+    return os.name == "nt" or (state.st_uid == os.getuid() and not state.st_mode & stat.S_IWOTH)
 
 
 def inlined(function: _Function) -> _Function:
@@ -106,7 +163,7 @@ def inlined(function: _Function) -> _Function:
 
 def sources() -> list[Path]:
     """The files with compiled functions, and this one."""
-    files = ((path, path.read_bytes()) for path in sorted(Path(__file__).parent.rglob("*.py")))
+    files = ((path, path.read_bytes()) for path in sorted(_PACKAGE.rglob("*.py")))
     return [
         path
         for path, text in files

@@ -38,7 +38,7 @@ FRONT = "the public names"
 """What `copyspec_engine` itself exports."""
 ALLOWED: dict[str, set[str]] = {
     "values": set(),
-    "compiled": set(),
+    "compiled": {"values"},
     "bundled": set(),
     "chat": {"values"},
     "models": {"values", "bundled"},
@@ -84,7 +84,7 @@ MAY_IMPORT_TRANSFORMERS = {
 }
 MAY_IMPORT_INSIDES = {
     *("adapters", "bundled", "lab", "models", "scale", "serve", "testing"),
-    *("values.outputs", "execution.calibration"),
+    *("values.folders", "values.outputs", "execution.calibration"),
 }
 """What the command line, the integrations and the evaluation import beside the public names."""
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import copyspec_engine
 from copyspec_engine.compiled import sources
 
@@ -123,7 +125,7 @@ def run_small(folder: Path, number: int, **environment: str) -> list[str]:
     shutil.copy(PACKAGE / "compiled.py", folder)
     done = subprocess.run(
         [sys.executable, str(folder / "outer.py")],
-        env={**os.environ, "NUMBA_CACHE_DIR": "", **environment},
+        env={**os.environ, "COPYSPEC_CACHE_DIR": str(folder / "cache"), **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -136,12 +138,31 @@ def test_kept_code_is_used_until_a_function_that_it_calls_changes(tmp_path: Path
     assert run_small(tmp_path, 10) == ["11", "0"]
     assert run_small(tmp_path, 10) == ["11", "1"]
     assert run_small(tmp_path, 20) == ["21", "0"]
+    assert run_small(tmp_path, 10) == ["11", "1"]
+    assert not [path for path in tmp_path.rglob("__pycache__/*") if path.suffix in (".nbi", ".nbc")]
 
 
 def test_code_that_cannot_be_kept_is_compiled_each_time(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "memory"):
-        folder.mkdir(exist_ok=True)
-        (folder / "__pycache__").touch()  # no folder can be made here, not even by root
-    nowhere = str(tmp_path / "__pycache__" / "home")
+    (tmp_path / "file").touch()  # no folder can be made in it, not even by root
     for _ in range(2):
-        assert run_small(tmp_path, 10, HOME=nowhere, XDG_CACHE_HOME=nowhere, LOCALAPPDATA=nowhere) == ["11", "0"]
+        assert run_small(tmp_path, 10, COPYSPEC_CACHE_DIR=str(tmp_path / "file" / "cache")) == ["11", "0"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="who may write is told otherwise there")
+@pytest.mark.parametrize("folder", ["cache", "cache/compiled"])
+def test_code_that_others_could_have_written_is_not_run(tmp_path: Path, folder: str) -> None:
+    assert run_small(tmp_path, 10) == ["11", "0"]
+    (tmp_path / folder).chmod(0o777)
+    assert run_small(tmp_path, 10) == ["11", "0"]
+    (tmp_path / folder).chmod(0o700)
+    assert run_small(tmp_path, 10) == ["11", "1"]
+
+
+def test_code_of_other_versions_is_removed_when_it_was_not_used_for_long(tmp_path: Path) -> None:
+    old, new = (tmp_path / "cache" / "compiled" / name for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert run_small(tmp_path, 10) == ["11", "0"]
+    assert new.exists()
+    assert not old.exists()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from email import policy
 from email.message import Message
@@ -108,6 +111,43 @@ def test_a_package_without_files_brings_the_same_version_with_its_extra(built: P
         assert told.get_all(shared) == whole.get_all(shared)
     with zipfile.ZipFile(next(built.glob(f"{name}-*.whl"))) as archive:
         assert all(".dist-info/" in path for path in archive.namelist())
+
+
+CALL = """
+import copyspec_engine, llama_index.llms.copyspec, langchain_copyspec
+from copyspec_engine.sampling.gumbel import warm_up_noise
+warm_up_noise()
+print(copyspec_engine.__file__)
+"""
+
+
+def test_an_uninstallation_leaves_nothing_behind(built: Path, tmp_path: Path) -> None:
+    """Neither files beside others' nor compiled code; what was kept is in the cache folder."""
+    venv.create(tmp_path / "venv")
+    prefix = str(tmp_path / "venv")
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": prefix, "platbase": prefix}))
+    scripts = Path(sysconfig.get_path("scripts", "venv", {"base": prefix, "platbase": prefix}))
+    python = str(scripts / "python")
+    (site / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+
+    def files() -> set[Path]:
+        return {path for folder in (site, scripts) for path in folder.rglob("*")}
+
+    def pip(*words: str) -> None:
+        subprocess.run([sys.executable, "-m", "pip", "--python", python, *words], check=True, capture_output=True)
+
+    before = files()
+    pip("install", "--no-deps", "--no-index", str(next(built.glob("copyspec-*.whl"))))
+    environment = {**os.environ, "COPYSPEC_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("PYTHONPATH", None)
+    called = subprocess.run(
+        [python, "-c", CALL], check=True, capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert Path(called.stdout.strip()).is_relative_to(site)
+    assert list((tmp_path / "cache" / "compiled").rglob("*.nbc"))
+    pip("uninstall", "--yes", "copyspec")
+    namespace = site / "llama_index"  # pip leaves its empty folders, since other packages may be in it
+    assert files() - {namespace, namespace / "llms"} == before
 
 
 def test_the_citation_is_of_this_version(built: Path) -> None:

@@ -15,7 +15,7 @@ from copyspec_engine import CopySpecError, Engine, EngineConfig, EngineInfo
 from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.files import check_writable, write_text
 from copyspec_engine.execution.calibration import KeptCurve, kept_curves
-from copyspec_engine.models.store import cache_dir
+from copyspec_engine.values.folders import cache_dir
 
 __all__ = ["CalibrateOptions", "kept_curve_of", "run_calibrate"]
 

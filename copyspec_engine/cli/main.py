@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from copyspec_engine import ConfigError, SamplingParams
+from copyspec_engine.cli.cache import cache
 from copyspec_engine.cli.demo.frameworks import FRAMEWORKS
 from copyspec_engine.cli.documents import shipped_names
 from copyspec_engine.cli.exits import console, exit_with
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(evaluations, name="eval")
 app.add_typer(models, name="models")
+app.add_typer(cache, name="cache")
 app.add_typer(scale, name="scale")
 
 _MODEL_HELP = 'smollm2, a name on the hub, a folder, a GGUF file, or "bundled", the copier that comes along.'

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from copyspec_engine import LoadProgress
 from copyspec_engine.cli.exits import console, exit_with
+from copyspec_engine.cli.printing import size_text
 
 __all__ = ["models", "run_pull"]
 
@@ -58,7 +59,7 @@ def _list(out: Console, as_json: bool) -> int:
     name = Column("model", overflow="fold")  # whole: `rm` takes it
     table = Table(name, "size", "licence", "from", box=None, header_style="bold", pad_edge=False)
     for model in found:
-        size = _megabytes(model.num_bytes)
+        size = size_text(model.num_bytes)
         where = _SOURCES.get(model.source, f"not fetched: copyspec pull {model.name}")
         if model.missing:
             where += f", not whole ({len(model.missing)} files are missing): copyspec pull {model.name}"
@@ -71,11 +72,11 @@ def _remove(name: str, yes: bool, out: Console) -> int:
     from copyspec_engine.models import plan_removal
 
     plan = plan_removal(name)
-    if not yes and not typer.confirm(f"Remove {plan.what}, {_megabytes(plan.num_bytes)}?"):
+    if not yes and not typer.confirm(f"Remove {plan.what}, {size_text(plan.num_bytes)}?"):
         out.print("Nothing was removed.")
         return 1
     plan.run()
-    out.print(f"Removed {escape(plan.what)}: {_megabytes(plan.num_bytes)} are free now.")
+    out.print(f"Removed {escape(plan.what)}: {size_text(plan.num_bytes)} are free now.")
     return 0
 
 
@@ -97,7 +98,3 @@ def run_pull(name: str, out: Console) -> int:
         found = fetch_model(name, show)
     out.print(f"{escape(name)} is in {escape(str(found.path))}", soft_wrap=True)
     return 0
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"

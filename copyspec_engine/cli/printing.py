@@ -11,12 +11,17 @@ from rich.text import Text
 
 from copyspec_engine.values.outputs import Segment
 
-__all__ = ["COPIED", "AnswerPrinter"]
+__all__ = ["COPIED", "AnswerPrinter", "size_text"]
 
 COPIED = "green"
 """The style of copied text."""
 _PIECES = re.compile(r"\n|[^\S\n]+|\S+")
 """A line end, blanks, or a word as far as it has come."""
+
+
+def size_text(num_bytes: int) -> str:
+    """A size on disk, in MB of a million bytes, or in kB."""
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"
 
 
 class AnswerPrinter:

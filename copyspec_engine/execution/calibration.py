@@ -20,9 +20,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from copyspec_engine.drafting.cost import Points
-from copyspec_engine.models.store import cache_dir, write_whole
+from copyspec_engine.models.store import write_whole
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.folders import step_cost_folder
 
 __all__ = ["KeptCurve", "PassCost", "cpu_name", "keep", "kept_curves", "kept_or_measured"]
 
@@ -112,7 +113,7 @@ def keep(facts: Mapping[str, str], cost: PassCost) -> None:
 
 def kept_curves() -> Iterator[KeptCurve]:
     """Every curve that is kept and can be read."""
-    curves = (_read(path) for path in sorted(_folder().glob("*.json")))
+    curves = (_read(path) for path in sorted(step_cost_folder().glob("*.json")))
     return (curve for curve in curves if curve is not None)
 
 
@@ -134,15 +135,11 @@ def _read(path: Path) -> KeptCurve | None:
         return None
 
 
-def _folder() -> Path:
-    return cache_dir() / "step_cost"
-
-
 def _path(facts: Mapping[str, str]) -> Path:
     """A file of its own for each set of facts, with a name that tells the model."""
     model = re.sub(r"[^A-Za-z0-9.-]+", "_", facts["model"]).strip("._")[-60:]
     digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
-    return _folder() / f"{model}-{digest[:16]}.json"
+    return step_cost_folder() / f"{model}-{digest[:16]}.json"
 
 
 def cpu_name() -> str:

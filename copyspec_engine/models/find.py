@@ -14,9 +14,10 @@ from copyspec_engine.models.gguf_file import is_gguf
 from copyspec_engine.models.known import KNOWN, KnownModel
 from copyspec_engine.models.names import hub_file, is_hub_name, refuse_foreign_name
 from copyspec_engine.models.package import fetch_from_package, installed_file
-from copyspec_engine.models.store import kept_file, models_folder
+from copyspec_engine.models.store import kept_file
 from copyspec_engine.values.config import BUNDLED_MODEL
 from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.folders import models_folder
 from copyspec_engine.values.progress import OnProgress
 
 __all__ = ["FoundModel", "ModelFolder", "fetch_model", "find_model", "locate_model"]

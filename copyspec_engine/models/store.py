@@ -11,42 +11,25 @@ from pathlib import Path
 
 from copyspec_engine.models.known import KnownModel
 from copyspec_engine.values.errors import ModelLoadError
+from copyspec_engine.values.folders import models_folder
 from copyspec_engine.values.progress import LoadPhase, LoadProgress, OnProgress
 
 __all__ = [
-    "cache_dir",
+    "clear_models",
+    "clear_unfinished",
     "converted_folders",
     "gguf_folder",
     "kept_file",
-    "models_folder",
+    "kept_models",
     "place",
     "putting",
     "ready",
+    "size",
+    "unfinished",
     "write_whole",
 ]
 
-_USERS_CACHES = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
-
-_UNFINISHED = ".part"
-
-
-def cache_dir() -> Path:
-    """COPYSPEC_CACHE_DIR, else `copyspec` in the user's cache folder, else in the folder for temporary files.
-
-    The cache folder is LOCALAPPDATA on Windows; elsewhere XDG_CACHE_HOME, or ~/.cache.
-    """
-    own = os.environ.get("COPYSPEC_CACHE_DIR")
-    if own:
-        return Path(os.path.expanduser(own)).absolute()
-    for base in (os.environ.get(_USERS_CACHES, ""), os.path.expanduser("~/.cache")):
-        if os.path.isabs(base):  # a relative one is to be ignored, and "~" stays where there is no home
-            return Path(base) / "copyspec"
-    return Path(tempfile.gettempdir()) / "copyspec"
-
-
-def models_folder() -> Path:
-    """Where they are kept: `models` in copyspec's cache, which COPYSPEC_CACHE_DIR moves."""
-    return cache_dir() / "models"
+_UNFINISHED, _LOCK = ".part", ".lock"
 
 
 def gguf_folder() -> Path:
@@ -95,7 +78,7 @@ def putting(
 
     ready(root)
     try:
-        lock = FileLock(root / f".{name}.lock")
+        lock = FileLock(root / f".{name}{_LOCK}")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -144,6 +127,59 @@ def converted_folders(sha256: str = "") -> list[Path]:
     """Whole folders made from GGUF files (see `gguf`), by name; with a hash those of that file only."""
     found = gguf_folder().glob(f"[!.]*-{sha256[:16] or '*'}-*")  # with a dot while they are being written
     return sorted(folder for folder in found if folder.is_dir())
+
+
+def size(*paths: Path) -> int:
+    """Bytes of files, and of all that is in folders."""
+    files = (file for path in paths for file in (path, *path.rglob("*")))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def kept_models() -> list[Path]:
+    """All that is whole in the folder of models."""
+    found = [path for root in _roots() for path in root.glob("[!.]*") if path != gguf_folder()]
+    return sorted(found)
+
+
+def clear_models() -> None:
+    """Remove all models that were fetched or converted."""
+    for path in kept_models():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def unfinished() -> list[Path]:
+    """Folders that a download or a conversion fills just now, or that were left by one that was ended."""
+    return sorted(path for root in _roots() for path in root.glob(f".*{_UNFINISHED}"))
+
+
+def clear_unfinished() -> list[str]:
+    """Remove what was left by downloads and conversions; what is filled just now stays, and its names are returned."""
+    from filelock import FileLock, Timeout
+
+    busy = []
+    for root in _roots():
+        for path in root.glob(f".*{_LOCK}"):
+            name = path.name[1 : -len(_LOCK)]
+            lock = FileLock(path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                busy.append(name)
+                continue
+            try:
+                for left in root.glob(f".{name}.*{_UNFINISHED}"):
+                    shutil.rmtree(left)
+                path.unlink(missing_ok=True)
+            finally:
+                lock.release()
+    return sorted(busy)
+
+
+def _roots() -> list[Path]:
+    return [root for root in (models_folder(), gguf_folder()) if root.is_dir()]
 
 
 def _unwritable(root: Path, error: OSError) -> ModelLoadError:

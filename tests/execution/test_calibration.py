@@ -14,8 +14,8 @@ import pytest
 
 from copyspec_engine.drafting.cost import Points
 from copyspec_engine.execution.calibration import KeptCurve, PassCost, cpu_name, keep, kept_curves, kept_or_measured
-from copyspec_engine.models import store
-from copyspec_engine.models.store import cache_dir
+from copyspec_engine.values import folders
+from copyspec_engine.values.folders import cache_dir
 
 FACTS = {"model": "Qwen/Qwen2.5-7B-Instruct", "device": "cpu of some kind", "dtype": "float32"}
 CURVE = ((1, 0.01), (2, 0.012), (64, 0.03), (256, 0.1))
@@ -272,7 +272,7 @@ def test_the_cache_is_where_the_system_keeps_caches(
 @pytest.mark.skipif(os.name == "nt", reason="paths are of the system's own kind")
 def test_on_windows_the_cache_is_in_the_local_application_data(monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment(monkeypatch, LOCALAPPDATA="/local", XDG_CACHE_HOME="/xdg", HOME="/home/a")
-    monkeypatch.setattr(store, "_USERS_CACHES", "LOCALAPPDATA")
+    monkeypatch.setattr(folders, "_USERS_CACHES", "LOCALAPPDATA")
     assert cache_dir() == Path("/local/copyspec")
 
 

@@ -806,7 +806,8 @@ def test_a_forked_child_cannot_harm_the_file_of_its_parent(path: Path) -> None:
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert [segment.number for segment in reopened(path).load("session:a")] == [0, 1]
+    with closing(reopened(path)) as file:
+        assert [segment.number for segment in file.load("session:a")] == [0, 1]
 
 
 if __name__ == "__main__":
