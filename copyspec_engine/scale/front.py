@@ -28,13 +28,13 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError, error_response
 from copyspec_engine.serve.events import LINES, NAMED_EVENTS, SSE
 
-__all__ = ["Begun", "Front", "lost_event"]
+__all__ = ["Begun", "Front", "lost_event", "plain_scope"]
 
 logger = logging.getLogger(__name__)
 
 Begun: TypeAlias = tuple[int, list[tuple[bytes, bytes]]]
 """What an answer begins with: status and headers."""
-_SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
+_SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 _ENDS = ("client", "server")
 _ADMISSION_S = 10.0
 """Seconds in which a replica has to take a call, be it only to let it wait."""
@@ -84,10 +84,15 @@ class Front:
         body = await read_bytes(request, config, largest)
         told = None if is_import else await _object(body)
         route = route_of(self._askers.of(request.headers), path, request.headers, config, told)
-        scope = {name: request.scope[name] for name in _SCOPE if name in request.scope}
-        ends = {name: tuple(request.scope[name]) for name in _ENDS if request.scope.get(name)}
-        scope["headers"] = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
-        return _Asked(self._replicas, route, {**scope, **ends, "asgi": {"version": "3.0"}}, body)
+        return _Asked(self._replicas, route, plain_scope(request.scope), body)
+
+
+def plain_scope(scope: Scope) -> dict[str, Any]:
+    """What of a request's scope is about the request, and can be sent to another process."""
+    kept = {name: scope[name] for name in _SCOPE if name in scope}
+    ends = {name: tuple(scope[name]) for name in _ENDS if scope.get(name)}
+    headers = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
+    return {**kept, **ends, "headers": headers, "asgi": {"version": "3.0"}}
 
 
 class _Asked:

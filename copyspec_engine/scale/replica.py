@@ -9,19 +9,23 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from copyspec_engine.scale.config import ScaleConfig
-from copyspec_engine.scale.front import Begun
+from copyspec_engine.scale.front import Begun, plain_scope
 from copyspec_engine.scale.options import engine_maker
 from copyspec_engine.scale.router import SLOT
 from copyspec_engine.scale.slots import Slot, tag_of
+from copyspec_engine.scale.together import Together, Told, told_by
 from copyspec_engine.serve.app import app_of
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import DIED, LAST_EVENTS_S, LOG_FORMAT, idle
@@ -35,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _SLOT_WAIT_S = 30.0
 """Seconds for which one that is on its way out may still hold the slot that is to be taken over."""
+_TELL_S = 10.0
+_BROADCASTS, _BROADCAST_PAUSE_S = 20, 0.1
 
 
 class Replica:
@@ -66,7 +72,9 @@ class Replica:
                 f"{self._service.info.memory_error}"
             )
         self._service.tag = tag_of(self._slot.name)
-        self._app = app_of(self._service)
+        self._alone = app_of(self._service)
+        self._app = Together(self._alone, self._slot.name, self._ask_all)
+        self._peers: DeploymentHandle | None = None
         gc.collect()
         gc.freeze()  # as in `copyspec serve`
 
@@ -107,6 +115,26 @@ class Replica:
             answer.gone.set()  # a call that nobody reads to its end is cancelled by that
             await asyncio.wait((task,))
         task.result()
+
+    async def tell(self, scope: dict[str, Any]) -> Told:
+        """The whole answer of this replica alone to a request without a body."""
+        return await told_by(self._alone, self._slot.name, scope)
+
+    async def _ask_all(self, scope: Scope) -> Sequence[Told] | None:
+        """Have all replicas `tell`; None: not all of them do."""
+        context = serve.get_replica_context()
+        if self._peers is None:
+            self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
+        asked = plain_scope(scope)
+        for _ in range(_BROADCASTS):
+            with suppress(DeploymentUnavailableError):  # the handle is new, and has not heard of them yet
+                told = await self._peers.broadcast("tell", asked).results_async(
+                    timeout_s=_TELL_S, return_exceptions=True
+                )
+                answers = [one for one in told if not isinstance(one, Exception)]
+                return answers if len(answers) >= max(len(told), context.world_size or 1) else None
+            await asyncio.sleep(_BROADCAST_PAUSE_S)
+        return None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Ray's proxies ask, where there is no front."""
