@@ -65,13 +65,12 @@ class Replica:
             path = str(folder / f"{self._slot.name}.memory")
             engine_config = engine_config.model_copy(update={"memory_path": path})
         self._engine = engine_maker(scale)(engine_config)
-        self._service = Service(self._engine, config)
+        self._service = Service(self._engine, config, tag_of(self._slot.name))
         if self._service.info.memory_error is not None:
             raise ConfigError(
                 f"Got memory_path={engine_config.memory_path!r} but it cannot be used: "
                 f"{self._service.info.memory_error}"
             )
-        self._service.tag = tag_of(self._slot.name)
         self._alone = app_of(self._service)
         self._app = Together(self._alone, self._slot.name, self._ask_all)
         self._peers: DeploymentHandle | None = None

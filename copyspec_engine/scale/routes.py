@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _NAMED = re.compile(r"/v1/copyspec/conversations/(?P<name>.+?)(/export|/import)?")
 _MADE = re.compile(r"/v1/(responses|conversations|copyspec/explain)/(?P<id>[^/]+)(/.*)?")
 _ID = re.compile(r"(?:[a-z]+[_-])(?P<tag>[0-9a-f]{8})[0-9a-f]{16,}(?:-\d+)?")
+_FOUND = "found-"
+"""What ids begin with of conversations that a replica has found, rather than its client named."""
 _SHOWN = ("messages", "input")
 """Fields that hold what was said so far."""
 
@@ -100,10 +102,11 @@ def route_of(
         body: its JSON object; None: it is not known, or is none.
     """
     body = body or {}
-    made = _MADE.fullmatch(path)
-    tag = _tag(made["id"] if made else body.get("previous_response_id") or _conversation_id(body))
+    made, session = _MADE.fullmatch(path), _session(tenant, path, headers, config, body)
+    named = made["id"] if made else body.get("previous_response_id") or _conversation_id(body)
+    tag = _tag(named) or (_tag(session) if session is not None and session.startswith(_FOUND) else "")
     for kind, value in (
-        ("session", _session(tenant, path, headers, config, body)),
+        ("session", session),
         ("conversation", _conversation_id(body)),
         ("cache", body.get("prompt_cache_key")),
         ("shown", _beginning(body)),

@@ -37,14 +37,15 @@ class Service:
     Args:
         engine: that answers; whoever made it closes it.
         config: of the server.
+        tag: what ids that are made here begin with, in hex: where there are several servers, which of them it was.
 
     Raises:
         ConfigError: the keys cannot be read.
     """
 
-    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+    def __init__(self, engine: Engine, config: ServeConfig, tag: str = "") -> None:
         self.engine, self.config, self.info = engine, config, engine.info
-        self.tenants = Tenants(config)
+        self.tenants = Tenants(config, tag=tag)
         self.created = int(time.time())
         """When the model was loaded, in seconds since 1970."""
         name = self.info.model
@@ -57,8 +58,7 @@ class Service:
         facts = [self.info.model, self.info.model_source, self.info.dtype, self.info.exact, self.info.versions]
         self.fingerprint = f"fp_{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
         """Changes where the same call may get another answer."""
-        self.tag = ""
-        """What ids that are made here begin with, in hex: where there are several servers, which of them it was."""
+        self._tag = tag
 
     @property
     def is_dead(self) -> bool:
@@ -72,7 +72,7 @@ class Service:
             kind: what it begins with, as "resp_".
             num_digits: hexadecimal ones behind that, 32 or more.
         """
-        return kind + self.tag + secrets.token_hex(num_digits // 2)[len(self.tag) :]
+        return kind + self._tag + secrets.token_hex(num_digits // 2)[len(self._tag) :]
 
     def caller(self, request: Request) -> Caller:
         """Who makes a request; the gate has seen to it that he may."""

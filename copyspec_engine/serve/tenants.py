@@ -31,11 +31,14 @@ class Tenant:
         name: without a slash, which parts it from the names of conversations.
         config: the limits.
         clock: seconds that only grow.
+        tag: see `Tenants`.
     """
 
-    def __init__(self, name: str, config: ServeConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, name: str, config: ServeConfig, clock: Callable[[], float] = time.monotonic, tag: str = ""
+    ) -> None:
         self.name = name
-        self.conversations = ConversationFinder(config.max_states, prefix=f"{name}/found-")
+        self.conversations = ConversationFinder(config.max_states, prefix=f"{name}/found-{tag}")
         self.answered: Kept[Answered] = Kept(config.max_kept, config.max_kept_tokens)
         """Calls by the ids of their answers, to be explained."""
         self.responses: Kept[StoredResponse] = Kept(config.max_kept, config.max_kept_tokens)
@@ -102,13 +105,14 @@ class Tenants:
     Args:
         config: the file of keys, and the limits.
         environment: where `KEY_VARIABLE` is looked up; default: the process's.
+        tag: what ids of conversations that are found begin with, in hex: where there are several servers, which it was.
 
     Raises:
         ConfigError: the file cannot be read, others may write it, or a line is none.
     """
 
-    def __init__(self, config: ServeConfig, environment: Mapping[str, str] | None = None) -> None:
-        self._config = config
+    def __init__(self, config: ServeConfig, environment: Mapping[str, str] | None = None, tag: str = "") -> None:
+        self._config, self._tag = config, tag
         self._environment = os.environ if environment is None else environment
         self._tenants: dict[str, Tenant] = {}
         self._stamp = _stamp_of(config)
@@ -146,7 +150,7 @@ class Tenants:
     def named(self, name: str) -> Tenant:
         """The tenant of a name."""
         if name not in self._tenants:
-            self._tenants[name] = Tenant(name, self._config)
+            self._tenants[name] = Tenant(name, self._config, tag=self._tag)
         return self._tenants[name]
 
     def _read(self) -> tuple[tuple[str, bytes], ...]:

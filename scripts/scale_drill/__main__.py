@@ -8,6 +8,7 @@ proxy        SIGKILL of Ray's proxy
 scale        1, 2, 3, 2 and 1 replicas under load
 rolling      another version in place of a running one
 stuck        a loop that is stuck in a pass
+speed        what two replicas write in a second against one, a processor each: only where it is named; a real model
 
 They run in a network of their own (Linux, and a user who may have one). The exit code is 0 if all that was drilled
 held, 1 if not, and 77 where there is no such network.
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from scripts.scale_drill.network import enter_own_network
 
@@ -38,6 +40,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="kills of lost and lost-direct")
     parser.add_argument("--pass-s", type=float, default=0.004, help="seconds that a pass of the scripted model takes")
     parser.add_argument("--memory-path", help="a store that the replicas share; default: a file for each")
+    parser.add_argument("--model", default="smollm2", help="of speed")
+    parser.add_argument("--writes", type=int, default=4, help="calls of each conversation of speed")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(words)
     try:
@@ -53,15 +57,24 @@ def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentPar
     from scripts.scale_drill.cluster import Cluster
     from scripts.scale_drill.drills import DRILLS, DrillOptions
     from scripts.scale_drill.models import PASS_VARIABLE
+    from scripts.scale_drill.speed import measure_speed
 
-    unknown = [name for name in options.drills if name not in DRILLS]
+    unknown = [name for name in options.drills if name not in (*DRILLS, "speed")]
     if unknown:
-        parser.error(f"got {unknown[0]!r} but expected {', '.join(DRILLS)}")
+        parser.error(f"got {unknown[0]!r} but expected {', '.join(DRILLS)} or speed")
     os.environ[PASS_VARIABLE] = str(options.pass_s)
     os.environ["COPYSPEC_API_KEY"] = ""
-    told, all_held = {}, True
+    told: dict[str, dict[str, Any]] = {}
+    all_held = True
     with tempfile.TemporaryDirectory() as folder, Cluster() as cluster:
         for name in options.drills or DRILLS:
+            if name == "speed":
+                told[name] = {
+                    way: asyncio.run(measure_speed(cluster, options.model, options.writes, direct=way == "direct"))
+                    for way in ("front", "direct")
+                }
+                print(f"{name}: {told[name]}", flush=True)
+                continue
             place = Path(folder, name)
             drill = DrillOptions(place, options.conversations, options.calls, options.rounds, options.memory_path)
             began = time.monotonic()

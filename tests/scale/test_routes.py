@@ -60,6 +60,8 @@ def test_what_was_made_by_a_replica_leads_to_it() -> None:
     )
     assert route({"conversation": {"id": made.replace("resp", "conv")}}).tag == tag_of("host-1")
     assert route(path="/v1/responses/of-another-server").tag == ""
+    assert route({"session_id": f"found-{tag_of('host-1')}{'0' * 32}"}).tag == tag_of("host-1")
+    assert route({"session_id": f"named-{tag_of('host-1')}{'0' * 32}"}).tag == ""
     found = route({"previous_response_id": made, "session_id": "notes"})
     assert Route.of(str(found)) == found
 
