@@ -132,7 +132,7 @@ def test_no_paragraph_stands_in_two_places() -> None:
     assert not [paragraph for paragraph, times in paragraphs.items() if times > 1 and len(paragraph) > 150]
 
 
-@pytest.mark.parametrize("name", ["demo", "test", "docs", "conformance", "dist"])
+@pytest.mark.parametrize("name", ["demo", "test", "docs", "conformance", "dist", "scale-drills"])
 def test_the_commands_of_make_are_targets(name: str) -> None:
     assert any(f"make {name}" in text for text in TEXTS.values())
     assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
