@@ -40,7 +40,8 @@ def application_of(scale: ScaleConfig, config: ServeConfig, engine_config: Engin
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=config.drain_s + _MARGIN_S,
     )
-    return front.bind(serve.deployment(Replica).options(**options).bind(*given), config, engine_config.memory_tokens)
+    replicas = serve.deployment(Replica).options(**options).bind(*given)
+    return front.bind(replicas, config, engine_config.memory_tokens, scale.stuck_s)
 
 
 def replica_options(scale: ScaleConfig, config: ServeConfig, engine_config: EngineConfig) -> dict[str, Any]:

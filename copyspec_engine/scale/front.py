@@ -1,7 +1,8 @@
 """A front: it knows of each call which conversation it belongs to, and that the replica which answers may be lost.
 
 Before the first byte has gone to the client, a call whose replica is lost is asked once more, of the next slot: nothing
-was sent, and the same call gets the same answer. After that the stream ends with an error event, `replica_lost`.
+was sent, and the same call gets the same answer. After that the stream ends with an error event, `replica_lost`. A call
+that may be what its replica was stuck in is not asked again: it would take the next one along.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -38,7 +40,6 @@ _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query
 _ENDS = ("client", "server")
 _ADMISSION_S = 10.0
 """Seconds in which a replica has to take a call, be it only to let it wait."""
-_TRIES = 2
 _LARGE_BYTES = 1 << 18
 """Of a body that takes more than a few milliseconds to be read."""
 
@@ -50,10 +51,12 @@ class Front:
         replicas: a handle of their deployment.
         config: of the server.
         memory_tokens: that one conversation may remember.
+        stuck_s: seconds after which a call may be what a replica is stuck in.
     """
 
-    def __init__(self, replicas: DeploymentHandle, config: ServeConfig, memory_tokens: int) -> None:
+    def __init__(self, replicas: DeploymentHandle, config: ServeConfig, memory_tokens: int, stuck_s: float) -> None:
         self._replicas, self._config, self._memory_tokens = replicas.options(stream=True), config, memory_tokens
+        self._stuck_s = stuck_s
         self._askers = Askers(config)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -66,9 +69,9 @@ class Front:
             return
         try:
             asked = await self._asked(Request(scope, receive))
-            while not await asked.begin():
-                pass
-        except ApiError as error:
+            if not await asked.begin(self._stuck_s):
+                await asked.begin()
+        except Exception as error:
             await error_response(error, scope["path"])(scope, receive, send)
             return
         try:
@@ -101,18 +104,20 @@ class _Asked:
     def __init__(self, replicas: DeploymentHandle, route: Route, scope: Mapping[str, Any], body: bytes) -> None:
         self._replicas = replicas.options(session_id=str(route))
         self._scope, self._body = scope, body
-        self._tries = 0
         self._parts: Any = None
         self._begun: Begun = 0, []
         self._first = b""
 
-    async def begin(self) -> bool:
+    async def begin(self, again_s: float = 0.0) -> bool:
         """Ask, and wait for the first of the answer's body; False: the replica was lost, and another one may be asked.
 
+        Args:
+            again_s: for how many seconds that may be.
+
         Raises:
-            ApiError: 503, there is no replica, or a second one was lost.
+            ApiError: 503, there is no replica, or this one was lost and no other may be asked.
         """
-        self._tries += 1
+        began = time.monotonic()
         self._parts = self._replicas.ask.remote(self._scope, self._body)
         try:
             await asyncio.wait_for(anext(self._parts), _ADMISSION_S)  # it has taken the call
@@ -124,8 +129,8 @@ class _Asked:
         except DeploymentUnavailableError:
             raise _no_replica("There is no replica: ask again") from None
         except RayActorError:
-            logger.warning("a replica was lost before it answered %s, try %d", self._scope["path"], self._tries)
-            if self._tries == _TRIES:
+            logger.warning("a replica was lost before it answered %s", self._scope["path"])
+            if time.monotonic() - began >= again_s:
                 raise _lost("before it answered") from None
             return False
         except BaseException:
@@ -139,21 +144,21 @@ class _Asked:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         body, num_events, num_bytes = self._first, 0, 0
         length = Headers(raw=headers).get("content-length")
+        more = True
         try:
             while body:
                 num_events += body.count(b"\nevent: ") + body.startswith(b"event: ")
                 num_bytes += len(body)
                 more = str(num_bytes) != length
                 await send({"type": "http.response.body", "body": body, "more_body": more})
-                if not more:
-                    return
                 body = await anext(self._parts, b"")
         except RayActorError:
             logger.warning("a replica was lost while it answered %s", self._scope["path"])
             last = lost_event(Headers(raw=headers).get("content-type", ""), self._scope["path"], num_events)
             await send({"type": "http.response.body", "body": last, "more_body": True})
         self._parts = None
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if more:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def end(self) -> None:
         """Nobody waits for the answer any more."""

@@ -127,8 +127,8 @@ SSE = (200, [(b"content-type", b"text/event-stream; charset=utf-8")])
 LINES = (200, [(b"content-type", b"application/x-ndjson")])
 
 
-async def asked(handle: Any, path: str = CHAT, **headers: str) -> httpx.Response:
-    app = Front(handle, ServeConfig(), 1000).__serve_build_asgi_app__()
+async def asked(handle: Any, path: str = CHAT, stuck_s: float = 60.0, **headers: str) -> httpx.Response:
+    app = Front(handle, ServeConfig(), 1000, stuck_s).__serve_build_asgi_app__()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
         return await client.post(path, content=question(3, "a"), headers=headers)
 
@@ -142,6 +142,11 @@ async def test_a_call_whose_replica_is_lost_before_its_first_byte_is_asked_once_
     response = await asked(handle)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_lost")
     assert response.headers["retry-after"] == "1"
+
+
+async def test_a_call_that_may_be_what_its_replica_was_stuck_in_takes_no_other_along() -> None:
+    response = await asked(Handle([[b"", LOST]]), stuck_s=0.0)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_lost")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +177,9 @@ async def test_a_call_that_no_replica_takes_is_told_so(monkeypatch: pytest.Monke
 
 
 async def test_a_front_refuses_a_body_that_is_too_large_and_hands_on_what_is_no_json() -> None:
-    app = Front(Handle([[b"", (400, []), b"no"]]), ServeConfig(max_body_bytes=1024), 1000).__serve_build_asgi_app__()
+    app = Front(
+        Handle([[b"", (400, []), b"no"]]), ServeConfig(max_body_bytes=1024), 1000, 60.0
+    ).__serve_build_asgi_app__()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
         assert (await client.post(CHAT, content=b"x" * 2000)).status_code == 413
         assert (await client.post(CHAT, content=b"[" * 1000)).status_code == 400
