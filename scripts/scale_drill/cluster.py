@@ -45,6 +45,7 @@ class Cluster:
     def __init__(self, port: int = 8700, num_cpus: int = 64) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self._port, self._num_cpus, self._mark = port, num_cpus, secrets.token_hex(8)
+        self._args: Mapping[str, Any] = {}
         self._before: frozenset[int] = frozenset()
 
     def __enter__(self) -> Cluster:
@@ -90,18 +91,14 @@ class Cluster:
             "deployments": [{"name": "Replica", "num_replicas": replicas}],
             "logging_config": {"enable_access_log": False},
         }
-        self._before = frozenset(self.replicas().values())
+        self._before = frozenset() if args == self._args else frozenset(self.replicas().values())
+        self._args = args
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
         if wait:
             self.wait_for(replicas)
 
-    def wait_for(self, replicas: int, *, anew: bool = False) -> float:
-        """Wait until so many replicas run and no other; the seconds that it took.
-
-        Args:
-            replicas: how many.
-            anew: none of them may have run before the last `deploy`.
-        """
+    def wait_for(self, replicas: int) -> float:
+        """Wait until so many replicas run, of what was deployed last, and no other; the seconds that it took."""
 
         def is_there() -> bool:
             from ray import serve
@@ -117,7 +114,7 @@ class Cluster:
                 told.status == "RUNNING"
                 and {state: number for state, number in states.items() if number} == {"RUNNING": replicas}
                 and len(running) == replicas
-                and not (anew and self._before & set(running.values()))
+                and not self._before & set(running.values())
             )
 
         return wait_until(f"{replicas} replicas run", is_there, _START_S)

@@ -280,7 +280,7 @@ async def rolling(cluster: Cluster, options: DrillOptions) -> Found:
 
         def change() -> None:
             cluster.deploy(options.args(max_n=7), 3, wait=False)
-            cluster.wait_for(3, anew=True)
+            cluster.wait_for(3)
 
         calls = await _meanwhile(talks, client, change)
         bad = Counter(answer.error for answer in calls if not answer.is_whole or answer.error)
