@@ -48,6 +48,11 @@ class DrillOptions:
     memory_path: str | None = None
     """A store that all replicas share; default: a file for each."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all replicas remember in one store."""
+        return self.memory_path is not None and "://" in self.memory_path
+
     def args(self, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - options of any type
         """Options of the application."""
         memory = self.memory_path or str(self.folder / "memory")
@@ -147,15 +152,19 @@ async def _lost(cluster: Cluster, options: DrillOptions, *, direct: bool) -> Fou
             _check_streams(found, streaming, before, victim, had, direct=direct)
             hit = [talk for talk in talks if before[talk.name] == victim]
             others = [talk for talk in talks if before[talk.name] != victim]
-            await at_once(hit, client, SHORT, most=len(hit))
+            await at_once(hit, client, SHORT, most=len(hit), stream=False)
             _check_whole(found, hit, SHORT, "calls after the loss")
             found.figures["next_call_s"].append(round(max(talk.answers[-1].seconds for talk in hit), 3))
+            if options.is_shared:
+                _check_remembered(found, hit)
             await at_once(others, client, SHORT)
             found.check(not _moved(others, before), "conversations of the survivor have moved")
             found.figures["replaced_after_s"].append(round(await replaced, 1))
             await at_once(talks, client, SHORT, stream=False)
             _check_whole(found, talks, SHORT, "calls after the replacement")
             _check_back(found, talks, before)
+            told = [await talk.forgotten(client, shared=options.is_shared) for talk in talks]
+            found.check(not any(told), f"answers are forgotten: {[text for text in told if text][:3]}")
     found.check(found.figures["streams_lost"] > 0, "no stream was lost: they were over too soon")
     return found
 
@@ -194,6 +203,11 @@ def _check_streams(
 def _check_back(found: Found, talks: Sequence[Talk], before: Mapping[str, str]) -> None:
     """All conversations have to be where they were before, with what they remember."""
     found.check(not _moved(talks, before), "conversations are not answered where they were before")
+    _check_remembered(found, talks)
+
+
+def _check_remembered(found: Found, talks: Sequence[Talk]) -> None:
+    """Their last answers have to be copied from what was answered before, which they do not show."""
     without = [talk.name for talk in talks if not talk.answers[-1].copied.get("earlier_answer")]
     found.check(not without, f"{len(without)} conversations have forgotten what was answered, as {without[:3]}")
     found.figures["copied_from_memory"] = sum(talk.answers[-1].copied.get("earlier_answer", 0) for talk in talks)

@@ -77,6 +77,23 @@ class Talk:
         answer.seconds = time.monotonic() - answer.began_s
         return answer
 
+    async def forgotten(self, client: httpx.AsyncClient, *, shared: bool) -> str:
+        """What of its whole answers the slot that has answered last does not remember; empty: all is there.
+
+        Args:
+            client: asks.
+            shared: what other slots have answered has to be there, too.
+        """
+        response = await client.get(
+            f"/v1/copyspec/conversations/{self.name}/export", headers={"X-Session-ID": self.name}
+        )
+        texts = [text["text"] for text in response.json().get("texts", ())]
+        for answer in self.answers:
+            there = any(answer.text in text for text in texts)
+            if answer.is_whole and (shared or answer.tag == self.tag) and not there:
+                return f"{self.name} has no {answer.text[:40]!r}... of {answer.tag} in {self.tag}"
+        return ""
+
     def wrong(self, answer: Answer, words: int) -> str:
         """What is wrong with a whole answer; empty: nothing."""
         if not answer.is_whole or answer.text == story(self.name, words):
