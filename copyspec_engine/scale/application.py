@@ -47,7 +47,9 @@ def application_of(scale: ScaleConfig, config: ServeConfig, engine_config: Engin
 def replica_options(scale: ScaleConfig, config: ServeConfig, engine_config: EngineConfig) -> dict[str, Any]:
     """How Ray is to treat the replicas."""
     router = f"{SlotRouter.__module__}.{SlotRouter.__name__}"
-    told = {"direct": config.model_dump(mode="json")} if scale.direct else {}
+    told: dict[str, Any] = {"direct": config.model_dump(mode="json")} if scale.direct else {}
+    if scale.load_factor is not None:
+        told["bound"] = {"factor": scale.load_factor, "least": 2 * engine_config.max_running}
     return {
         "name": "Replica",
         "num_replicas": scale.replicas,

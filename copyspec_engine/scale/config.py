@@ -28,6 +28,10 @@ class ScaleConfig(Options):
     slots: str | None = Field(default=None, min_length=1)
     """A folder that all machines share, in which replicas lock the slots that they hold. Default: slots belong to their
     machine, and the conversations of one that is lost go to others."""
+    load_factor: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    """Times the mean of all replicas that one may have of calls in flight; beyond that, and beyond twice `max_running`,
+    a call goes to the next slot, which has the conversation's texts only where `memory_path` is a database. Default: no
+    bound, a conversation stays where it is."""
     stuck_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds for which one turn of the engine's loop may last before the replica ends itself and is replaced."""
     engine: str | None = Field(default=None, min_length=1)

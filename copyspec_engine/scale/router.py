@@ -15,7 +15,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from starlette.datastructures import Headers
 
 from copyspec_engine.scale.routes import Askers, Route, route_of
-from copyspec_engine.scale.routing import ranked
+from copyspec_engine.scale.routing import free_slot, ranked
 from copyspec_engine.scale.slots import tag_of
 from copyspec_engine.serve.config import ServeConfig
 
@@ -39,13 +39,16 @@ class SlotRouter(RequestRouter):
     """Sends each call to the replica in its conversation's slot."""
 
     _direct: tuple[ServeConfig, Askers] | None = None
+    _bound: dict[str, Any] | None = None
 
-    def initialize_state(self, direct: dict[str, Any] | None = None) -> None:
+    def initialize_state(self, direct: dict[str, Any] | None = None, bound: dict[str, Any] | None = None) -> None:
         """Take over what the application says.
 
         Args:
             direct: options of the server, where calls come from Ray's proxies rather than from a front.
+            bound: `factor` and `least` of `free_slot`; None: no call is passed on because a replica has much to do.
         """
+        self._bound = bound
         if direct is not None:
             config = ServeConfig(**direct)
             self._direct = config, Askers(config)
@@ -62,6 +65,10 @@ class SlotRouter(RequestRouter):
         slots = order(route, list(replicas))
         if not slots:
             return [candidate_replicas]
+        if self._bound is not None and tag_of(slots[0]) != route.tag:
+            calls = {slot: self.replica_queue_len_cache.get(replicas[slot].replica_id) or 0 for slot in slots}
+            free = free_slot(slots, calls, **self._bound)
+            slots = [free, *(slot for slot in slots if slot != free)]
         patient = time.time() - pending_request.created_at < _PATIENCE_S
         return [[replicas[slot]] for slot in slots[: 1 if patient else 2]]
 

@@ -69,8 +69,10 @@ async def test_the_router_names_one_replica_and_the_next_only_when_that_says_not
 ) -> None:
     router = SlotRouter.__new__(SlotRouter)
     router.initialize_state()
-    replicas: list[Any] = [SimpleNamespace(replica_metadata={"slot": slot}) for slot in ("0", "1", "2")]
-    first, second, _ = order(Route("key"), ["0", "1", "2"])
+    replicas: list[Any] = [
+        SimpleNamespace(replica_id=slot, replica_metadata={"slot": slot}) for slot in ("0", "1", "2")
+    ]
+    first, second, third = order(Route("key"), ["0", "1", "2"])
 
     async def chosen(session: str, age_s: float = 0.0) -> list[list[str]]:
         pending: Any = SimpleNamespace(
@@ -83,6 +85,14 @@ async def test_the_router_names_one_replica_and_the_next_only_when_that_says_not
     assert await chosen(":key") == [[first]]
     assert await chosen(":key", age_s=60.0) == [[first], [second]]
     assert await chosen(":") == [["0", "1", "2"]]
+    in_flight = {first: 9, second: 2, third: 1}
+    monkeypatch.setattr(SlotRouter, "replica_queue_len_cache", in_flight)
+    assert await chosen(":key") == [[first]]
+    router.initialize_state(bound={"factor": 1.5, "least": 4})
+    assert await chosen(":key") == [[second]]
+    assert await chosen(f"{tag_of(first)}:key") == [[first]]
+    in_flight[first] = 3
+    assert await chosen(":key") == [[first]]
 
 
 class Handle:
