@@ -117,6 +117,33 @@ async def test_json_that_is_nested_without_end_is_refused(echo: Engine, client: 
     assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
 
 
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("[]", "lists, objects and fields"),
+        ("{}", "lists, objects and fields"),
+        ("[" * 60 + "]" * 60, "lists, objects and fields"),
+        ('"","\\\\","\\"["', "items in lists and objects"),
+    ],
+)
+async def test_of_many_parts_none_is_made(
+    echo: Engine, client: Client, monkeypatch: pytest.MonkeyPatch, part: str, said: str
+) -> None:
+    """Making 8 MB of nested lists took seconds, in which nobody was answered."""
+    content = f'{{"messages": [{",".join([part] * (7_500_000 // (len(part) + 1)))}]}}'.encode()
+    http = client(echo)
+    monkeypatch.setattr("copyspec_engine.serve.bodies._parsed", lambda *_: pytest.fail("it was read"))
+    response = await http.post(CHAT, content=content)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+    assert said in response.json()["error"]["message"]
+
+
+async def test_what_looks_like_parts_in_a_text_is_none(echo: Engine, client: Client) -> None:
+    text = '[{:"\\,' * 250_000
+    response = await client(echo).post(CHAT, json=body(text))
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 async def test_of_many_wrong_fields_a_few_are_told(echo: Engine, client: Client) -> None:
     """All of them took minutes, in which nobody was answered."""
     http = client(echo)
