@@ -2,12 +2,16 @@
 
 A verify pass has few rows. With weights as they are, the BLAS library behind torch takes two to three times as long for
 two rows as for one; with packed weights it reads them at the memory's speed up to some eight rows.
+
+oneDNN compiles code for each number of rows that it meets, and keeps it: 0.6 MB a layer shape. So it is shown a few
+numbers only: many rows are padded to the next of them, by an eighth at most.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 __all__ = ["PackedLinear", "pack_linears", "unpack_linears", "why_not_packed"]
 
@@ -15,6 +19,9 @@ _ROWS = 8
 """Rows that the layout is chosen for; all layouts serve any number."""
 _LEAST_WEIGHTS = 1 << 19
 """Smaller layers stay as they are: their weights stay in the cache, and threads cost them more than they gain."""
+_UNPADDED_ROWS = 64
+_MOST_PADDING = 32
+"""Rows; a whole multiple of it, as the widest pass usually is, has none."""
 
 
 class PackedLinear(nn.Module):
@@ -33,8 +40,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (..., in_features) to (..., out_features)."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return result
+        rows = x.shape[:-1].numel()
+        padding = -rows % _step(rows)
+        shown = functional.pad(x.reshape(rows, -1), (0, 0, 0, padding)) if padding else x
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(shown, self.weight, self.bias, "none", [], "")
+        return result[:rows].view(*x.shape[:-1], -1) if padding else result
 
     def unpacked(self) -> nn.Linear:
         """An ordinary layer with the very same weight."""
@@ -42,6 +52,11 @@ class PackedLinear(nn.Module):
         linear.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
         linear.bias = self.bias
         return linear
+
+
+def _step(rows: int) -> int:
+    """Rows that are shown to oneDNN are a multiple of this."""
+    return 1 if rows <= _UNPADDED_ROWS else min(1 << ((rows - 1).bit_length() - 4), _MOST_PADDING)
 
 
 def why_not_packed(model: nn.Module) -> str | None:

@@ -44,6 +44,27 @@ def test_a_packed_layer_computes_the_same(inputs: int, outputs: int, *, bias: bo
     assert relative_difference(packed(strided), linear(strided)) < 1e-5
 
 
+def test_onednn_is_shown_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps code for each of them: memory grew with every new width of a pass."""
+    linear = nn.Linear(8, 16)
+    packed, shown = PackedLinear(linear), []
+    compute = torch.ops.mkldnn._linear_pointwise
+
+    def noted(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        shown.append(x.shape[:-1].numel())
+        return compute(x, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", noted)
+    with torch.inference_mode():
+        for rows in range(1, 1025):
+            x = torch.randn(1, rows, 8)
+            torch.testing.assert_close(packed(x), linear(x))
+    assert shown[:64] == list(range(1, 65))
+    assert all(rows <= padded <= rows * 9 / 8 for rows, padded in enumerate(shown, 1))
+    assert shown[511] == 512
+    assert len(set(shown)) <= 104
+
+
 def test_what_was_packed_can_be_unpacked_bit_by_bit() -> None:
     linear = nn.Linear(13, 29)
     model = nn.Sequential(nn.Sequential(copy.deepcopy(linear)), nn.ReLU())
