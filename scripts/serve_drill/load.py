@@ -28,9 +28,11 @@ __all__ = ["LoadOptions", "drill_load"]
 
 _RSS_EVERY_S, _METRICS_EVERY_S = 1.0, 5.0
 _WARM_UP = 0.25
-"""Of the time, before memory is expected to stay as it is."""
+"""Of the time at least, before memory is expected to stay as it is; and not before all that may fill is full."""
 _RSS_GROWTH = 1.03
 """The last third over the first, at most."""
+_FREE_SLOTS = 0.1
+"""Of the pool, at most: the others hold KV, so that their memory is in use."""
 _HEALTH_P99_S = 0.1
 _QUIET_S = 60.0
 """Within which nothing of a call is left, once all clients have gone."""
@@ -57,6 +59,8 @@ class _Watch:
 
     rss: list[tuple[float, float]] = field(default_factory=list)
     """(seconds since the start, MB)"""
+    full_s: float | None = None
+    """Seconds since the start until the KV pool was full for the first time, with as many conversations as may be."""
     peaks: dict[str, float] = field(default_factory=dict)
     """The most that a gauge has shown."""
 
@@ -71,6 +75,7 @@ def drill_load(options: LoadOptions) -> tuple[dict[str, Any], list[str]]:
         "max_in_flight": LIMITS.max_in_flight,
         "max_sessions": LIMITS.sessions,
         "max_sessions_per_owner": LIMITS.sessions_per_owner,
+        "memory_tokens": LIMITS.context,
         "max_model_len": LIMITS.context,
         "kv_cache_tokens": LIMITS.context,
         "max_kept": 32,
@@ -136,14 +141,22 @@ async def _look_on(server: Server, watch: _Watch, tally: Tally) -> None:
             watch.rss.append((now, held["bytes"] / 1e6))
             if now >= metrics_at:
                 metrics_at = now + _METRICS_EVERY_S
-                for name, value in _gauges((await http.get("/metrics")).text).items():
+                gauges = _gauges((await http.get("/metrics")).text)
+                for name, value in gauges.items():
                     watch.peaks[name] = max(watch.peaks.get(name, 0.0), value)
+                if watch.full_s is None and _is_full(gauges):
+                    watch.full_s = now
             await asyncio.sleep(_RSS_EVERY_S)
 
 
 def _gauges(text: str) -> dict[str, float]:
     found = re.findall(r"^copyspec_([a-z_]+(?:\{.*?\})?) (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in found}
+
+
+def _is_full(gauges: Mapping[str, float]) -> bool:
+    free = gauges.get('kv_slots{state="free"}', float(LIMITS.context))
+    return free <= _FREE_SLOTS * LIMITS.context and gauges.get("sessions", 0.0) >= LIMITS.sessions
 
 
 def _what_is_left(server: Server, tally: Tally) -> dict[str, float]:
@@ -210,9 +223,7 @@ def _figures(tally: Tally, watch: _Watch, health: Sequence[float]) -> dict[str, 
     peaks = {name: watch.peaks.get(name, 0.0) for name in ("sessions", "running", "waiting", "calls_in_flight")}
     if peaks["sessions"] > LIMITS.sessions:
         tally.breaks("more sessions than there may be", f"{peaks['sessions']}")
-    memory = _memory(watch.rss)
-    if memory["last_third_mb"] > _RSS_GROWTH * memory["first_third_mb"]:
-        tally.breaks("memory grows", f"{memory}")
+    memory = _memory(watch, tally)
     ranked = sorted(health)
     p99 = ranked[int(0.99 * (len(ranked) - 1))]
     if p99 > _HEALTH_P99_S:
@@ -234,15 +245,28 @@ def _figures(tally: Tally, watch: _Watch, health: Sequence[float]) -> dict[str, 
     }
 
 
-def _memory(rss: Sequence[tuple[float, float]]) -> Mapping[str, float]:
-    """The first third of the time behind the warm-up beside the last one, and the slope of a line through all of it."""
-    warm = [(at, size) for at, size in rss if at >= _WARM_UP * rss[-1][0]]
+def _memory(watch: _Watch, tally: Tally) -> Mapping[str, float | None]:
+    """The server's resident memory once all that may fill was full, early and late; notes where it grows.
+
+    That is the first third of that time beside the last one, and the slope of a line through all of it.
+    """
+    highest = round(max(size for _, size in watch.rss), 1)
+    if watch.full_s is None:
+        tally.breaks("memory was not measured", "the KV pool or the conversations were never full: take more minutes")
+        return {"full_after_s": None, "max_mb": highest}
+    begin_s = max(watch.full_s, _WARM_UP * watch.rss[-1][0])
+    warm = [(at, size) for at, size in watch.rss if at >= begin_s]
     third = max(len(warm) // 3, 1)
     sizes = [size for _, size in warm]
     slope = statistics.linear_regression(*zip(*warm, strict=True)).slope if len(warm) > 1 else 0.0
-    return {
+    memory = {
+        "full_after_s": round(watch.full_s, 1),
+        "measured_from_s": round(begin_s, 1),
         "first_third_mb": round(statistics.fmean(sizes[:third]), 1),
         "last_third_mb": round(statistics.fmean(sizes[-third:]), 1),
         "mb_per_minute": round(60 * slope, 2),
-        "max_mb": round(max(size for _, size in rss), 1),
+        "max_mb": highest,
     }
+    if memory["last_third_mb"] > _RSS_GROWTH * memory["first_third_mb"]:
+        tally.breaks("memory grows", f"{memory}")
+    return memory
