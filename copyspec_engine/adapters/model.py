@@ -22,9 +22,9 @@ from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.engine import Engine, loaded_engine, shared_engine
 from copyspec_engine.engine.model_facts import ModelFacts, read_model_facts
 from copyspec_engine.values.config import (
-    DrafterConfig,
     EngineConfig,
     GenerationRequest,
+    GivenDrafter,
     ModelOptions,
     Prediction,
     SamplingParams,
@@ -92,7 +92,7 @@ class AdapterOptions(Documented):
     """Seconds after which the engine ends the answer; default: no limit."""
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
-    drafter: DrafterConfig | None = None
+    drafter: GivenDrafter | None = None
     session_id: str | None = Field(default=None, min_length=1)
     """The conversation, whose texts and KV cache are kept over calls, for all who name it; default: the one whose
     messages, the last answer included, those of the call begin with, else none."""

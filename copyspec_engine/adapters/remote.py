@@ -248,6 +248,7 @@ class RemoteEngine:
             sampling["logit_bias"] = {str(token): bias for token, bias in sampling["logit_bias"]}
         own: dict[str, Any] = {"chunks": True, "explain": request.explain, "timeout_s": request.timeout_s}
         if request.drafter is not None:
+            assert not isinstance(request.drafter, str)  # a name has become an object
             own["drafter"] = request.drafter.model_dump(mode="json")
         if request.tools and request.grammar is None:
             own["guided"] = False

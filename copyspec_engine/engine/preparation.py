@@ -153,6 +153,7 @@ class Preparation:
         if self._model.info.drafting_error is not None:
             return NoDrafter()
         drafter = request.drafter or self._config.drafter
+        assert not isinstance(drafter, str)  # a name has become an object
         if isinstance(drafter, DraftModelDrafter) and self._model.draft is None:
             raise ConfigError(
                 "Got drafter='draft-model' but no draft model: set EngineConfig(draft_model=...)", "drafter"

@@ -10,7 +10,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -37,6 +37,7 @@ __all__ = [
     "DrafterConfig",
     "EngineConfig",
     "GenerationRequest",
+    "GivenDrafter",
     "ModelOptions",
     "NoDrafter",
     "Points",
@@ -126,6 +127,18 @@ DrafterConfig = Annotated[
     BeforeValidator(_drafter_from_name),
 ]
 """A drafter object, or its name as a string."""
+
+if TYPE_CHECKING:
+    GivenDrafter = (
+        AdaptiveDrafter
+        | CopySpecDrafter
+        | DraftModelDrafter
+        | NoDrafter
+        | Literal["adaptive", "copyspec", "draft-model", "none"]
+    )
+else:
+    GivenDrafter = DrafterConfig
+"""What type checkers let a caller give. A name has become an object once it is checked, so a field holds none."""
 
 
 def _checked_points(value: object) -> Points | None:
@@ -273,7 +286,7 @@ class EngineConfig(ModelOptions, _Options):
     takes 1.4 times (float32) to 1.5 times (bfloat16) as long, one of 64 tokens in a chain 1.1 to 1.3 times; batches
     and draft trees take 1.5 to 1.65 times. A step of more than 64 tokens takes several passes, and a draft has no
     more than 63. On a GPU passes run without graphs."""
-    drafter: DrafterConfig = AdaptiveDrafter()
+    drafter: GivenDrafter = AdaptiveDrafter()
     """Where drafts come from unless a request says otherwise: an object, or "adaptive", "copyspec", "draft-model" or
     "none". The first two use the draft model too, if there is one."""
     draft_model: Annotated[DraftModel | None, BeforeValidator(_draft_model_of_name)] = None
@@ -571,7 +584,7 @@ class GenerationRequest(_Options):
     grammar: RequestedGrammar = None
     """What the answer must look like: a `Grammar`, or OpenAI's `response_format` as a dict; needs the extra "grammar".
     The answer ends where its grammar does; one cut short by max_tokens or a stop text may be incomplete."""
-    drafter: DrafterConfig | None = None
+    drafter: GivenDrafter | None = None
     """Where drafts come from, if not as the engine has it: "adaptive", "copyspec", "draft-model", "none", or an object
     with options."""
     cache_salt: str | None = Field(default=None, min_length=1)

@@ -141,7 +141,9 @@ def demo_records(
     engine: Engine, document: Document, steps: Sequence[EditStep], tell: Callable[[str], None]
 ) -> list[TurnRecord]:
     """Rewrites a document step by step, with drafting and by plain decoding, who go first by turns."""
-    drafter = engine.config.drafter.name
+    asked = engine.config.drafter
+    assert not isinstance(asked, str)  # a name has become an object
+    drafter = asked.name
     messages: list[dict[str, str]] = [{"role": "user", "content": document.text}]
     text = document.text
     records: list[TurnRecord] = []
