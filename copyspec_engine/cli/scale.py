@@ -22,7 +22,8 @@ _ADDRESS = (
     "Of a running Ray cluster, auto: the one of this machine. Default: one that begins and ends with the command."
 )
 _MEMORY = (
-    "A folder in which each replica keeps the texts of its conversations over restarts, in a file for its slot. "
+    "A folder in which each replica keeps the texts of its conversations over restarts, in a file for its slot; or "
+    "postgresql://user@host/database, in which all replicas keep them together. "
     "Default: texts live in memory only."
 )
 _WITHOUT = ("drain_notice_s", "send_timeout_s")

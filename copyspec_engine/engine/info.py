@@ -37,7 +37,7 @@ def engine_info(
     return replace(
         model.info,
         draft_model_error=None if core is None else core.draft_model_error,
-        memory_path=config.memory_path if core is not None and core.file is not None else None,
+        memory_path=config.memory_path if core is not None and core.text_store is not None else None,
         memory_error=None if core is None else core.memory_error,
         load_seconds={str(phase): round(seconds, 3) for phase, seconds in load_seconds.items()},
         device_name=device_name(device),

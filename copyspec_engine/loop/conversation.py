@@ -17,7 +17,7 @@ from copyspec_engine.drafting.drafter import answer_texts
 from copyspec_engine.kv.slots import KVSlots
 from copyspec_engine.loop.request import Request
 from copyspec_engine.memory.conversation import SessionMemory, SessionStore
-from copyspec_engine.memory.file import MemoryFile
+from copyspec_engine.memory.store import TextStore
 from copyspec_engine.memory.view import Snapshot, snapshot
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.info import SessionInfo
@@ -35,7 +35,7 @@ class Conversations:
         config: how many there may be, and what is kept of them.
         kv: of the model that decides.
         draft_kv: of the one that drafts for it, if there is one.
-        file: keeps texts on disk; None: nothing does.
+        text_store: keeps texts outside of main memory; None: nothing does.
         vocab_size: of the model.
     """
 
@@ -44,16 +44,16 @@ class Conversations:
         config: EngineConfig,
         kv: KVSlots,
         draft_kv: KVSlots | None,
-        file: MemoryFile | None,
+        text_store: TextStore | None,
         vocab_size: int,
     ) -> None:
         self._kv, self._draft_kv, self._keeps_token_ids = kv, draft_kv, config.keep_token_ids
         self.known_ids = KnownIds()
         """What they were written with; for any thread."""
-        self.store = SessionStore(config, self._drop, file, vocab_size)
+        self.store = SessionStore(config, self._drop, text_store, vocab_size)
 
     def __len__(self) -> int:
-        """Those that are remembered, on disk included."""
+        """Those that are remembered, in the text store included."""
         return len(self.store)
 
     # ---- calls -----------------------------------------------------------------------------------------------------
@@ -155,6 +155,7 @@ class Conversations:
         Returns:
             False if nothing of it was there.
         """
+        self.store.catch_up()  # what another engine has forgotten is not here any more
         for request in in_flight:
             if request.session_id != session_id:
                 continue

@@ -21,13 +21,15 @@ from copyspec_engine.loop.draft_model import DraftWriter
 from copyspec_engine.loop.mix import Combination
 from copyspec_engine.loop.request import Request
 from copyspec_engine.loop.scheduler import Counts, Scheduler, StepRow
+from copyspec_engine.memory.database import MemoryDatabase
 from copyspec_engine.memory.file import MemoryFile
+from copyspec_engine.memory.store import TextStore
 from copyspec_engine.memory.view import Snapshot
 from copyspec_engine.provenance.trail import trace
 from copyspec_engine.sampling.likely_tokens import add_alternatives, add_logprobs
 from copyspec_engine.sampling.sampler import SampleRow, sample
 from copyspec_engine.sampling.verify import Verdict, verify
-from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter
+from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter, is_database
 from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
 from copyspec_engine.values.info import EngineMetrics, Held, SessionInfo
 from copyspec_engine.values.outputs import FinishReason, StreamChunk
@@ -48,14 +50,14 @@ class EngineCore:
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
-        self.file, self.memory_error = _open_memory(config.memory_path, model)
+        self.text_store, self._open_error = _open_memory(config.memory_path, model)
         is_stateful = model.info.drafting_error is not None  # nothing of a text can be read without all before it
         max_kept = 0 if is_stateful else _PER_SESSION * config.max_sessions
         per_owner = None if config.max_sessions_per_owner is None else _PER_SESSION * config.max_sessions_per_owner
         self.kv = KVSlots(model.info.num_kv_slots, max_kept, per_owner)
         draft_kv = None if model.draft is None else KVSlots(model.draft.info.num_kv_slots, max_kept, per_owner)
         vocab_size = model.runner.vocab_size
-        self.conversations = Conversations(config, self.kv, draft_kv, self.file, vocab_size)
+        self.conversations = Conversations(config, self.kv, draft_kv, self.text_store, vocab_size)
         self.counts = Counts()
         most_read = min(config.max_prefill_tokens, model.exact_width or config.max_prefill_tokens)
         self.scheduler = Scheduler(self.kv, config.max_running, most_read, self.counts)
@@ -281,6 +283,11 @@ class EngineCore:
         """Why the draft model is not asked any more; None if it is, or there is none."""
         return None if self.combination is None else self.combination.error
 
+    @property
+    def memory_error(self) -> str | None:
+        """Why conversations are not kept outside of main memory, or cannot be for now; None if they are."""
+        return self._open_error if self.text_store is None else self.text_store.error
+
     def look(self, session_id: str) -> Snapshot:
         """What a conversation remembers."""
         return self.conversations.look(session_id)
@@ -337,9 +344,10 @@ class EngineCore:
         )
 
     def close(self) -> None:
-        """Let go of the memory file; no step may follow."""
-        if self.file is not None:
-            self.file.close()
+        """Save what could not be saved before, and let go of the memory file or database; no step may follow."""
+        self.conversations.store.save_all()
+        if self.text_store is not None:
+            self.text_store.close()
 
 
 def _attempts(rows: list[StepRow]) -> Iterator[list[StepRow]]:
@@ -363,12 +371,13 @@ def _noting_errors(rows: Sequence[StepRow]) -> Iterator[None]:
             row.error = error
 
 
-def _open_memory(path: str | None, model: LoadedModel) -> tuple[MemoryFile | None, str | None]:
-    """The memory file, or why there is none."""
+def _open_memory(path: str | None, model: LoadedModel) -> tuple[TextStore | None, str | None]:
+    """The memory file or database, or why there is none."""
     if path is None:
         return None, None
     try:
-        return MemoryFile.open(path, model.tokenizer.fingerprint()), None
+        kind = MemoryDatabase if is_database(path) else MemoryFile
+        return kind.open(path, model.tokenizer.fingerprint()), None
     except MemoryFileError as error:
         logger.error("Conversations are kept in memory only: %s", error)
         return None, str(error)

@@ -5,12 +5,14 @@ trimmed, summarised or rearranged loses no source.
 
 A session's texts are its own, unless a call names a pool: that call reads and writes the pool's texts instead. Sessions
 and pools are bounded in number; the owner who has most of them gives way first, and of its own the least recently used.
-With a memory file all of them are kept there too, and read back when they are first used after a start.
+With a store all of them are kept there too, and read back when they are first used after a start. Several engines may
+share one. Each then asks for news before it opens or shows anything: what another has saved is read back, what another
+has forgotten is let go of, and limits count for all of them together.
 
-A failing disk fails no call: what cannot be read or saved is logged, and done without or tried again. Only forgetting
-raises, since whoever asks for it must know.
+A failing store fails no call: what cannot be read or saved is logged, and done without or tried again with the next
+calls. Only forgetting raises, since whoever asks for it must know.
 
-Not covered: how texts lie in memory (index.py) and on disk (file.py).
+Not covered: how texts lie in memory (index.py) and in a store (store.py).
 """
 
 from __future__ import annotations
@@ -28,8 +30,15 @@ import numpy as np
 from copyspec_engine.memory.acceptance import Acceptance
 from copyspec_engine.memory.alternatives import AlternativesTable
 from copyspec_engine.memory.draft_acceptance import DraftAcceptance
-from copyspec_engine.memory.file import MemoryFile, SavedSegment
 from copyspec_engine.memory.index import OVERLAP, CopyIndex, Span
+from copyspec_engine.memory.store import (
+    ChangedElsewhereError,
+    ForgottenElsewhereError,
+    SavedOwner,
+    SavedSegment,
+    StoreUnreachableError,
+    TextStore,
+)
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import MemoryFileError
 from copyspec_engine.values.fairness import first_to_go
@@ -73,20 +82,23 @@ class SessionMemory:
     ) -> None:
         self.index = CopyIndex(max_tokens) if index is None else index
         self.alternatives = AlternativesTable() if alternatives is None else alternatives
-        """What the model held likely in its texts; not kept in a memory file."""
+        """What the model held likely in its texts; not kept in a store."""
         self.owner: str | None = None
-        """Its name in a memory file; None: it is not kept there."""
+        """Its name in a store; None: it is not kept there."""
+        self.revision = 0
+        """Of the store, up to which this holds all that is saved of it."""
         self.acceptance: Acceptance | None = None
         self.draft_acceptance: DraftAcceptance | None = None
         """Set by the first adaptive call."""
         self._spans: list[Span] = []
         self._answers: list[Span] = []
         self._saved: dict[Span, int] = {}
-        """Texts that are in the memory file, and their numbers there."""
+        """Texts that are in the store, and their numbers there."""
         self._next_number = self._num_calls = self._last_number = 0
         self._numbering = 1 if index is None else -1
         """Each numbers its own texts, since numbers that all share would tell how much others say; in a pool downwards
         from -1, so that none is taken for a text of the session's own memory."""
+        self._was_used = self._is_let_go = False
         self._noted: list[Span] | None = None
 
     # ---- for drafters ----------------------------------------------------------------------------------------------
@@ -167,6 +179,7 @@ class SessionMemory:
     def begin_call(self) -> None:
         """A call is going to use this memory, until `end_call`."""
         self._num_calls += 1
+        self._was_used = True
 
     def end_call(self) -> None:
         """After a memory's last call in flight nothing stays open, not even what a drafter that failed has left."""
@@ -175,11 +188,24 @@ class SessionMemory:
             for span in self._spans:
                 if span.is_open:
                     self.index.close(span)
+            if self._is_let_go:
+                self.erase()
 
     @property
     def is_idle_and_empty(self) -> bool:
         """No call uses this memory, and the index holds nothing of it."""
         return not self._num_calls and not any(map(self.index.holds, self._spans))
+
+    @property
+    def was_used(self) -> bool:
+        """By some call, of this engine."""
+        return self._was_used
+
+    def let_go(self) -> None:
+        """Keep nothing of it any more, and erase it as soon as no call uses it."""
+        self.owner, self._is_let_go = None, True
+        if not self._num_calls:
+            self.erase()
 
     def erase(self) -> None:
         """Take this conversation's texts out of the index, and forget alternatives and what was learnt."""
@@ -189,31 +215,49 @@ class SessionMemory:
         self._spans, self._answers, self._saved = [], [], {}
 
     def changes(self) -> tuple[dict[Span, SavedSegment], dict[Span, int]]:
-        """What is to be saved: complete texts that are not in the file yet; and the numbers of those forgotten."""
-        self._forget_what_is_gone()
-        complete = [span for span in self._spans if not span.is_open and span.stop > span.first_indexed]
-        new = [span for span in complete if span not in self._saved]
+        """What is to be saved: complete texts that are not in the store yet; and the numbers of those forgotten."""
         added = {
             span: SavedSegment(number, span.kind, self.index.tokens_of(span).astype(np.int32))
-            for number, span in enumerate(new, self._next_number)
+            for number, span in enumerate(self._unsaved(), self._next_number)
         }
         return added, {span: number for span, number in self._saved.items() if not self.index.holds(span)}
 
     def mark_saved(self, added: Mapping[Span, SavedSegment], removed: Iterable[Span] = ()) -> None:
-        """These `changes` are in the file."""
+        """These `changes` are in the store."""
         for span, segment in added.items():
             self._saved[span] = segment.number
-            self._next_number = segment.number + 1
+            self._next_number = max(self._next_number, segment.number + 1)
         for span in removed:
             del self._saved[span]
 
     def restore(self, segments: Sequence[SavedSegment]) -> None:
-        """Take in what was saved, oldest first, into a memory without texts."""
-        for segment in segments:
-            span = self._add([self.index.append(segment.tokens.astype(np.int64), segment.kind)])[0]
+        """Hold what is saved, oldest first: take in what is not here yet, and erase what was saved and is no more.
+
+        What is here and not saved yet stays. One of these texts that was saved, as it turns out, is not taken in again:
+        an answer that was lost on its way from the store would double it.
+        """
+        numbers = {segment.number for segment in segments}
+        gone = [span for span, number in self._saved.items() if number not in numbers]
+        self.index.erase([span for span in gone if self.index.holds(span)])
+        self._saved = {span: number for span, number in self._saved.items() if number in numbers}
+        held, unsaved = set(self._saved.values()), self._unsaved()
+        for segment in (segment for segment in segments if segment.number not in held):
+            tokens = segment.tokens.astype(np.int64)
+            same = [s for s in unsaved if s.kind == segment.kind and np.array_equal(self.index.tokens_of(s), tokens)]
+            if same:
+                unsaved.remove(same[0])
+                self.mark_saved({same[0]: segment})
+                continue
+            span = self._add([self.index.append(tokens, segment.kind)])[0]
             self.mark_saved({span: segment})
             if segment.kind == ANSWER:
                 self.add_answer(span)
+
+    def _unsaved(self) -> list[Span]:
+        """Complete texts that are not in the store yet."""
+        self._forget_what_is_gone()
+        complete = [span for span in self._spans if not span.is_open and span.stop > span.first_indexed]
+        return [span for span in complete if span not in self._saved]
 
     def take_in(self, texts: Iterable[tuple[int, TokenArray]]) -> int:
         """Add (kind, tokens) of complete texts, oldest first, but for those that it holds already.
@@ -237,6 +281,9 @@ class SessionMemory:
 _MAX_POOLS = 16
 _POOL_SHARE = 4
 """A pool holds as much as so many sessions."""
+
+_MOST_TRIES = 4
+"""Saves of a conversation that another engine keeps saving to."""
 
 
 class Session:
@@ -266,7 +313,7 @@ class SessionStore:
     Args:
         config: how many there may be, and how much text in each.
         on_forget: called with each session that is forgotten.
-        file: keeps the texts on disk; None: nothing does.
+        store: keeps the texts outside of main memory; None: nothing does.
         vocab_size: of the model; saved texts with other token ids are not used.
     """
 
@@ -274,25 +321,37 @@ class SessionStore:
         self,
         config: EngineConfig,
         on_forget: Callable[[str], object],
-        file: MemoryFile | None = None,
+        store: TextStore | None = None,
         vocab_size: int = 1 << 31,
     ) -> None:
-        self._config, self._on_forget, self._file, self._vocab_size = config, on_forget, file, vocab_size
-        # None stands for one that is only on disk yet.
+        self._config, self._on_forget, self._store, self._vocab_size = config, on_forget, store, vocab_size
+        # None stands for one that is only in the store yet.
         self._sessions: OrderedDict[str, Session | None] = OrderedDict()
         self._pools: OrderedDict[str, Pool | None] = OrderedDict()
         self._session_accounts: dict[str, str | None] = {}
         self._pool_accounts: dict[str, str | None] = {}
         """For whom they count: the owner (`GenerationRequest.owner`) of the call that began each."""
+        self._stale: dict[str, _Owner] = {}
+        """By name, those whose memory here, if there is one, lacks what another engine has saved."""
+        self._unsaved: OrderedDict[str, SessionMemory] = OrderedDict()
+        """By name, those that could not be saved after their last call."""
+        self._revision = -1
+        """Of the store, up to which its news are known."""
         for owner in self._owners_if_readable():
-            if owner.pool is not None:
-                self._pools.pop(owner.pool, None)
-                self._pools[owner.pool], self._pool_accounts[owner.pool] = None, owner.account
-            elif owner.session_id is not None:
-                self._sessions[owner.session_id], self._session_accounts[owner.session_id] = None, owner.account
+            self._list(owner)
+        self.catch_up()
+
+    def _list(self, owner: _Owner) -> None:
+        """Note that the store holds texts of an owner, as the last one that was used."""
+        if owner.pool is not None:
+            self._pool_accounts.setdefault(owner.pool, owner.account)
+            self._pools[owner.pool] = self._pools.pop(owner.pool, None)
+        elif owner.session_id is not None:
+            self._session_accounts.setdefault(owner.session_id, owner.account)
+            self._sessions[owner.session_id] = self._sessions.pop(owner.session_id, None)
 
     def __len__(self) -> int:
-        """Sessions that are remembered, those on disk included."""
+        """Sessions that are remembered, those in the store included, as far as they are known."""
         return len(self._sessions)
 
     # ---- calls -----------------------------------------------------------------------------------------------------
@@ -304,10 +363,11 @@ class SessionStore:
         """
         if session_id is None or not keep_texts:
             return Session(SessionMemory(self._config.memory_tokens), keeps_kv=session_id is not None)
+        self.catch_up()
         account = self._session_accounts.setdefault(session_id, account)
-        session = self._sessions.pop(session_id, None) or self._read_session(session_id)
+        session = self._current(session_id)
         session.last_used_s = time.time()
-        self._sessions[session_id] = session
+        self._sessions.move_to_end(session_id)
         own, most = [name for name in self._sessions if self._session_accounts[name] == account], self._config
         if most.max_sessions_per_owner is not None and len(own) > most.max_sessions_per_owner:
             self._make_room(own[0])
@@ -315,9 +375,14 @@ class SessionStore:
             self._make_room(first_to_go((name, self._session_accounts[name], 1) for name in self._sessions))
         return session
 
-    def _read_session(self, session_id: str) -> Session:
-        memory = SessionMemory(self._config.memory_tokens)
-        return Session(self._restored(memory, self._owner_of(session_id)), keeps_kv=True)
+    def _current(self, session_id: str) -> Session:
+        """A session with all that is saved of it."""
+        session, account = self._sessions.get(session_id), self._session_accounts[session_id]
+        if session is None or not self._refresh(session.memory):
+            self._session_accounts[session_id] = account
+            memory = self._restored(SessionMemory(self._config.memory_tokens), self._owner_of(session_id))
+            session = self._sessions[session_id] = Session(memory, keeps_kv=True)
+        return session
 
     def _owner_of(self, session_id: str) -> _Owner:
         return _Owner(session_id, account=self._session_accounts.get(session_id))
@@ -330,6 +395,7 @@ class SessionStore:
 
     def infos(self, account: str | None) -> list[SessionInfo]:
         """The sessions that count for an account, or all, least recently used first."""
+        self.catch_up()
         infos = []
         for session_id, session in self._sessions.items():
             own = self._session_accounts[session_id]
@@ -339,12 +405,9 @@ class SessionStore:
         return infos
 
     def peek(self, session_id: str) -> SessionMemory | None:
-        """A session's memory, read from disk if it is only there; None if there is none. Does not count as use."""
-        if session_id not in self._sessions:
-            return None
-        session = self._sessions[session_id] or self._read_session(session_id)
-        self._sessions[session_id] = session
-        return session.memory
+        """A session's memory, read from the store if it is only there; None if there is none. Does not count as use."""
+        self.catch_up()
+        return self._current(session_id).memory if session_id in self._sessions else None
 
     def peek_pool(self, name: str) -> Pool | None:
         """A shared pool, if it was used since the start. Does not count as use."""
@@ -355,6 +418,7 @@ class SessionStore:
 
         A new pool counts for an account.
         """
+        self.catch_up()
         account = self._pool_accounts.setdefault(name, account)
         pool = self._pools.pop(name, None)
         if pool is None:
@@ -363,13 +427,18 @@ class SessionStore:
                 if owner.pool == name:
                     self._open_part(pool, owner)
         self._pools[name] = pool
+        for owner in [owner for owner in self._stale.values() if owner.pool == name]:
+            if owner.session_id in pool.memories:
+                self._refresh(pool.memories[owner.session_id])
+            else:
+                self._open_part(pool, owner)
         while len(self._pools) > _MAX_POOLS:
             last = first_to_go((other, self._pool_accounts[other], 1) for other in self._pools)
             self._drop_pool(last)
             self._try_to_delete([owner for owner in self._owners_if_readable() if owner.pool == last])
         for other in [other for other, memory in pool.memories.items() if memory.is_idle_and_empty]:
-            del pool.memories[other]
-            self._try_to_delete([_Owner(other, name, account)])
+            if pool.memories.pop(other).was_used:  # else it may be another engine's, whose first call is in flight
+                self._try_to_delete([_Owner(other, name, account)])
         return pool.memories.get(session_id) or self._open_part(pool, _Owner(session_id, name, account))
 
     def _open_part(self, pool: Pool, owner: _Owner) -> SessionMemory:
@@ -382,10 +451,10 @@ class SessionStore:
     # ---- forgetting ------------------------------------------------------------------------------------------------
 
     def forget(self, session_id: str) -> bool:
-        """Erase a session's texts, in pools and on disk too, and free its KV; False if nothing of it was there.
+        """Erase a session's texts, in pools and in the store too, and free its KV; False if nothing of it was there.
 
         Raises:
-            MemoryFileError: the texts are still on disk. Forgetting the session again tries again.
+            MemoryFileError: the texts are still in the store. Forgetting the session again tries again.
         """
         own = self._owner_of(session_id)
         found = self._drop_session(session_id)
@@ -399,7 +468,7 @@ class SessionStore:
         return found or bool(saved)
 
     def forget_pool(self, name: str) -> bool:
-        """Erase a shared pool, on disk too; False if there is none. Raises as `forget` does."""
+        """Erase a shared pool, in the store too; False if there is none. Raises as `forget` does."""
         found = self._drop_pool(name)
         saved = [owner for owner in self._owners() if owner.pool == name]
         self._delete([_Owner(None, name), *saved])
@@ -424,33 +493,144 @@ class SessionStore:
             memory.owner = None
         return True
 
-    # ---- disk ------------------------------------------------------------------------------------------------------
+    # ---- the store -------------------------------------------------------------------------------------------------
 
     def save(self, memory: SessionMemory) -> None:
-        """Bring a memory's copy on disk up to date; what fails is tried again after its next call."""
-        if self._file is None or memory.owner is None:
+        """Bring a memory's copy in the store up to date, and others that could not be saved before.
+
+        What fails is tried again with the next call, of any conversation.
+        """
+        if self._store is not None and memory.owner is not None:
+            self._unsaved[memory.owner] = memory
+            self._unsaved.move_to_end(memory.owner, last=False)
+            self.save_all()
+
+    def save_all(self) -> None:
+        """Save what is not saved yet, up to the first that fails."""
+        for owner, memory in [*self._unsaved.items()]:
+            del self._unsaved[owner]
+            try:
+                self._save(memory)
+            except MemoryFileError as error:
+                self._unsaved[owner] = memory
+                logger.warning("A conversation is not saved yet, one of %d: %s", len(self._unsaved), error)
+                return
+
+    def _save(self, memory: SessionMemory) -> None:
+        """Save a memory, to what others may have saved of it meanwhile."""
+        owner = memory.owner
+        if self._store is None or owner is None:
             return
-        added, removed = memory.changes()
         try:
-            self._file.save(memory.owner, list(added.values()), list(removed.values()))
-        except MemoryFileError as error:
-            logger.warning("A conversation is not saved yet: %s", error)
+            for _ in range(_MOST_TRIES):
+                added, removed = memory.changes()
+                try:
+                    memory.revision = self._store.save(
+                        owner, list(added.values()), list(removed.values()), memory.revision
+                    )
+                except ChangedElsewhereError:
+                    self._load(memory, owner, memory.revision)
+                else:
+                    memory.mark_saved(added, removed)
+                    return
+        except ForgottenElsewhereError:
+            logger.info("A conversation was forgotten by another engine, and is not saved")
+            self._let_go(memory)
         else:
-            memory.mark_saved(added, removed)
+            raise MemoryFileError(f"Others have saved to it {_MOST_TRIES} times meanwhile")
+
+    def _load(self, memory: SessionMemory, owner: str, revision: int | None) -> None:
+        """Bring a memory up to date; a revision is that of the copy which it is."""
+        if self._store is not None:
+            segments, memory.revision = self._store.load(owner, self._vocab_size, revision)
+            memory.restore(segments)
+            self._stale.pop(owner, None)
 
     def _restored(self, memory: SessionMemory, owner: _Owner) -> SessionMemory:
-        """A memory with its texts on disk, where it is kept from now on; one that cannot be trusted starts empty."""
-        memory.owner = owner.name
+        """A memory with its saved texts, which is kept from now on; one that cannot be trusted starts empty."""
+        memory.owner, memory.revision = owner.name, self._revision
         try:
-            memory.restore(self._file.load(owner.name, self._vocab_size) if self._file is not None else ())
+            self._load(memory, owner.name, None)
         except MemoryFileError as error:
             logger.warning("A conversation starts without its saved texts: %s", error)
-            self._try_to_delete([owner])
+            if isinstance(error, StoreUnreachableError):
+                self._stale[owner.name] = owner
+            else:
+                self._try_to_delete([owner])
         return memory
 
+    def _refresh(self, memory: SessionMemory) -> bool:
+        """Read back what another engine has saved of a memory, if it has; False if it was let go of instead."""
+        if memory.owner in self._stale:
+            try:
+                self._load(memory, memory.owner, memory.revision)
+            except MemoryFileError as error:
+                logger.warning("A conversation goes on without what was saved of it elsewhere: %s", error)
+            except ForgottenElsewhereError:
+                self._let_go(memory)
+                return False
+        return True
+
+    def catch_up(self) -> None:
+        """Learn what other engines have saved and forgotten, and save what could not be saved before."""
+        if self._store is None:
+            return
+        try:
+            news = self._store.news(self._revision)
+        except MemoryFileError as error:
+            logger.warning("What other engines have saved or forgotten is not known: %s", error)
+            return
+        self._revision = news.revision
+        if news.is_all:
+            self._let_go_of_all_but(news.owners)
+        for name, _, revision in news.owners:
+            owner = _Owner.parse(name)
+            if owner is not None:
+                self._list(owner)
+                memory, pool = self._memory_of(owner), self._pools.get(owner.pool or "")
+                if pool is not None if memory is None else memory.revision < revision:
+                    self._stale[name] = owner
+        self.save_all()
+
+    def _let_go_of_all_but(self, owners: Sequence[SavedOwner]) -> None:
+        """Whoever is in main memory and not among these was forgotten; so was who began after its copy was made.
+
+        What is only in the store is listed anew.
+        """
+        began = {owner.name: owner.began for owner in owners}
+        self._stale = {name: owner for name, owner in self._stale.items() if name in began}
+        memories = [session.memory for session in self._sessions.values() if session is not None]
+        for pool in self._pools.values():
+            memories += pool.memories.values() if pool is not None else ()
+        for memory in memories:
+            if memory.owner is not None and not began.get(memory.owner, memory.revision + 1) <= memory.revision:
+                self._let_go(memory)
+        for session_id in [name for name, session in self._sessions.items() if session is None]:
+            self._drop_session(session_id)
+        for name in [name for name, pool in self._pools.items() if pool is None or not pool.memories]:
+            self._drop_pool(name)
+
+    def _memory_of(self, owner: _Owner) -> SessionMemory | None:
+        """What is in main memory of an owner."""
+        if owner.pool is not None:
+            pool = self._pools.get(owner.pool)
+            return None if pool is None else pool.memories.get(owner.session_id)
+        session = None if owner.session_id is None else self._sessions.get(owner.session_id)
+        return None if session is None else session.memory
+
+    def _let_go(self, memory: SessionMemory) -> None:
+        """Another engine has forgotten its owner: erase it here too; calls of it in flight go on and keep nothing."""
+        owner = None if memory.owner is None else _Owner.parse(memory.owner)
+        if owner is not None and self._memory_of(owner) is memory:
+            if owner.pool is None and owner.session_id is not None:
+                self._drop_session(owner.session_id)
+            elif (pool := self._pools.get(owner.pool or "")) is not None:
+                del pool.memories[owner.session_id]
+        memory.let_go()
+
     def _owners(self) -> list[_Owner]:
-        """Everyone who has texts on disk, least recently used first."""
-        names = self._file.owners() if self._file is not None else []
+        """Everyone who has texts in the store, least recently used first."""
+        names = self._store.owners() if self._store is not None else []
         return [owner for name in names if (owner := _Owner.parse(name)) is not None]
 
     def _owners_if_readable(self) -> list[_Owner]:
@@ -462,14 +642,14 @@ class SessionStore:
 
     def _delete(self, owners: Iterable[_Owner]) -> None:
         for owner in owners:
-            if self._file is not None:
-                self._file.delete(owner.name)
+            if self._store is not None:
+                self._store.delete(owner.name)
 
     def _try_to_delete(self, owners: Iterable[_Owner]) -> None:
         try:
             self._delete(owners)
         except MemoryFileError as error:
-            logger.warning("A conversation that was forgotten for want of room is still on disk: %s", error)
+            logger.warning("A conversation that was forgotten for want of room is still saved: %s", error)
 
 
 class _Owner(NamedTuple):
@@ -482,7 +662,7 @@ class _Owner(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In the memory file."""
+        """In the store."""
         account = [] if self.account is None else [self.account]
         if self.pool is not None:
             return f"pool:{json.dumps([self.pool, self.session_id, *account])}"

@@ -1,7 +1,6 @@
 """The memory file: the texts of conversations on disk, so that they outlive the process.
 
-One SQLite file holds, for every owner (`session:<id>`, or `pool:[name, session]`), segments of text as token ids.
-What holds:
+One SQLite file is the store (store.py) of one engine. What holds:
 
 - **Whole calls.** A call that returned is in the file whole, one that was cut short is there whole or not at all:
   killing the process at any point loses at most the call in flight. A power cut may take back the last calls, never
@@ -31,17 +30,21 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
-from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from copyspec_engine.memory.store import (
+    News,
+    SavedSegment,
+    SavedTexts,
+    decoded_name,
+    encoded_name,
+    encoded_segment,
+    read_segment,
+)
 from copyspec_engine.values.errors import MemoryFileError
 from copyspec_engine.values.tokens import Fingerprint
 
-__all__ = ["MemoryFile", "SavedSegment"]
+__all__ = ["MemoryFile"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +68,11 @@ _SCHEMA = (
 _COLUMNS = "number INTEGER PRIMARY KEY, kind INTEGER NOT NULL, checksum BLOB NOT NULL, tokens BLOB NOT NULL"
 
 
-class SavedSegment(NamedTuple):
-    """One text of an owner.
-
-    `number` is its place in the owner's stream, unique and ascending; `kind` means what the caller likes; `tokens` has
-    shape (n,), n may be 0, and is read-only when it comes from a file.
-    """
-
-    number: int
-    kind: int
-    tokens: npt.NDArray[np.int32]
-
-
 class MemoryFile:
-    """An open memory file; made by `open`.
+    """An open memory file, a `TextStore`; made by `open`. Nobody else changes it, so every revision in it is 0."""
 
-    Every method may be called from any thread and raises `MemoryFileError`. A `save` that fails changes nothing; later
-    calls work as soon as the reason (a full disk, say) is gone.
-    """
+    error = None
+    """What fails fails for a call; the next one tries again."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self._path = connection, path
@@ -114,18 +104,18 @@ class MemoryFile:
                 raise
         return cls(connection, file)
 
-    def load(self, owner: str, vocab_size: int | None = None) -> list[SavedSegment]:
-        """The owner's segments by number; none for an owner that the file does not know. Does not count as use.
+    def news(self, since: int) -> News:
+        """Nothing: nobody else writes here."""
+        return News([], False, since)
 
-        Segments that are not what was saved, or hold other ids than 0 to `vocab_size` - 1 if that is given, are left
-        out and removed.
-        """
+    def load(self, owner: str, vocab_size: int | None = None, revision: int | None = None) -> SavedTexts:
+        """See `TextStore.load`."""
         segments, refused = [], []
         with self._transaction("load from") as connection:
             table = _table_of(connection, owner)
             query = f"SELECT number, kind, tokens, checksum FROM {table} ORDER BY number"
             for number, kind, tokens, checksum in connection.execute(query).fetchall() if table else ():
-                found = _segment(owner, (number, kind, tokens), checksum, vocab_size)
+                found = read_segment(owner, (number, kind, tokens), checksum, vocab_size)
                 if isinstance(found, SavedSegment):
                     segments.append(found)
                 else:
@@ -133,29 +123,23 @@ class MemoryFile:
                     logger.warning("Saved text %s of %r is left out of %s: %s", number, owner, self._path, found)
             if refused:
                 connection.executemany(f"DELETE FROM {table} WHERE number = ?", refused)
-        return segments
+        return SavedTexts(segments, revision or 0)
 
-    def save(self, owner: str, added: Sequence[SavedSegment], removed: Sequence[int] = ()) -> None:
-        """Take the numbers `removed` out, put `added` in, and note the owner as the one used last.
-
-        A number that is not there counts as removed; adding one that is there is an error. Tokens of a type that does
-        not fit into int32 are a TypeError.
-        """
-        rows = []
-        for number, kind, tokens in added:
-            blob = tokens.astype("<i4", casting="safe").tobytes()
-            rows.append((int(number), int(kind), blob, _checksum(owner, int(number), int(kind), blob)))
+    def save(self, owner: str, added: Sequence[SavedSegment], removed: Sequence[int] = (), revision: int = 0) -> int:
+        """See `TextStore.save`."""
+        rows = [encoded_segment(owner, segment) for segment in added]
         with self._transaction("save to") as connection:
             connection.execute(
                 # Uses are counted: a clock may be set back.
                 "INSERT INTO owners (name, last_used) SELECT ?, ifnull(max(last_used), 0) + 1 FROM owners WHERE true "
                 "ON CONFLICT (name) DO UPDATE SET last_used = excluded.last_used",
-                (_encoded(owner),),
+                (encoded_name(owner),),
             )
             table = _table_of(connection, owner)
             connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({_COLUMNS})")
             connection.executemany(f"DELETE FROM {table} WHERE number = ?", [(int(number),) for number in removed])
             connection.executemany(f"INSERT INTO {table} (number, kind, tokens, checksum) VALUES (?, ?, ?, ?)", rows)
+        return revision
 
     def delete(self, owner: str) -> None:
         """Erase the owner and its text from the disk; nothing happens if there is none.
@@ -166,16 +150,16 @@ class MemoryFile:
         with self._transaction("delete from") as connection:
             if table := _table_of(connection, owner):
                 connection.execute(f"DROP TABLE {table}")
-                connection.execute("DELETE FROM owners WHERE name = ?", (_encoded(owner),))
+                connection.execute("DELETE FROM owners WHERE name = ?", (encoded_name(owner),))
         with self._lock, _named_errors("delete from", self._path):
             _empty_log(self._connection)
 
     def owners(self) -> list[str]:
-        """Every owner in the file, least recently used first; one whose name cannot be read is left out."""
+        """See `TextStore.owners`."""
         names = []
         with self._transaction("read") as connection:
             for (encoded,) in connection.execute("SELECT name FROM owners ORDER BY last_used").fetchall():
-                name = _decoded(encoded)
+                name = decoded_name(encoded)
                 if name is None:
                     logger.warning("A conversation in %s is left out, its name cannot be read", self._path)
                 else:
@@ -183,7 +167,7 @@ class MemoryFile:
         return names
 
     def close(self) -> None:
-        """Let go of the file when a call in another thread is done; closing twice is no error."""
+        """See `TextStore.close`."""
         with self._lock, _named_errors("close", self._path):
             self._connection.close()
 
@@ -269,47 +253,14 @@ def _narrow(file: Path) -> None:
                 part.chmod(0o600)
 
 
-def _segment(owner: str, row: tuple[int, int, bytes], checksum: bytes, vocab_size: int | None) -> SavedSegment | str:
-    """What a row of (number, kind, tokens) holds, or why it cannot be what was saved, or be read by the model."""
-    number, kind, tokens = row
-    try:
-        if checksum != _checksum(owner, number, kind, tokens):
-            return "it is not what was saved"
-        ids = np.frombuffer(tokens, "<i4").astype(np.int32, copy=False)
-    except (TypeError, ValueError) as error:
-        return f"it is not what was saved, {error}"
-    if vocab_size is not None and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-        return f"it holds ids outside of 0 to {vocab_size - 1}"
-    return SavedSegment(number, kind, ids)
-
-
 def _empty_log(connection: sqlite3.Connection) -> None:
     """Move the write-ahead log into the file; no other reader can hold this up."""
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _table_of(connection: sqlite3.Connection, owner: str) -> str | None:
-    found = connection.execute("SELECT id FROM owners WHERE name = ?", (_encoded(owner),)).fetchone()
+    found = connection.execute("SELECT id FROM owners WHERE name = ?", (encoded_name(owner),)).fetchone()
     return f"segments_{found[0]}" if found else None
-
-
-def _encoded(owner: str) -> bytes:
-    """Bytes for every name that a str can hold, with lone surrogates and NULs too."""
-    return owner.encode("utf-8", "surrogatepass")
-
-
-def _decoded(name: object) -> str | None:
-    try:
-        return bytes.decode(name, "utf-8", "surrogatepass") if isinstance(name, bytes) else None
-    except UnicodeDecodeError:
-        return None
-
-
-def _checksum(owner: str, number: int, kind: int, tokens: bytes) -> bytes:
-    name = _encoded(owner)
-    digest = blake2b(f"{number} {kind} {len(name)} ".encode() + name, digest_size=16)
-    digest.update(tokens)
-    return digest.digest()
 
 
 @contextmanager

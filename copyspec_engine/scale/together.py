@@ -108,8 +108,8 @@ class Together:
         known: dict[str, dict[str, Any]] = {}
         for told in await self._all(scope):
             for info in json.loads(told.body)["data"] if told.status == 200 else ():
-                known[info["id"]] = max(known.get(info["id"], info), info, key=lambda item: item["last_used_at"])
-        listed = sorted(known.values(), key=lambda info: info["last_used_at"])
+                known[info["id"]] = max(known.get(info["id"], info), info, key=_last_used_at)
+        listed = sorted(known.values(), key=_last_used_at)
         return JSONResponse({**json.loads(own.body), "data": listed})
 
     async def _forget(self, scope: Scope, own: Told) -> Response:
@@ -131,6 +131,11 @@ class Together:
                     labels = {**sample.labels, "slot": told.slot}
                     known.add_sample(sample.name, labels, sample.value)
         return Response(generate_latest(_Families(families)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def _last_used_at(info: Mapping[str, Any]) -> float:
+    """When a conversation was used by a replica; one that was not since it began comes before all others."""
+    return float(info["last_used_at"] or 0)
 
 
 def _path(path: str) -> Mapping[str, Any]:

@@ -380,9 +380,10 @@ class ConversationMemory(_Answer):
 
     id: str
     object: Literal["copyspec.conversation"]
-    num_tokens: int
-    last_used_at: float
-    """Seconds since 1970."""
+    num_tokens: int | None
+    """None: they were not read back since the server began."""
+    last_used_at: float | None
+    """Seconds since 1970; None: before the server began, or by another one with the same memory."""
     num_texts: int = 0
     """Told of one conversation alone."""
     num_bytes: int = 0

@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from urllib.parse import parse_qs
 
 from pydantic import (
     AfterValidator,
@@ -44,6 +45,7 @@ __all__ = [
     "Prediction",
     "SamplingParams",
     "explain_errors",
+    "is_database",
 ]
 
 BUNDLED_MODEL = "bundled"
@@ -308,8 +310,11 @@ class EngineConfig(ModelOptions, _Options):
     first."""
     memory_path: str | None = Field(default=None, min_length=1)
     """A file that keeps the texts of sessions and pools over restarts, for one engine at a time; it is made if there is
-    none, and "~" is the home folder. A file that is damaged, or of another tokenizer or chat template, is refused: the
-    engine goes on without it and says why in `Engine.info`. Default: texts live in memory only."""
+    none, and "~" is the home folder. Or "postgresql://user@host/database" (extra "scale"): its schema `copyspec` keeps
+    them for several engines of one model, which find each other's and should have the same limits. A password belongs
+    into PGPASSWORD or ~/.pgpass. A file or database that is damaged, cannot be reached, or is of another tokenizer or
+    chat template is refused: the engine goes on without it and says why in `Engine.info`. Default: texts live in memory
+    only."""
     step_cost: Annotated[Points | Literal["measured", "remeasure"], BeforeValidator(_checked_cost)] = "measured"
     """What a forward pass costs, by which drafts are sized. "measured": it is measured at a model's first load on a
     device, kept under COPYSPEC_CACHE_DIR (default: the user's cache folder) and only checked later; "remeasure": it is
@@ -343,8 +348,21 @@ class EngineConfig(ModelOptions, _Options):
 
     @field_validator("memory_path")
     @classmethod
-    def _expand_home(cls, path: str | None) -> str | None:
-        return None if path is None else os.path.expanduser(path)
+    def _check_memory_path(cls, path: str | None) -> str | None:
+        if path is None or "://" not in path:
+            return None if path is None else os.path.expanduser(path)
+        if not is_database(path):
+            raise ValueError(
+                f"Got {path.split('://')[0]}://... but expected a file, or postgresql://user@host/database"
+            )
+        user, at, _ = path.partition("://")[2].rpartition("@")  # a password may hold any of /?#@, mistaken or not
+        named = parse_qs(path.partition("?")[2], keep_blank_values=True)
+        if (at and ":" in user) or not named.keys().isdisjoint({"password", "sslpassword"}):
+            raise ValueError(
+                "Got a URL with a password, which logs and lists of processes would show: put it into the environment "
+                "variable PGPASSWORD, or into the file ~/.pgpass"
+            )
+        return path
 
     @model_validator(mode="after")
     def _check_memory(self) -> EngineConfig:
@@ -402,6 +420,11 @@ class EngineConfig(ModelOptions, _Options):
             trust_remote_code=self.trust_remote_code,
             generation_config="ignore",  # what it writes is only a guess
         )
+
+
+def is_database(memory_path: str) -> bool:
+    """Whether it names a database that several engines share, not a file."""
+    return memory_path.startswith(("postgresql://", "postgres://"))
 
 
 def _as_bias_pairs(value: object) -> object:

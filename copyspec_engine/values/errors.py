@@ -5,7 +5,7 @@ CopySpecError
 ├── ModelLoadError                  weights or tokenizer could not be read, or do not fit in memory
 ├── UnsupportedModelError           the model loads, but its architecture cannot be served losslessly
 ├── ContextOverflowError            prompt plus requested output exceed the context or the KV pool
-├── MemoryFileError                 the file given as memory_path cannot be used, read or written
+├── MemoryFileError                 the file or database given as memory_path cannot be used, read or written
 ├── EngineBusyError                 max_waiting requests wait, and there was no room for one more in time
 ├── EngineStoppedError              the engine was closed, or its loop died (`cause` says of what)
 └── RequestFailedError              one request failed in its forward pass; the engine goes on
@@ -83,7 +83,7 @@ class ContextOverflowError(CopySpecError):
 
 
 class MemoryFileError(CopySpecError):
-    """The memory file cannot be used; the message names the file and what to do. The file is never overwritten."""
+    """The memory file or database cannot be used; the message names it and what to do. It is never overwritten."""
 
 
 class EngineBusyError(CopySpecError):

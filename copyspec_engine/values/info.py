@@ -154,9 +154,9 @@ class EngineInfo:
     sampling_defaults_not_done: tuple[str, ...] = ()
     """What it sets and this engine does not do, as "num_beams=4"."""
     memory_path: str | None = None
-    """The file that keeps conversations' texts; None if there is none, or if it could not be opened."""
+    """The file or database that keeps conversations' texts; None if there is none, or if it could not be opened."""
     memory_error: str | None = None
-    """Why the file could not be opened."""
+    """Why it could not be opened, or does not answer now. What cannot be saved meanwhile is saved later."""
     tool_calling: Literal["by template", "by prompt"] | None = None
     """How the model is told of tools: by its chat template, or in a message where the template leaves them out; None:
     it is not."""

@@ -6,8 +6,8 @@ import numpy as np
 
 from copyspec_engine.kv.slots import common_prefix_length
 from copyspec_engine.memory.conversation import ANSWER, DECLARED_TEXT, PROMPT, SessionMemory
-from copyspec_engine.memory.file import SavedSegment
 from copyspec_engine.memory.index import CopyIndex
+from copyspec_engine.memory.store import SavedSegment
 
 
 def call(memory: SessionMemory, prompt: list[int], answer: list[int]) -> list[int]:

@@ -25,7 +25,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copyspec_engine.memory.file import MemoryFile, SavedSegment
+from copyspec_engine.memory.file import MemoryFile
+from copyspec_engine.memory.store import SavedSegment
 from copyspec_engine.values.errors import MemoryFileError
 from copyspec_engine.values.tokens import Fingerprint
 
@@ -45,7 +46,7 @@ def segment(number: int, size: int, kind: int = 0) -> SavedSegment:
 
 
 def contents(file: MemoryFile) -> Contents:
-    return {owner: {n: (k, t.tolist()) for n, k, t in file.load(owner)} for owner in file.owners()}
+    return {owner: {n: (k, t.tolist()) for n, k, t in file.load(owner).segments} for owner in file.owners()}
 
 
 def expected(segments: list[SavedSegment]) -> dict[int, tuple[int, list[int]]]:
@@ -87,13 +88,13 @@ def test_what_was_saved_comes_back_in_the_order_of_the_stream(file: MemoryFile, 
     file.save("pool:team", [segment(1, 3)])
     file.close()
     with closing(reopened(path)) as again:
-        loaded = again.load("session:a")
+        loaded = again.load("session:a").segments
         assert [s.number for s in loaded] == [2, 4, 7]
         assert [s.kind for s in loaded] == [0, 0, 3]
         assert all(s.tokens.dtype == np.int32 for s in loaded)
         assert expected(loaded) == expected([segment(2, 0), segment(4, 1000), segment(7, 5, kind=3)])
-        assert expected(again.load("pool:team")) == expected([segment(1, 3)])
-        assert again.load("session:unknown") == []
+        assert expected(again.load("pool:team").segments) == expected([segment(1, 3)])
+        assert again.load("session:unknown").segments == []
         assert again.owners() == ["session:a", "pool:team"]
 
 
@@ -106,7 +107,7 @@ def test_a_save_may_take_out_and_put_in_the_same_number(file: MemoryFile) -> Non
 def test_an_owner_may_have_no_text(file: MemoryFile) -> None:
     file.save("empty", [])
     assert file.owners() == ["empty"]
-    assert file.load("empty") == []
+    assert file.load("empty").segments == []
 
 
 def test_extreme_tokens_and_numbers_survive(file: MemoryFile) -> None:
@@ -191,8 +192,8 @@ def test_a_million_tokens_and_quick_small_calls(file: MemoryFile, path: Path) ->
         seconds.append(time.perf_counter() - start)
     file.close()
     with closing(reopened(path)) as again:
-        assert np.array_equal(again.load("large")[0].tokens, large)
-        assert np.array_equal(np.stack([s.tokens for s in again.load("small")]), small)
+        assert np.array_equal(again.load("large").segments[0].tokens, large)
+        assert np.array_equal(np.stack([s.tokens for s in again.load("small").segments]), small)
     assert sorted(seconds)[25] < 0.02  # 0.2 ms on an idle machine; waiting for the disk takes longer than the bound
 
 
@@ -244,7 +245,7 @@ def test_deleting_nobody_is_no_error(file: MemoryFile) -> None:
 def test_a_deleted_owner_may_come_back(file: MemoryFile) -> None:
     file.save("a", [segment(1, 10)])
     file.delete("a")
-    assert file.load("a") == []
+    assert file.load("a").segments == []
     file.save("a", [segment(2, 10)])
     assert contents(file) == {"a": expected([segment(2, 10)])}
 
@@ -393,7 +394,7 @@ def test_closing_waits_for_a_call_in_another_thread(path: Path) -> None:
     thread.join(10)
     assert "closed database" in errors[0]
     with closing(reopened(path)) as again:
-        assert [s.number for s in again.load("a")] == saved
+        assert [s.number for s in again.load("a").segments] == saved
 
 
 # --- files that are refused ---
@@ -591,7 +592,7 @@ def test_values_of_other_types_are_left_out_and_their_numbers_free(file: MemoryF
 
 def test_a_text_with_ids_beyond_the_vocabulary_is_left_out(file: MemoryFile) -> None:
     file.save("a", [SavedSegment(i, 0, np.array(ids, dtype=np.int32)) for i, ids in enumerate(([0, 99], [100], [-1]))])
-    assert [text.number for text in file.load("a", vocab_size=100)] == [0]
+    assert [text.number for text in file.load("a", vocab_size=100).segments] == [0]
 
 
 @pytest.mark.parametrize("name", ["x'ff'", "'a text'", "5"])
@@ -807,7 +808,7 @@ def test_a_forked_child_cannot_harm_the_file_of_its_parent(path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     with closing(reopened(path)) as file:
-        assert [segment.number for segment in file.load("session:a")] == [0, 1]
+        assert [segment.number for segment in file.load("session:a").segments] == [0, 1]
 
 
 if __name__ == "__main__":

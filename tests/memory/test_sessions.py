@@ -22,8 +22,9 @@ from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.memory import conversation
 from copyspec_engine.memory.conversation import SessionMemory, SessionStore
-from copyspec_engine.memory.file import MemoryFile, SavedSegment
+from copyspec_engine.memory.file import MemoryFile
 from copyspec_engine.memory.index import BREAK, CopyIndex
+from copyspec_engine.memory.store import SavedSegment
 from copyspec_engine.testing import ByteTokenizer, loop_of, scripted_engine
 from copyspec_engine.values.tokens import Fingerprint
 from tests.conftest import assert_all_slots_free
@@ -274,12 +275,12 @@ def test_two_calls_of_a_session_in_flight_are_both_forgotten(make_engine: MakeEn
 # ---- the store by itself -------------------------------------------------------------------------------------------
 
 
-def store_of(dropped: list[str] | None = None, file: MemoryFile | None = None, **limits: int) -> SessionStore:
+def store_of(dropped: list[str] | None = None, store: MemoryFile | None = None, **limits: int) -> SessionStore:
     def release(session_id: str) -> None:
         if dropped is not None:
             dropped.append(session_id)
 
-    return SessionStore(EngineConfig(**{"max_sessions": 2, **limits}), release, file)
+    return SessionStore(EngineConfig(**{"max_sessions": 2, **limits}), release, store)
 
 
 def test_the_least_recently_used_session_is_forgotten_with_its_kv() -> None:
@@ -428,9 +429,9 @@ def test_each_call_is_saved_before_it_returns_and_once(
     saved: list[tuple[str, list[SavedSegment], list[int]]] = []
     save = MemoryFile.save
 
-    def watched(file: MemoryFile, owner: str, added: list[SavedSegment], removed: list[int]) -> None:
+    def watched(file: MemoryFile, owner: str, added: list[SavedSegment], removed: list[int], revision: int) -> int:
         saved.append((owner, added, removed))
-        save(file, owner, added, removed)
+        return save(file, owner, added, removed, revision)
 
     monkeypatch.setattr(MemoryFile, "save", watched)
     for turn in range(3):
@@ -479,8 +480,8 @@ def test_the_disk_holds_as_many_sessions_and_pools_as_memory_does(
         engine.generate(ask("again", session_id="s3"))
         engine.generate(ask("new", session_id="new"))  # s4 goes, s3 was used later
         engine.generate(ask("new", memory_pool="new"))
-        assert loop_of(engine).core.file is not None
-        sessions = {owner for owner in loop_of(engine).core.file.owners() if owner.startswith("session:")}
+        assert loop_of(engine).core.text_store is not None
+        sessions = {owner for owner in loop_of(engine).core.text_store.owners() if owner.startswith("session:")}
         assert sessions == {"session:s3", "session:s5", "session:new"}
     text = bytes_on_disk(path.parent)
     assert [number for number in range(6) if f"text of {number}".encode() in text] == [3, 5]
@@ -491,8 +492,11 @@ def test_texts_that_memory_forgot_are_gone_from_the_disk(make_engine: MakeEngine
     engine = make_engine(memory_path=str(path), memory_tokens=8192)
     for i in range(30):
         engine.generate(ask(f"<{i}>" * 200, session_id="a", drafter="none"))
-    assert loop_of(engine).core.file is not None
-    saved = [ByteTokenizer().decode(segment.tokens.tolist()) for segment in loop_of(engine).core.file.load("session:a")]
+    assert loop_of(engine).core.text_store is not None
+    saved = [
+        ByteTokenizer().decode(segment.tokens.tolist())
+        for segment in loop_of(engine).core.text_store.load("session:a").segments
+    ]
     assert any("<29><29>" in text for text in saved)
     assert not any("<5><5>" in text for text in saved)
     assert sum(map(len, saved)) <= 8192
@@ -676,7 +680,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPat
 
 def test_a_memory_without_an_owner_is_never_saved(path: Path) -> None:
     file = MemoryFile.open(path, ByteTokenizer().fingerprint())
-    store = store_of(file=file)
+    store = store_of(store=file)
     memory = SessionMemory(1000)
     memory.add_prompt(range(100))
     store.save(memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Scope
 
-from copyspec_engine import Engine
+from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.scale.together import Together, Told, told_by
 from copyspec_engine.serve.app import create_app
 from copyspec_engine.serve.config import ServeConfig
@@ -30,6 +31,10 @@ def engines() -> Iterator[list[Engine]]:
 @pytest.fixture
 def replicas(engines: list[Engine]) -> list[ASGIApp]:
     """Two of them, which know of each other."""
+    return replicas_of(engines)
+
+
+def replicas_of(engines: list[Engine]) -> list[ASGIApp]:
     alone = [create_app(engine, ServeConfig()) for engine in engines]
 
     async def ask_all(scope: Scope) -> Sequence[Told] | None:
@@ -65,6 +70,23 @@ async def test_any_replica_lists_and_forgets_the_conversations_of_all(replicas: 
     assert (await get(replicas[0], f"{PLACE}/here", "DELETE")).status_code == 200
     assert [(await get(app, PLACE)).json()["data"] for app in replicas] == [[], []]
     assert (await get(replicas[1], f"{PLACE}/here", "DELETE")).status_code == 404
+
+
+async def test_a_conversation_that_was_not_used_since_a_replica_began_is_listed_before_all_others(
+    engines: list[Engine], tmp_path: Path
+) -> None:
+    config = EngineConfig(model="scripted", memory_path=str(tmp_path / "memory"))
+    with scripted_engine(lambda prompt: "an answer", config) as engine:
+        await ask(create_app(engine, ServeConfig()), "kept")
+    with scripted_engine(lambda prompt: "an answer", config) as engine:
+        replicas = replicas_of([engine, engines[0]])
+        await ask(replicas[1], "new")
+        for app in replicas:
+            found = [(info["id"], info["last_used_at"] is None) for info in (await get(app, PLACE)).json()["data"]]
+            assert found == [("kept", True), ("new", False)]
+        await ask(replicas[1], "kept")
+        found = [(info["id"], info["last_used_at"] is None) for info in (await get(app, PLACE)).json()["data"]]
+        assert found == [("new", False), ("kept", False)]
 
 
 async def test_a_conversation_of_responses_is_forgotten_by_all(replicas: list[ASGIApp]) -> None:
