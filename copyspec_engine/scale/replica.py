@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 _SLOT_WAIT_S = 30.0
 """Seconds for which one that is on its way out may still hold the slot that is to be taken over."""
 _TELL_S = 10.0
-_BROADCASTS, _BROADCAST_PAUSE_S = 20, 0.1
+_BROADCASTS, _BROADCAST_PAUSE_S = 10, 0.1
+_STOPPING = "STOPPING"
 
 
 class Replica:
@@ -119,21 +120,23 @@ class Replica:
         """The whole answer of this replica alone to a request without a body."""
         return await told_by(self._alone, self._slot.name, scope)
 
-    async def _ask_all(self, scope: Scope) -> Sequence[Told] | None:
-        """Have all replicas `tell`; None: not all of them do."""
+    async def _ask_all(self, scope: Scope) -> tuple[Sequence[Told], bool]:
+        """Have all replicas `tell`: what they say, and whether none is missing."""
         context = serve.get_replica_context()
         if self._peers is None:
             self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
-        asked = plain_scope(scope)
+        application = (await asyncio.to_thread(serve.status)).applications[context.app_name]
+        states = application.deployments[context.deployment].replica_states
+        number = sum(states.values()) - states.get(_STOPPING, 0)
+        asked, answers = plain_scope(scope), list[Told]()
         for _ in range(_BROADCASTS):
-            with suppress(DeploymentUnavailableError):  # the handle is new, and has not heard of them yet
-                told = await self._peers.broadcast("tell", asked).results_async(
-                    timeout_s=_TELL_S, return_exceptions=True
-                )
-                answers = [one for one in told if not isinstance(one, Exception)]
-                return answers if len(answers) >= max(len(told), context.world_size or 1) else None
-            await asyncio.sleep(_BROADCAST_PAUSE_S)
-        return None
+            with suppress(DeploymentUnavailableError):
+                told = self._peers.broadcast("tell", asked).results_async(timeout_s=_TELL_S, return_exceptions=True)
+                answers = [one for one in await told if isinstance(one, Told)]
+            if len(answers) == number:
+                return answers, True
+            await asyncio.sleep(_BROADCAST_PAUSE_S)  # a handle that is new has not heard of all of them yet
+        return answers, False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Ray's proxies ask, where there is no front."""

@@ -39,8 +39,8 @@ class Told(NamedTuple):
         return response
 
 
-AskAll = Callable[[Scope], Awaitable[Sequence[Told] | None]]
-"""Asks every replica without a body; None: not all of them have answered."""
+AskAll = Callable[[Scope], Awaitable[tuple[Sequence[Told], bool]]]
+"""Asks every replica without a body: what they have answered, and whether those are all that there are to be."""
 
 
 async def told_by(app: ASGIApp, slot: str, scope: Scope) -> Told:
@@ -95,18 +95,11 @@ class Together:
             return self._list
         return self._forget if method == "DELETE" and _NAMED.fullmatch(path) else None
 
-    async def _all(self, scope: Scope) -> Sequence[Told]:
-        told = await self._ask_all(scope)
-        if told is None:
-            raise ApiError(
-                503, "replica_missing", "Not all replicas are there to answer together: ask again", retry_after_s=2.0
-            )
-        return told
-
     async def _list(self, scope: Scope, own: Told) -> Response:
         """Conversations of all replicas, those that several know once, the one that was not used for longest first."""
         known: dict[str, dict[str, Any]] = {}
-        for told in await self._all(scope):
+        answers, _ = await self._ask_all(scope)
+        for told in answers:
             for info in json.loads(told.body)["data"] if told.status == 200 else ():
                 known[info["id"]] = max(known.get(info["id"], info), info, key=_last_used_at)
         listed = sorted(known.values(), key=_last_used_at)
@@ -116,7 +109,11 @@ class Together:
         """Erase it wherever it is known: another slot has it, too, if it has ever answered for this one."""
         named = _NAMED.fullmatch(scope["path"])
         assert named is not None, "_answer has matched it"
-        erased = await self._all({**scope, **_path(f"{_LIST}/{named['name'] or named['id']}")})
+        erased, are_all = await self._ask_all({**scope, **_path(f"{_LIST}/{named['name'] or named['id']}")})
+        if not are_all:
+            raise ApiError(
+                503, "replica_missing", "One replica is not there, and may remember it: ask again", retry_after_s=5.0
+            )
         if own.status == 404 and named["name"]:
             return next((told for told in erased if told.status == 200), own).response()
         return own.response()
@@ -124,7 +121,8 @@ class Together:
     async def _counts(self, scope: Scope, _own: Told) -> Response:
         """All counts, each with the slot whose they are."""
         families: dict[str, Metric] = {}
-        for told in await self._all(scope):
+        answers, _ = await self._ask_all(scope)
+        for told in answers:
             for family in text_string_to_metric_families(told.body.decode()):
                 for sample in family.samples:
                     known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))

@@ -8,6 +8,7 @@ proxy        SIGKILL of Ray's proxy
 scale        1, 2, 3, 2 and 1 replicas under load
 rolling      another version in place of a running one
 stuck        a loop that is stuck in a pass
+together     what replicas answer together: lists, counts, erasing
 speed        what two replicas write in a second against one, a processor each: only where it is named; a real model
 
 They run in a network of their own (Linux, and a user who may have one). The exit code is 0 if all that was drilled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from copyspec_engine.scale.slots import tag_of
 from scripts.scale_drill.cluster import Cluster, kill, wait_until
 from scripts.scale_drill.models import STICK
 from scripts.scale_drill.talks import Answer, Talk, at_once, client_of
@@ -332,6 +334,30 @@ async def stuck(cluster: Cluster, options: DrillOptions) -> Found:
     return found
 
 
+async def together(cluster: Cluster, options: DrillOptions) -> Found:
+    """What replicas answer together, behind a front and without, and while their number changes."""
+    found, place = Found(figures={"listed": 0}), "/v1/copyspec/conversations"
+    for direct in (False, True):
+        talks = options.talks(f"together-{'direct' if direct else 'front'}", 20)
+        names = {talk.name for talk in talks}
+        for replicas in (2, 3, 1):
+            cluster.deploy(options.args(direct=direct), replicas)
+            async with client_of(cluster.url) as client:
+                await at_once(talks, client, SHORT)
+                listed = {told["id"] for told in (await client.get(place)).json()["data"]}
+                found.check(names <= listed, f"{sorted(names - listed)[:3]} of {replicas} replicas are not listed")
+                found.figures["listed"] += len(names & listed)
+                counts = (await client.get("/metrics")).text
+                slots = set(re.findall(r'copyspec_running\{slot="(.+)"\}', counts))
+                found.check({tag_of(slot) for slot in slots} == set(cluster.replicas()), f"metrics are of {slots}")
+                gone = talks[replicas].name
+                erased = await client.delete(f"{place}/{gone}")
+                found.check(erased.status_code == 200, f"erasing: {erased.status_code} {erased.text}")
+                left = {told["id"] for told in (await client.get(place)).json()["data"]}
+                found.check(gone not in left, f"{gone} was erased, and is listed")
+    return found
+
+
 Drill = Callable[[Cluster, DrillOptions], Coroutine[Any, Any, Found]]
 DRILLS: dict[str, Drill] = {
     "sticky": sticky,
@@ -342,4 +368,5 @@ DRILLS: dict[str, Drill] = {
     "scale": scale,
     "rolling": rolling,
     "stuck": stuck,
+    "together": together,
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SKIPPED = 77
-DRILLS = ("sticky", "lost", "lost-direct", "front", "proxy", "scale", "rolling", "stuck")
+DRILLS = ("sticky", "lost", "lost-direct", "front", "proxy", "scale", "rolling", "stuck", "together")
 
 
 @pytest.mark.slow

@@ -37,8 +37,8 @@ def replicas(engines: list[Engine]) -> list[ASGIApp]:
 def replicas_of(engines: list[Engine]) -> list[ASGIApp]:
     alone = [create_app(engine, ServeConfig()) for engine in engines]
 
-    async def ask_all(scope: Scope) -> Sequence[Told] | None:
-        return [await told_by(app, str(slot), scope) for slot, app in enumerate(alone)]
+    async def ask_all(scope: Scope) -> tuple[Sequence[Told], bool]:
+        return [await told_by(app, str(slot), scope) for slot, app in enumerate(alone)], True
 
     return [Together(app, str(slot), ask_all) for slot, app in enumerate(alone)]
 
@@ -112,8 +112,9 @@ async def test_counts_are_those_of_all_by_their_slots(replicas: list[ASGIApp]) -
 async def test_whoever_may_not_ask_is_told_so_and_nobody_else_is_asked(engines: list[Engine]) -> None:
     asked: list[Scope] = []
 
-    async def ask_all(scope: Scope) -> None:
+    async def ask_all(scope: Scope) -> tuple[Sequence[Told], bool]:
         asked.append(scope)
+        return [], False
 
     app = Together(create_app(engines[0], ServeConfig()), "0", ask_all)
     assert (await get(app, PLACE, headers={"host": "elsewhere.example.org"})).status_code == 403
@@ -121,3 +122,4 @@ async def test_whoever_may_not_ask_is_told_so_and_nobody_else_is_asked(engines: 
     missing = await get(app, f"{PLACE}/here", "DELETE")
     assert (missing.status_code, missing.json()["error"]["code"]) == (503, "replica_missing")
     assert asked
+    assert (await get(app, PLACE)).json()["data"] == []
