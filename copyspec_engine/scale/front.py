@@ -38,7 +38,7 @@ Begun: TypeAlias = tuple[int, list[tuple[bytes, bytes]]]
 """What an answer begins with: status and headers."""
 _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 _ENDS = ("client", "server")
-_ADMISSION_S = 10.0
+_ADMISSION_S = 20.0
 """Seconds in which a replica has to take a call, be it only to let it wait."""
 _LARGE_BYTES = 1 << 18
 """Of a body that takes more than a few milliseconds to be read."""

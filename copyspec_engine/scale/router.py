@@ -23,7 +23,7 @@ __all__ = ["SLOT", "SlotRouter", "order"]
 
 SLOT = "slot"
 """What a replica's metadata call its slot."""
-_PATIENCE_S = 3.0
+_PATIENCE_S = 10.0
 """Seconds after which a replica that does not say how much it has to do is passed over: it may be on a lost machine."""
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,12 +13,14 @@ from typing import Any
 
 from copyspec_engine.scale import build
 from copyspec_engine.scale.options import split_options
-from copyspec_engine.serve.lifecycle import INTERRUPTED
+from copyspec_engine.serve.config import ServeConfig
+from copyspec_engine.serve.lifecycle import INTERRUPTED, listen
 from copyspec_engine.values.errors import ConfigError, CopySpecError
 
-__all__ = ["UpOptions", "prepare_ray", "run_up"]
+__all__ = ["APPLICATION", "UpOptions", "prepare_ray", "reason_of", "run_up"]
 
 APPLICATION = "copyspec"
+_CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,9 @@ def run_up(options: UpOptions, started: Callable[[str], None] = lambda _url: Non
     prepare_ray()
     application = build(options.args)
     scale, config, _ = split_options(options.args)
+    listen(config.model_copy(update={"port": ServeConfig(port=options.port).port})).close()  # it has to be free
+    if options.address is not None:
+        _check_address(options.address)
     import ray
     from ray import serve
 
@@ -71,7 +78,7 @@ def run_up(options: UpOptions, started: Callable[[str], None] = lambda _url: Non
         try:
             ray.init(**told)
         except (ConnectionError, ValueError) as error:
-            raise CopySpecError(f"Got address={options.address!r} but there is no such Ray cluster: {error}") from None
+            raise _no_cluster(options.address, error) from None
         for name, each in (("CPU", scale.num_cpus), ("GPU", scale.num_gpus)):
             there = ray.cluster_resources().get(name, 0)
             if each * scale.replicas > there:
@@ -85,10 +92,32 @@ def run_up(options: UpOptions, started: Callable[[str], None] = lambda _url: Non
         try:
             serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
         except RuntimeError as error:
-            raise CopySpecError(f"The replicas do not start: {error}") from None
+            raise CopySpecError(f"The replicas do not start: {reason_of(serve.status()) or error}") from None
         started(f"http://{config.host}:{options.port}")
         ended.wait()
         serve.delete(APPLICATION)
     finally:
         ray.shutdown()
     return INTERRUPTED if signals[0] == signal.SIGINT else 0
+
+
+def _check_address(address: str) -> None:
+    """Raises CopySpecError if nothing listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str | None, error: Exception) -> CopySpecError:
+    return CopySpecError(f"Got address={address!r} but there is no such Ray cluster: {error}")
+
+
+def reason_of(status: Any) -> str | None:  # noqa: ANN401 - Ray's
+    """What a replica that did not start has raised, by the last line of its traceback."""
+    told = "\n".join(found.message for found in status.applications[APPLICATION].deployments.values())
+    raised = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .+$", told, flags=re.MULTILINE)
+    return raised[-1].partition(": ")[2] if raised else None

@@ -1,0 +1,39 @@
+"""`copyspec scale up`: what it says where it cannot begin."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from copyspec_engine import CopySpecError
+from copyspec_engine.cli.main import app
+from copyspec_engine.scale.up import APPLICATION, UpOptions, reason_of, run_up
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    told = CliRunner().invoke(app, ["scale", "up", "smollm2"])
+    assert told.exit_code == 2
+    assert 'pip install "copyspec[scale]"' in told.stderr
+    with pytest.raises(CopySpecError, match=r"copyspec\[scale\]"):
+        run_up(UpOptions({}, 0))
+
+
+def test_of_replicas_that_do_not_start_the_reason_is_told_without_a_traceback() -> None:
+    message = (
+        "A replica failed to start with exception. Retrying 2 more time(s). Error:\n"
+        "\x1b[36mray::ServeReplica:copyspec:Replica.initialize_and_get_metadata()\x1b[39m (pid=1)\n"
+        '  File "replica.py", line 1, in initialize\n'
+        "RuntimeError: Traceback (most recent call last):\n"
+        "    raise ConfigError(said)\n"
+        "copyspec_engine.values.errors.ConfigError: Got engine='nowhere:x' but there is no such function\n"
+    )
+    deployments = {"Front": SimpleNamespace(message=""), "Replica": SimpleNamespace(message=message)}
+    status = SimpleNamespace(applications={APPLICATION: SimpleNamespace(deployments=deployments)})
+    assert reason_of(status) == "Got engine='nowhere:x' but there is no such function"
+    deployments["Replica"].message = "It is being scheduled"
+    assert reason_of(status) is None
