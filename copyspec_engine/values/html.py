@@ -101,7 +101,7 @@ def table(title: str, rows: Mapping[str, object]) -> str:
     """Names and values, with what they are of above them."""
     cell = "text-align:left;padding:0.1em 1em 0.1em 0;vertical-align:top"
     shown = "".join(
-        f'<tr><th scope="row" style="{cell};font-weight:normal;opacity:0.75">{exact(name)}</th>'
+        f'<tr><th scope="row" style="{cell};font-weight:normal;opacity:0.75;white-space:nowrap">{exact(name)}</th>'
         f'<td style="{cell}">{exact(str(value))}</td></tr>'
         for name, value in rows.items()
     )

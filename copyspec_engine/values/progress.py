@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +80,10 @@ class _Bar:
     """A tqdm bar, made anew for each thing that is counted: tqdm's know one unit."""
 
     def __init__(self) -> None:
+        with warnings.catch_warnings():
+            # Before others import it: a notebook without widgets has a bar of characters, and needs no advice.
+            warnings.simplefilter("ignore")
+            self._tqdm: Any = importlib.import_module("tqdm.auto").tqdm
         self._begin = time.perf_counter()
         self._bar: Any = None
         self._counts: tuple[int | None, str | None] | None = None
@@ -88,20 +94,18 @@ class _Bar:
         counts = (progress.total, progress.unit)
         if self._bar is None or counts != self._counts:
             self.close()
-            self._bar, self._counts = _new_bar(progress), counts
+            self._bar, self._counts = self._made(progress), counts
         self._bar.set_description_str(progress.text, refresh=False)
         self._bar.n = progress.done or 0
         self._bar.refresh()
+
+    def _made(self, progress: LoadProgress) -> Any:  # noqa: ANN401 - tqdm has no types
+        is_bytes = progress.unit == "B"
+        shape = {} if progress.done is not None else {"bar_format": "{desc} ..."}
+        unit = progress.unit or "it"
+        return self._tqdm(total=progress.total, unit=unit, unit_scale=is_bytes, leave=False, **shape)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _new_bar(progress: LoadProgress) -> Any:  # noqa: ANN401 - tqdm has no types
-    from tqdm.auto import tqdm
-
-    is_bytes = progress.unit == "B"
-    shape = {} if progress.done is not None else {"bar_format": "{desc} ..."}
-    return tqdm(total=progress.total, unit=progress.unit or "it", unit_scale=is_bytes, leave=False, **shape)
