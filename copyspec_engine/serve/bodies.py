@@ -57,7 +57,7 @@ def _number(value: object) -> object:
 _MOST_UNKNOWN = 8
 _LARGE_BYTES = 1 << 16
 """Of a body that takes more than a few milliseconds to be read."""
-_PARTS = ((b"[{:", 32, "lists, objects and fields"), (b",", 8, "items in lists and objects"))
+_PARTS = ((b"[{:", 64, "lists, objects and fields"), (b",", 8, "items in lists and objects"))
 """What takes long to be made of a body: the signs that it is counted by, and bytes of the largest body for each."""
 _LEAST_MAX_BYTES = 8 << 20
 """Where bodies may be no larger than that they may still have as many parts."""
