@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -156,7 +157,9 @@ async def _lost(cluster: Cluster, options: DrillOptions, *, direct: bool) -> Fou
             others = [talk for talk in talks if before[talk.name] != victim]
             await at_once(hit, client, SHORT, most=len(hit), stream=False)
             _check_whole(found, hit, SHORT, "calls after the loss")
-            found.figures["next_call_s"].append(round(max(talk.answers[-1].seconds for talk in hit), 3))
+            seconds = [talk.answers[-1].seconds for talk in hit]
+            times = {"calls_at_once": len(hit), "median": round(median(seconds), 3), "longest": round(max(seconds), 3)}
+            found.figures["next_call_s"].append(times)
             if options.is_shared:
                 _check_remembered(found, hit)
             await at_once(others, client, SHORT)
