@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -55,6 +56,8 @@ def _number(value: object) -> object:
 
 
 _MOST_UNKNOWN = 8
+_MOST_DIGITS = 20
+"""Of a number that are shown."""
 _LARGE_BYTES = 1 << 16
 """Of a body that takes more than a few milliseconds to be read."""
 _PARTS = ((b"[{:", 64, "lists, objects and fields"), (b",", 8, "items in lists and objects"))
@@ -143,7 +146,7 @@ def _check_parts(body: bytes, max_bytes: int) -> None:
 
 def _parsed(body: bytes, max_depth: int) -> Any:  # noqa: ANN401 - any JSON value
     try:
-        value = json.loads(body or b"{}", parse_constant=_no_constant)
+        value = json.loads(body or b"{}", parse_constant=_no_constant, parse_float=_float)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"Got a body that is no JSON: {error}") from None
     _check(value, max_depth)
@@ -152,6 +155,13 @@ def _parsed(body: bytes, max_depth: int) -> Any:  # noqa: ANN401 - any JSON valu
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):  # it could not be given back in JSON
+        raise ValueError(f"{digits[:_MOST_DIGITS]} is too large a number")
+    return value
 
 
 def _check(value: Any, max_depth: int) -> None:  # noqa: ANN401 - any JSON value

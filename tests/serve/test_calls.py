@@ -101,6 +101,8 @@ async def test_each_key_has_so_many_tokens_a_minute(echo: Engine, client: Client
         (b'{"model": ' + b"[" * 70 + b"]" * 70 + b"}", 400, "invalid_json"),
         (b"[1]", 400, "invalid_json"),
         (b'{"temperature": NaN}', 400, "invalid_json"),
+        (b'{"temperature": 1e999}', 400, "invalid_json"),
+        (b'{"input": [{"status": [-1e999]}]}', 400, "invalid_json"),
         (b'{"model": "\\ud800"}', 400, "invalid_json"),
         (b"\xff\xfe", 400, "invalid_json"),
         (b"{}", 400, "missing_parameter"),
