@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 __all__ = ["ANY_CHARACTER", "EVERYTHING", "complement", "integers", "literal", "one_of"]
 
@@ -52,7 +53,12 @@ def one_of(ranges: Ranges, *, escapes: bool) -> str:
 
 def literal(text: str, *, escapes: bool, plain: str = "") -> str:
     """A regular expression for a text; its letters may be escaped, but those in `plain`."""
-    return "".join(one_of([(ord(char), ord(char))], escapes=escapes and char not in plain) for char in text)
+    return "".join(_letter(char, escapes and char not in plain) for char in text)
+
+
+@lru_cache(maxsize=4096)  # a schema may list thousands of words, of the same few letters
+def _letter(char: str, escapes: bool) -> str:
+    return one_of([(ord(char), ord(char))], escapes=escapes)
 
 
 def complement(ranges: Ranges) -> Ranges:

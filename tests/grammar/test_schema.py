@@ -12,7 +12,9 @@ import pytest
 
 from copyspec_engine import ConfigError, Grammar, ToolCalls
 from copyspec_engine.drafting.tree import DraftTree
+from copyspec_engine.grammar import letters
 from copyspec_engine.grammar.state import GrammarCompiler
+from copyspec_engine.grammar.text import translate
 from copyspec_engine.testing import ByteTokenizer
 from tests.grammar.random_schemas import random_document, random_schema
 
@@ -317,3 +319,16 @@ def test_schemas_nested_too_deeply_are_refused(compiler: GrammarCompiler, key: s
     chain = {"$ref": "#/$defs/d0", "$defs": names | {"d2000": N}}
     with pytest.raises(ConfigError, match="make it flatter"):
         compiler.begin(Grammar(json_schema=chain))
+
+
+def test_the_letters_of_long_lists_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else thousands of words took minutes, and held a thread that others wait for."""
+    written: list[object] = []
+    one_of = letters.one_of
+    monkeypatch.setattr(
+        letters, "one_of", lambda ranges, *, escapes: written.append(ranges) or one_of(ranges, escapes=escapes)
+    )
+    words = [f"word {number}" for number in range(1000)]
+    rules, *_ = translate(Grammar(json_schema={"enum": words}), lambda text: text)
+    assert rules.count(letters.literal(words[-1], escapes=True)) == 1
+    assert len(written) <= len(set("".join(words)))
