@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import PurePath
 from urllib.parse import quote
 
@@ -121,6 +122,7 @@ def answer_headers(talk: Talk, ignored: Iterable[str]) -> dict[str, str]:
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
     """The header that names fields which changed nothing, as many as fit; a client's names may be any text."""
-    told = ", ".join(quote(name, safe=PRINTABLE) for name in dict.fromkeys(names))
+    some = islice(dict.fromkeys(names), _MOST_NAMED)  # a name has a character at least
+    told = ", ".join(quote(name, safe=PRINTABLE) for name in some)
     shown = told if len(told) <= _MOST_NAMED else f"{told[:_MOST_NAMED].rpartition(', ')[0]}, ..."
     return {"X-Copyspec-Ignored": shown} if told else {}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from copyspec_engine import Engine, GenerationRequest, SamplingParams
+from copyspec_engine.serve import service
 from copyspec_engine.values.outputs import StreamChunk
 from tests.serve.conftest import CHAT, Client, body, events, texts
 
@@ -104,6 +106,21 @@ async def test_fields_without_effect_are_named(echo: Engine, client: Client) -> 
     response = await client(echo).post(CHAT, json=body(**given))
     assert response.headers["x-copyspec-ignored"] == "service_tier, verbosity, store, metadata"
     assert "x-copyspec-ignored" not in (await client(echo).post(CHAT, json=body(store=False, user="u"))).headers
+
+
+async def test_of_many_fields_without_effect_a_few_are_named(
+    echo: Engine, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To write all of them out took seconds, in which nobody was answered."""
+    written: list[str] = []
+    monkeypatch.setattr(service, "quote", lambda name, safe: written.append(name) or quote(name, safe))
+    message = {"role": "user", "content": "hi", **{f"field_{number}": 1 for number in range(50_000)}}
+    response = await client(echo).post(CHAT, json=body(messages=[message]))
+    named = response.headers["x-copyspec-ignored"]
+    assert named.startswith("messages[].field_0, ")
+    assert named.endswith(", ...")
+    assert len(named) <= 1030
+    assert len(written) < 2000
 
 
 @pytest.mark.parametrize(
