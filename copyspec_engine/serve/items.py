@@ -73,6 +73,8 @@ def _item(where: str, given: Item, known: Callable[[str], Item | None], ignored:
             "tools of its own, and reads text only",
             "unsupported_parameter",
         )
+    if not isinstance(item.get("id", ""), str):
+        raise invalid(f"{where}.id", f"Got {where}.id={item['id']!r:.80} but expected a text")
     field = where.partition("[")[0]
     ignored.update(dict.fromkeys(f"{field}[].{name}" for name in item if name not in _KNOWN[kind]))
     whole = {"id": item_id(kind), "status": "completed", **item, "type": kind}

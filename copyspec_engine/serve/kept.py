@@ -86,6 +86,8 @@ class Kept(Generic[Thing]):
     def keep(self, name: str, thing: Thing, num_tokens: int) -> None:
         """Keep a thing, in place of one with this id."""
         self.pop(name)
+        if num_tokens > self._max_tokens:  # the others would go for nothing
+            return
         self._things[name] = thing, num_tokens
         self._num_tokens += num_tokens
         while len(self._things) > self._max_things or self._num_tokens > self._max_tokens:

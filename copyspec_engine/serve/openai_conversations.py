@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from copyspec_engine.serve.bodies import Body, documented, read_body
 from copyspec_engine.serve.items import checked_items, messages_of
 from copyspec_engine.serve.kept import StoredConversation, Told
-from copyspec_engine.serve.openai_responses import known_item, stored_conversation
+from copyspec_engine.serve.openai_responses import known_items, stored_conversation
 from copyspec_engine.serve.pages import PAGE, check_query, page_of, query
 from copyspec_engine.serve.schemas import ItemList, NamedConversation, NamedConversationDeleted, answers
 from copyspec_engine.serve.service import Service, ignored_header
@@ -44,7 +44,7 @@ def named_conversations_router(service: Service) -> APIRouter:
         """Make a conversation."""
         body = await read_body(request, ConversationBody, service.config)
         tenant, ignored = service.caller(request).tenant, dict[str, None]()
-        items = checked_items("items", body.items or (), lambda name: known_item(tenant, name), ignored)
+        items = checked_items("items", body.items or (), known_items(tenant), ignored)
         messages = messages_of("items", items, service.config) if items else []
         name = service.new_id("conv_", 48)
         made = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
@@ -296,10 +296,20 @@ def stored_conversation(tenant: Tenant, name: str, param: str | None = None) -> 
     return found
 
 
-def known_item(tenant: Tenant, name: str) -> Item | None:
-    """An item of what is kept of a tenant's responses and conversations, by its id."""
-    kept = [*(response.told for response in tenant.responses), *(talk.told for talk in tenant.named)]
-    return next((item for told in kept for item in told.items if item.get("id") == name), None)
+def known_items(tenant: Tenant) -> Callable[[str], Item | None]:
+    """Finds items of what is kept of a tenant's responses and conversations by their ids.
+
+    All of them are looked through once, at the first question.
+    """
+    found: dict[str, Item] = {}
+
+    def known(name: str) -> Item | None:
+        if not found:
+            kept = [*(response.told for response in tenant.responses), *(talk.told for talk in tenant.named)]
+            found.update((item["id"], item) for told in reversed(kept) for item in told.items)
+        return found.get(name)
+
+    return known
 
 
 def responses_router(service: Service) -> APIRouter:
@@ -323,7 +333,7 @@ def responses_router(service: Service) -> APIRouter:
         body.check(service)
         caller, ignored_inside = service.caller(request), dict[str, None]()
         before = body.before(caller.tenant)
-        added = checked_items("input", body.input, lambda name: known_item(caller.tenant, name), ignored_inside)
+        added = checked_items("input", body.input, known_items(caller.tenant), ignored_inside)
         messages = messages_of("input", added, service.config)
         response_id = service.new_id("resp_", 48)
         with by_names(body.names):

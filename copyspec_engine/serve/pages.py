@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -58,8 +59,8 @@ def page_of(request: Request, items: Sequence[Mapping[str, Any]]) -> dict[str, A
     check_query(request, PAGE)
     asked = request.query_params
     limit, order, after = asked.get("limit", str(_DEFAULT)), asked.get("order", "desc"), asked.get("after")
-    if not limit.isdecimal() or not 1 <= int(limit) <= _MOST:
-        raise invalid("limit", f"Got limit={limit!r} but expected 1 to {_MOST}")
+    if not re.fullmatch(r"[0-9]{1,3}", limit) or not 1 <= int(limit) <= _MOST:
+        raise invalid("limit", f"Got limit={limit!r:.80} but expected 1 to {_MOST}")
     if order not in _ORDERS:
         raise invalid("order", f"Got order={order!r} but expected 'asc' or 'desc'")
     ordered = list(items) if order == "asc" else list(reversed(items))

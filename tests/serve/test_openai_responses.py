@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from copyspec_engine import Engine, GenerationRequest
+from copyspec_engine.serve.kept import Kept
 from tests.serve.conftest import Client, events
 
 MakeEngine = Callable[..., Engine]
@@ -274,6 +275,9 @@ async def test_what_is_kept_can_be_asked_for_and_deleted(echo: Engine, client: C
     assert (await http.get(path)).json() == made
     assert (await http.get(f"{RESPONSES}/{stream[-1]['response']['id']}")).json() == stream[-1]["response"]
     assert (await http.get(path, params={"stream": "true"})).json()["error"]["param"] == "stream"
+    for limit in ("0", "101", "9" * 5000, "\u0663"):
+        refused = await http.get(f"{path}/input_items", params={"limit": limit})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "limit")
     assert (await http.delete(path)).json() == {"id": made["id"], "object": "response", "deleted": True}
     for response in (await http.get(path), await http.delete(path), await http.get(f"{RESPONSES}/{unkept['id']}")):
         assert (response.status_code, response.json()["error"]["code"]) == (404, "response_not_found")
@@ -310,6 +314,28 @@ async def test_a_named_conversation_grows_with_its_responses(
         assert (response.status_code, response.json()["error"]["code"]) == (404, "conversation_not_found")
 
 
+async def test_a_conversation_that_is_too_long_takes_no_others_place(echo: Engine, client: Client) -> None:
+    http = client(echo, max_kept_tokens=100)
+    path = f"{CONVERSATIONS}/{(await http.post(CONVERSATIONS, json={})).json()['id']}"
+    items = [{"role": "user", "content": "x" * 9000}]
+    assert (await http.post(CONVERSATIONS, json={"items": items})).status_code == 404
+    assert (await http.get(path)).status_code == 200
+
+
+async def test_many_items_that_are_known_are_found_in_one_look(
+    echo: Engine, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look for each of them took minutes, in which nobody was answered."""
+    http, looks = client(echo), []
+    made = [{"role": "user", "content": "a", "id": f"msg_{number}"} for number in range(50)]
+    await http.post(CONVERSATIONS, json={"items": made})
+    through = Kept.__iter__
+    monkeypatch.setattr(Kept, "__iter__", lambda kept: looks.append(kept) or through(kept))
+    told = [{"type": "item_reference", "id": item["id"]} for item in made]
+    assert (await http.post(RESPONSES, json=body(told, max_output_tokens=1))).status_code == 200
+    assert len(looks) == 2, "through responses and conversations"
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [
@@ -327,6 +353,7 @@ async def test_a_named_conversation_grows_with_its_responses(
         ({"input": ["hi"]}, "input"),
         ({"input": [{"type": "web_search_call"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": "a", "id": 5}]}, "input[0].id"),
         ({"input": [{"role": "assistant", "content": 5}]}, "input[0].content"),
         ({"input": [{"type": "reasoning", "content": 5}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": "a"}, {"type": "function_call_output", "output": "b"}]},
