@@ -6,9 +6,12 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
+
+from starlette.datastructures import Headers
 
 from copyspec_engine.adapters.conversations import Talk, first_named
 from copyspec_engine.serve.config import ServeConfig
@@ -35,7 +38,7 @@ class Caller:
     """
 
     tenant: Tenant
-    headers: Mapping[str, str]
+    headers: Headers
     config: ServeConfig
 
     def named(self, body: Mapping[str, Any]) -> str | None:
@@ -49,14 +52,28 @@ class Caller:
         """
         metadata = body.get("metadata") or {}
         for name in ("x-session-id", "x-conversation-id", *self.config.session_headers):
-            if self.headers.get(name):
-                return checked_session(unquote(self.headers[name]), name)
+            if given := self._header(name):
+                return checked_session(unquote(given), name)
         if body.get("session_id") is not None:
             return checked_session(body["session_id"], "session_id")
         for name in SESSION_METADATA:
             if metadata.get(name) is not None:
                 return checked_session(metadata[name], f"metadata.{name}")
         return None
+
+    def _header(self, name: str) -> str:
+        """What a header says; empty: nothing. Those that are no ASCII are UTF-8 if they can be.
+
+        Raises:
+            ApiError: it says different things.
+        """
+        given = self.headers.getlist(name)
+        if len(set(given)) > 1:  # a proxy may have gone by another one
+            raise invalid(name, f"Got {name} {len(given)} times with different values but expected one")
+        said = given[0] if given else ""
+        with suppress(UnicodeError):
+            said = said.encode("latin-1").decode()
+        return said
 
     def talk(
         self,

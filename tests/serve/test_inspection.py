@@ -106,6 +106,10 @@ async def test_an_id_comes_back_as_it_was_said(client: Client, echo: Engine) -> 
         await http.post(CHAT, json=body(), headers={"X-Session-ID": told})
         assert [item["id"] for item in (await http.get(PLACE)).json()["data"]] == [name]
         await http.delete(f"{PLACE}/{told}")
+    await http.post(CHAT, json=body(), headers={"X-Session-ID": "ä".encode()})
+    assert [item["id"] for item in (await http.get(PLACE)).json()["data"]] == ["ä"]
+    twice = await http.post(CHAT, json=body(), headers=[("X-Session-ID", "a"), ("X-Session-ID", "b")])
+    assert (twice.status_code, twice.json()["error"]["param"]) == (400, "x-session-id")
 
 
 async def test_where_an_answer_came_from_can_be_asked_later(echo: Engine, client: Client) -> None:
