@@ -16,7 +16,7 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError
 from copyspec_engine.values.options import Documented, explain_errors
 
-__all__ = ["Body", "body_schemas", "documented", "read_body", "read_bytes", "read_json", "read_nothing"]
+__all__ = ["NUM_BYTES", "Body", "body_schemas", "documented", "read_body", "read_bytes", "read_json", "read_nothing"]
 
 
 class Body(Documented):
@@ -55,6 +55,8 @@ def _number(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+NUM_BYTES = "copyspec.num_bytes"
+"""Where the scope of a request says how many its body had."""
 _MOST_UNKNOWN = 8
 _MOST_DIGITS = 20
 """Of a number that are shown."""
@@ -129,6 +131,7 @@ async def read_bytes(request: Request, config: ServeConfig, max_bytes: int) -> b
         raise ApiError(408, "body_timeout", f"Got nothing of the body for {config.body_timeout_s} seconds") from None
     except ClientDisconnect:
         raise ApiError(400, "incomplete_body", "The client went away before its body was whole") from None
+    request.scope[NUM_BYTES] = len(body)
     return bytes(body)
 
 

@@ -35,10 +35,18 @@ class Call:
         tenant: who asks; it has taken a place for each answer.
         requests: one for each answer.
         metrics: count them.
+        body_tokens: what the body of the call counts for in what is kept of it.
     """
 
-    def __init__(self, engine: Engine, tenant: Tenant, requests: Sequence[GenerationRequest], metrics: Metrics) -> None:
-        self.requests = tuple(requests)
+    def __init__(
+        self,
+        engine: Engine,
+        tenant: Tenant,
+        requests: Sequence[GenerationRequest],
+        metrics: Metrics,
+        body_tokens: int,
+    ) -> None:
+        self.requests, self.body_tokens = tuple(requests), body_tokens
         self.outputs: dict[int, GenerationOutput] = {}
         """The whole answers by their numbers, of those that are over."""
         self.is_forgotten = False
@@ -166,8 +174,8 @@ class Call:
         """Keep the answers to be explained, unless nobody has read them to their ends."""
         outputs = tuple(self.outputs[index] for index in range(len(self.requests)))
         if not self.is_forgotten and all(output.finish_reason != "cancelled" for output in outputs):
-            answered = Answered(self.requests, outputs)
-            self._tenant.answered.keep(self.call_id, answered, answered.num_tokens)
+            size = self.body_tokens + sum(output.usage.total_tokens for output in outputs)
+            self._tenant.answered.keep(self.call_id, Answered(self.requests, outputs), size)
 
 
 class Calls:
@@ -193,13 +201,16 @@ class Calls:
         """Calls whose clients are still answered."""
         return len(self._in_flight)
 
-    async def begin(self, tenant: Tenant, requests: Sequence[GenerationRequest], receive: Receive) -> Call:
+    async def begin(
+        self, tenant: Tenant, requests: Sequence[GenerationRequest], receive: Receive, body_tokens: int
+    ) -> Call:
         """A call that has begun, to be closed.
 
         Args:
             tenant: who asks.
             requests: one for each choice. They share their prompt, and what is kept of them counts for the tenant.
             receive: of the HTTP request, whose body was read; the call is cancelled when its client goes away.
+            body_tokens: what that body counts for in what is kept of the call.
 
         Raises:
             ApiError: 503 while the server drains, 429 where the tenant has too many.
@@ -210,7 +221,7 @@ class Calls:
         tenant.take(len(requests))
         requests = [request.model_copy(update={"owner": tenant.name}) for request in requests]
         self._metrics.asked(tenant, requests)
-        call = Call(self.engine, tenant, requests, self._metrics)
+        call = Call(self.engine, tenant, requests, self._metrics, body_tokens)
         self._in_flight.add(call)
         call.on_close = lambda: self._in_flight.discard(call)
         follower = asyncio.create_task(_follow(call, receive))

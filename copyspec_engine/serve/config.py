@@ -92,7 +92,8 @@ class ServeConfig(Options):
     """Answers of one tenant that are kept to be explained; and as many responses and conversations of POST
     /v1/responses to go on from, each. Those that were not used for longest go first."""
     max_kept_tokens: int = Field(default=1_000_000, ge=0)
-    """Tokens that each of these may hold, prompts included, at about 40 bytes each."""
+    """Tokens that each of these may hold, prompts included, at about 40 bytes each; 40 bytes of a
+    call's body count as one besides."""
     page: bool = True
     """Whether GET / gives a page to talk on."""
 

@@ -24,10 +24,6 @@ class Answered:
     outputs: tuple[GenerationOutput, ...]
     """Theirs, in the same order."""
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(output.usage.total_tokens for output in self.outputs)
-
 
 @dataclass(frozen=True, slots=True)
 class Told:
@@ -61,6 +57,8 @@ class StoredConversation:
 
     body: Mapping[str, Any]
     told: Told
+    num_tokens: int
+    """What it counted for when it was made."""
 
 
 class Kept(Generic[Thing]):

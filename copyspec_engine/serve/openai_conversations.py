@@ -10,12 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from copyspec_engine.serve.bodies import Body, documented, read_body
+from copyspec_engine.serve.errors import ApiError
 from copyspec_engine.serve.items import checked_items, messages_of
 from copyspec_engine.serve.kept import StoredConversation, Told
 from copyspec_engine.serve.openai_responses import known_items, stored_conversation
 from copyspec_engine.serve.pages import PAGE, check_query, page_of, query
 from copyspec_engine.serve.schemas import ItemList, NamedConversation, NamedConversationDeleted, answers
-from copyspec_engine.serve.service import Service, ignored_header
+from copyspec_engine.serve.service import Service, body_tokens, ignored_header
 
 __all__ = ["named_conversations_router"]
 
@@ -53,9 +54,10 @@ def named_conversations_router(service: Service) -> APIRouter:
             "created_at": int(time.time()),
             "metadata": body.metadata or {},
         }
-        size = sum(len(str(message["content"])) for message in messages)  # a token has a character at least
-        tenant.named.keep(name, StoredConversation(made, Told(tuple(items), tuple(messages), name)), size)
-        stored_conversation(tenant, name)  # too long a one is not kept
+        told, size = Told(tuple(items), tuple(messages), name), body_tokens(request)
+        tenant.named.keep(name, StoredConversation(made, told, size), size)
+        if tenant.named.get(name) is None:
+            raise ApiError(413, "body_too_large", "Got a longer conversation than this server keeps: shorten it")
         return JSONResponse(made, headers=ignored_header(ignored))
 
     @router.get("/v1/conversations/{name}", responses=answers(NamedConversation))

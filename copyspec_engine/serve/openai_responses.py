@@ -385,7 +385,7 @@ class _Keeper:
     def __call__(self, response: Mapping[str, Any], message: Mapping[str, Any], output: GenerationOutput) -> None:
         if self._call.is_forgotten:
             return
-        tenant, asked, size = self._tenant, self._asked, output.usage.total_tokens
+        tenant, asked, size = self._tenant, self._asked, output.usage.total_tokens + self._call.body_tokens
         told = Told((*asked.items, *response["output"]), (*asked.messages, dict(message)), asked.named)
         if self._body.store is not False:
             session = self._call.requests[0].session_id
@@ -393,4 +393,5 @@ class _Keeper:
         name = self._body.conversation
         known = None if name is None else tenant.named.get(name)
         if name is not None and known is not None:
-            tenant.named.keep(name, StoredConversation(known.body, told), size)
+            grown = StoredConversation(known.body, told, known.num_tokens)
+            tenant.named.keep(name, grown, size + known.num_tokens)

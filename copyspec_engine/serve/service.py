@@ -18,6 +18,7 @@ from starlette.requests import Request
 from copyspec_engine.adapters.conversations import Talk
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.engine.telemetry import continued_trace
+from copyspec_engine.serve.bodies import NUM_BYTES
 from copyspec_engine.serve.calls import Call, Calls
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.conversations import PRINTABLE, Caller, engine_session, told_session
@@ -26,8 +27,10 @@ from copyspec_engine.serve.metrics import Metrics
 from copyspec_engine.serve.tenants import Tenant, Tenants
 from copyspec_engine.values.config import GenerationRequest
 
-__all__ = ["Service", "answer_headers", "ignored_header"]
+__all__ = ["Service", "answer_headers", "body_tokens", "ignored_header"]
 
+_BYTES_PER_TOKEN = 40
+"""Of what is kept."""
 _MOST_NAMED = 1024
 """Characters of a header."""
 
@@ -111,7 +114,14 @@ class Service:
     async def begin(self, request: Request, requests: Sequence[GenerationRequest]) -> Call:
         """A call of the client of `request`; see `Calls.begin`."""
         with continued_trace(request.headers):
-            return await self.calls.begin(request.scope["copyspec.tenant"], requests, request.receive)
+            tenant: Tenant = request.scope["copyspec.tenant"]
+            return await self.calls.begin(tenant, requests, request.receive, body_tokens(request))
+
+
+def body_tokens(request: Request) -> int:
+    """What the body of a request counts for in what is kept of it, as tokens: not all of it is in the prompt."""
+    num_bytes: int = request.scope[NUM_BYTES]
+    return num_bytes // _BYTES_PER_TOKEN
 
 
 def answer_headers(talk: Talk, ignored: Iterable[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
     "strict": False,
 }
+LONG = "long " * 5000
 CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
 CHAT_TOOL = {"type": "function", "function": {k: TOOL[k] for k in ("name", "description", "parameters")}}
 
@@ -318,8 +319,33 @@ async def test_a_conversation_that_is_too_long_takes_no_others_place(echo: Engin
     http = client(echo, max_kept_tokens=100)
     path = f"{CONVERSATIONS}/{(await http.post(CONVERSATIONS, json={})).json()['id']}"
     items = [{"role": "user", "content": "x" * 9000}]
-    assert (await http.post(CONVERSATIONS, json={"items": items})).status_code == 404
+    refused = await http.post(CONVERSATIONS, json={"items": items})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
     assert (await http.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "long", [{"prediction": LONG}, {"metadata": {"a": LONG}}, {"chat_template_kwargs": {"a": LONG}}]
+)
+async def test_what_is_in_no_prompt_counts_where_it_is_kept(echo: Engine, client: Client, long: dict[str, Any]) -> None:
+    """Else 256 bodies of 8 MB each could be kept of every tenant, three times over."""
+    http = client(echo, max_kept_tokens=1000)
+    first, second = [(await http.post(RESPONSES, json=body(**long))).json()["id"] for _ in "ab"]
+    kept = [(await http.get(f"{RESPONSES}/{one}")).status_code for one in (first, second)]
+    assert kept == [404, 200]
+    explained = [(await http.post(f"/v1/copyspec/explain/{one}")).status_code for one in (first, second)]
+    assert explained == [404, 200]
+
+
+async def test_what_a_conversation_was_made_with_counts_as_it_grows(echo: Engine, client: Client) -> None:
+    http = client(echo, max_kept_tokens=1000)
+    first, second = [(await http.post(CONVERSATIONS, json={"metadata": {"a": LONG}})).json()["id"] for _ in "ab"]
+    assert (await http.get(f"{CONVERSATIONS}/{first}")).status_code == 404
+    for _ in "ab":
+        assert (await http.post(RESPONSES, json=body(conversation=second))).status_code == 200
+    third = (await http.post(CONVERSATIONS, json={"metadata": {"a": LONG}})).json()["id"]
+    kept = [(await http.get(f"{CONVERSATIONS}/{one}")).status_code for one in (second, third)]
+    assert kept == [404, 200]
 
 
 async def test_many_items_that_are_known_are_found_in_one_look(
