@@ -8,7 +8,7 @@ CLIENTS := $(basename $(notdir $(wildcard scripts/conformance/requirements/*.txt
 INPUTS := pyproject.toml $(CONSTRAINTS)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format docs conformance dist scale-drills clean
+.PHONY: demo test lint format docs a11y conformance dist scale-drills clean
 
 demo: $(VENV)/.for-demo
 	@echo "==> Main job: a document rewritten turn by turn by a small real model, through LangChain, beside its peers"
@@ -35,6 +35,11 @@ format: $(VENV)/.for-test
 docs: $(VENV)/.for-docs
 	@echo "==> Building the docs into site/"
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+# axe looks at what people look at; the chromium or google-chrome of this machine shows it.
+a11y: $(VENV)/.for-test
+	npm install --prefix .node --no-save --no-package-lock axe-core@4.14.1
+	$(BIN)/python -m pytest tests/test_pages.py
 
 # CONFORMANCE="--clients litellm" runs one of them; see python -m scripts.conformance --help.
 conformance: $(VENV)/.for-test $(CLIENTS:%=.venv-conformance/%/.ready)

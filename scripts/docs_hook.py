@@ -18,11 +18,19 @@ from typer.main import get_command
 import copyspec_engine
 from copyspec_engine.cli.main import app
 from copyspec_engine.engine.telemetry_names import attributes_told, instruments_told
+from copyspec_engine.values.html import look
 from copyspec_engine.values.options import Options, declared
 
-__all__ = ["commands", "on_page_markdown"]
+__all__ = ["commands", "on_files", "on_page_markdown"]
 
 MARK = re.compile(r"<!-- (options|command|metrics|traces): (.*?) -->")
+
+
+def on_files(files: Any, config: Any) -> None:  # noqa: ANN401 - of MkDocs, which only the docs need
+    """What MkDocs calls with all files; the style sheet of copyspec's other pages comes along."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "look.css", content=look()))
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -84,7 +84,7 @@ MAY_IMPORT_TRANSFORMERS = {
 }
 MAY_IMPORT_INSIDES = {
     *("adapters", "bundled", "lab", "models", "scale", "serve", "testing"),
-    *("values.folders", "values.outputs", "execution.calibration"),
+    *("values.folders", "values.html", "values.outputs", "execution.calibration"),
 }
 """What the command line, the integrations and the evaluation import beside the public names."""
 

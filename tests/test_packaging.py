@@ -62,6 +62,7 @@ def test_the_wheel_leaves_the_namespace_of_llama_index_open(wheel: set[str]) -> 
 def test_the_wheel_holds_the_provenance_page(wheel: set[str]) -> None:
     for name in ("page.html.jinja", "page.css", "page.js"):
         assert f"copyspec_engine/lab/page/{name}" in wheel
+    assert "copyspec_engine/values/look.css" in wheel
 
 
 def test_the_wheel_holds_the_documents_the_bundled_model_and_the_fitted_weights(wheel: set[str]) -> None:

@@ -9,14 +9,18 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
+from copyspec_engine.values.html import look
+
 __all__ = ["POLICY", "docs_page"]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 """Content-Security-Policy of the page."""
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
-td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8884 }
-code { font-size: 90% } :root { color-scheme: light dark }
+body { background: var(--paper); color: var(--ink); font: 1rem/var(--leading) var(--font); margin: 2rem auto;
+  max-width: 60rem; padding: 0 var(--space) }
+a { color: var(--accent) }
+td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line) }
+code { font: 90% var(--mono) }
 """
 
 
@@ -26,7 +30,7 @@ def docs_page(document: Mapping[str, Any]) -> str:
     schemas = document.get("components", {}).get("schemas", {})
     parts = [part for path, methods in document["paths"].items() for part in _endpoint(path, methods, schemas)]
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{look()}{_STYLE}</style>'
         f"<h1>{title}</h1><p>A server with keys wants one with each call: <code>Authorization: Bearer KEY</code>.</p>"
         f'<p>The same for programs: <a href="openapi.json">openapi.json</a></p>{"".join(parts)}</html>'
     )

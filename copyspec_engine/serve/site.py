@@ -8,12 +8,14 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from copyspec_engine.serve.service import Service
+from copyspec_engine.values.html import look
 
 __all__ = ["PAGE_PATHS", "page_router"]
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _FOLDER = files("copyspec_engine.serve") / "page"
 _FILES = {file.name: file.read_bytes() for file in _FOLDER.iterdir() if file.name.endswith(tuple(_KINDS))}
+_FILES["look.css"] = look().encode()
 PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in _FILES if name != "index.html")})
 """What a browser fetches before anybody could have told it a key; there is nothing in it."""
 _HEADERS = {

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
 from copyspec_engine.values.outputs import CopySource
 
-__all__ = ["KINDS", "MARKED_CHARACTERS", "Kind", "Marked", "exact", "figures_line", "marked_text", "table"]
+__all__ = ["KINDS", "MARKED_CHARACTERS", "Kind", "Marked", "exact", "figures_line", "look", "marked_text", "table"]
 
 
 class Kind(NamedTuple):
@@ -61,6 +62,11 @@ class Marked(NamedTuple):
     """None, or one that is not in `KINDS`: nothing is told of it."""
     note: str = ""
     """Where it came from, in words."""
+
+
+def look() -> str:
+    """The style sheet that all pages share: colours, letters and distances, for light and dark."""
+    return Path(__file__).with_name("look.css").read_text(encoding="utf-8")
 
 
 def exact(text: str) -> str:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from copyspec_engine import CopiedSpan, CopySource
 from copyspec_engine.lab.page.figures import Figures
 from copyspec_engine.lab.page.transcript import ShownAnswer, ShownConversation, ShownMessage, ShownPiece
-from copyspec_engine.values.html import KINDS, MARKED_CHARACTERS, exact
+from copyspec_engine.values.html import KINDS, MARKED_CHARACTERS, exact, look
 
 __all__ = ["render_page"]
 
@@ -62,7 +62,7 @@ def render_page(title: str, facts: Sequence[str], writer: str, conversations: Se
         total=Figures.of(answers),
         kinds=KINDS,
         sources=_sources_in(answers),
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        style=Markup(look() + (folder / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

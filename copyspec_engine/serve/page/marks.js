@@ -51,6 +51,7 @@ export function putPieces(into, pieces, show) {
   into.replaceChildren(...pieces.map(({ text, span }) => {
     if (!span) return element("span", text);
     const mark = element("mark", text);
+    if (!text.trim()) return mark; // nothing to be seen, and no name for those who listen
     mark.tabIndex = 0;
     mark.setAttribute("role", "button");
     mark.addEventListener("click", () => show(span, text, mark));

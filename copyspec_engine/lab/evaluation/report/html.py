@@ -8,33 +8,30 @@ from html import escape
 from copyspec_engine.lab.display.charts import Chart
 from copyspec_engine.lab.display.plots import element
 from copyspec_engine.lab.display.tables import Table
+from copyspec_engine.values.html import look
 
 __all__ = ["page"]
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --rule: #d1d9e0; --ground: #ffffff;
-  --link: #3b74c9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9da7b3; --rule: #30363d; --ground: #0d1117; --link: #6ea3f0; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; padding: var(--space); max-width: 70rem; background: var(--paper); color: var(--ink);
+  font: 1rem/var(--leading) var(--font); }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 1rem; }
 h2 { font-size: 1.15rem; line-height: 1.3; margin: 0 0 .6rem; }
 section { margin: 0 0 2.2rem; }
 .scroll { overflow-x: auto; }
-.scroll:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+.scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: var(--small); }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; font-weight: normal; }
 thead th { font-weight: 600; border-bottom: 1px solid var(--ink); }
-tbody tr { border-bottom: 1px solid var(--rule); }
+tbody tr { border-bottom: 1px solid var(--line); }
 tbody tr.same { border-bottom-color: transparent; }
 .figures td, .figures thead th.figure { text-align: right; }
 .figures td { white-space: nowrap; }
 .figures thead th { vertical-align: bottom; }
 .words td { min-width: 11rem; max-width: 26rem; overflow-wrap: anywhere; }
 @media (max-width: 30rem) { table { font-size: .75rem; } th, td { padding-right: .45rem; } }
-p { margin: .5rem 0; color: var(--soft); font-size: .9rem; }
+p { margin: .5rem 0; color: var(--soft); font-size: var(--small); }
 .charts { display: grid; gap: 1.6rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; max-width: 34rem; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .4rem; }
@@ -58,7 +55,7 @@ def page(title: str, tables: Sequence[Table], charts: Sequence[Chart]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{look()}{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{escape(title)}</h1>\n{first}{pictures}{''.join(others)}</main>\n</body>\n</html>\n"
     )
 
