@@ -79,8 +79,8 @@ _callbacks: list[object] = []
 
 
 def _keep_code_of(compiling: Any, function: Callable[..., object]) -> None:  # noqa: ANN401 - of Numba
-    """Have what Numba compiles of a function kept, where there is a folder for it."""
-    if _folder() is not None:
+    """Have what Numba compiles of a function of this package kept, where there is a folder for it."""
+    if Path(function.__code__.co_filename).is_relative_to(_PACKAGE) and _folder() is not None:
         keep: Any = _Kept
         kept = keep(function)
         if isinstance(kept._impl.locator, _Locator):  # else NUMBA_CACHE_LOCATOR_CLASSES names others, which know less

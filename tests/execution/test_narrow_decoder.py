@@ -9,14 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from copyspec_engine import CopySpecDrafter, Engine, EngineConfig, GenerationRequest, LoadProgress, SamplingParams
+from copyspec_engine import (
+    CopySpecDrafter,
+    Engine,
+    EngineConfig,
+    GenerationRequest,
+    LoadProgress,
+    SamplingParams,
+    compiled,
+)
 from copyspec_engine.drafting.cost import undisturbed
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.execution import lane_products, narrow_kernels, pass_cost
@@ -285,10 +292,11 @@ def test_the_faster_way_is_taken_as_far_as_it_is_faster(
 
 
 def test_what_loading_compiles_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))  # where nothing is kept yet
-    lane_products.kernel.cache_clear()
     told: list[LoadProgress] = []
     config = EngineConfig(model="tiny", step_cost=STEP_COST)
+    prepare(rounded("llama"), ByteTokenizer(), config)  # all else is compiled
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)  # where nothing is kept yet
+    lane_products.kernel.cache_clear()
     prepare(rounded("llama"), ByteTokenizer(), config, told.append)
     compiling = [progress for progress in told if progress.text.startswith("compiling what tiny needs")]
     assert [progress.done for progress in compiling] == [1]

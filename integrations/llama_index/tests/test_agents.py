@@ -62,9 +62,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     seen: list[str | None] = []
     prepare = Engine._prepare
 
-    def remember(engine: Engine, request: Any) -> Any:
+    def remember(engine: Engine, request: Any, *trace: Any) -> Any:
         seen.append(request.session_id)
-        return prepare(engine, request)
+        return prepare(engine, request, *trace)
 
     monkeypatch.setattr(Engine, "_prepare", remember)
     return seen
