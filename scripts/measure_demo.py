@@ -78,7 +78,7 @@ def _conditions(framework: str) -> str:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     said = (
         f"Measured on {datetime.date.today():%Y-%m-%d} with `python scripts/measure_demo.py` through {framework}, on "
-        f"{os.cpu_count()} CPU cores ({cpu_name()}), float32, Python {platform.python_version()}, torch "
+        f"{os.cpu_count()} CPU threads ({cpu_name()}), float32, Python {platform.python_version()}, torch "
         f"{torch.__version__}; the load average was {load:.1f} at the end."
     )
     return textwrap.fill(said, 120, break_long_words=False, break_on_hyphens=False)

@@ -183,5 +183,5 @@ def test_the_figures_stand_with_their_command_and_hardware() -> None:
     rows = [line for line in measured.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(shipped_names())
     assert all(row.endswith("| yes |") for row in rows)
-    for text in ("`python scripts/measure_demo.py`", "CPU cores", "torch", "load average"):
+    for text in ("`python scripts/measure_demo.py`", "CPU threads", "torch", "load average"):
         assert text in " ".join(measured.split())

@@ -284,7 +284,7 @@ class EngineConfig(ModelOptions, _Options):
     bits. Where passes are narrow (see `EngineInfo.execution`) all of them are then, prompts' too, at most 32 tokens at
     a time: a pass takes as long as without. Else, at the first load passes of 4 to 64 tokens are tried, those that
     agree are used and kept beside the measured cost (see `step_cost`), and where none do `UnsupportedModelError` is
-    raised. Where that was measured (2 cores, AVX512, SmolLM2-135M behind 300 tokens) all agree: a pass of one token
+    raised. Where that was measured (2 threads, AVX512, SmolLM2-135M behind 300 tokens) all agree: a pass of one token
     takes 1.4 times (float32) to 1.5 times (bfloat16) as long, one of 64 tokens in a chain 1.1 to 1.3 times; batches
     and draft trees take 1.5 to 1.65 times. A step of more than 64 tokens takes several passes, and a draft has no
     more than 63. On a GPU passes run without graphs."""

@@ -417,8 +417,8 @@ def test_recorded_answers_of_the_paper_and_of_ours_share_a_row(report: Callable[
 
 def test_each_table_says_where_its_figures_come_from(report: Callable[..., Result]) -> None:
     assert report().exit_code == 0
-    assert "2 CPU cores (AMD EPYC), date not recorded: `drafts_gpu.json`" in block_of("drafts")
-    assert "Bundled, float32, 2 CPU cores (AMD EPYC), 2026-11-20: `engine.json`." in block_of("engine")
+    assert "2 CPU threads (AMD EPYC), date not recorded: `drafts_gpu.json`" in block_of("drafts")
+    assert "Bundled, float32, 2 CPU threads (AMD EPYC), 2026-11-20: `engine.json`." in block_of("engine")
     assert "Some/model, bfloat16, NVIDIA H200, 2026-11-21: `eval_gsm8k.json`," in block_of("eval")
     for name, command in (
         ("drafts_gpu.json", "copyspec bench drafts --transcripts a b c --cost-model gpu --json out.json"),
@@ -443,7 +443,7 @@ def test_peers_are_compared_where_both_wrote_and_frameworks_with_each_other(repo
     ]
     assert "| copyspec | 2 | 250 ms | 2/2 | 1,234 MB |" in counts
     assert "| llama.cpp | 1 | 250 ms | 0/1 | - |" in counts
-    assert "2 CPU cores (AMD EPYC), date not recorded: `peers.json`." in counts
+    assert "2 CPU threads (AMD EPYC), date not recorded: `peers.json`." in counts
 
 
 def test_a_server_is_compared_with_its_engine(report: Callable[..., Result]) -> None:
@@ -451,7 +451,7 @@ def test_a_server_is_compared_with_its_engine(report: Callable[..., Result]) -> 
     first, processor = block_of("serve").split("*\n\n")[2:]
     assert "| 2 | 30.0 | 34.0 | 4.00 (4.00 to 4.00) | 40.0 | 44.0 |" in first
     assert "| 2 | 3.00 | 60.0 | 20.0 |" in processor
-    assert "2 CPU cores (AMD EPYC), date not recorded: `serve.json`." in processor
+    assert "2 CPU threads (AMD EPYC), date not recorded: `serve.json`." in processor
 
 
 def test_files_of_one_run_share_its_command(report: Callable[..., Result]) -> None:
@@ -477,9 +477,9 @@ def test_machines_do_not_share_a_table(report: Callable[..., Result]) -> None:
     assert "Wrote docs/plots/context_bundled_cuda_bfloat16.svg" in result.output.replace("\\", "/")
     titles = [table.title for table in tables_of("engine")]
     assert titles == [
-        "Tokens per second, bundled, float32, 2 CPU cores (AMD EPYC), 2026-11-20",
+        "Tokens per second, bundled, float32, 2 CPU threads (AMD EPYC), 2026-11-20",
         "Tokens per second, bundled, bfloat16, NVIDIA H200, 2026-11-20",
-        "Conversations at once, bundled, float32, 2 CPU cores (AMD EPYC), 2026-11-20",
+        "Conversations at once, bundled, float32, 2 CPU threads (AMD EPYC), 2026-11-20",
     ]
     assert all(f"*{title}*\n" in block_of("engine") for title in titles)
     (speed,) = tables_of("speed")

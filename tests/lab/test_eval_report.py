@@ -410,7 +410,7 @@ def test_the_page_is_whole_accessible_and_needs_no_network(two_runs: list[Path],
         assert [child.tag for child in drawn[:2]] == ["title", "desc"]
         assert "A: " in (drawn[1].text or "")
         assert {"A", "B"} <= {element.text for element in drawn.iter("text")} or "A, B" in picture
-    assert "prefers-color-scheme: dark" in text
+    assert "color-scheme: light dark" in text
 
 
 def test_what_a_run_calls_itself_is_text_and_no_markup(tmp_path: Path) -> None:
@@ -463,8 +463,8 @@ def test_figures_are_written_with_three_digits() -> None:
 def test_conditions_name_the_hardware_and_the_command() -> None:
     machine = {"cpu_cores": 2, "cpu": "AMD EPYC", "gpu": "NVIDIA H200"}
     assert hardware(machine, "cuda:0") == "NVIDIA H200"
-    assert hardware(machine) == "2 CPU cores (AMD EPYC)"
-    assert hardware({"cpu_cores": 2, "gpu": None}, "cuda") == "2 CPU cores"
+    assert hardware(machine) == "2 CPU threads (AMD EPYC)"
+    assert hardware({"cpu_cores": 2, "gpu": None}, "cuda") == "2 CPU threads"
     command = "copyspec bench drafts --transcripts a b c --tokenizer 'my dir' --json out.json --ingredients"
     assert shortened(command) == "copyspec bench drafts --transcripts a ...(2 more) --tokenizer 'my dir' --ingredients"
     command = "python -m copyspec_engine eval gsm8k --limit 3 --output runs/a"

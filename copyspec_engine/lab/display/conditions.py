@@ -13,11 +13,11 @@ MOST_VALUES = 2
 
 
 def hardware(machine: Mapping[str, Any], device: str = "cpu") -> str:
-    """The GPU if there is one and it was used, else the CPU's cores."""
+    """The GPU if there is one and it was used, else the threads that the CPU runs at once."""
     if device.startswith("cuda") and machine.get("gpu"):
         return str(machine["gpu"])
-    cores = f"{machine.get('cpu_cores') or '?'} CPU cores"
-    return f"{cores} ({machine['cpu']})" if machine.get("cpu") else cores
+    threads = f"{machine.get('cpu_cores') or '?'} CPU threads"
+    return f"{threads} ({machine['cpu']})" if machine.get("cpu") else threads
 
 
 def day(date: str | None) -> str:

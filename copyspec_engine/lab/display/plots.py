@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_installed", "drawn_data", "element", "save"]
+__all__ = ["check_installed", "drawn_data", "element", "figure_of", "save"]
 
 INKS: dict[Page, str] = {"any": "#77808b", "light": "#3d444d", "dark": "#c9d1d9"}
 COLOURS = ("#2f9e58", "#4b83d6", "#c7722a", "#a667c5", "#8a929b", "#c24d6a", "#8f8a22")
@@ -46,6 +46,8 @@ _INKED: tuple[Any, ...] = (
     "axes.labelcolor",
 )
 ELEMENT_INCHES = (6.0, 3.6)
+WIDTH_INCHES, LEGEND_INCHES = 10.0, 2.3
+"""Of a file, and of a legend that stands beside the chart."""
 CAPTION_LETTERS = 165
 """Letters of a caption in a line, over the usual width."""
 _FEW = 3
@@ -79,7 +81,7 @@ def save(plot: Plot, path: Path) -> Path:
         else {"Title": title, "Software": None}
     )
     with matplotlib.rc_context({**SETTINGS, **dict.fromkeys(_INKED, INKS[plot.page])}):
-        figure = _figure(plot)
+        figure = figure_of(plot)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, metadata=metadata, transparent=path.suffix == ".svg", dpi=144)
@@ -105,7 +107,8 @@ def element(chart: Chart, identifier: str) -> str:
     with matplotlib.rc_context({**SETTINGS, **dict.fromkeys(_INKED, INKS["any"]), "svg.fonttype": "none"}):
         figure = Figure(figsize=ELEMENT_INCHES, layout="constrained")
         axes = figure.subplots()
-        _draw(axes, chart, range(len(chart.series)))
+        _draw(axes, chart, range(len(chart.series)), ELEMENT_INCHES[0])
+        _place_notes(figure)
         if len(chart.series) > 1:
             figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=9)
         file = StringIO()
@@ -144,28 +147,39 @@ def drawn_data(path: Path) -> str:
     return (found.text or "") if found is not None else ""
 
 
-def _figure(plot: Plot) -> Figure:
+def figure_of(plot: Plot) -> Figure:
+    """A plot as matplotlib has it."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for chart in plot.charts for name, _ in chart.series))
     lines = [line for part in plot.caption.splitlines() for line in textwrap.wrap(part, CAPTION_LETTERS)]
     below = 0.16 * len(lines) + 0.15  # inches
     height = 4.0 + below
-    drawn = Figure(figsize=(10, height))
+    drawn = Figure(figsize=(WIDTH_INCHES, height))
     drawn.set_layout_engine("constrained", rect=(0, below / height, 1, 1 - below / height))
+    beside = len(plot.charts) == 1 and len(plot.charts[0].series) > _FEW  # too many to find room among the bars
+    room = (WIDTH_INCHES - beside * LEGEND_INCHES) / len(plot.charts)
     for axes, chart in zip(drawn.subplots(1, len(plot.charts), squeeze=False)[0], plot.charts, strict=True):
-        _draw(axes, chart, [names.index(name) for name, _ in chart.series])
+        _draw(axes, chart, [names.index(name) for name, _ in chart.series], room)
         axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
-        if len(chart.series) > _FEW and len(plot.charts) == 1:  # too many to find room among the bars
+        if beside:
             drawn.legend(loc="outside right upper", frameon=False, fontsize=9)
         elif len(chart.series) > 1:
             axes.legend(frameon=False, fontsize=9)
     drawn.text(0.01, 0.08 / height, "\n".join(lines), fontsize=8, va="bottom")
+    _place_notes(drawn)
     return drawn
 
 
-def _draw(axes: Axes, chart: Chart, looks: Sequence[int]) -> None:
-    """A chart without title and legend; `looks` are numbers of colours, hatches and markers, one for each series."""
+def _draw(axes: Axes, chart: Chart, looks: Sequence[int], room: float) -> None:
+    """A chart without title and legend.
+
+    Args:
+        axes: where to.
+        chart: what.
+        looks: numbers of colours, hatches and markers, one for each series.
+        room: width in inches.
+    """
     axes.set_ylabel(chart.y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
@@ -174,12 +188,12 @@ def _draw(axes: Axes, chart: Chart, looks: Sequence[int]) -> None:
     if chart.reference is not None:
         axes.axhline(chart.reference, color=axes.xaxis.label.get_color(), linewidth=1, linestyle="--")
     if isinstance(chart, Bars):
-        _bars(axes, chart, looks)
+        _bars(axes, chart, looks, room)
     else:
         _lines(axes, chart, looks)
 
 
-def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
+def _bars(axes: Axes, chart: Bars, looks: Sequence[int], room: float) -> None:
     width = 0.8 / len(chart.series)
     for place, (name, values) in enumerate(chart.series):
         shown = [(group, value) for group, value in enumerate(values) if value is not None]
@@ -194,7 +208,7 @@ def _bars(axes: Axes, chart: Bars, looks: Sequence[int]) -> None:
             edgecolor="#ffffff66",
             linewidth=0,
         )
-    letters = round(10.5 * axes.figure.bbox.width / axes.figure.dpi) // len(chart.groups)
+    letters = round(10.5 * room) // len(chart.groups)
     size = 8.5 if len(chart.groups) > 5 else 10
     if max(len(part) for group in chart.groups for part in re.split(r"[ _-]", group)) <= letters:
         axes.set_xticks(range(len(chart.groups)), [_wrapped(group, letters) for group in chart.groups], size=size)
@@ -226,9 +240,22 @@ def _lines(axes: Axes, chart: Lines, looks: Sequence[int]) -> None:
         _log_scale(axes.set_yscale, axes.yaxis)
     for place, (x, y, text) in enumerate(chart.notes):
         side = "right" if place and place + 1 == len(chart.notes) else "left" if place == 0 else "center"
-        axes.annotate(
-            text, (x, y), xytext=(0, 22 if side == "left" else 8), textcoords="offset points", fontsize=8, ha=side
-        )
+        axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", fontsize=8, ha=side)
+
+
+def _place_notes(figure: Figure) -> None:
+    """Move notes up or down to where they cross neither a line nor another note."""
+    figure.draw_without_rendering()  # only then it is known where everything stands
+    for axes in figure.axes:
+        paths = [line.get_transform().transform_path(line.get_path().cleaned()) for line in axes.lines]
+        taken: list[Any] = []
+        for note in [text for text in axes.texts if hasattr(text, "xyann")]:
+            for above in (8, -16, 22, -30, 36, -44):
+                note.xyann = (0, above)
+                box = note.get_window_extent().padded(2)
+                if not (any(path.intersects_bbox(box, filled=False) for path in paths) or box.count_overlaps(taken)):
+                    break
+            taken.append(box)
 
 
 def _log_scale(set_scale: Any, axis: Any) -> None:  # noqa: ANN401 - of either axis
