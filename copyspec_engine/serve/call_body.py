@@ -41,7 +41,8 @@ class CopySpecOptions(Body):
     timeout_s: float | None = None
     """Seconds after which the answer ends with what is written by then, if the server's own limit is not shorter."""
     drafter: str | dict[str, Any] | None = None
-    """Where drafts come from: "adaptive", "copyspec", "draft-model", "none", or an object with options."""
+    """Where drafts come from: "adaptive", "copyspec", "draft-model", "none", or such a name with its options, as
+    {"name": "copyspec", "block": 5}."""
 
 
 class CallBody(SamplingBody):

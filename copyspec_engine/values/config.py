@@ -120,7 +120,10 @@ def _drafter_from_name(value: object) -> object:
         return _DRAFTERS[value]()
     is_named = isinstance(value, Mapping) and value.get("name") in list(_DRAFTERS)
     if not is_named and not isinstance(value, tuple(_DRAFTERS.values())):
-        raise ValueError(f"one of {', '.join(_DRAFTERS)}, or an object, say CopySpecDrafter(block=5)")
+        raise ValueError(
+            f"one of {', '.join(_DRAFTERS)}, or an object, say CopySpecDrafter(block=5), which in JSON is "
+            '{"name": "copyspec", "block": 5}'
+        )
     return value
 
 

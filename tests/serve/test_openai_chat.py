@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -343,3 +344,11 @@ async def test_a_failure_in_the_middle_is_an_event_and_no_end(
     assert "[DONE]" not in response.text
     whole = await client(engine).post(CHAT, json=body())
     assert (whole.status_code, whole.json()["error"]["code"]) == (500, "internal_error")
+
+
+async def test_a_drafter_is_taken_in_the_form_that_its_error_names(echo: Engine, client: Client) -> None:
+    http = client(echo)
+    refused = await http.post(CHAT, json=body(copyspec={"drafter": {"type": "copyspec"}}))
+    form = re.search(r"\{[^{}]*\}$", refused.json()["error"]["message"])
+    assert form is not None, refused.text
+    assert (await http.post(CHAT, json=body(copyspec={"drafter": json.loads(form[0])}))).status_code == 200
