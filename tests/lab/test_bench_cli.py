@@ -273,7 +273,7 @@ def test_the_guides_commands_run(command: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_guide_explains_every_figure_and_every_drafter() -> None:
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     for key in RESULT_KEYS - {"source", "drafter"}:
         assert f"`{key}`" in GUIDE
     for name in ("none", *PEERS, OURS, *(name.removeprefix(OURS) for name in INGREDIENTS)):

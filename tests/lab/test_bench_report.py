@@ -277,6 +277,32 @@ ALL: dict[str, dict[str, Any]] = {
         "command": "copyspec bench serve --model some/model",
         "machine": CPU,
     },
+    "scale_sim": {
+        "results": [
+            {
+                "policy": policy,
+                "steady": {"kv": kv, "file": file, "store": 1.0, "second": 0.0},
+                "scaling": {"kv": 0.9, "file": file, "store": 0.9996, "second": 0.0},
+                "moved": moved,
+                "busiest": 1.25,
+                "busiest_at_once": 2.0,
+                "wait_s": 0.25,
+                "longest_wait_s": 12.0,
+            }
+            for policy, kv, file, moved in (
+                ("rendezvous", 0.9912, 0.9998, {"out": 0.0909, "in": 0.0909}),
+                ("random", 0.0101, None, {"out": None, "in": None}),
+            )
+        ],
+        "replicas": 1000,
+        "conversations": 10_000_000,
+        "calls": 1.0,
+        "lost": 0.01,
+        "grow": 0.1,
+        "seed": 0,
+        "command": "copyspec bench scale-sim",
+        "machine": CPU,
+    },
     "free_text": {
         "results": [
             {
@@ -381,6 +407,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "demo": "| 1, append | **100** | 25.0 | 25.0 | 4.00x | 4.00x | 1/1 |",
         "peers": "|  | over plain decoding | over llama.cpp | over llama.cpp in LangChain |",
         "serve": "| 2 | 4 | 4.00 | 100 | 80.0 | 80.0% (80.0% to 80.0%) |",
+        "scale-sim": "| rendezvous | 99.120% | 99.980% | 100.0% | 0.0% | 1.25x | 2.00x | 0.2 s | 12.0 s |",
         "free-text": "| measured | 0 | copies and recycled | 1,000 | 1.60 | 80.0 | 1.25x |",
         "lossless": "| some/model | bfloat16 | no | 2,000 | 25,000 | 3 | 0.12 |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
@@ -497,6 +524,7 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
         "context_bundled_cpu_float32",
         "growth_model_cpu_float32",
         "peers_some.gguf_cpu",
+        "scale_sim",
         "workloads_bundled_cpu_float32",
         "evaluation",
     }
@@ -645,12 +673,13 @@ def test_the_pages_and_plots_are_what_the_results_give(monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(app, ["bench", "report", "--check"])
     assert result.exit_code == 0, result.output
-    texts = [Path(name).read_text(encoding="utf-8") for name in ("docs/benchmarks.md", "docs/result_files.md")]
+    texts = [Path(f"docs/{name}.md").read_text(encoding="utf-8") for name in ("benchmarks", "result_files", "scale")]
     assert max(len(line) for text in texts for line in text.splitlines()) <= 400
 
 
 def test_every_result_of_this_repository_is_shown() -> None:
-    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/benchmarks.md", "docs/result_files.md")]
+    pages = ("benchmarks", "result_files", "scale")
+    texts = [(ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in pages]
     shown = {block[2] for text in texts for block in BLOCK.finditer(text)}
     assert {kind for kind, files in load_results(ROOT / "benchmarks" / "results").items() if files} <= shown
     assert set(KINDS) <= set(BLOCKS)

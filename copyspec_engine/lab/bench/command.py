@@ -26,6 +26,7 @@ __all__ = [
     "PeersOptions",
     "ProposeOptions",
     "ReportOptions",
+    "ScaleSimOptions",
     "ServerOptions",
     "bench",
 ]
@@ -34,7 +35,8 @@ bench = typer.Typer(
     no_args_is_help=True,
     help="Measure: drafts and propose replay recorded conversations without a model, engine builds one that writes "
     "them, in free-text, context and peers a model writes as it likes, lossless counts answers that drafting changes, "
-    "serve asks an engine over HTTP and in process, and report puts what all of them have found into tables and plots.",
+    "serve asks an engine over HTTP and in process, scale-sim simulates many replicas, and report puts what they have "
+    "found into tables and plots.",
 )
 
 MOST_MEMORY = 20_000_000
@@ -113,7 +115,7 @@ class ReportOptions:
     results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the JSON files.")] = Path("benchmarks/results")
     page: Annotated[
         tuple[Path, ...], typer.Option(metavar="FILE...", help="Markdown with <!-- bench: begin NAME --> blocks.")
-    ] = (Path("docs/benchmarks.md"), Path("docs/result_files.md"))
+    ] = (Path("docs/benchmarks.md"), Path("docs/result_files.md"), Path("docs/scale.md"))
     plots: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the plots.")] = Path("docs/plots")
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if something differs.")] = False
 
@@ -517,3 +519,67 @@ def serve(options: ServerOptions, command: str, console: Console) -> int:
     from copyspec_engine.lab.measuring import recorded
 
     return recorded(measure_server, options, command, console)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleSimOptions:
+    """Options of `bench scale-sim`."""
+
+    replicas: Annotated[int, typer.Option(help="Replicas.")] = 1000
+    conversations: Annotated[int, typer.Option(help="Conversations.")] = 10_000_000
+    calls: Annotated[float, typer.Option(help="Calls an hour of a conversation, on average over all.")] = 1.0
+    exponent: Annotated[float, typer.Option(help="Of Zipf's law, by which some conversations call more often.")] = 1.0
+    most_calls: Annotated[float, typer.Option(help="Calls an hour of the busiest conversation.")] = 360.0
+    call_s: Annotated[float, typer.Option(help="Seconds of a call, on average.")] = 4.0
+    running: Annotated[int, typer.Option(help="Calls that a replica works at together; later ones wait.")] = 16
+    lost: Annotated[float, typer.Option(help="Share of the replicas that is lost in an hour.")] = 0.01
+    back_s: Annotated[float, typer.Option(help="Seconds until another one is in the place of a lost one.")] = 60.0
+    grow: Annotated[float, typer.Option(help="Share by which replicas become more in the second half.")] = 0.1
+    hours: Annotated[float, typer.Option(help="Hours that are simulated.")] = 1.0
+    factor: Annotated[
+        tuple[float, ...],
+        typer.Option(metavar="F...", help="Bounds on calls in flight, over the mean of all replicas."),
+    ] = (1.25, 2.0)
+    least: Annotated[
+        tuple[int, ...], typer.Option(metavar="N...", help="Calls in flight that each replica takes in any case.")
+    ] = (16, 32)
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0
+    json: JsonPath = None
+
+    def __post_init__(self) -> None:
+        _check_count("--replicas", self.replicas, 10_000)
+        _check_count("--conversations", self.conversations, 50_000_000)
+        _check_count("--running", self.running)
+        limits = {
+            "calls": (0.0, self.most_calls),
+            "exponent": (0.0, 3.0),
+            "most_calls": (0.0, 3600.0),
+            "call_s": (1.0, 3600.0),
+            "lost": (0.0, 1000.0),
+            "back_s": (1.0, 3600.0),
+            "grow": (0.0, 1.0),
+            "hours": (0.01, 24.0),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high or (value == 0 and name in ("calls", "most_calls")):
+                raise ConfigError(f"Got --{name.replace('_', '-')} {value:g} but expected {low:g} to {high:g}")
+        for factor in self.factor:
+            if not factor > 1:
+                raise ConfigError(f"Got --factor {factor:g} but expected more than 1, or some calls have no room")
+        for least in self.least:
+            _check_count("--least", least)
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas after the number has grown."""
+        return self.replicas + round(self.grow * self.replicas)
+
+
+@add_command(bench, ScaleSimOptions, "scale-sim")
+def scale_sim(options: ScaleSimOptions, command: str, console: Console) -> int:
+    """Simulate many replicas: how many calls find their conversation's memory, and how even the load is, by policy."""
+    from copyspec_engine.lab.bench.scale_sim import measure_scale_sim
+    from copyspec_engine.lab.measuring import recorded
+
+    return recorded(measure_scale_sim, options, command, console)

@@ -112,6 +112,10 @@ KINDS = {
             }
         ),
     ),
+    "scale-sim": Kind(
+        frozenset({"results", "replicas", "conversations", "calls", "lost", "grow", "seed", *_FACTS}),
+        frozenset({"policy", "steady", "scaling", "moved", "busiest", "busiest_at_once", "wait_s", "longest_wait_s"}),
+    ),
     "lossless": Kind(
         frozenset(
             {"cases", "differences", "differences_per_1000_tokens", "tokens", "by_feature", "dtype", "exact", *_FACTS}

@@ -40,6 +40,7 @@ from copyspec_engine.lab.results.free_text import free_text_tables
 from copyspec_engine.lab.results.front import demo_tables, front_plots
 from copyspec_engine.lab.results.lossless import lossless_tables
 from copyspec_engine.lab.results.peers import peers_plots, peers_tables
+from copyspec_engine.lab.results.scale_sim import scale_sim_plots, scale_sim_tables
 from copyspec_engine.lab.results.server import server_tables
 
 __all__ = ["BLOCKS", "COMMANDS", "fill_pages"]
@@ -54,6 +55,7 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "demo": demo_tables,
     "peers": peers_tables,
     "serve": server_tables,
+    "scale-sim": scale_sim_tables,
     "lossless": lossless_tables,
     "engine": engine_tables,
     "speed": speed_tables,
@@ -73,6 +75,7 @@ PLOTS: tuple[Callable[[Results], list[Plot]], ...] = (
     context_plots,
     peers_plots,
     eval_plots,
+    scale_sim_plots,
 )
 BLOCK = re.compile(r"(<!-- bench: begin (.*?) -->\n)(.*?)(<!-- bench: end -->)", flags=re.DOTALL)
 
