@@ -82,6 +82,8 @@ def _table(info: EngineInfo) -> Table:
         **{f"{name} version": version for name, version in sorted(info.versions.items())},
     }
     grid = Table(show_header=False, box=None)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")  # a path that is longer than the line stays whole
     for name, value in rows.items():
         grid.add_row(f"[bold]{name}[/]", escape(value))
     return grid

@@ -56,7 +56,7 @@ def _list(out: Console, as_json: bool) -> int:
     if as_json:
         out.print_json(json.dumps([asdict(model) for model in found]))
         return 0
-    name = Column("model", overflow="fold")  # whole: `rm` takes it
+    name = Column("model", overflow="fold", no_wrap=True)  # whole: `rm` takes it
     table = Table(name, "size", "licence", "from", box=None, header_style="bold", pad_edge=False)
     for model in found:
         size = size_text(model.num_bytes)

@@ -25,7 +25,7 @@ def source_table(source: str, rows: Sequence[Row]) -> Group:
     """One source: a row per drafter, the best peer of each compared figure marked with a star."""
     grid = Table(box=box.SIMPLE, padding=0)
     grid.add_column("\ndrafter", no_wrap=True)
-    counts = ("tokens/\nforward", "modelled\nspeed", "draft\nnodes", "accep-\nted")
+    counts = ("tokens/\nforward", "modelled\nspeed", "draft\nnodes", "\naccepted")
     for heading in (*counts, "propose\np50 us", "\np99 us", "observe\np50 us", "index\nms/100k"):
         grid.add_column(heading, justify="right")
     best = {figure: _best_peer(rows, figure) for figure in _FIGURES}

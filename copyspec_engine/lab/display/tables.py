@@ -5,11 +5,13 @@ Not covered: a page (evaluation/report/html.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.table import Table as Grid
 
@@ -41,19 +43,61 @@ def markdown(table: Table, level: int = 2) -> str:
     return f"{title}{head}|{'|'.join(rules)}|\n{''.join(body)}{note}"
 
 
-def on_terminal(table: Table) -> Group:
-    """The table under its title, its first labels grouped."""
-    grid = Grid(box=box.SIMPLE, padding=0)
-    words = any(len(cell) > 24 for row in table.rows for cell in row[table.num_labels :])
-    for place, heading in enumerate(table.headings):
-        label = place < table.num_labels
-        grid.add_column(heading, justify="left" if label or words else "right", overflow="fold", no_wrap=label)
-    group = table.num_labels - 1
-    for place, row in enumerate(table.rows):
-        following = table.rows[place + 1] if place + 1 < len(table.rows) else ()
-        ends = bool(group) and row[:group] != following[:group]
-        grid.add_row(*map(escape, row), end_section=ends)
-    return Group(f"[italic]{escape(table.title)}[/]", grid)
+def on_terminal(table: Table) -> RenderableType:
+    """The table under its title, its first labels grouped; figures that find no room beside the others stand below."""
+    return _OnTerminal(table)
+
+
+@dataclass(frozen=True, slots=True)
+class _OnTerminal:
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield f"[italic]{escape(self.table.title)}[/]"
+        for columns in self._parts(options.max_width):
+            yield self._grid(columns, options.max_width)
+
+    def _parts(self, room: int) -> list[list[int]]:
+        """The columns in parts of which each fits, labels first, without a word that is broken."""
+        labels = list(range(self.table.num_labels))
+        taken = sum(self._least(place) + 1 for place in labels) + 1
+        parts, width = [labels.copy()], taken
+        for place in range(self.table.num_labels, len(self.table.headings)):
+            if width + self._least(place) + 1 > room and len(parts[-1]) > len(labels):
+                parts.append(labels.copy())
+                width = taken
+            parts[-1].append(place)
+            width += self._least(place) + 1
+        return parts
+
+    def _least(self, place: int) -> int:
+        """Cells that a column needs so that no word of it is broken; labels and figures are one word each."""
+        whole = place < self.table.num_labels or not self._says_words
+        cells = [row[place] for row in self.table.rows]
+        words = [*self.table.headings[place].split(), *(cells if whole else " ".join(cells).split())]
+        return max(map(cell_len, words), default=0)
+
+    @property
+    def _says_words(self) -> bool:
+        return any(len(cell) > 24 for row in self.table.rows for cell in row[self.table.num_labels :])
+
+    def _grid(self, columns: Sequence[int], room: int) -> Grid:
+        grid, table = Grid(box=box.SIMPLE, padding=0), self.table
+        spare = room - 1 - sum(self._least(place) + 1 for place in columns)
+        for place in columns:
+            label = place < table.num_labels
+            justify: Literal["left", "right"] = "left" if label or self._says_words else "right"
+            least = self._least(place)
+            most = max(map(cell_len, [table.headings[place], *(row[place] for row in table.rows)]))
+            more = max(min(spare, most - least), 0)
+            spare -= more
+            grid.add_column(table.headings[place], justify=justify, overflow="fold", width=least + more)
+        group = table.num_labels - 1
+        for number, row in enumerate(table.rows):
+            following = table.rows[number + 1] if number + 1 < len(table.rows) else ()
+            ends = bool(group) and row[:group] != following[:group]
+            grid.add_row(*(escape(row[place]) for place in columns), end_section=ends)
+        return grid
 
 
 def _cell(text: str) -> str:
