@@ -302,9 +302,10 @@ def _others(part: _Part) -> dict[str, Any]:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """A JSON object; None: this is none. No text stands for one without anything."""
+    """A JSON object that can be given back; None: this is none. No text stands for one without anything."""
     try:
         value = json.loads(text or "{}")
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999, or half a character
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

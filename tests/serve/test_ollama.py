@@ -143,6 +143,22 @@ async def test_a_call_comes_as_a_whole_and_its_result_finds_it(
     assert asked[1].continues == asked[0].session_id, "the conversation goes on, whatever ids its calls had"
 
 
+@pytest.mark.parametrize("value", ["1e999", '"\\ud800"'])
+async def test_a_call_that_json_cannot_give_back_is_shown_as_text(
+    make_engine: MakeEngine, client: Client, value: str
+) -> None:
+    http = client(make_engine(lambda _: CALL.replace('"Kraków"', value)))
+    parameters = {"type": "object", "properties": {"city": {}}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    whole = await http.post(CHAT, json=chat(stream=False, tools=[tool]))
+    assert whole.status_code == 200, whole.text
+    said = whole.json()["message"]
+    assert said["content"] == f'{{"city": {value}}}'
+    stream = lines(await http.post(CHAT, json=chat(tools=[tool])))
+    assert "".join(line["message"]["content"] for line in stream) == said["content"]
+    assert not any("tool_calls" in line["message"] for line in (whole.json(), *stream))
+
+
 async def test_a_call_that_was_cut_off_is_shown_as_text(make_engine: MakeEngine, client: Client) -> None:
     http = client(make_engine(lambda prompt: CALL))
     options = {"num_predict": len('<tool_call>\n{"name": "weather", "arguments": {"city"')}
