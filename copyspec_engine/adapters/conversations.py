@@ -209,9 +209,10 @@ def _call(call: Mapping[str, Any], call_ids: dict[str, int]) -> object:
     if not isinstance(function, Mapping):
         return call
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        with suppress(ValueError):  # what is no JSON is compared as it was written
-            arguments = json.loads(arguments)
+    if not isinstance(arguments, str):
+        return [function.get("name"), _plain(arguments)]
+    with suppress(ValueError, RecursionError):  # what is no JSON, or nested without end, is compared as it was written
+        arguments = _plain(json.loads(arguments))
     return [function.get("name"), arguments]
 
 

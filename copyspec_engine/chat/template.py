@@ -142,7 +142,7 @@ def _as_object(arguments: object) -> object:
         return {} if arguments is None else arguments
     try:
         return json.loads(arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 

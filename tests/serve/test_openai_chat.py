@@ -352,3 +352,15 @@ async def test_a_drafter_is_taken_in_the_form_that_its_error_names(echo: Engine,
     form = re.search(r"\{[^{}]*\}$", refused.json()["error"]["message"])
     assert form is not None, refused.text
     assert (await http.post(CHAT, json=body(copyspec={"drafter": json.loads(form[0])}))).status_code == 200
+
+
+async def test_arguments_that_are_nested_without_end_are_told_as_they_were_written(
+    client: Client, make_engine: MakeEngine
+) -> None:
+    function = {"name": "add", "arguments": "[" * 100_000}
+    called = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "2"}
+    http = client(make_engine(["ok"], max_model_len=200_000))
+    response = await http.post(CHAT, json=body(messages=[*body()["messages"], called, result]))
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["prompt_tokens"] > 100_000
