@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import APIRouter
@@ -33,6 +33,10 @@ from copyspec_engine.values.grammar import Grammar
 from copyspec_engine.values.outputs import GenerationOutput, ReplyDelta, StreamChunk, TokenLogprob
 
 __all__ = ["ChatBody", "chat_router"]
+
+
+_OF_TOOL, _OF_FORM = ("type", "function"), ("type", "json_schema")
+_OF_SCHEMA = ("name", "description", "schema", "strict")
 
 
 class ChatOptions(CopySpecOptions):
@@ -110,7 +114,7 @@ class ChatBody(CallBody):
         tools, strict = checked_tools(self.tools or (), service.config)
         choice = checked_choice(self.tool_choice, tools)
         answer = self._answer()
-        ignored = [*self.ignored(), *ignored]
+        ignored = [*self.ignored(), *ignored, *self._unread()]
         if answer is not None and choice not in ("auto", "none"):
             ignored.append("response_format")  # the answer is calls alone
             answer = None
@@ -137,6 +141,15 @@ class ChatBody(CallBody):
             others=self.request_options(service),
         )
         return question, ignored
+
+    def _unread(self) -> Iterator[str]:
+        """The names of what is inside of fields and nobody reads."""
+        yield from (f"tools[].{name}" for tool in self.tools or () for name in tool if name not in _OF_TOOL)
+        form = self.response_format or {}
+        yield from (f"response_format.{name}" for name in form if name not in _OF_FORM)
+        wrapped = form.get("json_schema")
+        if isinstance(wrapped, dict):
+            yield from (f"response_format.json_schema.{name}" for name in wrapped if name not in _OF_SCHEMA)
 
     def _answer(self) -> Grammar | None:
         form = self.response_format

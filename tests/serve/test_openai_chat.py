@@ -106,6 +106,10 @@ async def test_fields_without_effect_are_named(echo: Engine, client: Client) -> 
     given = {"service_tier": "auto", "verbosity": "low", "store": True, "metadata": {"a": "b"}}
     response = await client(echo).post(CHAT, json=body(**given))
     assert response.headers["x-copyspec-ignored"] == "service_tier, verbosity, store, metadata"
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}, "more": 1}, "also": 2}
+    inside = await client(echo).post(CHAT, json=body(response_format=form, tools=[{**TOOL, "vendor": 3}]))
+    expected = "tools[].vendor, response_format.also, response_format.json_schema.more"
+    assert inside.headers["x-copyspec-ignored"] == expected
     assert "x-copyspec-ignored" not in (await client(echo).post(CHAT, json=body(store=False, user="u"))).headers
 
 
