@@ -122,6 +122,7 @@ KINDS = {
         ),
         frozenset(),
     ),
+    "serve-drill": Kind(frozenset({"drills", "model", *_FACTS}), frozenset()),
     "engine": _ENGINE,
     "draft-models": _ENGINE,
     "eval": Kind(
