@@ -301,6 +301,28 @@ ALL: dict[str, dict[str, Any]] = {
         "grow": 0.1,
         "seed": 0,
         "command": "copyspec bench scale-sim",
+    "serve_drill": {
+        "drills": {
+            "load": {
+                "clients": 64,
+                "minutes": 10.0,
+                "counts": {
+                    "answers compared": 1234,
+                    "left before the first byte": 5,
+                    "left in the middle of a stream": 6,
+                    "malformed calls": 7,
+                    "half bodies": 8,
+                },
+                "statuses": {"200": 1300, "400": 9, "429": 20, "503": 1},
+                "broken": {"wrong answers": 2},
+                "health": {"asked": 100, "median_s": 0.002, "p99_s": 0.05, "max_s": 0.25},
+                "memory": {"first_third_mb": 1500.0, "last_third_mb": 1510.0},
+                "peaks": {"sessions": 24.0},
+                "left": {'kv_slots{state="running"}': 3.0},
+            }
+        },
+        "model": "some/model",
+        "command": "python -m scripts.serve_drill load",
         "machine": CPU,
     },
     "free_text": {
@@ -408,6 +430,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "peers": "|  | over plain decoding | over llama.cpp | over llama.cpp in LangChain |",
         "serve": "| 2 | 4 | 4.00 | 100 | 80.0 | 80.0% (80.0% to 80.0%) |",
         "scale-sim": "| rendezvous | 99.120% | 99.980% | 100.0% | 0.0% | 1.25x | 2.00x | 0.2 s | 12.0 s |",
+        "serve-drill": "| answers compared with plain decoding | 1,234 |",
         "free-text": "| measured | 0 | copies and recycled | 1,000 | 1.60 | 80.0 | 1.25x |",
         "lossless": "| some/model | bfloat16 | no | 2,000 | 25,000 | 3 | 0.12 |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
@@ -479,6 +502,19 @@ def test_a_server_is_compared_with_its_engine(report: Callable[..., Result]) -> 
     assert "| 2 | 30.0 | 34.0 | 4.00 (4.00 to 4.00) | 40.0 | 44.0 |" in first
     assert "| 2 | 3.00 | 60.0 | 20.0 |" in processor
     assert "2 CPU threads (AMD EPYC), date not recorded: `serve.json`." in processor
+
+
+def test_a_drill_shows_what_must_not_be_beside_what_was_seen(report: Callable[..., Result]) -> None:
+    assert report().exit_code == 0
+    lines = (line.strip("| ") for line in block_of("serve-drill").splitlines())
+    shown = dict(line.split(" | ") for line in lines if " | " in line)
+    assert shown["of them other ones"] == "2"
+    assert shown["texts that held another tenant's word"] == "0"
+    assert shown["clients that left before their answer was whole"] == "11"
+    assert shown["calls refused for now, by 429 or 503 with Retry-After"] == "21"
+    assert shown["KV slots that calls hold once all clients have gone"] == "3"
+    assert shown["/health: median, 99th percentile and longest, ms"] == "2.00, 50.0, 250"
+    assert [value for name, value in shown.items() if name.startswith("memory ")] == ["1500, 1510"]
 
 
 def test_files_of_one_run_share_its_command(report: Callable[..., Result]) -> None:

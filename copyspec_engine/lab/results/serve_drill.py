@@ -42,7 +42,7 @@ def _load(found: Mapping[str, Any]) -> dict[str, str]:
         "/health: median, 99th percentile and longest, ms": ", ".join(
             figure(1000 * health[name]) for name in ("median_s", "p99_s", "max_s")
         ),
-        "memory, first and last third of the time, MB": (
-            f"{figure(memory['first_third_mb'])}, {figure(memory['last_third_mb'])}"
+        "memory once the KV pool and the conversations were full, first and last third of that time, MB": ", ".join(
+            "-" if memory.get(name) is None else figure(memory[name]) for name in ("first_third_mb", "last_third_mb")
         ),
     }
