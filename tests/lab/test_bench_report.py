@@ -301,6 +301,8 @@ ALL: dict[str, dict[str, Any]] = {
         "grow": 0.1,
         "seed": 0,
         "command": "copyspec bench scale-sim",
+        "machine": CPU,
+    },
     "serve_drill": {
         "drills": {
             "load": {
@@ -508,7 +510,7 @@ def test_a_drill_shows_what_must_not_be_beside_what_was_seen(report: Callable[..
     assert report().exit_code == 0
     lines = (line.strip("| ") for line in block_of("serve-drill").splitlines())
     shown = dict(line.split(" | ") for line in lines if " | " in line)
-    assert shown["of them other ones"] == "2"
+    assert shown["of them wrong"] == "2"
     assert shown["texts that held another tenant's word"] == "0"
     assert shown["clients that left before their answer was whole"] == "11"
     assert shown["calls refused for now, by 429 or 503 with Retry-After"] == "21"
@@ -642,12 +644,12 @@ def test_a_plot_without_results_goes_and_other_pictures_stay(report: Callable[..
 
 
 def test_a_file_without_ours_has_nothing_to_show(report: Callable[..., Result]) -> None:
-    alone = engine((1, 5, {"generate": 0.2}), shape="other")
-    Path("benchmarks/results/other.json").write_text(json.dumps(alone), encoding="utf-8")
+    alone = engine((1, 5, {"generate": 0.2}), shape="peerless")
+    Path("benchmarks/results/peerless.json").write_text(json.dumps(alone), encoding="utf-8")
     assert report().exit_code == 0
     text = Path("README.md").read_text(encoding="utf-8").replace(block_of(COMMANDS), "")
-    assert "other" not in text
-    assert not Path("docs/plots/context_other_cpu_float32.svg").exists()
+    assert "peerless" not in text
+    assert not Path("docs/plots/context_peerless_cpu_float32.svg").exists()
 
 
 def test_results_that_no_page_shows_are_named(report: Callable[..., Result]) -> None:

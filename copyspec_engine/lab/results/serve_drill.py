@@ -31,12 +31,12 @@ def _load(found: Mapping[str, Any]) -> dict[str, str]:
     return {
         "clients, minutes": f"{found['clients']}, {found['minutes']:g}",
         "answers compared with plain decoding": f"{counts['answers compared']:,}",
-        "of them other ones": f"{broken.get('wrong answers', 0):,}",
+        "of them wrong": f"{broken.get('wrong answers', 0):,}",
         "texts that held another tenant's word": f"{broken.get('texts of other tenants', 0):,}",
         "clients that left before their answer was whole": f"{gone:,}",
         "malformed calls": f"{counts['malformed calls']:,}",
         "calls refused for now, by 429 or 503 with Retry-After": f"{again:,}",
-        "other answers of 5xx": f"{broken.get('5xx', 0):,}",
+        "answers of 5xx besides": f"{broken.get('5xx', 0):,}",
         "KV slots that calls hold once all clients have gone": f"{left[_RUNNING_SLOTS]:,.0f}",
         "conversations, at most": f"{peaks['sessions']:.0f}",
         "/health: median, 99th percentile and longest, ms": ", ".join(
