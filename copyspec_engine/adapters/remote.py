@@ -21,7 +21,7 @@ from copyspec_engine.adapters.wire import chunk_from_json
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.engine import Engine, RequestHandle
 from copyspec_engine.engine.telemetry import trace_headers
-from copyspec_engine.values.config import GenerationRequest
+from copyspec_engine.values.config import GenerationRequest, drafter_of
 from copyspec_engine.values.errors import (
     ConfigError,
     ContextOverflowError,
@@ -248,8 +248,7 @@ class RemoteEngine:
             sampling["logit_bias"] = {str(token): bias for token, bias in sampling["logit_bias"]}
         own: dict[str, Any] = {"chunks": True, "explain": request.explain, "timeout_s": request.timeout_s}
         if request.drafter is not None:
-            assert not isinstance(request.drafter, str)  # a name has become an object
-            own["drafter"] = request.drafter.model_dump(mode="json")
+            own["drafter"] = drafter_of(request.drafter).model_dump(mode="json")
         if request.tools and request.grammar is None:
             own["guided"] = False
         is_strict = request.grammar is not None and request.grammar.tools is not None and not request.grammar.lenient

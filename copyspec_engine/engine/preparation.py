@@ -25,6 +25,7 @@ from copyspec_engine.values.config import (
     GenerationRequest,
     NoDrafter,
     SamplingParams,
+    drafter_of,
 )
 from copyspec_engine.values.errors import ConfigError, ContextOverflowError, about
 from copyspec_engine.values.grammar import Grammar
@@ -152,8 +153,7 @@ class Preparation:
         """Where a request's drafts come from."""
         if self._model.info.drafting_error is not None:
             return NoDrafter()
-        drafter = request.drafter or self._config.drafter
-        assert not isinstance(drafter, str)  # a name has become an object
+        drafter = drafter_of(request.drafter or self._config.drafter)
         if isinstance(drafter, DraftModelDrafter) and self._model.draft is None:
             raise ConfigError(
                 "Got drafter='draft-model' but no draft model: set EngineConfig(draft_model=...)", "drafter"

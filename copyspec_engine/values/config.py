@@ -44,6 +44,7 @@ __all__ = [
     "Points",
     "Prediction",
     "SamplingParams",
+    "drafter_of",
     "explain_errors",
     "is_database",
 ]
@@ -144,6 +145,22 @@ if TYPE_CHECKING:
 else:
     GivenDrafter = DrafterConfig
 """What type checkers let a caller give. A name has become an object once it is checked, so a field holds none."""
+_DRAFTER: TypeAdapter[DrafterConfig] = TypeAdapter(DrafterConfig)
+
+
+def drafter_of(given: GivenDrafter) -> DrafterConfig:
+    """The drafter that is meant, also by a name that `model_copy(update=...)` has put there, which checks nothing.
+
+    Raises:
+        ConfigError: there is no drafter of that name.
+    """
+    if not isinstance(given, str):
+        return given
+    try:
+        return _DRAFTER.validate_python(given)
+    except ValidationError:
+        expected = "adaptive, copyspec, draft-model or none"
+        raise ConfigError(f"Got drafter={given!r} but expected {expected}", "drafter") from None
 
 
 def _checked_points(value: object) -> Points | None:

@@ -587,3 +587,14 @@ def test_a_name_in_place_of_a_config_is_told_where_it_goes() -> None:
         ConfigError, match=r"Got config='smollm2' but expected an EngineConfig, such as EngineConfig\(model="
     ):
         Engine("smollm2")  # type: ignore[arg-type]
+
+
+def test_a_drafters_name_in_a_copy_that_nobody_checked_is_that_drafter() -> None:
+    request = GenerationRequest(prompt="a word and a word", sampling=SamplingParams(temperature=0.0, max_tokens=8))
+    with scripted_engine(lambda _: "a word and a word") as engine:
+        plain = engine.generate(request.model_copy(update={"drafter": "none"}))
+        assert plain.draft_stats.num_draft_tokens == 0
+        with pytest.raises(
+            ConfigError, match="Got drafter='nobody' but expected adaptive, copyspec, draft-model or none"
+        ):
+            engine.generate(request.model_copy(update={"drafter": "nobody"}))

@@ -20,6 +20,7 @@ from copyspec_engine.lab.evaluation.records import PLAIN, RUN_FILE, RunFolder, T
 from copyspec_engine.lab.evaluation.turns import turn_record
 from copyspec_engine.lab.page import Decode, render_page, transcripts
 from copyspec_engine.lab.replay import load_tokenizer
+from copyspec_engine.values.config import drafter_of
 
 __all__ = ["ExplainOptions", "demo_records", "run_explain"]
 
@@ -141,9 +142,7 @@ def demo_records(
     engine: Engine, document: Document, steps: Sequence[EditStep], tell: Callable[[str], None]
 ) -> list[TurnRecord]:
     """Rewrites a document step by step, with drafting and by plain decoding, who go first by turns."""
-    asked = engine.config.drafter
-    assert not isinstance(asked, str)  # a name has become an object
-    drafter = asked.name
+    drafter = drafter_of(engine.config.drafter).name
     messages: list[dict[str, str]] = [{"role": "user", "content": document.text}]
     text = document.text
     records: list[TurnRecord] = []
