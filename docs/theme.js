@@ -4,5 +4,6 @@ const name = () => {
   for (const buttons of document.querySelectorAll("nav.md-code__nav:not([aria-label])"))
     buttons.setAttribute("aria-label", `Code ${++count}`);
 };
+document.querySelector(".md-search[role=dialog]")?.setAttribute("aria-label", "Search");
 new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
 name();

@@ -10,8 +10,11 @@ import importlib.util
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -45,23 +48,39 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def docs(site: Path) -> Iterator[str]:
+    """Where the docs are served: of files alone a browser shows them without their search."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site))) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     with Engine(EngineConfig(model="bundled")) as engine, serving(engine) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
-def addresses(site: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def addresses(docs: str, server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pages")
-    found = transcripts([*records("one"), *records("two")], "adaptive", ["one", "two"], decode)
+    found = transcripts([*records("one"), *records("two")[:1]], "adaptive", ["one", "two"], decode)
     (folder / "answers.html").write_text(render_page("A run", ["a model"], "adaptive", found), encoding="utf-8")
     table = Table("Speed-up", ("run", "category", "speed-up"), (("a", "writing", "1.5"), ("b", "maths", "2.5")), 2)
     words = Table("Runs", ("run", "command"), (("a", "copyspec eval mt-bench --model smollm2 --turns 2"),))
     chart = Bars("Speed-up", "times", ("writing", "maths"), (("a", (1.5, 2.0)), ("b", (2.5, None))), reference=1.0)
     (folder / "report.html").write_text(report_page("Two runs", (table, words), (chart,)), encoding="utf-8")
-    files = {"docs": site / "index.html", "docs of options": site / "options.html"}
-    files |= {"answers": folder / "answers.html", "report": folder / "report.html"}
-    return {name: path.as_uri() for name, path in files.items()} | dict.fromkeys(("chat", "document"), server)
+    files = {name: (folder / f"{name}.html").as_uri() for name in ("answers", "report")}
+    pages = {"docs": f"{docs}/index.html", "docs of options": f"{docs}/options.html"}
+    return files | pages | dict.fromkeys(("chat", "document"), server)
 
 
 def shown(browser: Any, addresses: dict[str, str], name: str, **options: Any) -> Any:
