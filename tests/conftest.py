@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.execution.loading import prepare
@@ -44,6 +48,21 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def provider(monkeypatch: pytest.MonkeyPatch) -> TracerProvider:
+    made = TracerProvider()
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: made)
+    return made
+
+
+@pytest.fixture
+def spans(provider: TracerProvider) -> Callable[[], list[ReadableSpan]]:
+    """spans() -> those of calls that are over, in the order of their ends; children come before their parents."""
+    exporter = InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return lambda: list(exporter.get_finished_spans())
 
 
 @pytest.fixture(scope="module")

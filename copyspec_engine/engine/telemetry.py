@@ -140,9 +140,7 @@ class Telemetry:
         except EngineStoppedError:
             return []
         if name == "kv_slots":
-            running, cached = metrics.num_kv_slots_running, metrics.num_kv_slots_cached
-            states = {"running": running, "cached": cached, "free": metrics.num_kv_slots - running - cached}
-            return [(count, {**model, "copyspec.state": state}) for state, count in states.items()]
+            return [(count, {**model, "copyspec.state": state}) for state, count in metrics.kv_slots_by_state.items()]
         if name == "accepted_tokens":
             return [
                 (count, {**model, "copyspec.source": source}) for source, count in metrics.accepted_by_source.items()

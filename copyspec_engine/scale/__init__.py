@@ -18,7 +18,14 @@ from copyspec_engine.values.errors import missing_extra
 if TYPE_CHECKING:
     from ray.serve import Application
 
-__all__ = ["build"]
+__all__ = ["build", "check_extra"]
+
+
+def check_extra() -> None:
+    """Raises CopySpecError unless the extra "scale" is installed."""
+    for package in ("ray", "fastapi"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "scale")
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -31,9 +38,7 @@ def build(args: Mapping[str, Any]) -> Application:
         ConfigError: an option is unknown or cannot be as it is, or others could reach the server without a key.
         CopySpecError: the extra "scale" is not installed.
     """
-    for package in ("ray", "fastapi"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "scale")
+    check_extra()
     from copyspec_engine.scale.application import application_of
     from copyspec_engine.scale.options import split_options
 

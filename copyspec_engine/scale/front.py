@@ -8,7 +8,6 @@ that may be what its replica was stuck in is not asked again: it would take the 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from copyspec_engine.scale.routes import Askers, Route, route_of
-from copyspec_engine.serve.bodies import read_bytes
+from copyspec_engine.serve.bodies import json_of, read_bytes
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError, error_response
 from copyspec_engine.serve.events import LINES, NAMED_EVENTS, SSE
@@ -40,8 +39,6 @@ _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query
 _ENDS = ("client", "server")
 _ADMISSION_S = 20.0
 """Seconds in which a replica has to take a call, be it only to let it wait."""
-_LARGE_BYTES = 1 << 18
-"""Of a body that takes more than a few milliseconds to be read."""
 
 
 class Front:
@@ -85,7 +82,7 @@ class Front:
         is_import = path.endswith("/import")
         largest = config.largest_import(self._memory_tokens) if is_import else config.max_body_bytes
         body = await read_bytes(request, config, largest)
-        told = None if is_import else await _object(body)
+        told = None if is_import else await _object(body, config)
         route = route_of(self._askers.of(request.headers), path, request.headers, config, told)
         return _Asked(self._replicas, route, plain_scope(request.scope), body)
 
@@ -185,10 +182,10 @@ def lost_event(media_type: str, path: str, num_events: int) -> bytes:
     return SSE.frame(error.body())
 
 
-async def _object(body: bytes) -> Mapping[str, Any] | None:
+async def _object(body: bytes, config: ServeConfig) -> Mapping[str, Any] | None:
     """A body as a JSON object; None: it is none, or none that a replica would take."""
-    with suppress(ValueError, RecursionError):
-        told = await asyncio.to_thread(json.loads, body) if len(body) >= _LARGE_BYTES else json.loads(body or b"{}")
+    with suppress(ApiError):
+        told = await json_of(body, config, config.max_body_bytes)
         return told if isinstance(told, dict) else None
     return None
 

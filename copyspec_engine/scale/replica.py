@@ -30,7 +30,7 @@ from copyspec_engine.serve.app import app_of
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import DIED, LAST_EVENTS_S, LOG_FORMAT, idle
 from copyspec_engine.serve.service import Service
-from copyspec_engine.values.config import EngineConfig
+from copyspec_engine.values.config import EngineConfig, is_database
 from copyspec_engine.values.errors import ConfigError
 
 __all__ = ["Replica"]
@@ -60,7 +60,7 @@ class Replica:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
         self._scale = scale
         self._slot = _slot_of(scale)
-        if engine_config.memory_path is not None and "://" not in engine_config.memory_path:
+        if engine_config.memory_path is not None and not is_database(engine_config.memory_path):
             folder = Path(engine_config.memory_path)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             path = str(folder / f"{self._slot.name}.memory")

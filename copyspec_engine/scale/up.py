@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from copyspec_engine.scale import build
+from copyspec_engine.scale import check_extra
 from copyspec_engine.scale.options import split_options
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import INTERRUPTED, listen
@@ -58,8 +58,11 @@ def run_up(options: UpOptions, started: Callable[[str], None] = lambda _url: Non
         CopySpecError: there is no such cluster, or the application does not start.
     """
     prepare_ray()
-    application = build(options.args)
-    scale, config, _ = split_options(options.args)
+    check_extra()
+    from copyspec_engine.scale.application import application_of
+
+    scale, config, engine_config = split_options(options.args)
+    application = application_of(scale, config, engine_config)
     listen(config.model_copy(update={"port": ServeConfig(port=options.port).port})).close()  # it has to be free
     if options.address is not None:
         _check_address(options.address)

@@ -16,7 +16,17 @@ from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.errors import ApiError
 from copyspec_engine.values.options import Documented, explain_errors
 
-__all__ = ["NUM_BYTES", "Body", "body_schemas", "documented", "read_body", "read_bytes", "read_json", "read_nothing"]
+__all__ = [
+    "NUM_BYTES",
+    "Body",
+    "body_schemas",
+    "documented",
+    "json_of",
+    "read_body",
+    "read_bytes",
+    "read_json",
+    "read_nothing",
+]
 
 
 class Body(Documented):
@@ -94,15 +104,28 @@ async def read_json(request: Request, config: ServeConfig, max_bytes: int | None
         max_bytes: of the body, if not as the config has it.
     """
     largest = config.max_body_bytes if max_bytes is None else max_bytes
-    body = await read_bytes(request, config, largest)
+    return await json_of(await read_bytes(request, config, largest), config, largest)
+
+
+async def json_of(body: bytes, config: ServeConfig, max_bytes: int) -> Any:  # noqa: ANN401 - any JSON value
+    """What a body says, read in a thread where that takes a while: others are answered meanwhile.
+
+    Args:
+        body: as it came; nothing is an empty object.
+        config: the limits.
+        max_bytes: that it may have had.
+
+    Raises:
+        ApiError: it is no JSON, too deep, or of too many parts.
+    """
     if len(body) < _LARGE_BYTES:
         return _parsed(body, config.max_depth)
 
     def parsed() -> Any:  # noqa: ANN401 - any JSON value
-        _check_parts(body, max(largest, _LEAST_MAX_BYTES))
+        _check_parts(body, max(max_bytes, _LEAST_MAX_BYTES))
         return _parsed(body, config.max_depth)
 
-    return await asyncio.to_thread(parsed)  # others are answered meanwhile
+    return await asyncio.to_thread(parsed)
 
 
 async def read_nothing(request: Request, config: ServeConfig) -> None:

@@ -120,8 +120,7 @@ class _EngineCollector(Collector):
         )
         reasons = CounterMetricFamily("copyspec_finished", "Answers by the reason of their end.", labels=("reason",))
         if last is not None:
-            free = last.num_kv_slots - last.num_kv_slots_running - last.num_kv_slots_cached
-            _fill(slots, {"running": last.num_kv_slots_running, "cached": last.num_kv_slots_cached, "free": free})
+            _fill(slots, last.kv_slots_by_state)
             _fill(sources, last.accepted_by_source)
             _fill(reasons, last.finished)
         yield from (slots, sources, reasons)

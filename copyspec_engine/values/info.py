@@ -82,6 +82,12 @@ class EngineMetrics:
         """Share of the pool that running requests hold, 0 to 1."""
         return self.num_kv_slots_running / self.num_kv_slots
 
+    @property
+    def kv_slots_by_state(self) -> dict[str, int]:
+        """How many of the pool are running, cached and free."""
+        running, cached = self.num_kv_slots_running, self.num_kv_slots_cached
+        return {"running": running, "cached": cached, "free": self.num_kv_slots - running - cached}
+
     def _repr_html_(self) -> str:
         """What notebooks show: the figures in words."""
         from copyspec_engine.values.html import table

@@ -12,12 +12,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from opentelemetry import metrics, trace
+from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
 from copyspec_engine import (
@@ -40,21 +38,6 @@ CONTENT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 
 def ask(text: str = SECRET, **options: Any) -> GenerationRequest:
     return GenerationRequest(messages=({"role": "user", "content": text},), **options)
-
-
-@pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> TracerProvider:
-    made = TracerProvider()
-    monkeypatch.setattr(trace, "get_tracer_provider", lambda: made)
-    return made
-
-
-@pytest.fixture
-def spans(provider: TracerProvider) -> Callable[[], list[ReadableSpan]]:
-    """spans() -> those of calls that are over, in the order of their ends; children come before their parents."""
-    exporter = InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    return lambda: list(exporter.get_finished_spans())
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -36,11 +37,11 @@ def load(url: str, hold: Path | None, stall: Path | None, check: OnProgress) -> 
 
     if hold is not None:
         print(url, flush=True)
-        while hold.exists():
-            if hold.read_text():
-                raise ConfigError(hold.read_text())
-            check(LoadProgress("read", "waiting"))
-            time.sleep(0.01)
+        with suppress(FileNotFoundError):
+            while not (wrong := hold.read_text()):
+                check(LoadProgress("read", "waiting"))
+                time.sleep(0.01)
+            raise ConfigError(wrong)
     config = EngineConfig(model="scripted", drafter="none", memory_path=path, max_model_len=MOST_TOKENS)
     return scripted_engine(reply, config)
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from copyspec_engine import Engine, GenerationRequest
 from copyspec_engine.adapters.remote import RemoteEngine
@@ -18,21 +16,6 @@ from tests.serve.servers import serving
 
 TRACE, PARENT = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
 HEADERS = {"traceparent": f"00-{TRACE:032x}-{PARENT:016x}-01"}
-
-
-@pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> TracerProvider:
-    made = TracerProvider()
-    monkeypatch.setattr(trace, "get_tracer_provider", lambda: made)
-    return made
-
-
-@pytest.fixture
-def spans(provider: TracerProvider) -> Callable[[], list[ReadableSpan]]:
-    """spans() -> those that are over."""
-    exporter = InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    return lambda: list(exporter.get_finished_spans())
 
 
 def calls(spans: list[ReadableSpan]) -> list[ReadableSpan]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 from copyspec_engine import ConfigError
 from copyspec_engine.lab.contestants import INGREDIENTS
 from copyspec_engine.lab.display.conditions import day, hardware
+from copyspec_engine.lab.display.tables import Table
 
-__all__ = ["Result", "Results", "commands", "conditions", "load_results", "notes"]
+__all__ = ["Result", "Results", "commands", "conditions", "load_results", "notes", "tables_of_each"]
 
 _ROWS = ("rows", "results", "turns")
 """Where files of figures keep their rows."""
@@ -201,6 +202,15 @@ def notes(results: Sequence[Result]) -> str:
         names = ", ".join(f"`{file.name}`" for file in files)
         parts.append(f"{said[:1].upper()}{said[1:]}: {names}.")
     return _wrapped(" ".join(parts))
+
+
+def tables_of_each(files: Sequence[Result], tables_of: Callable[[Mapping[str, Any]], list[Table]]) -> list[Table]:
+    """The tables of each file's record; behind the last of them stands where its figures come from."""
+    tables: list[Table] = []
+    for file in files:
+        *first, last = tables_of(file.record)
+        tables += [*first, Table(last.title, last.headings, last.rows, last.num_labels, notes([file]))]
+    return tables
 
 
 def commands(results: Results) -> str:

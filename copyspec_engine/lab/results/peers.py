@@ -10,7 +10,7 @@ from typing import Any
 from copyspec_engine.lab.display.charts import Bars, Plot
 from copyspec_engine.lab.display.conditions import shortened
 from copyspec_engine.lab.display.tables import NONE, Table, figure, times
-from copyspec_engine.lab.results.files import Results, conditions, notes
+from copyspec_engine.lab.results.files import Results, conditions, tables_of_each
 
 __all__ = ["OURS", "PLAIN", "peers_plots", "peers_tables", "peers_tables_of"]
 
@@ -38,12 +38,7 @@ ALL: Column = ("all", None)
 
 def peers_tables(results: Results) -> list[Table]:
     """The tables of each file: speed, ours over each peer, and what else was counted."""
-    tables: list[Table] = []
-    for file in results["peers"]:
-        *first, last = peers_tables_of(file.record)
-        noted = Table(last.title, last.headings, last.rows, last.num_labels, notes([file]))
-        tables += [*first, noted]
-    return tables
+    return tables_of_each(results["peers"], peers_tables_of)
 
 
 def peers_tables_of(record: Mapping[str, Any]) -> list[Table]:

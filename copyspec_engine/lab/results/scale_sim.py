@@ -8,7 +8,7 @@ from typing import Any
 from copyspec_engine.lab.display.charts import Bars, Plot
 from copyspec_engine.lab.display.conditions import shortened
 from copyspec_engine.lab.display.tables import NONE, Table, times
-from copyspec_engine.lab.results.files import Result, Results, conditions, notes
+from copyspec_engine.lab.results.files import Result, Results, conditions, tables_of_each
 
 __all__ = ["scale_sim_plots", "scale_sim_tables", "scale_sim_tables_of"]
 
@@ -17,11 +17,7 @@ _FOUND = {"kv": "KV", "file": "texts in the slot's file", "store": "texts in a s
 
 def scale_sim_tables(results: Results) -> list[Table]:
     """The tables of each file."""
-    tables: list[Table] = []
-    for file in results["scale-sim"]:
-        *first, last = scale_sim_tables_of(file.record)
-        tables += [*first, Table(last.title, last.headings, last.rows, last.num_labels, notes([file]))]
-    return tables
+    return tables_of_each(results["scale-sim"], scale_sim_tables_of)
 
 
 def scale_sim_tables_of(record: Mapping[str, Any]) -> list[Table]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from copyspec_engine.lab.display.tables import Table, figure, percent
 from copyspec_engine.lab.evaluation.intervals import median_interval
-from copyspec_engine.lab.results.files import Results, notes
+from copyspec_engine.lab.results.files import Results, tables_of_each
 
 __all__ = ["HTTP", "IN_PROCESS", "server_tables", "server_tables_of"]
 
@@ -24,11 +24,7 @@ IN_PROCESS, HTTP = "in-process", "http"
 
 def server_tables(results: Results) -> list[Table]:
     """The tables of each file."""
-    tables: list[Table] = []
-    for file in results["serve"]:
-        *first, last = server_tables_of(file.record)
-        tables += [*first, Table(last.title, last.headings, last.rows, last.num_labels, notes([file]))]
-    return tables
+    return tables_of_each(results["serve"], server_tables_of)
 
 
 def server_tables_of(record: Mapping[str, Any]) -> list[Table]:
