@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
     except OSError as error:
         print(f"skipped: {error}", file=sys.stderr)
         return SKIPPED
-    return _run(options, shlex.join(["python -m scripts.scale_drill", *words]), parser)
+    return _run(options, shlex.join(["python", "-m", "scripts.scale_drill", *words]), parser)
 
 
 def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentParser) -> int:

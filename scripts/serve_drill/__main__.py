@@ -64,7 +64,9 @@ def main(words: list[str]) -> int:
     if options.json is not None:
         told = {name: {"held": not broken, "broken": broken, **figures} for name, (figures, broken) in results.items()}
         about = {"model": model, "versions": versions(), "machine": machine()}
-        write_record(options.json, {"drills": told, **about}, shlex.join(["python -m scripts.serve_drill", *words]))
+        write_record(
+            options.json, {"drills": told, **about}, shlex.join(["python", "-m", "scripts.serve_drill", *words])
+        )
     return int(any(broken for _, broken in results.values()))
 
 
