@@ -47,9 +47,6 @@ def application_of(scale: ScaleConfig, config: ServeConfig, engine_config: Engin
 def replica_options(scale: ScaleConfig, config: ServeConfig, engine_config: EngineConfig) -> dict[str, Any]:
     """How Ray is to treat the replicas."""
     router = f"{SlotRouter.__module__}.{SlotRouter.__name__}"
-    told: dict[str, Any] = {"direct": config.model_dump(mode="json")} if scale.direct else {}
-    if scale.load_factor is not None:
-        told["bound"] = {"factor": scale.load_factor, "least": 2 * engine_config.max_running}
     return {
         "name": "Replica",
         "num_replicas": scale.replicas,
@@ -57,7 +54,7 @@ def replica_options(scale: ScaleConfig, config: ServeConfig, engine_config: Engi
         "max_queued_requests": -1,  # Ray's own refusals know neither conversations nor the form of an error
         "max_surge_percent": 0,  # one more at a time would take a slot of its own, and conversations with it
         "ray_actor_options": {"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
-        "request_router_config": RequestRouterConfig(request_router_class=router, request_router_kwargs=told),
+        "request_router_config": RequestRouterConfig(request_router_class=router),
         "health_check_period_s": _HEALTH_PERIOD_S,
         "graceful_shutdown_timeout_s": config.drain_s + _MARGIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,

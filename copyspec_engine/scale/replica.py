@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from copyspec_engine.scale.config import ScaleConfig
 from copyspec_engine.scale.front import Begun, plain_scope
 from copyspec_engine.scale.options import engine_maker
-from copyspec_engine.scale.router import SLOT
+from copyspec_engine.scale.router import said_to_routers
 from copyspec_engine.scale.slots import Slot, tag_of
 from copyspec_engine.scale.together import Together, Told, told_by
 from copyspec_engine.serve.app import app_of
@@ -60,6 +60,7 @@ class Replica:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
         self._scale = scale
         self._slot = _slot_of(scale)
+        self._said = said_to_routers(self._slot.name, scale, config, engine_config)
         if engine_config.memory_path is not None and not is_database(engine_config.memory_path):
             folder = Path(engine_config.memory_path)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -78,9 +79,9 @@ class Replica:
         gc.collect()
         gc.freeze()  # as in `copyspec serve`
 
-    def record_replica_metadata(self) -> dict[str, str]:
+    def record_replica_metadata(self) -> dict[str, Any]:
         """What routers know a replica by."""
-        return {SLOT: self._slot.name}
+        return self._said
 
     async def check_health(self) -> None:
         """Ends this process if its engine has died or is stuck: then Ray starts another one, which takes its slot."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
+import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ with warnings.catch_warnings():
 
 from ray.exceptions import ActorDiedError
 from ray.serve import Application
+from starlette.datastructures import Headers
 
 from copyspec_engine import Engine, EngineConfig
 from copyspec_engine.scale import build, front, replica
@@ -26,8 +29,8 @@ from copyspec_engine.scale.config import ScaleConfig
 from copyspec_engine.scale.front import Front
 from copyspec_engine.scale.options import split_options
 from copyspec_engine.scale.replica import Replica
-from copyspec_engine.scale.router import SlotRouter, order
-from copyspec_engine.scale.routes import Route
+from copyspec_engine.scale.router import SlotRouter, order, said_to_routers
+from copyspec_engine.scale.routes import Askers, Route, route_of
 from copyspec_engine.scale.slots import tag_of
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import DIED
@@ -51,7 +54,6 @@ def test_the_application_leaves_it_to_the_engines_to_refuse_calls(direct: bool) 
     assert options["max_queued_requests"] == -1
     assert options["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0.5}
     assert options["max_surge_percent"] == 0
-    assert bool(options["request_router_config"].request_router_kwargs) == direct
 
 
 def test_a_call_goes_to_its_slot_and_what_a_replica_has_made_leads_back_to_it() -> None:
@@ -64,19 +66,54 @@ def test_a_call_goes_to_its_slot_and_what_a_replica_has_made_leads_back_to_it() 
     assert order(Route(), slots) == []
 
 
+def say(config: ServeConfig | None = None, **scale: Any) -> list[Any]:
+    """Three replicas, as a router knows them."""
+    options = ScaleConfig(**scale), config or ServeConfig(), EngineConfig(max_running=2)
+    return [
+        SimpleNamespace(replica_id=slot, replica_metadata=said_to_routers(slot, *options)) for slot in ("0", "1", "2")
+    ]
+
+
+async def test_a_router_reads_what_a_proxy_was_asked_by_the_options_that_the_replicas_have_now() -> None:
+    router = SlotRouter.__new__(SlotRouter)
+    replicas = say()
+
+    async def chosen(**headers: str) -> str:
+        lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "path": CHAT, "headers": lines}
+        pending: Any = SimpleNamespace(
+            metadata=SimpleNamespace(session_id="", is_http_request=True),
+            created_at=time.time(),
+            routing_context=SimpleNamespace(),
+            args=[pickle.dumps(SimpleNamespace(asgi_scope=scope))],
+        )
+        ((replica,),) = await router.choose_replicas(replicas, pending)
+        return str(replica.replica_metadata["slot"])
+
+    def expected(name: str, config: ServeConfig) -> str:
+        headers = Headers({"x-session-id": name})
+        return order(route_of(Askers(config).of(headers), CHAT, headers, config), ["0", "1", "2"])[0]
+
+    names = [f"letter-{number}" for number in range(8)]
+    found = [await chosen(x_session_id=name) for name in names]
+    assert found == [expected(name, ServeConfig()) for name in names]
+    assert len(set(found)) > 1
+    replicas[:] = say(ServeConfig(session_headers=("X-Chat",)))
+    assert [await chosen(x_chat=name) for name in names] == found
+
+
 async def test_the_router_names_one_replica_and_the_next_only_when_that_says_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     router = SlotRouter.__new__(SlotRouter)
-    router.initialize_state()
-    replicas: list[Any] = [
-        SimpleNamespace(replica_id=slot, replica_metadata={"slot": slot}) for slot in ("0", "1", "2")
-    ]
+    replicas = say()
     first, second, third = order(Route("key"), ["0", "1", "2"])
 
     async def chosen(session: str, age_s: float = 0.0) -> list[list[str]]:
         pending: Any = SimpleNamespace(
-            metadata=SimpleNamespace(session_id=session), created_at=100.0, routing_context=SimpleNamespace()
+            metadata=SimpleNamespace(session_id=session, is_http_request=False),
+            created_at=100.0,
+            routing_context=SimpleNamespace(),
         )
         monkeypatch.setattr("time.time", lambda: 100.0 + age_s)
         ranks = await router.choose_replicas(replicas, pending)
@@ -88,7 +125,7 @@ async def test_the_router_names_one_replica_and_the_next_only_when_that_says_not
     in_flight = {first: 9, second: 2, third: 1}
     monkeypatch.setattr(SlotRouter, "replica_queue_len_cache", in_flight)
     assert await chosen(":key") == [[first]]
-    router.initialize_state(bound={"factor": 1.5, "least": 4})
+    replicas[:] = say(load_factor=1.5)  # the application was deployed anew, and the router is the old one
     assert await chosen(":key") == [[second]]
     assert await chosen(f"{tag_of(first)}:key") == [[first]]
     in_flight[first] = 3
@@ -226,7 +263,7 @@ def scope() -> dict[str, Any]:
 
 
 async def test_a_replica_answers_as_a_server_does_and_its_ids_name_its_slot(made: Replica) -> None:
-    assert made.record_replica_metadata() == {"slot": "0"}
+    assert made.record_replica_metadata()["slot"] == "0"
     taken, (status, headers), *bodies = [part async for part in made.ask(scope(), question(3, "a"))]
     told = json.loads(b"".join(bodies))
     assert (taken, status, told["choices"][0]["message"]["content"]) == (b"", 200, story("a", 3))
