@@ -3,6 +3,7 @@
 sticky       many calls of 500 conversations: each is answered where the one before was
 lost         SIGKILL of a replica in the middle of streams, behind a front
 lost-direct  the same where Ray's proxies ask the replicas themselves
+lost-model   the same behind a front, with a real model and a processor for each replica: only where it is named
 front        SIGKILL of the front
 proxy        SIGKILL of Ray's proxy
 scale        1, 2, 3, 2 and 1 replicas under load
@@ -38,10 +39,10 @@ def main(words: list[str]) -> int:
     parser.add_argument("drills", nargs="*", default=[], metavar="DRILL", help="default: all of them")
     parser.add_argument("--conversations", type=int, default=60, help="of most drills")
     parser.add_argument("--calls", type=int, default=10_000, help="of sticky")
-    parser.add_argument("--rounds", type=int, default=2, help="kills of lost and lost-direct")
+    parser.add_argument("--rounds", type=int, default=2, help="kills of lost, lost-direct and lost-model")
     parser.add_argument("--pass-s", type=float, default=0.004, help="seconds that a pass of the scripted model takes")
     parser.add_argument("--memory-path", help="a store that the replicas share; default: a file for each")
-    parser.add_argument("--model", default="smollm2", help="of speed")
+    parser.add_argument("--model", default="smollm2", help="of speed and lost-model")
     parser.add_argument("--writes", type=int, default=4, help="calls of each conversation of speed")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(words)
@@ -68,7 +69,7 @@ def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentPar
     told: dict[str, dict[str, Any]] = {}
     all_held = True
     with tempfile.TemporaryDirectory() as folder, Cluster() as cluster:
-        for name in options.drills or DRILLS:
+        for name in options.drills or [name for name in DRILLS if name != "lost-model"]:
             if name == "speed":
                 told[name] = {
                     way: asyncio.run(measure_speed(cluster, options.model, options.writes, direct=way == "direct"))
@@ -77,7 +78,9 @@ def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentPar
                 print(f"{name}: {told[name]}", flush=True)
                 continue
             place = Path(folder, name)
-            drill = DrillOptions(place, options.conversations, options.calls, options.rounds, options.memory_path)
+            drill = DrillOptions(
+                place, options.conversations, options.calls, options.rounds, options.memory_path, options.model
+            )
             began = time.monotonic()
             found = asyncio.run(DRILLS[name](cluster, drill))
             seconds = round(time.monotonic() - began, 1)
@@ -85,7 +88,8 @@ def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentPar
             all_held = all_held and not found.broken
             print(f"{name}: {told[name]}", flush=True)
     if options.json is not None:
-        about = {"pass_s": options.pass_s, "versions": versions(), "machine": machine()}
+        is_shared = "://" in (options.memory_path or "")
+        about = {"pass_s": options.pass_s, "shared_store": is_shared, "versions": versions(), "machine": machine()}
         write_record(options.json, {"drills": told, **about}, command)
     return int(not all_held)
 

@@ -18,7 +18,7 @@ import httpx
 from copyspec_engine.scale.slots import tag_of
 from scripts.scale_drill.cluster import Cluster, kill, wait_until
 from scripts.scale_drill.models import STICK
-from scripts.scale_drill.talks import Answer, Talk, at_once, client_of
+from scripts.scale_drill.talks import Answer, ModelTalk, Talk, at_once, client_of
 
 __all__ = ["DRILLS", "DrillOptions", "Found"]
 
@@ -50,6 +50,8 @@ class DrillOptions:
     """Kills."""
     memory_path: str | None = None
     """A store that all replicas share; default: a file for each."""
+    model: str = "smollm2"
+    """Of the drill `lost-model`."""
 
     @property
     def is_shared(self) -> bool:
@@ -130,20 +132,32 @@ async def sticky(cluster: Cluster, options: DrillOptions) -> Found:
 
 async def lost(cluster: Cluster, options: DrillOptions) -> Found:
     """SIGKILL of a replica in the middle of streams, behind a front."""
-    return await _lost(cluster, options, direct=False)
+    return await _lost(cluster, options, options.talks("lost"), options.args(max_running=8))
 
 
 async def lost_direct(cluster: Cluster, options: DrillOptions) -> Found:
     """SIGKILL of a replica in the middle of streams that Ray's proxies have from it."""
-    return await _lost(cluster, options, direct=True)
+    return await _lost(cluster, options, options.talks("direct"), options.args(direct=True, max_running=8))
 
 
-async def _lost(cluster: Cluster, options: DrillOptions, *, direct: bool) -> Found:
+async def lost_model(cluster: Cluster, options: DrillOptions) -> Found:
+    """As `lost`, with a real model, a processor for each replica, and one call at a time after the loss.
+
+    Of many at once each drafts less: there a pass of many rows is dear.
+    """
+    talks = [ModelTalk(f"model-{at}", options.model) for at in range(min(options.conversations, 24))]
+    args = options.args(model=options.model, engine=None, num_cpus=1, device="cpu", kv_cache_tokens=16_384)
+    return await _lost(cluster, options, talks, args, one_by_one=True)
+
+
+async def _lost(
+    cluster: Cluster, options: DrillOptions, talks: Sequence[Talk], args: Mapping[str, Any], one_by_one: bool = False
+) -> Found:
+    """SIGKILL of each replica of two, one after the other, in the middle of streams."""
     figures = {"rounds": options.rounds, "streams_lost": 0, "asked_again": 0, "streams_of_survivor": 0}
     found = Found(figures={**figures, "next_call_s": [], "replaced_after_s": []})
-    talks = options.talks("direct" if direct else "lost")
-    streaming = talks[:24]
-    cluster.deploy(options.args(direct=direct, max_running=8), 2)
+    streaming, direct = talks[:24], bool(args.get("direct"))
+    cluster.deploy(args, 2)
     async with client_of(cluster.url) as client:
         await at_once(talks, client, SHORT)
         for number in range(options.rounds):
@@ -151,21 +165,27 @@ async def _lost(cluster: Cluster, options: DrillOptions, *, direct: bool) -> Fou
             victim = sorted(cluster.replicas())[number % 2]
             process = cluster.replicas()[victim]
             replaced = asyncio.create_task(_replaced(cluster, victim, process))
-            had = await _in_stream(streaming, client, partial(kill, process), 10)
+            had = await _in_stream(streaming, client, partial(kill, process), len(streaming) // 2 - 2)
             _check_streams(found, streaming, before, victim, had, direct=direct)
             hit = [talk for talk in talks if before[talk.name] == victim]
             others = [talk for talk in talks if before[talk.name] != victim]
-            await at_once(hit, client, SHORT, most=len(hit), stream=False)
+            most = 1 if one_by_one else len(hit)
+            await at_once(hit, client, SHORT, most=most, stream=False)
             _check_whole(found, hit, SHORT, "calls after the loss")
             seconds = [talk.answers[-1].seconds for talk in hit]
-            times = {"calls_at_once": len(hit), "median": round(median(seconds), 3), "longest": round(max(seconds), 3)}
+            times = {
+                "calls_at_once": most,
+                "calls": len(hit),
+                "median": round(median(seconds), 3),
+                "longest": round(max(seconds), 3),
+            }
             found.figures["next_call_s"].append(times)
             if options.is_shared:
                 _check_remembered(found, hit)
             await at_once(others, client, SHORT)
             found.check(not _moved(others, before), "conversations of the survivor have moved")
             found.figures["replaced_after_s"].append(round(await replaced, 1))
-            await at_once(talks, client, SHORT, stream=False)
+            await at_once(talks, client, SHORT, most=1 if one_by_one else 32, stream=False)
             _check_whole(found, talks, SHORT, "calls after the replacement")
             _check_back(found, talks, before)
             told = [await talk.forgotten(client, shared=options.is_shared) for talk in talks]
@@ -366,6 +386,7 @@ DRILLS: dict[str, Drill] = {
     "sticky": sticky,
     "lost": lost,
     "lost-direct": lost_direct,
+    "lost-model": lost_model,
     "front": front,
     "proxy": proxy,
     "scale": scale,

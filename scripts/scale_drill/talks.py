@@ -13,7 +13,7 @@ import httpx
 
 from scripts.scale_drill.models import story
 
-__all__ = ["Answer", "Talk", "at_once", "client_of"]
+__all__ = ["Answer", "ModelTalk", "Talk", "at_once", "client_of"]
 
 _CHAT = "/v1/chat/completions"
 
@@ -58,11 +58,7 @@ class Talk:
         """Ask for the first so many words of its story, and show nothing but this question."""
         answer = Answer()
         self.answers.append(answer)
-        body: dict[str, Any] = {
-            "model": "scripted",
-            "messages": [{"role": "user", "content": f"{words} words of story {self.name}."}],
-            "stream": stream,
-        }
+        body = {**self._question(words), "stream": stream}
         if not stream:
             body["copyspec"] = {"segments": True}
         try:
@@ -76,6 +72,13 @@ class Talk:
             answer.error = answer.error or f"broken: {type(error).__name__}"
         answer.seconds = time.monotonic() - answer.began_s
         return answer
+
+    def _question(self, words: int) -> dict[str, Any]:
+        """What is asked, and of whom."""
+        return {
+            "model": "scripted",
+            "messages": [{"role": "user", "content": f"{words} words of story {self.name}."}],
+        }
 
     async def forgotten(self, client: httpx.AsyncClient, *, shared: bool) -> str:
         """What of its whole answers the slot that has answered last does not remember; empty: all is there.
@@ -99,6 +102,36 @@ class Talk:
         if not answer.is_whole or answer.text == story(self.name, words):
             return ""
         return f"{self.name} was told {answer.text[:80]!r} in {answer.tag}"
+
+
+class ModelTalk(Talk):
+    """One conversation with a real model, which is always asked the same, and answers it in so many tokens.
+
+    Args:
+        name: of it.
+        model: that is asked.
+    """
+
+    def __init__(self, name: str, model: str) -> None:
+        super().__init__(name)
+        self._model = model
+
+    def wrong(self, answer: Answer, words: int) -> str:  # noqa: ARG002 - tokens, which this cannot count
+        """Whether it goes another way than the first whole answer did."""
+        first = next(found.text for found in self.answers if found.is_whole or found is answer)
+        shorter, longer = sorted((first, answer.text), key=len)
+        if not answer.is_whole or longer.startswith(shorter):
+            return ""
+        return f"{self.name} was told {answer.text[:80]!r} in {answer.tag}, and {first[:80]!r} at first"
+
+    def _question(self, words: int) -> dict[str, Any]:
+        text = f"What should somebody by the name of {self.name} have for breakfast?"
+        return {
+            "model": self._model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": words,
+        }
 
 
 async def _read(answer: Answer, response: httpx.Response) -> None:

@@ -303,6 +303,27 @@ ALL: dict[str, dict[str, Any]] = {
         "command": "copyspec bench scale-sim",
         "machine": CPU,
     },
+    "scale_drill": {
+        "drills": {
+            "sticky": {"held": True, "broken": [], "calls": 10_000, "sticky_hit_rate": 1.0},
+            "lost": {
+                "held": False,
+                "broken": ["a stream takes back what it has said"],
+                "streams_lost": 3,
+                "streams_of_survivor": 24,
+                "next_call_s": [{"median": 0.2, "longest": 0.5}, {"median": 0.2, "longest": 1.25}],
+                "replaced_after_s": [9.0, 12.5],
+                "copied_from_memory": 5640,
+            },
+            "scale": {"held": True, "broken": [], "kept": [{"from": 1, "to": 2, "kept": 0.5, "calls_meanwhile": 10}]},
+            "speed": {
+                "front": {"replicas_1": {"tokens_per_s": 200.0}, "replicas_2": {"tokens_per_s": 350.0}, "speedup": 1.75}
+            },
+        },
+        "pass_s": 0.004,
+        "command": "python -m scripts.scale_drill",
+        "machine": CPU,
+    },
     "serve_drill": {
         "drills": {
             "load": {
@@ -433,6 +454,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "serve": "| 2 | 4 | 4.00 | 100 | 80.0 | 80.0% (80.0% to 80.0%) |",
         "scale-sim": "| rendezvous | 99.120% | 99.980% | 100.0% | 0.0% | 1.25x | 2.00x | 0.2 s | 12.0 s |",
         "serve-drill": "| answers compared with plain decoding | 1,234 |",
+        "scale-drill": "| sticky | yes | 10,000 calls, 100.0% where the one before was |",
         "free-text": "| measured | 0 | copies and recycled | 1,000 | 1.60 | 80.0 | 1.25x |",
         "lossless": "| some/model | bfloat16 | no | 2,000 | 25,000 | 3 | 0.12 |",
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
@@ -517,6 +539,18 @@ def test_a_drill_shows_what_must_not_be_beside_what_was_seen(report: Callable[..
     assert shown["KV slots that calls hold once all clients have gone"] == "3"
     assert shown["/health: median, 99th percentile and longest, ms"] == "2.00, 50.0, 250"
     assert [value for name, value in shown.items() if name.startswith("memory ")] == ["1500, 1510"]
+
+
+def test_drills_of_replicas_show_what_did_not_hold_and_the_longest_times(report: Callable[..., Result]) -> None:
+    assert report().exit_code == 0
+    shown = block_of("scale-drill")
+    assert (
+        "| lost | no | 3 streams lost, 24 of the survivor whole; next calls answered after 1.25 s at most; replaced "
+        "after 12.5 s at most; 5,640 characters copied from what calls did not show |"
+    ) in shown
+    assert "| scale | yes | 1 to 2: 50.0% stay |" in shown
+    assert "| behind a front | 200 | 350 | 1.75x |" in shown
+    assert "| speed |" not in shown
 
 
 def test_files_of_one_run_share_its_command(report: Callable[..., Result]) -> None:

@@ -124,6 +124,7 @@ KINDS = {
         frozenset(),
     ),
     "serve-drill": Kind(frozenset({"drills", "model", *_FACTS}), frozenset()),
+    "scale-drill": Kind(frozenset({"drills", "pass_s", *_FACTS}), frozenset()),
     "engine": _ENGINE,
     "draft-models": _ENGINE,
     "eval": Kind(

@@ -40,6 +40,7 @@ from copyspec_engine.lab.results.free_text import free_text_tables
 from copyspec_engine.lab.results.front import demo_tables, front_plots
 from copyspec_engine.lab.results.lossless import lossless_tables
 from copyspec_engine.lab.results.peers import peers_plots, peers_tables
+from copyspec_engine.lab.results.scale_drill import scale_drill_tables
 from copyspec_engine.lab.results.scale_sim import scale_sim_plots, scale_sim_tables
 from copyspec_engine.lab.results.serve_drill import serve_drill_tables
 from copyspec_engine.lab.results.server import server_tables
@@ -59,6 +60,7 @@ BLOCKS: dict[str, Callable[[Results], list[Table]]] = {
     "scale-sim": scale_sim_tables,
     "lossless": lossless_tables,
     "serve-drill": serve_drill_tables,
+    "scale-drill": scale_drill_tables,
     "engine": engine_tables,
     "speed": speed_tables,
     "draft-models": draft_model_tables,
