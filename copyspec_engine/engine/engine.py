@@ -57,6 +57,7 @@ class RequestHandle:
 
     Raises, when read:
         RequestFailedError: the request failed in the engine.
+        ConfigError: its grammar has turned out to be too large to be followed.
         EngineStoppedError: the engine stopped before it was finished, or this is a forked child of its process.
     """
 

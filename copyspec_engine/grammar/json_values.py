@@ -17,9 +17,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from copyspec_engine.grammar.letters import ANY_CHARACTER, EVERYTHING, integers, literal, one_of
-from copyspec_engine.grammar.patterns import FORMATS, UnreadablePatternError, pattern_terms
+from copyspec_engine.grammar.patterns import FORMATS, InvalidPatternError, UnreadablePatternError, pattern_terms
 from copyspec_engine.grammar.schema import Json, Plain, SchemaReader, fits_limits, joined, merged, property_schema
-from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.errors import ConfigError, shortened
 
 __all__ = ["ANY_TEXT", "JsonSpelling", "key_regex", "plain_regex", "value_rules"]
 
@@ -178,7 +178,12 @@ class _Writer:
                 f"Got {what} in {self._place(where)} but grammars cannot express it: leave it out of the schema, or do "
                 "not ask for strict answers"
             )
-        logger.warning("Not held to by the grammar: %s, in %s", what, self._place(where))
+        logger.warning("Not held to by the grammar: %s, in %s", shortened(what), self._place(where))
+
+    def _leave_out_pattern(self, what: str, error: UnreadablePatternError, where: str) -> None:
+        if isinstance(error, InvalidPatternError):
+            raise self._refused(f"{what}, which is no regular expression ({error})", where)
+        self._leave_out(f"{what} ({error})", where)
 
     # ---- values --------------------------------------------------------------------------------------------------
 
@@ -351,7 +356,7 @@ class _Writer:
             try:
                 found = pattern_terms(pattern, escapes=self._escapes)
             except UnreadablePatternError as error:
-                self._leave_out(f"{what} ({error})", where)
+                self._leave_out_pattern(what, error, where)
                 continue
             ways = [[*one, *((term.regex, term.positive) for term in two)] for one in ways for two in found]
         return ways
@@ -470,7 +475,7 @@ class _Writer:
             try:
                 ways = pattern_terms(pattern, escapes=not quote)
             except UnreadablePatternError as error:
-                self._leave_out(f"patternProperties {pattern!r} ({error})", where)
+                self._leave_out_pattern(f"patternProperties {pattern!r}", error, where)
                 keys.append((self._any_key(taken), True))
                 continue
             for way in ways:

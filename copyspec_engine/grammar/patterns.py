@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from copyspec_engine.grammar.letters import EVERYTHING, Ranges, complement, one_of
 
-__all__ = ["FORMATS", "Term", "UnreadablePatternError", "pattern_terms"]
+__all__ = ["FORMATS", "InvalidPatternError", "Term", "UnreadablePatternError", "pattern_terms"]
 
 # The standard library's own reader of regular expressions: it has no public name.
 _reader: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
@@ -39,8 +39,21 @@ _MOST_TIMES = 100_000
 """A number of repetitions beyond which it is as good as any number."""
 
 
+_WRONG = re.compile(
+    r"missing \), unterminated|unbalanced parenthesis|unterminated character set|nothing to repeat|multiple repeat"
+    r"|min repeat greater|bad escape \(end of pattern\)"
+)
+"""What the reader says of patterns that are none in ECMA's syntax either; of others it may only not know that."""
+_EMPTY_CLASS = re.compile(r"\[\^?\]")
+"""A class that ECMA knows, and Python takes for the beginning of one that goes on."""
+
+
 class UnreadablePatternError(ValueError):
     """A pattern that cannot be expressed; its text says what of it."""
+
+
+class InvalidPatternError(UnreadablePatternError):
+    """A pattern that is none: it means nothing that could be left out."""
 
 
 class Term(NamedTuple):
@@ -58,11 +71,14 @@ def pattern_terms(pattern: str, *, escapes: bool) -> list[list[Term]]:
         escapes: letters may be escaped as in JSON.
 
     Raises:
+        InvalidPatternError: it is none.
         UnreadablePatternError: it cannot be expressed.
     """
     try:
         tree = _reader.parse(re.sub(r"\(\?<(?![=!])", "(?P<", pattern))
     except (re.error, RecursionError, OverflowError) as error:
+        if isinstance(error, re.error) and _WRONG.match(str(error)) and not _EMPTY_CLASS.search(pattern):
+            raise InvalidPatternError(str(error)) from error
         raise UnreadablePatternError(str(error)) from error
     if tree.state.flags & ~re.UNICODE:
         raise UnreadablePatternError("flags")

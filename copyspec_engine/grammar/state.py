@@ -20,7 +20,7 @@ import torch
 from copyspec_engine.chat.tokenizer import ChatTokenizer
 from copyspec_engine.drafting.tree import DraftTree
 from copyspec_engine.grammar.text import quoted, translate
-from copyspec_engine.values.errors import ConfigError, missing_extra
+from copyspec_engine.values.errors import ConfigError, about, missing_extra
 from copyspec_engine.values.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ class GrammarCompiler:
 
     def _compile(self, grammar: str) -> _Rules:
         """A grammar, given as JSON, made ready."""
-        vocabulary = self._load()
-        return _Rules(vocabulary, *translate(Grammar.model_validate_json(grammar), vocabulary.literal))
+        vocabulary, asked = self._load(), Grammar.model_validate_json(grammar)
+        param = "grammar" if asked.tools is None or asked.tools.answer_schema is not None else "tools"
+        with about(param):
+            return _Rules(vocabulary, *translate(asked, vocabulary.literal), param)
 
     def _load(self) -> _Vocabulary:
         with self._loading:
@@ -95,18 +97,19 @@ class GrammarState:
         """Take over tokens that were written.
 
         Raises:
-            RuntimeError: the grammar does not allow one of them, or llguidance gave up on it.
+            ConfigError: the grammar is too large to be followed further.
+            RuntimeError: it does not allow one of them, or llguidance gave up on it.
         """
         for token in tokens:
             position = self._rules.step(self._position, token)
             if position is None:
-                raise RuntimeError(
-                    f"Got token {token} but the grammar does not allow it here{_trouble(self._position)}"
-                )
+                raise RuntimeError(f"Got token {token} but the grammar does not allow it here")
             self._position = position
 
     def prune(self, draft: DraftTree, room: int) -> DraftTree:
         """What can stand of a draft, with the tokens that are forced before it and behind its likeliest leaf.
+
+        Raises as `advance` does.
 
         Args:
             draft: nodes proposed behind what was written.
@@ -125,7 +128,8 @@ class GrammarState:
     def masks(self, draft: DraftTree) -> torch.Tensor:
         """The tokens allowed behind what was written, then behind each node; int32, shape (1 + len(draft), words).
 
-        Everything is allowed behind nodes that nothing can follow: what is sampled there is dropped.
+        Everything is allowed behind nodes that nothing can follow: what is sampled there is dropped. Raises as
+        `advance` does.
         """
         allowed = np.full((1 + len(draft), self._rules.num_words), -1, dtype=np.int32)
         address, size = allowed.ctypes.data, allowed.strides[0]
@@ -175,7 +179,7 @@ class GrammarState:
                 depth, node = waiting.pop()
                 while len(path) > depth:
                     path.pop()
-                    _step_back(left.pop())
+                    self._rules.step_back(left.pop())
                 parent = draft.parents[node]
                 before = fork(path[-1]) if parent < 0 or len(children[parent + 1]) > 1 else path[-1]
                 root_moved |= before is self._position
@@ -187,7 +191,7 @@ class GrammarState:
                     waiting += [(depth + 1, child) for child in children[node + 1].values()]
         finally:
             while left:
-                _step_back(left.pop())
+                self._rules.step_back(left.pop())
         if root_moved:
             fork(self._position)
 
@@ -203,15 +207,18 @@ class _Position(NamedTuple):
     """Nothing may follow; the matcher is asked nothing any more."""
 
 
-def _step_back(position: _Position) -> None:
-    """Undo a step that was taken from here."""
-    if position.matcher is not None and not position.matcher.rollback(1):
-        raise RuntimeError(f"llguidance could not take back a token{_trouble(position)}")
+_TOO_LARGE = {
+    "ParserTooComplex": "with more ways to go on in one place than can be followed: give its objects fewer optional "
+    "properties, and its alternatives fewer options",
+    "LexerTooComplex": "with texts of a form that is too large to be followed: make its patterns, lengths and lists of "
+    "texts shorter",
+}
+"""What llguidance's limits mean, by its reasons to stop."""
 
 
-def _trouble(position: _Position) -> str:
-    """What llguidance has to say of a matcher that failed."""
-    return f": {position.matcher.get_error()}" if position.matcher is not None and position.matcher.is_error() else ""
+def _reason(matcher: LLMatcher) -> str:
+    """What llguidance has to say of a matcher that failed, without the state that it was in: that holds all rules."""
+    return str(matcher.get_error()).partition("\n<state>")[0].strip()
 
 
 def _likeliest_path(draft: DraftTree) -> tuple[int, list[int]]:
@@ -270,21 +277,25 @@ class _Rules:
         grammar: in llguidance's form.
         marker: ends the free text before the grammar; empty: there is none.
         again: free text follows the grammar's end, and the marker in it begins the grammar again.
+        param: the option that the grammar comes from.
 
     Raises:
-        ConfigError: llguidance refuses the grammar, or it allows nothing.
+        ConfigError: llguidance refuses the grammar, it is too large, or it allows nothing.
     """
 
-    def __init__(self, vocabulary: _Vocabulary, grammar: str, marker: bytes, again: bool) -> None:
+    def __init__(self, vocabulary: _Vocabulary, grammar: str, marker: bytes, again: bool, param: str) -> None:
         from llguidance import LLMatcher
 
-        self._vocabulary, self._marker, self._again = vocabulary, marker, again
+        self._vocabulary, self._marker, self._again, self._param = vocabulary, marker, again, param
         self.num_words = vocabulary.num_words
         self._matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0)
+        self._check_size(self._matcher)
         if self._matcher.is_error():
-            raise ConfigError(f"Got a grammar that llguidance refuses: {self._matcher.get_error().strip()}")
+            raise ConfigError(f"Got a grammar that llguidance refuses: {_reason(self._matcher)}")
         if not self._matcher.is_stopped():
             self._matcher.compute_bitmask()
+            self._check_size(self._matcher)
+            self._check_beginning()
         if self._matcher.is_error() or (self._matcher.is_stopped() and not self._matcher.is_accepting()):
             raise ConfigError("Got a grammar that no text fits")
         self._unread = np.empty(self.num_words, dtype=np.int32)
@@ -293,6 +304,33 @@ class _Rules:
         ends = tuple(marker[at:] for at in range(len(marker)))
         pieces = enumerate(vocabulary.pieces)
         self._closing = [token for token, piece in pieces if piece.startswith(ends) or (marker and marker in piece)]
+
+    def _check_size(self, matcher: LLMatcher) -> None:
+        """Refuse a grammar that has turned out to be beyond llguidance's limits."""
+        if not matcher.is_error():
+            return
+        # Where a token is taken the reason is an internal error, and the state in the message says which.
+        told = f"{matcher.stop_reason()} {matcher.get_error()}"
+        for reason, meaning in _TOO_LARGE.items():
+            if reason in told:
+                raise ConfigError(f"Got a grammar {meaning}", self._param)
+
+    def _check(self, matcher: LLMatcher) -> None:
+        """Refuse to go on with a matcher that failed."""
+        self._check_size(matcher)
+        if matcher.is_error():
+            raise RuntimeError(f"llguidance gave up: {_reason(matcher)}")
+
+    def _check_beginning(self) -> None:
+        """Refuse what is too large behind what every text begins with, as the brace of an object.
+
+        That is told before a prompt is read, which may take long.
+        """
+        ahead = self._matcher.deep_copy()
+        forced = self._vocabulary.tokenizer.tokenize_bytes(ahead.compute_ff_bytes())
+        if forced and ahead.try_consume_tokens(forced) == len(forced) and not ahead.is_stopped():
+            ahead.compute_bitmask()
+        self._check_size(ahead)
 
     def start(self) -> _Position:
         return _Position() if self._marker else _Position(matcher=self._matcher.deep_copy())
@@ -304,10 +342,15 @@ class _Rules:
         if position.matcher is None:
             return self._read(position.tail + self._vocabulary.pieces[token])
         if position.matcher.try_consume_tokens([token]) != 1:
-            if position.matcher.is_error():
-                raise RuntimeError(f"llguidance gave up{_trouble(position)}")
+            self._check(position.matcher)
             return None
         return self._settle(position.matcher, complete=token not in self._vocabulary.eos_token_ids)
+
+    def step_back(self, position: _Position) -> None:
+        """Undo a step that was taken from here."""
+        if position.matcher is not None and not position.matcher.rollback(1):
+            self._check(position.matcher)
+            raise RuntimeError("llguidance could not take back a token")
 
     def fill(self, position: _Position, mask: Mask, address: int) -> None:
         """Write down which tokens may follow, in a mask at this address; at an ended position it is left alone."""
@@ -317,8 +360,7 @@ class _Rules:
             mask[:] = self._free_mask(position.tail)
             return
         position.matcher.unsafe_compute_mask_ptr(address, mask.nbytes)
-        if position.matcher.is_error():
-            raise RuntimeError(f"llguidance gave up{_trouble(position)}")
+        self._check(position.matcher)
         if (mask & self._vocabulary.special_mask).any():
             self._spell_out(position.matcher, mask)
 

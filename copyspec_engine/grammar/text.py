@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from copyspec_engine.grammar.json_values import ANY_TEXT, JsonSpelling, key_regex, plain_regex, value_rules
 from copyspec_engine.grammar.schema import Json
-from copyspec_engine.values.errors import ConfigError
+from copyspec_engine.values.errors import ConfigError, about
 from copyspec_engine.values.grammar import Grammar, ToolCalls
 
 __all__ = ["quoted", "translate"]
@@ -113,8 +113,9 @@ class _ToolRules:
             rules += _json_rules("answer", options.answer_schema, self._grammar, "the schema of the answer")
         names = [f"f{number}" for number in range(len(self._functions))]
         write = self._named_call if options.style == "named" else self._object_call
-        for name, function in zip(names, self._functions, strict=True):
-            rules += write(name, function["name"], _parameters(function), f"tool {function['name']!r}")
+        with about("tools"):
+            for name, function in zip(names, self._functions, strict=True):
+                rules += write(name, function["name"], _parameters(function), f"tool {function['name']!r}")
         if options.tool_choice == "auto":
             names.append("unknown")  # a call of a tool that there is not is not turned into one of another
             rules += write("unknown", None, _ANY_OBJECT, "an unknown tool")

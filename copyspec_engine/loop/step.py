@@ -30,7 +30,7 @@ from copyspec_engine.sampling.likely_tokens import add_alternatives, add_logprob
 from copyspec_engine.sampling.sampler import SampleRow, sample
 from copyspec_engine.sampling.verify import Verdict, verify
 from copyspec_engine.values.config import AdaptiveDrafter, EngineConfig, NoDrafter, is_database
-from copyspec_engine.values.errors import MemoryFileError, RequestFailedError
+from copyspec_engine.values.errors import ConfigError, MemoryFileError, RequestFailedError
 from copyspec_engine.values.info import EngineMetrics, Held, SessionInfo
 from copyspec_engine.values.outputs import FinishReason, StreamChunk
 from copyspec_engine.values.tokens import TokenArray
@@ -248,14 +248,19 @@ class EngineCore:
         except Exception as error:
             return self._fail(request, error)
 
-    def _fail(self, request: Request, error: Exception) -> RequestFailedError:
-        """Take a request off; only its own reader hears of the error."""
+    def _fail(self, request: Request, error: Exception) -> Exception:
+        """Take a request off; only its own reader hears of the error.
+
+        What was wrong with the request itself is told as it is: of a grammar it may show only in the middle.
+        """
         try:
             request.answer.finish_reason = None
             if self.scheduler.holds(request):
                 self._end(request)
         except Exception:
             logger.exception("request %s failed, and so did its drafter's end", request.id)
+        if isinstance(error, ConfigError):
+            return error
         failure = RequestFailedError(f"The request failed with {type(error).__name__}: {error}")
         failure.__cause__ = error
         return failure

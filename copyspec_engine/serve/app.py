@@ -125,8 +125,8 @@ async def _routing_error(request: Request, error: Exception) -> Response:
 
 
 def _has(request: Request, method: str) -> bool:
-    """Whether the path of a request takes a method."""
-    scope = {**request.scope, "method": method}
+    """Whether the path of a request takes a method; HEAD wherever GET, see `Gate`."""
+    scope = {**request.scope, "method": "GET" if method == "HEAD" else method}
     return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 

@@ -85,8 +85,10 @@ class CallBody(SamplingBody):
             raise invalid("stream_options", "Got stream_options without stream: set stream to true, or leave it out")
 
     def ignored(self) -> list[str]:
-        is_told = not self.metadata or any(name in self.metadata for name in SESSION_METADATA)
-        return [*super().ignored(), *(() if is_told else ("metadata",))]
+        unread = [name for name in self.metadata or () if name not in SESSION_METADATA]
+        is_read = self.metadata is not None and len(unread) < len(self.metadata)
+        told = [f"metadata.{name}" for name in unread] if is_read else ["metadata"] if unread else []
+        return [*super().ignored(), *told]
 
     @property
     def options(self) -> CopySpecOptions:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 
 from starlette.types import Receive
 
 from copyspec_engine.engine.engine import Engine
 from copyspec_engine.serve.config import ServeConfig
-from copyspec_engine.serve.errors import ApiError
+from copyspec_engine.serve.errors import ApiError, by_names
 from copyspec_engine.serve.kept import Answered
 from copyspec_engine.serve.metrics import Metrics
 from copyspec_engine.serve.tenants import Tenant
@@ -36,6 +36,7 @@ class Call:
         requests: one for each answer.
         metrics: count them.
         body_tokens: what the body of the call counts for in what is kept of it.
+        names: what the body calls fields, for errors; see `by_names`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Call:
         requests: Sequence[GenerationRequest],
         metrics: Metrics,
         body_tokens: int,
+        names: Mapping[str, str],
     ) -> None:
         self.requests, self.body_tokens = tuple(requests), body_tokens
         self.outputs: dict[int, GenerationOutput] = {}
@@ -52,7 +54,7 @@ class Call:
         self.is_forgotten = False
         """Its conversation was erased meanwhile: nothing of it is kept."""
         self.on_close: Callable[[], None] = lambda: None
-        self._engine, self._tenant, self._metrics = engine, tenant, metrics
+        self._engine, self._tenant, self._metrics, self._names = engine, tenant, metrics, names
         self._items = deque[tuple[int, StreamChunk | Exception]]()
         """What came and was not taken yet."""
         self._came: asyncio.Future[None] | None = None
@@ -141,13 +143,14 @@ class Call:
         """Take an answer from the engine as it is written."""
         last_s = 0.0
         try:
-            async with aclosing(self._engine.astream(self.requests[index], wait=False)) as chunks:
-                async for chunk in chunks:
-                    now_s = time.perf_counter()
-                    if last_s:
-                        self._metrics.between_chunks.observe(now_s - last_s)
-                    last_s = now_s
-                    self._put(index, chunk)
+            with by_names(self._names):
+                async with aclosing(self._engine.astream(self.requests[index], wait=False)) as chunks:
+                    async for chunk in chunks:
+                        now_s = time.perf_counter()
+                        if last_s:
+                            self._metrics.between_chunks.observe(now_s - last_s)
+                        last_s = now_s
+                        self._put(index, chunk)
         except asyncio.CancelledError:
             self._put(index, RequestFailedError("The call was cancelled before it began"))
         except Exception as error:
@@ -202,7 +205,12 @@ class Calls:
         return len(self._in_flight)
 
     async def begin(
-        self, tenant: Tenant, requests: Sequence[GenerationRequest], receive: Receive, body_tokens: int
+        self,
+        tenant: Tenant,
+        requests: Sequence[GenerationRequest],
+        receive: Receive,
+        body_tokens: int,
+        names: Mapping[str, str],
     ) -> Call:
         """A call that has begun, to be closed.
 
@@ -211,6 +219,7 @@ class Calls:
             requests: one for each choice. They share their prompt, and what is kept of them counts for the tenant.
             receive: of the HTTP request, whose body was read; the call is cancelled when its client goes away.
             body_tokens: what that body counts for in what is kept of the call.
+            names: what that body calls fields, for errors; see `by_names`.
 
         Raises:
             ApiError: 503 while the server drains, 429 where the tenant has too many.
@@ -221,7 +230,7 @@ class Calls:
         tenant.take(len(requests))
         requests = [request.model_copy(update={"owner": tenant.name}) for request in requests]
         self._metrics.asked(tenant, requests)
-        call = Call(self.engine, tenant, requests, self._metrics, body_tokens)
+        call = Call(self.engine, tenant, requests, self._metrics, body_tokens, names)
         self._in_flight.add(call)
         call.on_close = lambda: self._in_flight.discard(call)
         follower = asyncio.create_task(_follow(call, receive))

@@ -20,6 +20,7 @@ from copyspec_engine.values.errors import (
     MemoryFileError,
     RequestFailedError,
     UnsupportedModelError,
+    shortened,
 )
 
 __all__ = ["ApiError", "api_error", "by_names", "error_response", "invalid", "not_found"]
@@ -36,7 +37,7 @@ class ApiError(Exception):
         status: of the answer.
         code: for programs, in snake_case.
         message: for people; names the value and the fix.
-        param: the field of the body that is to blame, as "messages[0].content".
+        param: the field of the body that is to blame, as "messages[0].content"; shortened as the message is.
         kind: OpenAI's `type`; default: by the status.
         retry_after_s: seconds after which the same call may succeed; None: it never will.
     """
@@ -51,8 +52,9 @@ class ApiError(Exception):
         kind: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
+        super().__init__(shortened(message))
+        self.status, self.code, self.message = status, code, shortened(message)
+        self.param = None if param is None else shortened(param)
         self.kind = kind or (_RATE if status == 429 else _SERVER if status >= 500 else _INVALID)
         self.retry_after_s = retry_after_s
 

@@ -1,5 +1,6 @@
 """The gate that every request comes through: who it is for, where it comes from, whose key it has; and what it was.
 
+A HEAD is answered as the GET of its path is, without the body: monitors and balancers ask that way.
 Denies by default: a path needs a key unless it is in `OPEN`, or is the page's. Neither keys nor bodies are logged.
 """
 
@@ -49,6 +50,8 @@ class Gate:
         try:
             self._check_host(headers)
             scope["copyspec.tenant"] = self._tenant(scope["path"], headers)
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}
             await self._app(scope, receive, passage.send)
         except Exception as error:  # one request that fails harms no other
             if passage.status is None:
@@ -101,11 +104,11 @@ class Gate:
     def _log(self, scope: Scope, passage: _Passage) -> None:
         tenant: Tenant | None = scope.get("copyspec.tenant")
         endpoint = getattr(scope.get("route"), "path", "other")
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        method = passage.method if passage.method in _METHODS else "other"
         self._service.metrics.requests.labels(endpoint, method, passage.status or 0).inc()
         logger.info(
             "%s %s %s tenant=%s request=%s %.0f ms",
-            scope["method"],
+            passage.method,
             quote(scope["path"]),
             passage.status,
             "-" if tenant is None else tenant.name,
@@ -119,6 +122,8 @@ class _Passage:
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self.status: int | None = None
+        self.method: str = scope["method"]
+        """As it was asked by."""
         self.began_s = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         is_id = 0 < len(given) <= _MOST_ID_LETTERS and given.isascii() and given.isprintable()
@@ -129,4 +134,6 @@ class _Passage:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             MutableHeaders(scope=message)["X-Request-ID"] = self.request_id
+        elif self.method == "HEAD":
+            message = {**message, "body": b""}
         await self._send(message)

@@ -41,7 +41,7 @@ _ELSEWHERE = (
     ("POST", "/api/embed", _NO_EMBEDDINGS),
     ("POST", "/api/embeddings", _NO_EMBEDDINGS),
     ("POST", "/api/blobs/{digest}", _OTHER_MODEL),
-    ("HEAD", "/api/blobs/{digest}", _OTHER_MODEL),
+    ("GET", "/api/blobs/{digest}", _OTHER_MODEL),
 )
 """Methods and paths of what Ollama does and this server does not, and what to do instead."""
 
@@ -64,7 +64,6 @@ def ollama_models_router(service: Service) -> APIRouter:
     """The endpoints that do not answer."""
     router = APIRouter(responses=OLLAMA_ERRORS)
 
-    @router.head("/api/tags", include_in_schema=False)
     @router.get("/api/tags", responses=answers(OllamaModelList))
     async def ollama_tags() -> JSONResponse:
         """The model, under each of its names."""
@@ -89,7 +88,6 @@ def ollama_models_router(service: Service) -> APIRouter:
         check_ollama_model(name, service)
         return JSONResponse(_shown(service), headers=ignored_header(body.ignored()))
 
-    @router.head("/api/version", include_in_schema=False)
     @router.get("/api/version", responses=answers(OllamaVersion))
     async def ollama_version() -> JSONResponse:
         """The version of copyspec."""

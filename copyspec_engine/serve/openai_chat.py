@@ -24,7 +24,7 @@ from copyspec_engine.serve.chat import (
 )
 from copyspec_engine.serve.choices import ChoicesWriter, told_at_end
 from copyspec_engine.serve.conversations import Caller
-from copyspec_engine.serve.errors import invalid
+from copyspec_engine.serve.errors import by_names, invalid
 from copyspec_engine.serve.events import SSE, Event, answer_of
 from copyspec_engine.serve.messages import checked_choice, checked_messages, checked_tools
 from copyspec_engine.serve.schemas import ChatCompletion, answers
@@ -61,6 +61,7 @@ class ChatBody(CallBody):
         "web_search_options": "the server reads nothing from the web",
         "moderation": "the server has no moderation",
     }
+    names: ClassVar[Mapping[str, str]] = {"grammar": "response_format"}
 
     messages: list[dict[str, Any]]
     """The chat so far; of content only texts are read."""
@@ -185,10 +186,11 @@ def chat_router(service: Service) -> APIRouter:
         """Write the next message of a chat."""
         body = await read_body(request, ChatBody, service.config)
         body.check(service)
-        question, ignored = body.question(service, service.caller(request))
         call_id = service.new_id("chatcmpl-", 32)
-        requests, talks = question.asked(service, service.caller(request), call_id)
-        call = await service.begin(request, requests)
+        with by_names(body.names):
+            question, ignored = body.question(service, service.caller(request))
+            requests, talks = question.asked(service, service.caller(request), call_id)
+        call = await service.begin(request, requests, body.names)
         writer = ChatWriter(service, body, call_id, talks)
         headers, framing = answer_headers(talks[0], ignored), SSE if body.stream else None
         return await answer_of(request, call, writer, framing, service.config, headers, body.include_obfuscation)

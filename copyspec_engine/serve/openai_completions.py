@@ -134,7 +134,7 @@ def completions_router(service: Service) -> APIRouter:
         call_id = service.new_id("cmpl-", 32)
         with by_names(body.names):
             requests, talk = body.requests(service, service.caller(request), call_id)
-            call = await service.begin(request, requests)
+        call = await service.begin(request, requests, body.names)
         writer = CompletionWriter(service, body, call_id, len(requests))
         headers, framing = answer_headers(talk, body.ignored()), SSE if body.stream else None
         return await answer_of(request, call, writer, framing, service.config, headers, body.include_obfuscation)

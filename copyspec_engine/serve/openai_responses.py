@@ -144,7 +144,7 @@ class ResponseBody(CallBody):
     def ignored(self) -> list[str]:
         parts = {"text": self.text, "reasoning": self.reasoning}
         return [
-            *(name for name in super().ignored() if name != "metadata"),  # which is given back
+            *(name for name in super().ignored() if name.partition(".")[0] != "metadata"),  # which is given back
             *(f"{name}.{inner}" for name, part in parts.items() if part is not None for inner in part.ignored()),
             *(("include",) if any(name != _LOGPROBS for name in self.include or ()) else ()),
             *(("truncation",) if self.truncation == "auto" else ()),
@@ -339,7 +339,7 @@ def responses_router(service: Service) -> APIRouter:
         with by_names(body.names):
             question, ignored = body.question(service, caller, before, messages)
             requests, talks = question.asked(service, caller, response_id)
-            call = await service.begin(request, requests)
+        call = await service.begin(request, requests, body.names)
         asked = Told((*before.items, *added), (*before.messages, *messages), question.named)
         keep = _Keeper(caller.tenant, body, call, asked)
         writer = ResponseWriter(service, body.head(service, response_id), body.options, talks[0], keep)

@@ -8,9 +8,10 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import PurePath
+from types import MappingProxyType
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -111,11 +112,13 @@ class Service:
         dropped = tenant.forget(session_id, session)
         return await asyncio.to_thread(self.engine.forget, session) or dropped
 
-    async def begin(self, request: Request, requests: Sequence[GenerationRequest]) -> Call:
-        """A call of the client of `request`; see `Calls.begin`."""
+    async def begin(
+        self, request: Request, requests: Sequence[GenerationRequest], names: Mapping[str, str] = MappingProxyType({})
+    ) -> Call:
+        """A call of the client of `request`; see `Calls.begin`, and `by_names` for the names."""
         with continued_trace(request.headers):
             tenant: Tenant = request.scope["copyspec.tenant"]
-            return await self.calls.begin(tenant, requests, request.receive, body_tokens(request))
+            return await self.calls.begin(tenant, requests, request.receive, body_tokens(request), names)
 
 
 def body_tokens(request: Request) -> int:

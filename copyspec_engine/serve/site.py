@@ -39,7 +39,7 @@ def page_router(_service: Service) -> APIRouter:
         async def file() -> Response:
             return Response(_FILES[name], headers=_HEADERS, media_type=f"{kind}; charset=utf-8")
 
-        router.add_api_route(path, file, methods=["GET", "HEAD"])
+        router.add_api_route(path, file, methods=["GET"])
 
     put("/", "index.html")
     for name in sorted(_FILES):

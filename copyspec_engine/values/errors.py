@@ -32,11 +32,34 @@ __all__ = [
     "UnsupportedModelError",
     "about",
     "missing_extra",
+    "shortened",
 ]
+
+_SHOWN = 4000
+"""Characters of the beginning of a long message, and of its end, that are kept: eight unknown fields with all that
+there are instead are told in fewer."""
+
+
+def shortened(message: str) -> str:
+    """A message as it is told: of a long one the beginning, which names the value, and the end, which names the fix.
+
+    Whoever gives a text of megabytes where it cannot be does not want it back.
+    """
+    left_out = len(message) - 2 * _SHOWN
+    if left_out <= 0:
+        return message
+    return f"{message[:_SHOWN]}... ({left_out} characters) ...{message[-_SHOWN:]}"
 
 
 class CopySpecError(Exception):
-    """Base class of every error raised by this package."""
+    """Base class of every error raised by this package.
+
+    Args:
+        message: names the value and the fix; see `shortened`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 class ConfigError(CopySpecError):

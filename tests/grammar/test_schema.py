@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +253,45 @@ def test_a_lenient_grammar_is_loose_there_alone_and_says_where(
     assert not fits(compiler, grammar, call.format('{"n": "1"}'))
     with pytest.raises(ConfigError, match=r"pattern=.* in property 'q' of tool 'find' but grammars cannot express it"):
         compiler.begin(Grammar(tools=tools))
+
+
+@pytest.mark.parametrize("pattern", ["(a", "a)", "[a", "*a", "a**", "a{3,1}", "a\\"])
+@pytest.mark.parametrize("lenient", [True, False])
+def test_a_pattern_that_is_none_is_refused(compiler: GrammarCompiler, pattern: str, lenient: bool) -> None:
+    told = re.escape(repr(pattern)) + r", which is no regular expression \(.*\), in "
+    for schema, where in (
+        ({"type": "object", "properties": {"q": {"type": "string", "pattern": pattern}}}, "property 'q' of the JSON"),
+        ({"type": "object", "patternProperties": {pattern: N}}, "the JSON schema"),
+    ):
+        with pytest.raises(ConfigError, match=told + where):
+            compiler.begin(Grammar(json_schema=schema, lenient=lenient))
+
+
+@pytest.mark.parametrize("pattern", [r"\p{L}+", "[]|a", "[^](", r"[\w-.]+", "(?<=a)b", r"\ca"])
+def test_a_pattern_of_another_syntax_is_left_out(
+    compiler: GrammarCompiler, pattern: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert fits(compiler, Grammar(json_schema={"type": "string", "pattern": pattern}, lenient=True), '"!"')
+    assert f"Not held to by the grammar: pattern={pattern!r}" in caplog.text
+
+
+def many_ways(number: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{at}": {"type": "string"} for at in range(number)}}
+
+
+def test_a_grammar_that_is_too_large_to_be_followed_is_refused_before_anything_is_written(
+    compiler: GrammarCompiler,
+) -> None:
+    tools = ToolCalls(tools=({"function": {"name": "f", "parameters": many_ways(3000)}},), tool_choice="required")
+    for grammar, param in (
+        (Grammar(json_schema=many_ways(3000), closed=True, lenient=True), "grammar"),
+        (Grammar(tools=tools, closed=True, lenient=True), "tools"),
+    ):
+        with pytest.raises(ConfigError, match="give its objects fewer optional properties") as caught:
+            compiler.begin(grammar).advance(list(b'<tool_call>{"name": "f", "arguments": {"p1": '))
+        assert caught.value.param == param
+        assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("style", sorted(LAYOUTS))

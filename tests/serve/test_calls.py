@@ -160,6 +160,35 @@ async def test_of_many_wrong_fields_a_few_are_told(echo: Engine, client: Client)
 
 
 @pytest.mark.parametrize(
+    ("given", "param", "end"),
+    [
+        ({"bad_words": ["x" * 100_000, ""]}, "bad_words", "expected texts or token ids, none of them empty"),
+        ({"bad_words": [{"x" * 100_000: 1}]}, "bad_words", None),
+        ({"model": "x" * 100_000}, "model", "but this server has scripted"),
+        ({"response_format": {"type": "x" * 100_000}}, "response_format", '{"type": "text"}'),
+        ({"tool_choice": "x" * 100_000}, "tool_choice", "but expected one of auto, none"),
+        ({"messages": [{"role": "x" * 100_000}]}, "messages[0].role", "user, assistant, tool"),
+        ({"x" * 100_000: 1}, "xxx", None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "(" + "x" * 100_000}}}},
+            "response_format",
+            "in the JSON schema",
+        ),
+    ],
+)
+async def test_long_values_are_not_given_back(
+    echo: Engine, client: Client, given: dict[str, Any], param: str, end: str | None
+) -> None:
+    response = await client(echo).post(CHAT, json=body(**given))
+    error = response.json()["error"]
+    assert response.status_code in (400, 404)
+    assert error["param"].startswith(param)
+    assert len(response.content) < 20_000
+    assert error["message"].startswith("Got ")
+    assert end is None or error["message"].endswith(end)
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
         ("POST", "/v1/embeddings", 404, "unsupported_endpoint"),

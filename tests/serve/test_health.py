@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
 
 from copyspec_engine import Engine
 from tests.serve.conftest import CHAT, Client, body
@@ -38,6 +41,33 @@ async def test_metrics_count_what_was_done(make_engine: MakeEngine, client: Clie
     slots = [told[f'copyspec_kv_slots{{state="{state}"}}'] for state in ("running", "cached", "free")]
     assert sum(slots) == 8 * 8192
     assert before["copyspec_running"] == told["copyspec_running"] == told["copyspec_calls_in_flight"] == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        *((path, 200) for path in ("/", "/health", "/ready", "/version", "/docs", "/openapi.json", "/page/main.js")),
+        *((path, 200) for path in ("/v1/models", "/api/tags", "/api/version", "/v1/copyspec/conversations")),
+        *(("/v1/responses/x", 404), (CHAT, 405), ("/nothing", 404), ("/api/blobs/sha256:1", 404)),
+    ],
+)
+async def test_head_is_get_without_the_body(echo: Engine, client: Client, path: str, status: int) -> None:
+    http = client(echo)
+    whole, head = await http.get(path), await http.head(path)
+    assert (head.status_code, head.content) == (status, b"")
+    assert whole.status_code == status
+    assert whole.content
+    same = ("content-length", "content-type", "allow")
+    assert [head.headers.get(name) for name in same] == [whole.headers.get(name) for name in same]
+
+
+async def test_head_comes_over_the_wire_and_is_counted_as_such(
+    echo: Engine, serve: Callable[..., Awaitable[str]]
+) -> None:
+    async with httpx.AsyncClient(base_url=await serve(echo)) as http:
+        assert [(await http.head("/health")).content for _ in range(2)] == [b"", b""]  # on one connection
+        text = (await http.get("/metrics")).text
+    assert counts(text)['copyspec_requests_total{code="200",endpoint="/health",method="HEAD"}'] == 2
 
 
 async def test_metrics_and_health_outlive_the_engine(echo: Engine, client: Client) -> None:

@@ -110,6 +110,8 @@ async def test_fields_without_effect_are_named(echo: Engine, client: Client) -> 
     inside = await client(echo).post(CHAT, json=body(response_format=form, tools=[{**TOOL, "vendor": 3}]))
     expected = "tools[].vendor, response_format.also, response_format.json_schema.more"
     assert inside.headers["x-copyspec-ignored"] == expected
+    named = await client(echo).post(CHAT, json=body(metadata={"thread_id": "t", "a": "b", "c": "d"}))
+    assert (named.headers["x-session-id"], named.headers["x-copyspec-ignored"]) == ("t", "metadata.a, metadata.c")
     assert "x-copyspec-ignored" not in (await client(echo).post(CHAT, json=body(store=False, user="u"))).headers
 
 
@@ -368,3 +370,27 @@ async def test_arguments_that_are_nested_without_end_are_told_as_they_were_writt
     response = await http.post(CHAT, json=body(messages=[*body()["messages"], called, result]))
     assert response.status_code == 200, response.text
     assert response.json()["usage"]["prompt_tokens"] > 100_000
+
+
+async def test_a_schema_that_is_too_large_to_be_followed_is_a_400_of_its_field(echo: Engine, client: Client) -> None:
+    schema = {"type": "object", "properties": {f"p{at}": {"type": "string"} for at in range(3000)}}
+    later = {"type": "array", "prefixItems": [{"enum": ["x", "y"]}, schema], "minItems": 2}
+    http = client(echo)
+    for form in (schema, later):
+        for stream in (False, True):
+            told = {"type": "json_schema", "json_schema": {"name": "n", "schema": form}}
+            response = await http.post(CHAT, json=body(response_format=told, stream=stream))
+            has_begun = stream and form is later
+            error = events(response)[-1]["error"] if has_begun else response.json()["error"]
+            assert (error["param"], error["code"]) == ("response_format", "invalid_value")
+            assert "give its objects fewer optional properties" in error["message"]
+            assert response.status_code == (200 if has_begun else 400)
+    texts = {"format": {"type": "json_schema", "name": "n", "schema": later}}
+    response = await http.post("/v1/responses", json={"model": "scripted", "input": "hi", "text": texts})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "text.format")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"pattern": "(a"}}}}}
+    response = await http.post(CHAT, json=body(tools=[tool]))
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "tools")
+    assert "pattern='(a', which is no regular expression" in error["message"]
+    assert error["message"].endswith("in property 'a' of tool 'f'")
