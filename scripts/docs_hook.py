@@ -21,9 +21,12 @@ from copyspec_engine.engine.telemetry_names import attributes_told, instruments_
 from copyspec_engine.values.html import look
 from copyspec_engine.values.options import Options, declared
 
-__all__ = ["commands", "on_files", "on_page_markdown"]
+__all__ = ["commands", "on_files", "on_page_content", "on_page_markdown"]
 
 MARK = re.compile(r"<!-- (options|command|metrics|traces): (.*?) -->")
+PLACES = re.compile(r"<code>[^<]*</code>|<td[ >][^<]*</td>")
+WHOLE = re.compile(r"(?<![^\s>,(])-{1,2}[a-z][\w-]*|(?<![^\s>,(])\w+(?:-\w+)+|\([\d.,]+ to [\d.,]+\)")
+"""Options, names with hyphens, and intervals: a browser would break a line inside them."""
 
 
 def on_files(files: Any, config: Any) -> None:  # noqa: ANN401 - of MkDocs, which only the docs need
@@ -37,6 +40,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     """What MkDocs calls with each page; every mark becomes what it asks for."""
     fill = {"options": _options, "command": _command, "metrics": _metrics, "traces": _traces}
     return MARK.sub(lambda mark: fill[mark[1]](mark[2]), markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """What MkDocs calls with each page as HTML; names and figures in code and in tables are not broken."""
+    return PLACES.sub(lambda place: WHOLE.sub(r'<span class="whole">\g<0></span>', place[0]), html)
 
 
 def commands() -> dict[str, Any]:

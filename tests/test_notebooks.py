@@ -36,7 +36,7 @@ def test_what_is_stored_is_small_and_of_no_machine(name: str) -> None:
     assert cells[0]["cell_type"] == "markdown"
     assert any("text/html" in output.get("data", {}) for cell in code for output in cell["outputs"])
     assert not [output for cell in code for output in cell["outputs"] if output.get("name") == "stderr"]
-    assert f"examples/notebooks/{name}.ipynb" in DOCS
+    assert f"`{name}.ipynb`" in DOCS
 
 
 @pytest.mark.slow

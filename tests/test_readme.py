@@ -138,6 +138,12 @@ def test_the_commands_of_make_are_targets(name: str) -> None:
     assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
+def test_names_and_figures_of_a_page_are_not_broken() -> None:
+    page = "<code>copyspec demo --compare</code> <td>1.19x (1.15 to 1.24)</td> <td>mt-redundant</td> a-b --c"
+    whole = re.findall(r'<span class="whole">(.*?)</span>', HOOK["on_page_content"](page))
+    assert whole == ["--compare", "(1.15 to 1.24)", "mt-redundant"]
+
+
 def test_every_command_has_its_place_on_the_page_of_commands() -> None:
     page = TEXTS["docs/commands.md"]
     benchmarks = {words for words in COMMANDS if words.startswith("eval ")} - {"eval report"}

@@ -97,6 +97,7 @@ def _show(out: Console, as_json: bool) -> int:
     for kind in _KINDS:
         table.add_row(kind.name, size_text(sizes[kind.name]), kind.folder().name, kind.why)
     out.print(table)
+    out.print("`copyspec models` lists the models: a GGUF file is there twice, as it was fetched and unpacked.")
     return 0
 
 

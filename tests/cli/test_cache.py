@@ -50,6 +50,8 @@ def test_it_shows_each_kind_with_its_size(folder: Path) -> None:
     shown = run()
     for kind in KINDS:
         assert kind in shown
+    assert "a GGUF file is there twice" in shown
+    assert max(map(len, shown.splitlines()[1:])) <= 80
 
 
 @pytest.mark.parametrize("kind", KINDS)
