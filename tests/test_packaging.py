@@ -13,10 +13,13 @@ import zipfile
 from email import policy
 from email.message import Message
 from email.parser import BytesParser
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from scripts.build_packages import build_all
 
@@ -162,6 +165,25 @@ def test_what_the_makefile_runs_of_the_package_is_there() -> None:
     imports = re.findall(r"from copyspec_engine\S* import \w+", makefile)
     assert imports
     subprocess.run([sys.executable, "-c", "\n".join(imports)], check=True)
+
+
+def test_the_oldest_python_can_install_every_version_that_is_pinned_for_it() -> None:
+    oldest = re.search(r'^requires-python = ">=(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert oldest
+    python = {"python_version": oldest[1], "python_full_version": f"{oldest[1]}.0"}
+    lines = (ROOT / "constraints" / "cpu.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    supported = {
+        (re.sub("[-_.]+", "-", found.name).lower(), found.version.partition("+")[0]): found.metadata["Requires-Python"]
+        for found in distributions()
+    }
+    installed = []
+    for pin in pins:
+        key = (re.sub("[-_.]+", "-", pin.name).lower(), str(pin.specifier).removeprefix("=="))
+        if (pin.marker is None or pin.marker.evaluate(python)) and key in supported:
+            installed.append((pin, supported[key]))
+    assert len(installed) > len(pins) // 2
+    assert not [f"{pin} needs Python {needs}" for pin, needs in installed if oldest[1] not in SpecifierSet(needs or "")]
 
 
 def test_the_bundled_model_is_at_most_24_megabytes() -> None:
