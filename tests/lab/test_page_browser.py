@@ -139,6 +139,13 @@ def test_texts_and_copies_are_those_of_the_records(page: Any) -> None:
     assert copies[:5] == ["books the room", "Ann", "the needle", "Ann \U0001f600 books", "Eve"]
 
 
+def test_who_speaks_stands_in_one_line_beside_the_first_line_of_the_text(page: Any) -> None:
+    for article in page.locator("details[open] article").all()[:5]:
+        who, body = article.locator(".who").bounding_box(), article.locator(".body").bounding_box()
+        assert abs(who["y"] - body["y"]) < 2
+        assert who["height"] < 60
+
+
 # The pointer
 
 

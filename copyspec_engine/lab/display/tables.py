@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from rich import box
@@ -92,12 +93,19 @@ class _OnTerminal:
             more = max(min(spare, most - least), 0)
             spare -= more
             grid.add_column(table.headings[place], justify=justify, overflow="fold", width=least + more)
-        group = table.num_labels - 1
+        group = self._num_grouping
         for number, row in enumerate(table.rows):
             following = table.rows[number + 1] if number + 1 < len(table.rows) else ()
             ends = bool(group) and row[:group] != following[:group]
             grid.add_row(*(escape(row[place]) for place in columns), end_section=ends)
         return grid
+
+    @property
+    def _num_grouping(self) -> int:
+        """The labels that rows in a group share: as many as some rows do, so that not each row is a group."""
+        pairs = list(pairwise(self.table.rows))
+        shared = (n for n in range(self.table.num_labels - 1, 0, -1) if any(a[:n] == b[:n] for a, b in pairs))
+        return next(shared, 0)
 
 
 def _cell(text: str) -> str:
