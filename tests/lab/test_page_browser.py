@@ -139,11 +139,18 @@ def test_texts_and_copies_are_those_of_the_records(page: Any) -> None:
     assert copies[:5] == ["books the room", "Ann", "the needle", "Ann \U0001f600 books", "Eve"]
 
 
-def test_who_speaks_stands_in_one_line_beside_the_first_line_of_the_text(page: Any) -> None:
-    for article in page.locator("details[open] article").all()[:5]:
-        who, body = article.locator(".who").bounding_box(), article.locator(".body").bounding_box()
-        assert abs(who["y"] - body["y"]) < 2
-        assert who["height"] < 60
+@pytest.mark.parametrize("count", [1, 2], ids=["one call", "two calls"])
+def test_who_speaks_stands_beside_the_beginning_of_the_text(browser: Any, tmp_path: Path, count: int) -> None:
+    path = tmp_path / "page.html"
+    found = transcripts(records("one")[:count], "adaptive", ["one"], decode)
+    path.write_text(render_page("A run", ["a model"], "adaptive", found), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    places = "all => all.map(who => [who.offsetTop - who.nextElementSibling.offsetTop, getComputedStyle(who).padding])"
+    told = page.locator("details[open] article .who").evaluate_all(places)
+    page.close()
+    assert len(told) > 1
+    assert all(abs(below) <= 1 and padding == "0px" for below, padding in told), told
 
 
 # The pointer
