@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from copyspec_engine import missing_extra
+from copyspec_engine.cli.exits import loading
 from copyspec_engine.cli.options import add_command
 from copyspec_engine.cli.serve import check_serve_installed, option_of, options_of_serve
 from copyspec_engine.scale.config import ScaleConfig
@@ -56,6 +57,12 @@ def up(options: Any, _words: str, console: Console) -> int:  # noqa: ANN401 - ma
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     port, address = given.pop("port"), given.pop("address")
     named = {name: value for name, value in given.items() if value is not None}
+    from copyspec_engine.models import locate_model
+    from copyspec_engine.scale.options import split_options
     from copyspec_engine.scale.up import UpOptions, run_up
 
+    scale_config, _, _ = split_options(named)
+    if address is None and scale_config.engine is None:
+        with loading(options.model) as shown:
+            locate_model(options.model, shown)  # once, and not by each replica; what is wrong is told at once
     return run_up(UpOptions(named, port, address), lambda url: console.print(f"Serving {options.model} at {url}/v1"))

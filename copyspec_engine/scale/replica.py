@@ -203,5 +203,6 @@ def _slot_of(scale: ScaleConfig) -> Slot:
         folder, prefix = Path(scale.slots).expanduser() / context.app_name, ""
     else:
         session = ray.get_runtime_context().get_session_name()
-        folder, prefix = Path(tempfile.gettempdir(), "copyspec", session, context.app_name), f"{socket.gethostname()}-"
+        own = Path(tempfile.gettempdir(), f"copyspec-{os.getuid()}")  # nobody else could make a folder in that
+        folder, prefix = own / session / context.app_name, f"{socket.gethostname()}-"
     return Slot(folder, context.world_size or 1, _SLOT_WAIT_S, prefix)

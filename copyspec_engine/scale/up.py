@@ -9,13 +9,16 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from copyspec_engine.scale import check_extra
 from copyspec_engine.scale.options import split_options
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import INTERRUPTED, listen
 from copyspec_engine.values.errors import ConfigError, CopySpecError
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 __all__ = ["APPLICATION", "UpOptions", "prepare_ray", "reason_of", "run_up"]
 
@@ -63,18 +66,11 @@ def run_up(options: UpOptions, started: Callable[[str], None] = lambda _url: Non
 
     scale, config, engine_config = split_options(options.args)
     application = application_of(scale, config, engine_config)
-    listen(config.model_copy(update={"port": ServeConfig(port=options.port).port})).close()  # it has to be free
+    with listen(config.model_copy(update={"port": ServeConfig(port=options.port).port})) as free:  # it has to be
+        port = free.getsockname()[1]
     if options.address is not None:
         _check_address(options.address)
     import ray
-    from ray import serve
-
-    signals: list[int] = []
-    ended = threading.Event()
-
-    def stop(number: int, _frame: object) -> None:
-        signals.append(number)
-        ended.set()
 
     try:
         told = {"address": options.address} if options.address else {"include_dashboard": False}
@@ -88,20 +84,56 @@ def run_up(options: UpOptions, started: Callable[[str], None] = lambda _url: Non
                 raise ConfigError(
                     f"Got replicas={scale.replicas} with num_{name.lower()}s={each} but there are {there:g}: lower one"
                 )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
-        location = {"host": config.host, "port": options.port}
-        serve.start(http_options=location, proxy_location="EveryNode", logging_config={"enable_access_log": False})
-        try:
-            serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
-        except RuntimeError as error:
-            raise CopySpecError(f"The replicas do not start: {reason_of(serve.status()) or error}") from None
-        started(f"http://{config.host}:{options.port}")
-        ended.wait()
-        serve.delete(APPLICATION)
+        ended_by = _serve(application, {"host": config.host, "port": port}, options.address is not None, started)
     finally:
         ray.shutdown()
-    return INTERRUPTED if signals[0] == signal.SIGINT else 0
+    return INTERRUPTED if ended_by == signal.SIGINT else 0
+
+
+def _serve(
+    application: Application, location: Mapping[str, Any], others_stay: bool, started: Callable[[str], None]
+) -> int:
+    """Run the application until a signal, and say which.
+
+    Args:
+        application: what runs.
+        location: host and port of the proxies.
+        others_stay: the cluster does not end with the application.
+        started: see `run_up`.
+
+    Raises:
+        CopySpecError: it does not start.
+    """
+    from ray import serve
+
+    signals: list[int] = []
+    ended, is_starting = threading.Event(), True
+
+    def stop(number: int, _frame: object) -> None:
+        nonlocal is_starting
+        signals.append(number)
+        ended.set()
+        was_starting, is_starting = is_starting, False
+        if was_starting:
+            raise KeyboardInterrupt  # large models take minutes, and Ray waits for them
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    has_begun, logs = True, {"enable_access_log": False}
+    try:
+        serve.start(http_options=dict(location), proxy_location="EveryNode", logging_config=logs)
+        serve.run(application, name=APPLICATION, logging_config=logs)
+        is_starting = False
+    except RuntimeError as error:
+        raise CopySpecError(f"The replicas do not start: {reason_of(serve.status()) or error}") from None
+    except KeyboardInterrupt:
+        has_begun = False
+    if has_begun:
+        started(f"http://{location['host']}:{location['port']}")
+        ended.wait()
+    if has_begun or others_stay:  # else all of it ends with Ray
+        serve.delete(APPLICATION)
+    return signals[0]
 
 
 def _check_address(address: str) -> None:

@@ -41,8 +41,8 @@ class ServeConfig(Options):
     """Other names that calls may use for it."""
     api_keys: str | None = Field(default=None, min_length=1)
     """A file of lines `NAME SHA256`: who may ask, and the SHA-256 of his key in hex. Nobody but its owner may write it
-    and nobody but his group read it; it is read again on SIGHUP. The variable COPYSPEC_API_KEY holds one more key, of
-    "default". Without both, everyone who reaches the server may ask."""
+    and nobody but his group read it; it is read again on SIGHUP, by several replicas whenever it changes. The variable
+    COPYSPEC_API_KEY holds one more key, of "default". Without both, everyone who reaches the server may ask."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that requests may say they are for (their Host header); "*": any. Default: where only this machine reaches
     the server the names of this machine, so that no web page does by a name of its own; else any."""
@@ -79,7 +79,7 @@ class ServeConfig(Options):
     drain_notice_s: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     """Seconds after SIGTERM in which new calls are still answered, by 503, so that whoever spreads them notices."""
     drain_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
-    """Seconds then for calls in flight to come to their end, before they are cut short."""
+    """Seconds for calls in flight to come to their end, once no more are taken, before they are cut short."""
     max_in_flight: int | None = Field(default=None, ge=1)
     """Answers that one tenant may have written at a time, each choice being one; default: no limit but the engine's."""
     tokens_per_minute: int | None = Field(default=None, ge=1)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
+import signal
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +35,7 @@ from copyspec_engine.scale.replica import Replica
 from copyspec_engine.scale.router import SlotRouter, order, said_to_routers
 from copyspec_engine.scale.routes import Askers, Route, route_of
 from copyspec_engine.scale.slots import tag_of
+from copyspec_engine.scale.up import APPLICATION, UpOptions, run_up
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.lifecycle import DIED
 from copyspec_engine.testing import held_by
@@ -311,3 +315,65 @@ async def _texts(parts: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     async for part in parts:
         if isinstance(part, bytes) and part:
             yield part
+
+
+@pytest.fixture
+def ray_told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What a Ray that does nothing is told."""
+    told: list[Any] = []
+    monkeypatch.setattr("ray.init", lambda **_how: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2})
+    monkeypatch.setattr("ray.shutdown", lambda: told.append("shutdown"))
+    monkeypatch.setattr("ray.serve.start", lambda **how: told.append(how["http_options"]))
+    monkeypatch.setattr("ray.serve.run", lambda *_what, **_how: None)
+    monkeypatch.setattr("ray.serve.delete", told.append)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield told
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_any_free_port_is_told_and_a_signal_ends_the_application(
+    ray_told: list[Any], number: signal.Signals, code: int
+) -> None:
+    urls: list[str] = []
+
+    def started(url: str) -> None:
+        urls.append(url)
+        os.kill(os.getpid(), number)
+
+    assert run_up(UpOptions({"model": "bundled"}, 0), started) == code
+    location, *ends = ray_told
+    assert location["port"] > 0
+    assert urls == [f"http://127.0.0.1:{location['port']}"]
+    assert ends == [APPLICATION, "shutdown"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_does_not_wait_for_replicas_that_still_load(
+    ray_told: list[Any], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    loaded: list[str] = []
+
+    def load(*_what: Any, **_how: Any) -> None:
+        os.kill(os.getpid(), number)
+        loaded.append("all of it")
+
+    monkeypatch.setattr("ray.serve.run", load)
+    assert run_up(UpOptions({"model": "bundled"}, 0), loaded.append) == code
+    assert not loaded
+    assert ray_told[1:] == ["shutdown"]
+
+
+def test_users_of_one_machine_have_folders_of_their_own_for_their_slots(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    context = SimpleNamespace(app_name="copyspec", world_size=1)
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_session_name=lambda: "session"))
+    for user in (1000, 1001):
+        monkeypatch.setattr("os.getuid", lambda user=user: user)
+        replica._slot_of(ScaleConfig()).release()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -37,3 +37,18 @@ def test_of_replicas_that_do_not_start_the_reason_is_told_without_a_traceback() 
     assert reason_of(status) == "Got engine='nowhere:x' but there is no such function"
     deployments["Replica"].message = "It is being scheduled"
     assert reason_of(status) is None
+
+
+def test_a_model_that_is_not_to_be_had_is_told_before_anything_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[UpOptions] = []
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json") if name == "ray" else find(name))
+    monkeypatch.setattr("copyspec_engine.scale.up.run_up", lambda options, _started: begun.append(options) or 0)
+    told = CliRunner().invoke(app, ["scale", "up", "no such/model"])
+    assert told.exit_code == 2
+    assert "no such/model" in told.stderr
+    assert not begun
+    for elsewhere in (["--address", "auto"], ["--engine", "of.a.test:made"]):  # what is there is for others to say
+        assert CliRunner().invoke(app, ["scale", "up", "no such/model", *elsewhere]).exit_code == 0
+    assert CliRunner().invoke(app, ["scale", "up", "bundled", "--replicas", "2"]).exit_code == 0
+    assert [options.args["model"] for options in begun] == ["no such/model", "no such/model", "bundled"]
