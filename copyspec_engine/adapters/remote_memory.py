@@ -52,11 +52,11 @@ class RemoteMemory(ConversationMemory):
             raise ConfigError(f"Got session_id={self.session_id!r} but the server remembers no such conversation")
         return Fingerprint(**self._told["fingerprint"])
 
-    def _imported(self, exported: str, owner: str | None) -> int:
+    def _imported(self, exported: str | Mapping[str, Any], owner: str | None) -> int:
         if owner is not None:
             raise ConfigError(f"Got owner={owner!r} but a server counts by its keys: leave it out", "owner")
         try:
-            body = json.loads(exported)
+            body = exported if isinstance(exported, Mapping) else json.loads(exported)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"Got exported={exported!r:.80} but expected the JSON of `export`: {error}") from None
         return int(self._ask("post", f"{self._path}/import", body)["num_texts"])

@@ -17,10 +17,10 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from copyspec_engine.chat.formats import ChatFormat
 from copyspec_engine.engine.reports import Reports
@@ -170,6 +170,7 @@ class Engine:
         from copyspec_engine.engine.preparation import Preparation
 
         self._preparation = Preparation(self._config, self._model, self._core.known_ids)
+        self._taking_in = threading.Lock()
         self._telemetry = Telemetry(self._model.info.model, partial(self._loop.call, self._core.metrics))
         _open_engines.add(self)
         _threads.add(self._loop.thread)
@@ -327,9 +328,11 @@ class Engine:
 
         fingerprint, vocab_size = self._model.tokenizer.fingerprint, self._model.runner.vocab_size
 
-        def load(exported: str, owner: str | None) -> int:
+        def load(exported: str | Mapping[str, Any], owner: str | None) -> int:
             texts = read_export(exported, fingerprint(), vocab_size)
-            return self._loop.call(partial(self._core.take_in, session_id, texts, owner))
+            self._loop.check_running()  # in a forked child nobody would give the lock back
+            with self._taking_in:  # else two that take in the same would not know of each other
+                return self._loop.last_of(self._core.take_in(session_id, texts, owner), 0)
 
         return ConversationMemory(
             session_id,

@@ -18,9 +18,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -325,6 +325,18 @@ class LoopThread:
             self.check_running()
             self._commands.put(partial(_fulfil, done, work))
         return done.result()
+
+    def last_of(self, pieces: Generator[_T, None, None], default: _T) -> _T:
+        """What a generator gives last, or the default. The loop's thread runs it, with a step between its pieces."""
+        last = default
+        try:
+            while (told := self.call(partial(next, pieces, None))) is not None:
+                last = told
+        except BaseException:
+            with suppress(EngineStoppedError):
+                self.call(pieces.close)
+            raise
+        return last
 
     def held(self) -> Held:
         """What requests hold; in this thread, between two steps."""

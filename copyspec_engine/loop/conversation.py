@@ -9,7 +9,7 @@ Not covered: how texts lie in memory and on disk (memory/), slots (kv/), and how
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from functools import partial
 
 from copyspec_engine.chat.known_ids import KnownIds
@@ -142,12 +142,20 @@ class Conversations:
         """What a conversation remembers."""
         return snapshot(self.store.peek(session_id))
 
-    def take_in(self, session_id: str, texts: Iterable[tuple[int, TokenArray]], account: str | None) -> int:
-        """Add texts to a conversation, which is made and counted for an account if it is new; see `SessionMemory`."""
+    def take_in(
+        self, session_id: str, texts: Iterable[tuple[int, TokenArray]], account: str | None
+    ) -> Generator[int, None, None]:
+        """Add texts to a conversation, which is made and counted for an account if it is new.
+
+        In pieces; see `SessionMemory.take_in`.
+        """
         memory = self.store.open(session_id, account=account).memory
-        added = memory.take_in(texts)
+        memory.begin_call()
+        try:
+            yield from memory.take_in(texts)
+        finally:
+            memory.end_call()
         self.store.save(memory)
-        return added
 
     def forget(self, session_id: str, in_flight: Iterable[Request]) -> bool:
         """Erase all of a conversation; calls of it in flight go on and keep nothing. See `SessionStore.forget`.

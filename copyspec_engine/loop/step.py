@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -297,8 +297,10 @@ class EngineCore:
         """What a conversation remembers."""
         return self.conversations.look(session_id)
 
-    def take_in(self, session_id: str, texts: Sequence[tuple[int, TokenArray]], owner: str | None) -> int:
-        """See `ConversationMemory.load`."""
+    def take_in(
+        self, session_id: str, texts: Sequence[tuple[int, TokenArray]], owner: str | None
+    ) -> Generator[int, None, None]:
+        """See `ConversationMemory.load`; in pieces, so that steps come between."""
         return self.conversations.take_in(session_id, texts, owner)
 
     def sessions(self, owner: str | None) -> list[SessionInfo]:

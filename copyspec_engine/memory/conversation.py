@@ -64,6 +64,9 @@ PROMPT, ANSWER, DECLARED_TEXT = 0, 1, 2
 KINDS = ("prompt", "answer", "prediction")
 """Their names."""
 
+_PIECE = 1 << 15
+"""Tokens that are taken in at a time: about ten milliseconds, in which no call gets a token."""
+
 _STARTS = 4
 """Answers and new texts whose beginnings are kept in mind."""
 
@@ -259,20 +262,38 @@ class SessionMemory:
         complete = [span for span in self._spans if not span.is_open and span.stop > span.first_indexed]
         return [span for span in complete if span not in self._saved]
 
-    def take_in(self, texts: Iterable[tuple[int, TokenArray]]) -> int:
+    def take_in(self, texts: Iterable[tuple[int, TokenArray]]) -> Iterator[int]:
         """Add (kind, tokens) of complete texts, oldest first, but for those that it holds already.
 
-        Returns:
-            How many of them were added, and are held.
+        It is done in pieces, between which the memory may be used, or erased: then nothing more is added. `begin_call`
+        goes before, and `end_call` behind the last of them.
+
+        Gives:
+            How many of them were added so far, and are held; behind each piece, the last time when all is done.
         """
         known = {(span.kind, self.index.tokens_of(span).tobytes()) for span in self.texts}
-        new = []
+        new, left = list[Span](), _PIECE
         for kind, tokens in texts:
-            if (kind, tokens.tobytes()) not in known:
-                new += self._add([self.index.append(tokens, kind)])
+            if (kind, tokens.tobytes()) in known:
+                continue
+            held = tokens[-self.index.max_tokens :]
+            new += self._add([self.index.open(len(held), kind)])
+            for at in range(0, len(held), _PIECE):
+                piece = held[at : at + _PIECE]
+                if not self.index.write(new[-1], piece):
+                    return
+                left -= len(piece)
+                if left <= 0:
+                    yield self._count_held(new)
+                    left = _PIECE
+            if self.index.holds(new[-1]):
+                self.index.close(new[-1])
                 if kind == ANSWER:
                     self.add_answer(new[-1])
-        return sum(1 for span in new if self.index.holds(span))  # a number of Python, not of NumPy
+        yield self._count_held(new)
+
+    def _count_held(self, spans: Iterable[Span]) -> int:
+        return sum(1 for span in spans if self.index.holds(span))  # a number of Python, not of NumPy
 
     def _forget_what_is_gone(self) -> None:
         self._spans = [span for span in self._spans if self.index.holds(span)]

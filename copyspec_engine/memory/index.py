@@ -350,6 +350,11 @@ class CopyIndex:
         return int(self.arrays.bounds[1] - self.arrays.bounds[0])
 
     @property
+    def max_tokens(self) -> int:
+        """Most tokens that are held once no text is open."""
+        return self._max_tokens
+
+    @property
     def spans(self) -> Iterator[Span]:
         """The texts that are held, oldest first."""
         return iter(self._spans)

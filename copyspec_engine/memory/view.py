@@ -7,9 +7,9 @@ Not covered: texts that calls put into a shared pool.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class ConversationMemory:
         look: Callable[[], Snapshot],
         decode: Callable[[Sequence[int]], str],
         forget: Callable[[], bool],
-        load: Callable[[str, str | None], int],
+        load: Callable[[str | Mapping[str, Any], str | None], int],
         fingerprint: Callable[[], Fingerprint],
     ) -> None:
         self.session_id = session_id
@@ -108,15 +108,15 @@ class ConversationMemory:
         content = {"session_id": self.session_id, "fingerprint": asdict(self._fingerprint()), "texts": texts}
         return json.dumps(content, ensure_ascii=False)
 
-    def load(self, exported: str, *, owner: str | None = None) -> int:
+    def load(self, exported: str | Mapping[str, Any], *, owner: str | None = None) -> int:
         """Take in what `export` gave, of this conversation or another, in this engine or one with the same model.
 
         Texts that the conversation holds already are left out, so that loading twice is loading once. They are kept on
         disk as those of calls are, and the same limits hold: of more than `EngineConfig.memory_tokens` the oldest go.
-        Answers are the same with and without them; KV is computed anew.
+        Answers are the same with and without them; KV is computed anew. Requests in flight go on meanwhile.
 
         Args:
-            exported: the JSON; of "texts", "kind" and "token_ids" are read.
+            exported: the JSON, or what it holds; of "texts", "kind" and "token_ids" are read.
             owner: whom the conversation counts for if it is new, see `GenerationRequest.owner`.
 
         Returns:
@@ -158,11 +158,13 @@ def _short(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
-def read_export(exported: str, fingerprint: Fingerprint, vocab_size: int) -> list[tuple[int, TokenArray]]:
+def read_export(
+    exported: str | Mapping[str, Any], fingerprint: Fingerprint, vocab_size: int
+) -> list[tuple[int, TokenArray]]:
     """Kind and tokens of the texts in an export.
 
     Args:
-        exported: the JSON.
+        exported: the JSON, or what it holds.
         fingerprint: of the tokenizer and chat template that it must have been made with.
         vocab_size: of the model.
 
@@ -171,11 +173,11 @@ def read_export(exported: str, fingerprint: Fingerprint, vocab_size: int) -> lis
     """
     with about("exported"):
         try:
-            content = json.loads(exported)
-        except (TypeError, ValueError, RecursionError) as error:
+            content = json.loads(exported) if isinstance(exported, str) else exported
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"Got exported={exported!r:.80} but expected the JSON of `export`: {error}") from None
-        found = content.get("fingerprint") if isinstance(content, dict) else None
-        texts = content.get("texts") if isinstance(content, dict) else None
+        found = content.get("fingerprint") if isinstance(content, Mapping) else None
+        texts = content.get("texts") if isinstance(content, Mapping) else None
         if not isinstance(found, dict) or not isinstance(texts, list):
             raise ConfigError(f"Got exported={exported!r:.80} but expected an object with fingerprint and texts")
         for name, expected in asdict(fingerprint).items():

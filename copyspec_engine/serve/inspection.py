@@ -207,7 +207,7 @@ def _exports_router(service: Service) -> APIRouter:
         told = await read_json(request, service.config, largest)
         with by_names({"exported": "texts"}):
             memory = engine.memory(session)
-            added = await asyncio.to_thread(lambda: memory.load(json.dumps(told), owner=tenant.name))
+            added = await asyncio.to_thread(memory.load, told, owner=tenant.name)
         return JSONResponse({"id": name, "object": "copyspec.conversation.imported", "num_texts": added})
 
     return router

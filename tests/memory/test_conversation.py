@@ -179,3 +179,34 @@ def test_a_memory_in_use_is_not_idle() -> None:
     assert not memory.is_idle_and_empty
     memory.end_call()
     assert memory.is_idle_and_empty
+
+
+def test_what_is_taken_in_comes_in_pieces_that_others_may_come_between() -> None:
+    memory, long = SessionMemory(1_000_000), np.arange(100_000, dtype=np.int64)
+    given = [(PROMPT, np.arange(10, dtype=np.int64)), (ANSWER, long), (PROMPT, np.arange(50, dtype=np.int64))]
+    memory.begin_call()
+    pieces = memory.take_in(given)
+    sizes = []
+    for _ in range(3):
+        next(pieces)
+        sizes.append(len(memory.index.tokens_of(memory.texts[1])))
+    assert sizes == [32768 * number for number in (1, 2, 3)]
+    call(memory, list(range(500_000, 500_100)), [7, 8, 9])  # whose end closes nothing
+    assert list(pieces)[-1] == 3
+    memory.end_call()
+    kept = {tuple(text) for text in texts(memory)}
+    assert {tuple(tokens.tolist()) for _, tokens in given} <= kept
+    assert list(memory.take_in(given)) == [0], "twice is once"
+
+
+def test_nothing_more_is_taken_in_of_a_text_that_was_erased_meanwhile() -> None:
+    memory = SessionMemory(1_000_000)
+    memory.begin_call()
+    pieces = memory.take_in([(ANSWER, np.arange(100_000, dtype=np.int64)), (PROMPT, np.arange(9, dtype=np.int64))])
+    next(pieces)
+    memory.erase()
+    assert list(pieces) == []
+    memory.end_call()
+    assert texts(memory) == []
+    call(memory, list(range(100)), [1, 2, 3])
+    assert texts(memory)[-1] == [1, 2, 3]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from copyspec_engine import Engine, GenerationRequest
+from copyspec_engine.loop.step import EngineCore
 from copyspec_engine.serve.app import create_app
 from copyspec_engine.serve.config import ServeConfig
 from tests.serve.conftest import CHAT, Client, body, events
@@ -97,6 +99,33 @@ async def test_a_conversation_is_looked_at_taken_along_and_forgotten(client: Cli
     assert [item["id"] for item in (await http.get(PLACE)).json()["data"]] == ["new"]
     for response in (await http.get(path), await http.get(path + "/export"), await http.delete(path)):
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_an_import_lets_answers_go_on(
+    client: Client, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, steps = make_engine(lambda _: "word " * 2000, drafter="none"), list[int]()
+    http, take_in = client(engine), EngineCore.take_in
+
+    def counted(core: EngineCore, *given: Any) -> Generator[int, None, None]:
+        for told in take_in(core, *given):
+            steps.append(core.counts.num_steps)
+            yield told
+
+    monkeypatch.setattr(EngineCore, "take_in", counted)
+    await http.post(CHAT, json=body(max_tokens=1), headers={"X-Session-ID": "a"})
+    exported = (await http.get("/v1/copyspec/conversations/a/export")).json()
+    exported["texts"] = [{"kind": "answer", "token_ids": list(range(200)) * 1500}]
+    asking = asyncio.create_task(http.post(CHAT, json=body(max_tokens=4000)))
+    while not engine.metrics().num_running:
+        await asyncio.sleep(0.01)
+    told = await http.post("/v1/copyspec/conversations/b/import", json=exported)
+    assert (told.status_code, told.json()["num_texts"]) == (200, 1)
+    assert len(steps) == 10
+    assert steps[-1] > steps[0], "between its pieces others get tokens"
+    asking.cancel()
+    held = (await http.get("/v1/copyspec/conversations/b")).json()
+    assert (held["num_texts"], held["num_tokens"]) == (1, 300_000)
 
 
 async def test_an_id_comes_back_as_it_was_said(client: Client, echo: Engine) -> None:
