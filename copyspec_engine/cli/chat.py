@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,11 +33,11 @@ __all__ = ["run_chat", "run_remote_chat"]
 HELP = """\
 A line that ends with \\ goes on in the next one. Ctrl-C stops an answer.
 /load PATH    put a text file into the conversation, as a message of its own
-/system TEXT  what the model is told before the conversation; without a TEXT nothing
+/system TEXT  what the model is told first; without a TEXT nothing
 /stats        figures of the answers so far
 /why          where the last answer was copied from
 /save PATH    write the conversation as Markdown
-/clear        begin a new conversation; this one is forgotten, but for what the model is told before it
+/clear        begin a new conversation; of this one only /system is kept
 /help         show this
 /quit         leave (also Ctrl-D)"""
 ReadLine = Callable[[str], str]
@@ -109,7 +110,9 @@ class Chat:
 
     def stats(self) -> None:
         """Prints a row per answer."""
-        grid = Table("#", "prompt", "reused", "tokens", "passes", "per pass", "copied", "per s", "time")
+        grid = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for heading in ("#", "prompt", "reused", "tokens", "passes", "per pass", "copied", "per s", "time"):
+            grid.add_column(heading, justify="right")
         for number, output in enumerate(self.outputs, 1):
             usage = output.usage
             grid.add_row(

@@ -611,3 +611,7 @@ def test_the_command_says_its_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert re.fullmatch(r"copyspec \d+\.\d+\.\d+\n", result.stdout)
+
+
+def test_the_help_of_the_chat_fits_a_terminal() -> None:
+    assert max(map(len, chat.HELP.splitlines())) <= 80
