@@ -125,7 +125,10 @@ class _Passage:
         self.method: str = scope["method"]
         """As it was asked by."""
         self.began_s = time.perf_counter()
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        self._closes = "content-length" in headers and "transfer-encoding" in headers
+        """What comes behind a body whose length was told twice may be taken for another request (RFC 9112, 6.1)."""
+        given = headers.get("x-request-id", "")
         is_id = 0 < len(given) <= _MOST_ID_LETTERS and given.isascii() and given.isprintable()
         self.request_id = given if is_id else f"req_{secrets.token_hex(12)}"
         self._send = send
@@ -134,6 +137,8 @@ class _Passage:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             MutableHeaders(scope=message)["X-Request-ID"] = self.request_id
+            if self._closes:
+                MutableHeaders(scope=message)["Connection"] = "close"
         elif self.method == "HEAD":
             message = {**message, "body": b""}
         await self._send(message)

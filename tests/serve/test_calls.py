@@ -234,3 +234,17 @@ async def test_the_model_goes_by_its_other_names(echo: Engine, client: Client) -
     answer = (await http.post(CHAT, json={**body("hello"), "model": "gpt-4o"})).json()
     assert [model["id"] for model in listed] == ["scripted", "gpt-4o"]
     assert (answer["model"], answer["choices"][0]["message"]["content"]) == ("gpt-4o", "HELLO")
+
+
+async def test_a_body_whose_length_is_told_twice_is_the_last_of_its_connection(echo: Engine, serve: Serve) -> None:
+    host, _, port = (await serve(echo)).removeprefix("http://").partition(":")
+    content = json.dumps(body()).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    behind = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(head.encode() + b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content) + behind)
+    told = await asyncio.wait_for(reader.read(), 30)
+    writer.close()
+    assert told.startswith(b"HTTP/1.1 200 ")
+    assert b"\r\nconnection: close\r\n" in told.lower()
+    assert told.count(b"HTTP/1.1") == 1
