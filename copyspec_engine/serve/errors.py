@@ -90,7 +90,7 @@ _TABLE: tuple[tuple[type[CopySpecError], int, str, float | None], ...] = (
     (EngineBusyError, 429, "engine_busy", 1.0),
     (EngineStoppedError, 503, "engine_stopped", 5.0),
     (RequestFailedError, 500, "request_failed", 1.0),
-    (MemoryFileError, 500, "memory_file_error", None),
+    (MemoryFileError, 500, "memory_file_error", 1.0),
 )
 """Errors of the engine: status, code, and seconds after which a retry may help."""
 
@@ -106,6 +106,9 @@ def api_error(error: Exception) -> ApiError:
                 param = param or "messages"
                 # agents and gateways find the limit by these words, and then shorten the chat
                 message = f"{message}. This model's maximum context length is {error.max_tokens} tokens"
+            if isinstance(error, MemoryFileError):  # names folders, or host and user of a database: for no tenant
+                logger.error("%s", error)
+                message = "What is kept of conversations could not be read or changed: ask again; the log says why"
             return ApiError(status, code, message, param, retry_after_s=retry)
     if isinstance(error, CopySpecError):  # an extra that is not installed
         return ApiError(501, "not_installed", str(error))

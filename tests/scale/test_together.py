@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Scope
 
-from copyspec_engine import Engine, EngineConfig
+from copyspec_engine import Engine, EngineConfig, MemoryFileError
 from copyspec_engine.scale.together import Together, Told, told_by
 from copyspec_engine.serve.app import create_app
 from copyspec_engine.serve.config import ServeConfig
@@ -123,3 +123,22 @@ async def test_whoever_may_not_ask_is_told_so_and_nobody_else_is_asked(engines: 
     assert (missing.status_code, missing.json()["error"]["code"]) == (503, "replica_missing")
     assert asked
     assert (await get(app, PLACE)).json()["data"] == []
+
+
+async def test_erasing_that_the_store_does_not_take_may_be_asked_again_and_the_log_alone_says_where_it_is(
+    engines: list[Engine], replicas: list[ASGIApp], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await ask(replicas[0], "here")
+    said = "Could not delete from the memory database postgresql://keeper@inside.example.org/texts"
+
+    def fail(_session: str) -> bool:
+        raise MemoryFileError(said)
+
+    with monkeypatch.context() as away:
+        away.setattr(engines[0], "forget", fail)
+        refused = await get(replicas[0], f"{PLACE}/here", "DELETE")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "memory_file_error")
+    assert refused.headers["retry-after"] == "1"
+    assert "keeper" not in refused.text
+    assert said in caplog.text
+    assert (await get(replicas[0], f"{PLACE}/here", "DELETE")).status_code == 200
