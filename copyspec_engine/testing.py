@@ -28,7 +28,6 @@ from copyspec_engine.engine.thread import LoopThread
 from copyspec_engine.execution.packing import Piece
 from copyspec_engine.execution.runner import LoadedModel
 from copyspec_engine.values.config import EngineConfig
-from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.info import EngineInfo, Held
 from copyspec_engine.values.tokens import Fingerprint
 
@@ -227,7 +226,7 @@ def _in_order(replies: Sequence[str]) -> Callable[[str], str]:
         with lock:
             text = next(remaining, None)
         if text is None:
-            raise ConfigError(f"Got more requests than the {len(replies)} scripted replies: add replies")
+            raise RuntimeError(f"Got more requests than the {len(replies)} scripted replies: add replies")
         return text
 
     return reply

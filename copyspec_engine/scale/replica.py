@@ -33,7 +33,7 @@ from copyspec_engine.serve.service import Service
 from copyspec_engine.values.config import EngineConfig, is_database
 from copyspec_engine.values.errors import ConfigError
 
-__all__ = ["Replica"]
+__all__ = ["Replica", "slot_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Replica:
     def __init__(self, scale: ScaleConfig, config: ServeConfig, engine_config: EngineConfig) -> None:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
         self._scale = scale
-        self._slot = _slot_of(scale)
+        self._slot = slot_of(scale)
         self._said = said_to_routers(self._slot.name, scale, config, engine_config)
         if engine_config.memory_path is not None and not is_database(engine_config.memory_path):
             folder = Path(engine_config.memory_path)
@@ -197,7 +197,8 @@ def _own_headers(message: Message) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
 
 
-def _slot_of(scale: ScaleConfig) -> Slot:
+def slot_of(scale: ScaleConfig) -> Slot:
+    """The slot that this replica takes, of those that its machine, or all that share the folder of slots, have."""
     context = serve.get_replica_context()
     if scale.slots is not None:
         folder, prefix = Path(scale.slots).expanduser() / context.app_name, ""

@@ -245,7 +245,7 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture
 def made(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Replica:
     """A replica over a scripted model, in slot 0."""
-    monkeypatch.setattr(replica, "_slot_of", lambda _scale: SimpleNamespace(name="0"))
+    monkeypatch.setattr(replica, "slot_of", lambda _scale: SimpleNamespace(name="0"))
     monkeypatch.setattr(replica, "engine_maker", lambda _scale: lambda _config: engine)
     return Replica(ScaleConfig(stuck_s=0.05), ServeConfig(), engine.config)
 
@@ -375,5 +375,5 @@ def test_users_of_one_machine_have_folders_of_their_own_for_their_slots(
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_session_name=lambda: "session"))
     for user in (1000, 1001):
         monkeypatch.setattr("os.getuid", lambda user=user: user)
-        replica._slot_of(ScaleConfig()).release()
+        replica.slot_of(ScaleConfig()).release()
     assert len(list(tmp_path.iterdir())) == 2
