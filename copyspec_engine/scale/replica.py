@@ -63,7 +63,13 @@ class Replica:
         self._said = said_to_routers(self._slot.name, scale, config, engine_config)
         if engine_config.memory_path is not None and not is_database(engine_config.memory_path):
             folder = Path(engine_config.memory_path)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"Got memory_path={engine_config.memory_path!r}, of which no folder can be made for the files of "
+                    f"the replicas: {error}"
+                ) from None
             path = str(folder / f"{self._slot.name}.memory")
             engine_config = engine_config.model_copy(update={"memory_path": path})
         self._engine = engine_maker(scale)(engine_config)

@@ -25,7 +25,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve import Application
 from starlette.datastructures import Headers
 
-from copyspec_engine import Engine, EngineConfig
+from copyspec_engine import ConfigError, Engine, EngineConfig
 from copyspec_engine.scale import build, front, replica
 from copyspec_engine.scale.application import replica_options
 from copyspec_engine.scale.config import ScaleConfig
@@ -264,6 +264,16 @@ def scope() -> dict[str, Any]:
         "asgi": {"version": "3.0"},
         "client": ("127.0.0.1", 1),
     }
+
+
+def test_a_replica_that_can_make_no_folder_for_its_memory_says_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(replica, "slot_of", lambda _scale: SimpleNamespace(name="0"))
+    (tmp_path / "memory").write_text("a file")
+    config = engine.config.model_copy(update={"memory_path": str(tmp_path / "memory")})
+    with pytest.raises(ConfigError, match=r"memory_path='.*memory', of which no folder can be made"):
+        Replica(ScaleConfig(), ServeConfig(), config)
 
 
 async def test_a_replica_answers_as_a_server_does_and_its_ids_name_its_slot(made: Replica) -> None:
