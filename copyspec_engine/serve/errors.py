@@ -52,8 +52,8 @@ class ApiError(Exception):
         kind: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(shortened(message))
         self.status, self.code, self.message = status, code, shortened(message)
+        super().__init__(self.message)
         self.param = None if param is None else shortened(param)
         self.kind = kind or (_RATE if status == 429 else _SERVER if status >= 500 else _INVALID)
         self.retry_after_s = retry_after_s

@@ -35,9 +35,11 @@ __all__ = [
     "shortened",
 ]
 
-_SHOWN = 4000
-"""Characters of the beginning of a long message, and of its end, that are kept: eight unknown fields with all that
-there are instead are told in fewer."""
+_LONG = 8000
+"""Characters beyond which a message is shortened: eight unknown fields, with all that there are instead, take fewer."""
+_SHOWN = 3900
+"""Characters of its beginning, and of its end, that are kept. There is room for what is left out to be told, and for
+the words of an error that tells of this one: what was shortened is not cut again, and its count stays true."""
 
 
 def shortened(message: str) -> str:
@@ -45,10 +47,9 @@ def shortened(message: str) -> str:
 
     Whoever gives a text of megabytes where it cannot be does not want it back.
     """
-    left_out = len(message) - 2 * _SHOWN
-    if left_out <= 0:
+    if len(message) <= _LONG:
         return message
-    return f"{message[:_SHOWN]}... ({left_out} characters) ...{message[-_SHOWN:]}"
+    return f"{message[:_SHOWN]}... ({len(message) - 2 * _SHOWN} characters) ...{message[-_SHOWN:]}"
 
 
 class CopySpecError(Exception):
