@@ -25,6 +25,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentPar
     told: dict[str, dict[str, Any]] = {}
     all_held = True
     with tempfile.TemporaryDirectory() as folder, Cluster() as cluster:
+        drills = DrillOptions(
+            Path(folder), options.conversations, options.calls, options.rounds, options.memory_path, options.model
+        )
         for name in options.drills or [name for name in DRILLS if name != "lost-model"]:
             if name == "speed":
                 told[name] = {
@@ -77,10 +81,7 @@ def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentPar
                 }
                 print(f"{name}: {told[name]}", flush=True)
                 continue
-            place = Path(folder, name)
-            drill = DrillOptions(
-                place, options.conversations, options.calls, options.rounds, options.memory_path, options.model
-            )
+            drill = replace(drills, folder=Path(folder, name))
             began = time.monotonic()
             found = asyncio.run(DRILLS[name](cluster, drill))
             seconds = round(time.monotonic() - began, 1)
@@ -88,8 +89,12 @@ def _run(options: argparse.Namespace, command: str, parser: argparse.ArgumentPar
             all_held = all_held and not found.broken
             print(f"{name}: {told[name]}", flush=True)
     if options.json is not None:
-        is_shared = "://" in (options.memory_path or "")
-        about = {"pass_s": options.pass_s, "shared_store": is_shared, "versions": versions(), "machine": machine()}
+        about = {
+            "pass_s": options.pass_s,
+            "shared_store": drills.is_shared,
+            "versions": versions(),
+            "machine": machine(),
+        }
         write_record(options.json, {"drills": told, **about}, command)
     return int(not all_held)
 

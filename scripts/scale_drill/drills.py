@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from copyspec_engine.scale.slots import tag_of
+from copyspec_engine.values.config import is_database
 from scripts.scale_drill.cluster import Cluster, kill, wait_until
 from scripts.scale_drill.models import STICK
 from scripts.scale_drill.talks import Answer, ModelTalk, Talk, at_once, client_of
@@ -56,7 +57,7 @@ class DrillOptions:
     @property
     def is_shared(self) -> bool:
         """Whether all replicas remember in one store."""
-        return self.memory_path is not None and "://" in self.memory_path
+        return self.memory_path is not None and is_database(self.memory_path)
 
     def args(self, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - options of any type
         """Options of the application."""
