@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -28,6 +30,7 @@ from copyspec_engine.engine.telemetry_names import (
     SECONDS,
     by_source,
     contents,
+    encodable,
     instruments_told,
 )
 from copyspec_engine.values.config import GenerationRequest
@@ -55,9 +58,17 @@ _SAME_READING_S = 0.1
 """An engine is asked once for all instruments that are read within so long."""
 
 
-@lru_cache(maxsize=1)
+_making = threading.Lock()
+
+
 def _instruments(provider: MeterProvider) -> dict[str, Any]:
     """The process's instruments by their names; those of engines read themselves."""
+    with _making:  # else two first calls at once would make all of them twice
+        return _made_once(provider)
+
+
+@lru_cache(maxsize=1)
+def _made_once(provider: MeterProvider) -> dict[str, Any]:
     meter = provider.get_meter("copyspec")
     made: dict[str, Any] = {
         name: meter.create_histogram(name, "s", text, explicit_bucket_boundaries_advisory=SECONDS)
@@ -83,12 +94,15 @@ _observed: weakref.WeakSet[Telemetry] = weakref.WeakSet()
 
 
 def _observe(name: str, _: CallbackOptions) -> Iterable[Observation]:
-    """What the engines say of themselves under a name."""
+    """What the engines say of themselves under a name: engines of one model together, as one of them would."""
     from opentelemetry.metrics import Observation
 
+    sums: Counter[tuple[tuple[str, str], ...]] = Counter()
     for telemetry in list(_observed):
-        for value, attributes in telemetry.figures(name.removeprefix("copyspec.")):
-            yield Observation(value, attributes)
+        for count, attributes in telemetry.figures(name.removeprefix("copyspec.")):
+            sums[tuple(attributes.items())] += count
+    for names, count in sums.items():
+        yield Observation(count, dict(names))
 
 
 # ---- an engine, and its calls --------------------------------------------------------------------------------------
@@ -132,7 +146,7 @@ class Telemetry:
             logger.exception("a call could not be told to OpenTelemetry")
             return None
 
-    def figures(self, name: str) -> Iterable[tuple[float, dict[str, str]]]:
+    def figures(self, name: str) -> Iterable[tuple[int, dict[str, str]]]:
         """What `EngineMetrics` says under a name of `instruments_told`, with attributes; nothing once it is closed."""
         model = {"gen_ai.request.model": self.model}
         try:
@@ -217,13 +231,15 @@ class CallTrace:
         seconds = time.perf_counter() - self._begun_s
         output = None if isinstance(item, BaseException) else item.output
         error = _error_type(item)
-        if self._span.is_recording():
-            self._describe(output, error, item)
-            if self._request is not None:
-                self._tell_phases(self._request)
-        self._span.end(self._begun_ns + int(seconds * 1e9))
-        if self._instruments is not None:
-            self._measure(self._instruments, output, error, seconds)
+        try:
+            if self._instruments is not None:
+                self._measure(self._instruments, output, error, seconds)
+            if self._span.is_recording():
+                self._describe(output, error, item)
+                if self._request is not None:
+                    self._tell_phases(self._request)
+        finally:  # whatever went wrong: a span that does not end is never seen
+            self._span.end(self._begun_ns + int(seconds * 1e9))
 
     def _describe(self, output: GenerationOutput | None, error: str | None, item: StreamChunk | BaseException) -> None:
         """All that is known of the call at its end."""
@@ -250,8 +266,9 @@ class CallTrace:
         if error is not None:
             told["error.type"] = error
             # An error may quote what was asked.
-            self._span.set_status(Status(StatusCode.ERROR, str(item) if has_content and output is None else None))
-        self._span.set_attributes({name: value for name, value in told.items() if value is not None})
+            why = encodable(str(item)) if has_content and output is None else None
+            self._span.set_status(Status(StatusCode.ERROR, why))
+        self._span.set_attributes({name: encodable(value) for name, value in told.items() if value is not None})
 
     def _tell_phases(self, request: Request) -> None:
         """Children: tokenising, reading the prompt, writing the answer, as far as it came."""
@@ -289,7 +306,11 @@ class CallTrace:
 def _provider(signal: str, getter: str) -> Any:  # noqa: ANN401 - of spans or of instruments
     """What somebody has set up to take a signal; None: nobody has, and OpenTelemetry's API hands nothing on."""
     api = sys.modules.get(f"opentelemetry.{signal}")
-    provider = None if api is None else getattr(api, getter)()
+    try:
+        provider = None if api is None else getattr(api, getter)()
+    except Exception:  # OTEL_PYTHON_TRACER_PROVIDER or its like names one that is not installed
+        logger.exception("OpenTelemetry's API gives no provider")
+        return None
     return None if type(provider).__module__.startswith(("opentelemetry.trace", "opentelemetry.metrics")) else provider
 
 
@@ -319,7 +340,12 @@ def _continued(headers: Mapping[str, str]) -> Iterator[None]:
     if trace.get_current_span().get_span_context().is_valid:
         yield
         return
-    token = context.attach(propagate.extract(headers))
+    try:
+        found = propagate.extract(headers)
+    except Exception:
+        logger.exception("the trace that a call's headers name could not be read")
+        found = context.get_current()
+    token = context.attach(found)
     try:
         yield
     finally:
@@ -330,7 +356,10 @@ def trace_headers() -> dict[str, str]:
     """Headers by which a server goes on with the trace of the current span; none where there is none."""
     headers: dict[str, str] = {}
     if _provider("trace", "get_tracer_provider") is not None:
-        from opentelemetry import propagate
+        try:
+            from opentelemetry import propagate  # raises, where OTEL_PROPAGATORS names one that is not installed
 
-        propagate.inject(headers)
+            propagate.inject(headers)
+        except Exception:
+            logger.exception("the trace of a call could not be told to its server")
     return headers

@@ -26,6 +26,7 @@ __all__ = [
     "attributes_told",
     "by_source",
     "contents",
+    "encodable",
     "instruments_told",
 ]
 
@@ -276,25 +277,33 @@ def by_source(output: GenerationOutput) -> dict[str, int]:
 # ---- texts ---------------------------------------------------------------------------------------------------------
 
 
+def encodable(value: Any) -> Any:  # noqa: ANN401 - of an attribute
+    """A value as exporters can send it: half a surrogate pair, which is no text of UTF-8, becomes "?"."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return tuple(map(encodable, value)) if isinstance(value, tuple) else value
+
+
 def contents(request: GenerationRequest, output: GenerationOutput | None) -> dict[str, str]:
-    """What was said, in the conventions' form, as JSON."""
-    asked: Sequence[Mapping[str, Any]] = request.messages or ()
+    """What was said, in the conventions' form, as JSON; of a call that was refused, which may be anything, what can."""
+    asked: Sequence[Any] = request.messages or ()
     if request.prompt is not None:
         asked = [{"role": "user", "content": request.prompt}]
     told: dict[str, Any] = {}
     if asked:
-        told["gen_ai.input.messages"] = [{"role": message.get("role"), "parts": _parts(message)} for message in asked]
+        said = (message if isinstance(message, Mapping) else {"content": message} for message in asked)
+        told["gen_ai.input.messages"] = [{"role": message.get("role"), "parts": _parts(message)} for message in said]
     if output is not None:
         reply = output.reply
         calls = () if reply is None else reply.tool_calls
-        said = {
+        written = {
             "content": output.text if reply is None else reply.text,
             "reasoning_content": "" if reply is None else reply.reasoning,
             "tool_calls": [
                 {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in calls
             ],
         }
-        answer = {"role": "assistant", "parts": _parts(said), "finish_reason": output.finish_reason}
+        answer = {"role": "assistant", "parts": _parts(written), "finish_reason": output.finish_reason}
         told["gen_ai.output.messages"] = [answer]
     return {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in told.items()}
 
@@ -308,8 +317,10 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
         parts.append({"type": "reasoning", "content": message["reasoning_content"]})
     texts = content if isinstance(content, list | tuple) else [content] if content else []
     parts += [{"type": "text", "content": text.get("text") if isinstance(text, Mapping) else text} for text in texts]
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or {}
-        own = {"id": call.get("id"), "name": function.get("name"), "arguments": function.get("arguments")}
-        parts.append({"type": "tool_call", **own})
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list | tuple) else ():
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping):
+            own = {"id": call.get("id"), "name": function.get("name"), "arguments": function.get("arguments")}
+            parts.append({"type": "tool_call", **own})
     return parts

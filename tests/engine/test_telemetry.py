@@ -6,13 +6,17 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from opentelemetry import metrics
+from opentelemetry import trace as trace_api
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
@@ -46,6 +50,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict[str, lis
     reader = InMemoryMetricReader()
     made = MeterProvider([reader])
     monkeypatch.setattr(metrics, "get_meter_provider", lambda: made)
+    monkeypatch.setattr(telemetry, "_observed", WeakSet())  # engines of other tests are told for a moment longer
 
     def points() -> dict[str, list[Any]]:
         data = json.loads(reader.get_metrics_data().to_json())
@@ -191,6 +196,38 @@ def test_calls_and_results_of_tools_are_told_as_parts(
     ]
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"role": "user", "content": [1, None]},
+        {"role": "assistant", "content": "", "tool_calls": 5},
+        {"role": "assistant", "content": "", "tool_calls": ["save"]},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": "save"}]},
+    ],
+)
+def test_a_call_that_was_refused_for_its_messages_ends_its_span(
+    echo: Engine, spans: Callable[[], list[ReadableSpan]], monkeypatch: pytest.MonkeyPatch, refused: dict[str, Any]
+) -> None:
+    monkeypatch.setenv(CONTENT, "SPAN_ONLY")
+    with pytest.raises(ConfigError):
+        echo.generate(GenerationRequest(messages=(refused,)))
+    told = only_call(spans()).attributes or {}
+    assert told["error.type"] == "ConfigError"
+    assert json.loads(str(told["gen_ai.input.messages"]))[0]["role"] == refused["role"]
+
+
+def test_texts_that_are_no_utf8_are_told_as_what_exporters_can_send(
+    echo: Engine, spans: Callable[[], list[ReadableSpan]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CONTENT, "SPAN_ONLY")
+    echo.generate(ask(sampling=SamplingParams(stop=("\ud800", "é"))))
+    with pytest.raises(UnicodeEncodeError):  # of the scripted tokenizer
+        echo.generate(ask("half \udfff"))
+    answered, refused = (span.attributes or {} for span in spans() if span.parent is None)
+    assert answered["gen_ai.request.stop_sequences"] == ("?", "é")
+    assert "half ?" in str(refused["gen_ai.input.messages"])
+
+
 def ended(spans: Callable[[], list[ReadableSpan]]) -> ReadableSpan:
     """The only call's span, as soon as it is over."""
     while not spans():
@@ -265,6 +302,62 @@ def test_a_listener_that_fails_harms_no_call(
     assert echo.generate(ask()).text == SECRET
     assert echo.generate(ask()).text == SECRET
     assert hook in caplog.text
+
+
+class _BrokenAtChildren(SpanProcessor):
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.name == "tokenise":
+            raise RuntimeError("on_end")
+
+
+def test_a_span_ends_though_its_children_cannot_be_told(
+    echo: Engine, provider: TracerProvider, spans: Callable[[], list[ReadableSpan]], read: Callable[[], Any]
+) -> None:
+    provider.add_span_processor(_BrokenAtChildren())
+    assert echo.generate(ask()).text == SECRET
+    assert (only_call(spans()).attributes or {})["gen_ai.response.finish_reasons"] == ("stop",)
+    assert [point["count"] for point in read()["gen_ai.client.inference.duration"]] == [1]
+
+
+def test_a_provider_that_cannot_be_had_harms_no_call(
+    echo: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trace_api, "_TRACER_PROVIDER", None)
+    monkeypatch.setenv("OTEL_PYTHON_TRACER_PROVIDER", "not_installed")
+    assert echo.generate(ask()).text == SECRET
+    assert "gives no provider" in caplog.text
+
+
+def test_instruments_are_made_once_whoever_calls_first() -> None:
+    made: list[int] = []
+
+    class Slow(MeterProvider):
+        def get_meter(self, *args: Any, **options: Any) -> Any:
+            made.append(threading.get_ident())
+            time.sleep(0.05)
+            return super().get_meter(*args, **options)
+
+    provider = Slow()
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(telemetry._instruments, [provider] * 4)
+    assert len(made) == 1
+    assert all(other is first for other in others)
+    provider.shutdown()
+
+
+def test_engines_of_one_model_are_told_together(
+    make_engine: Callable[..., Engine], read: Callable[[], dict[str, list[Any]]]
+) -> None:
+    one, other = make_engine(lambda _: "a"), make_engine(lambda _: "b")
+    for engine, session_id in ((one, "1"), (one, "2"), (other, "3")):
+        engine.generate(ask(session_id=session_id))
+    points = read()
+    assert [point["value"] for point in points["copyspec.sessions"]] == [3]
+    assert [point["value"] for point in points["copyspec.prompt_tokens"]] == [
+        one.metrics().prompt_tokens + other.metrics().prompt_tokens
+    ]
+    slots = sum(point["value"] for point in points["copyspec.kv_slots"])
+    assert slots == one.metrics().num_kv_slots + other.metrics().num_kv_slots
 
 
 def test_instruments_tell_what_outputs_and_the_engine_say(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from opentelemetry import trace
+from opentelemetry import propagate, trace
+from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from copyspec_engine import Engine, GenerationRequest
@@ -78,6 +80,29 @@ def test_a_trace_is_taken_from_headers_where_no_span_is_around(provider: TracerP
         assert trace_headers() == {}
     with provider.get_tracer("http").start_as_current_span("POST") as around, continued_trace(HEADERS):
         assert trace.get_current_span() is around
+
+
+class _Broken(TextMapPropagator):
+    def extract(self, carrier: Any, *_: Any, **__: Any) -> Any:
+        raise ValueError("extract")
+
+    def inject(self, carrier: Any, *_: Any, **__: Any) -> None:
+        raise ValueError("inject")
+
+    @property
+    def fields(self) -> set[str]:
+        return set()
+
+
+def test_a_propagator_that_fails_harms_no_call(
+    provider: TracerProvider, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(propagate, "_HTTP_TEXT_FORMAT", _Broken())
+    with continued_trace(HEADERS):
+        assert not trace.get_current_span().get_span_context().is_valid
+        assert trace_headers() == {}
+    assert "extract" in caplog.text
+    assert "inject" in caplog.text
 
 
 def test_headers_say_nothing_where_nobody_listens() -> None:
