@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
@@ -297,7 +297,8 @@ class RemoteEngine:
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         with self._errors():
-            return self._client.post(self._url(path), body=body, cast_to=dict[str, Any])
+            # Not cast to dict[str, Any]: Python 3.10 takes that for a class, and the client then fails on it.
+            return cast("Mapping[str, Any]", self._client.post(self._url(path), body=body, cast_to=object))
 
     def _url(self, path: str) -> str:
         return self.base_url.removesuffix("/v1") + path
