@@ -67,12 +67,12 @@ class Detokenizer:
         self._backend, self._hidden, self._skips = backend, hidden, skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._pending: list[int] = []
-        """Tokens that have given no text yet."""
+        """Tokens that have given no text yet, the prompt's last ones among them."""
         self._open = ""
         """What the prompt's last tokens would give if the character that they begin is not completed."""
         for token_id in behind:
             self.step(token_id)
-        self._open, self._pending = self.rest(), []
+        self._open = self.rest()
 
     def step(self, token_id: int) -> str:
         """The text that a token completes, "" inside a character."""
@@ -82,7 +82,7 @@ class Detokenizer:
         try:
             piece: str = self._stream.step(self._backend, token_id) or ""
         except Exception:  # it gives up on bytes that are no UTF-8, which some tokenizers can write
-            piece = self.rest()
+            piece = self._pending_text()
             self._stream = DecodeStream(skip_special_tokens=self._skips)
             self._stream.step(self._backend, token_id)  # so that the next one is not taken for the first of a text
         if piece:
@@ -92,6 +92,9 @@ class Detokenizer:
 
     def rest(self) -> str:
         """The text that is left when no more tokens come."""
+        return self._pending_text().removeprefix(self._open)
+
+    def _pending_text(self) -> str:
         text: str = self._backend.decode(self._pending, skip_special_tokens=self._skips)
         return text
 

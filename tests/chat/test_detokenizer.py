@@ -136,6 +136,7 @@ def test_an_answers_text_is_that_of_prompt_and_answer_without_the_prompts(
     prompt=st.lists(st.sampled_from(WORDS + BYTES), min_size=1, max_size=12),
     answer=st.lists(st.sampled_from(WORDS + BYTES), max_size=12),
 )
+@example(kind="legacy", prompt=["<0xC3>", "<0xA9>", "<0xC3>"], answer=[f"{SPACE}the"])
 def test_bytes_that_are_no_text_cost_no_letters_and_no_spaces(kind: str, prompt: list[str], answer: list[str]) -> None:
     got = streamed(kind, ids(kind, "a", *prompt), ids(kind, *answer))
     written = "".join(piece for piece in answer if piece not in (*BYTES, "<s>", "</s>"))
@@ -148,6 +149,7 @@ def test_an_answer_completes_a_character_of_the_prompts(kind: str) -> None:
     assert streamed(kind, prompt, ids(kind, "<0xA9>", "a")) == "éa"
     assert streamed(kind, prompt, ids(kind, "a")) == "a"
     assert streamed(kind, prompt, []) == ""
+    assert streamed(kind, prompt, ids(kind, "<0xF0>")) == "\ufffd"  # the prompt's own is not given again
 
 
 # ---- what a tokenizer adds to prompts --------------------------------------------------------------------------------
