@@ -6,6 +6,7 @@ import asyncio
 import json
 import operator
 import re
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, TypedDict
 
@@ -114,16 +115,30 @@ def test_an_agent_with_tools_over_several_turns(make_engine: MakeEngine) -> None
         assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
 
 
-async def test_an_agents_stream_carries_arguments_in_pieces(make_engine: MakeEngine) -> None:
+needs_config_in_async = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="LangChain's agents hand models no config in async code of Python 3.10"
+)
+
+
+@pytest.mark.parametrize("is_async", [False, pytest.param(True, marks=needs_config_in_async)])
+async def test_an_agents_stream_carries_arguments_in_pieces(make_engine: MakeEngine, is_async: bool) -> None:
     agent: Any = create_agent(ChatCopySpec(engine=make_engine(agent_reply), drafter="none"), [note])
-    pieces = [
-        chunk
-        async for chunk, _ in agent.astream({"messages": [("user", "note")]}, THREAD, stream_mode="messages")
-        if getattr(chunk, "tool_call_chunks", None)
-    ]
+    asked = {"messages": [("user", "note")]}
+    if is_async:
+        found = [chunk async for chunk, _ in agent.astream(asked, THREAD, stream_mode="messages")]
+    else:
+        found = [chunk for chunk, _ in agent.stream(asked, THREAD, stream_mode="messages")]
+    pieces = [chunk for chunk in found if getattr(chunk, "tool_call_chunks", None)]
     arguments = "".join(piece["args"] or "" for chunk in pieces for piece in chunk.tool_call_chunks)
     assert json.loads(arguments) == {"text": TEXT}
     assert len(pieces) > len(TEXT) / 2
+
+
+async def test_an_agents_conversation_can_be_named_around_it_in_async_code(make_engine: MakeEngine) -> None:
+    agent: Any = create_agent(ChatCopySpec(engine=make_engine(agent_reply)), [note])
+    with conversation("named"):
+        state = await agent.ainvoke({"messages": [("user", "note")]})
+    assert {stats(answer)["session_id"] for answer in answers(state["messages"])} == {"named"}
 
 
 def test_a_tools_error_is_a_message_that_the_model_answers(make_engine: MakeEngine) -> None:
