@@ -61,7 +61,7 @@ _SAME_READING_S = 0.1
 _making = threading.Lock()
 
 
-def _instruments(provider: MeterProvider) -> dict[str, Any]:
+def instruments_of(provider: MeterProvider) -> dict[str, Any]:
     """The process's instruments by their names; those of engines read themselves."""
     with _making:  # else two first calls at once would make all of them twice
         return _made_once(provider)
@@ -141,7 +141,7 @@ class Telemetry:
         try:
             if metrics is not None:
                 _observed.add(self)
-            return CallTrace(self.model, request, traces, None if metrics is None else _instruments(metrics))
+            return CallTrace(self.model, request, traces, None if metrics is None else instruments_of(metrics))
         except Exception:
             logger.exception("a call could not be told to OpenTelemetry")
             return None

@@ -339,7 +339,7 @@ def test_instruments_are_made_once_whoever_calls_first() -> None:
 
     provider = Slow()
     with ThreadPoolExecutor(4) as pool:
-        first, *others = pool.map(telemetry._instruments, [provider] * 4)
+        first, *others = pool.map(telemetry.instruments_of, [provider] * 4)
     assert len(made) == 1
     assert all(other is first for other in others)
     provider.shutdown()
