@@ -129,8 +129,9 @@ def test_an_uninstallation_leaves_nothing_behind(built: Path, tmp_path: Path) ->
     """Neither files beside others' nor compiled code; what was kept is in the cache folder."""
     venv.create(tmp_path / "venv")
     prefix = str(tmp_path / "venv")
-    site = Path(sysconfig.get_path("purelib", "venv", {"base": prefix, "platbase": prefix}))
-    scripts = Path(sysconfig.get_path("scripts", "venv", {"base": prefix, "platbase": prefix}))
+    scheme = "nt" if os.name == "nt" else "posix_prefix"  # the one of environments has no name before Python 3.11
+    site = Path(sysconfig.get_path("purelib", scheme, {"base": prefix, "platbase": prefix}))
+    scripts = Path(sysconfig.get_path("scripts", scheme, {"base": prefix, "platbase": prefix}))
     python = str(scripts / "python")
     (site / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
 
