@@ -24,9 +24,16 @@ from copyspec_engine.values.options import Options, declared
 __all__ = ["commands", "on_files", "on_page_content", "on_page_markdown"]
 
 MARK = re.compile(r"<!-- (options|command|metrics|traces): (.*?) -->")
-PLACES = re.compile(r"<code>[^<]*</code>|<td[ >][^<]*</td>")
-WHOLE = re.compile(r"(?<![^\s>,(])-{1,2}[a-z][\w-]*|(?<![^\s>,(])\w+(?:-\w+)+|\([\d.,]+ to [\d.,]+\)")
+TAG = re.compile(r"(<[^>]*>)")
+OPTION, NAME, INTERVAL = r"-{1,2}[a-z][\w-]*", r"\.?\w[\w.]*(?:-[\w.]*\w)+", r"\([-\d.,%]+ to [-\d.,%]+\)"
+WHOLE = re.compile(rf"((?<![^\s>,(\[])(?:{OPTION}|{NAME})|{INTERVAL})")
 """Options, names with hyphens, and intervals: a browser would break a line inside them."""
+JOINT = re.compile(r"(?<=\w)[.(=](?=[a-z_\"])", flags=re.IGNORECASE)
+"""Where a long name in a table may be broken on a telephone."""
+TEST = re.compile(r"\btest_\w+")
+"""A name that is too long for a table anywhere."""
+FIELD = re.compile(r"<code>((\w+)\.(\w+))</code>(?!</a>)")
+ATTRIBUTE = re.compile(r'<div class="doc doc-object doc-attribute">\s*<h\d id="([^"]*)"')
 
 
 def on_files(files: Any, config: Any) -> None:  # noqa: ANN401 - of MkDocs, which only the docs need
@@ -42,9 +49,48 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     return MARK.sub(lambda mark: fill[mark[1]](mark[2]), markdown)
 
 
-def on_page_content(html: str, **_: object) -> str:
-    """What MkDocs calls with each page as HTML; names and figures in code and in tables are not broken."""
-    return PLACES.sub(lambda place: WHOLE.sub(r'<span class="whole">\g<0></span>', place[0]), html)
+def on_page_content(html: str, page: Any, **_: object) -> str:  # noqa: ANN401 - of MkDocs
+    """What MkDocs calls with each page as HTML: names lead to options, and names and figures are not broken.
+
+    The contents beside the page list no attributes of classes, which would hide the classes.
+    """
+    _leave_out(page.toc.items, set(ATTRIBUTE.findall(html)))
+    return _unbroken(FIELD.sub(_leading, html))
+
+
+def _leave_out(entries: list[Any], attributes: set[str]) -> None:
+    entries[:] = [entry for entry in entries if entry.id not in attributes]
+    for entry in entries:
+        _leave_out(entry.children, attributes)
+
+
+def _leading(name: re.Match[str]) -> str:
+    """`EngineConfig.model` as a link to where that option is described; other names as they are."""
+    kind = getattr(copyspec_engine, name[2], None)
+    known = isinstance(kind, type) and issubclass(kind, Options) and name[3] in kind.model_fields
+    return f'<a href="options.html#{name[1]}">{name[0]}</a>' if known else name[0]
+
+
+def _unbroken(html: str) -> str:
+    """A page whose names and figures stand in one line each, but for long names in tables on a telephone."""
+    parts, depth = TAG.split(html), dict.fromkeys(("pre", "code", "td"), 0)
+    for place, part in enumerate(parts):
+        if place % 2:
+            tag = part.strip("</>").split()[0]
+            depth[tag] = depth.get(tag, 0) + (-1 if part.startswith("</") else 1)
+        elif not depth["pre"]:
+            parts[place] = "".join(_piece(piece, whole, depth) for whole, piece in enumerate(WHOLE.split(part)))
+    return "".join(parts)
+
+
+def _piece(text: str, number: int, depth: dict[str, int]) -> str:
+    """Text as `WHOLE` splits it; in prose only what has a digit is kept whole: SmolLM2-135M, a date."""
+    if number % 2 and (depth["code"] or depth["td"] or any(map(str.isdigit, text))):
+        return f'<span class="whole">{text}</span>'
+    if not (depth["code"] and depth["td"]):
+        return text
+    jointed = JOINT.sub(r"\g<0><wbr>", text)
+    return TEST.sub(lambda name: name[0].replace("_", '_<wbr class="long">'), jointed)
 
 
 def commands() -> dict[str, Any]:
@@ -64,15 +110,19 @@ def _options(name: str) -> str:
     if not issubclass(kind, Options):
         raise ValueError(f"Got options: {name} but expected the name of a class of options")
     about = cleandoc(kind.__doc__ or "").partition("\n\nOptions:\n")[0]
-    fields = [
-        f"**`{field}`** &nbsp; `{declared(info)}`\n\n:   {_indented(info.description or '')}\n"
-        for field, info in kind.model_fields.items()
-    ]
-    return "\n".join([f"{about}\n", *fields])
+    fields = (_option(f"{name}.{field}", info) for field, info in kind.model_fields.items())
+    return "\n".join([f"{_escaped(about)}\n", *fields])
 
 
-def _indented(text: str) -> str:
-    return cleandoc(text).replace("\n", "\n    ")
+def _option(name: str, info: Any) -> str:  # noqa: ANN401 - of pydantic
+    here = f'<a class="headerlink" href="#{name}" title="Permanent link">&para;</a>'
+    about = _escaped(cleandoc(info.description or "")).replace("\n", "\n    ")
+    return f"**`{name.split('.')[1]}`**{{ #{name} }} &nbsp; `{declared(info)}` {here}\n\n:   {about}\n"
+
+
+def _escaped(text: str) -> str:
+    """Markdown whose angle brackets are letters: a text of the code holds no HTML."""
+    return "`".join(part if place % 2 else part.replace("<", "&lt;") for place, part in enumerate(text.split("`")))
 
 
 def _command(words: str) -> str:
@@ -108,7 +158,7 @@ def _traces(what: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\\[", "[")
+    return _escaped(text.replace("|", "\\|").replace("\\[", "["))
 
 
 def _default(option: Any) -> str:  # noqa: ANN401 - typer's own click

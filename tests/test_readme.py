@@ -14,7 +14,9 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +63,10 @@ COMMANDS = HOOK["commands"]()
 def options_of(command: str) -> set[str]:
     options = COMMANDS[command].params
     return {name for option in options for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+
+
+def content_of(html: str) -> str:
+    return str(HOOK["on_page_content"](html, page=SimpleNamespace(toc=SimpleNamespace(items=[]))))
 
 
 def snippets(page: str) -> list[str]:
@@ -122,6 +128,13 @@ def test_the_readme_is_short_and_every_line_of_prose_fits() -> None:
             assert len(line) <= 120 or line.startswith("| "), f"{page}: {line}"
 
 
+@pytest.mark.parametrize("page", [page for page in TEXTS if page.startswith("docs/")])
+def test_every_line_of_code_fits_the_page(page: str) -> None:
+    """The site has room for 97 letters beside its contents, in a window of 1280 pixels."""
+    for code in re.findall(r"^```\w*\n(.*?)^```", TEXTS[page], flags=re.DOTALL | re.MULTILINE):
+        assert not [line for line in code.splitlines() if len(line) > 97]
+
+
 def test_no_paragraph_stands_in_two_places() -> None:
     paragraphs = Counter(
         " ".join(paragraph.split())
@@ -139,9 +152,46 @@ def test_the_commands_of_make_are_targets(name: str) -> None:
 
 
 def test_names_and_figures_of_a_page_are_not_broken() -> None:
-    page = "<code>copyspec demo --compare</code> <td>1.19x (1.15 to 1.24)</td> <td>mt-redundant</td> a-b --c"
-    whole = re.findall(r'<span class="whole">(.*?)</span>', HOOK["on_page_content"](page))
-    assert whole == ["--compare", "(1.15 to 1.24)", "mt-redundant"]
+    page = "<code>demo [--compare]</code> <td>1.6x (-1.03 to 4.77)</td> <td><b>mt-redundant</b></td> a-b Phi-4-mini --c"
+    whole = re.findall(r'<span class="whole">(.*?)</span>', content_of(page))
+    assert whole == ["--compare", "(-1.03 to 4.77)", "mt-redundant", "Phi-4-mini"]
+    assert (
+        content_of("<pre><code>copyspec demo --compare</code></pre>")
+        == "<pre><code>copyspec demo --compare</code></pre>"
+    )
+
+
+def test_a_long_name_in_a_table_may_be_broken_at_its_dots_only() -> None:
+    cell = content_of('<td><code>Config(a_b="x", p=1.5)</code> 1.5, e.g.</td><p><code>a.b</code></p>')
+    assert cell == '<td><code>Config(<wbr>a_b=<wbr>"x", p=1.5)</code> 1.5, e.g.</td><p><code>a.b</code></p>'
+
+
+def test_the_name_of_a_test_in_a_table_goes_on_in_the_next_line() -> None:
+    name = "test_every_method_gives_the_tokens"
+    broken = name.replace("_", '_<wbr class="long">')
+    assert content_of(f"<td><code>{name}</code></td>") == f"<td><code>{broken}</code></td>"
+
+
+def test_an_option_that_a_page_names_leads_to_where_it_is_described() -> None:
+    page = "<code>EngineConfig.device</code> <code>EngineConfig.other</code> <code>Engine.info</code>"
+    linked, *others = content_of(page).split(" <code>")
+    assert linked == '<a href="options.html#EngineConfig.device"><code>EngineConfig.device</code></a>'
+    assert others == ["EngineConfig.other</code>", "Engine.info</code>"]
+    assert "{ #EngineConfig.device }" in HOOK["on_page_markdown"]("<!-- options: EngineConfig -->")
+
+
+def test_a_tag_that_an_option_speaks_of_is_no_html() -> None:
+    page = HOOK["on_page_markdown"]("<!-- options: Grammar -->\n<!-- options: ToolCalls -->")
+    assert '"&lt;/think>"' in page
+    assert "`str = '<tool_call>'`" in page
+
+
+def test_the_contents_beside_a_page_list_classes_and_no_attributes_of_theirs() -> None:
+    field, method = SimpleNamespace(id="C.x", children=[]), SimpleNamespace(id="C.f", children=[])
+    shown = SimpleNamespace(items=[SimpleNamespace(id="C", children=[field, method])])
+    html = '<div class="doc doc-object doc-attribute">\n\n<h4 id="C.x" class="doc doc-heading">'
+    HOOK["on_page_content"](html, page=SimpleNamespace(toc=shown))
+    assert shown.items[0].children == [method]
 
 
 def test_every_command_has_its_place_on_the_page_of_commands() -> None:
@@ -172,7 +222,7 @@ def test_the_page_of_options_has_every_field_of_every_class() -> None:
     kinds = [kind for name in copyspec_engine.__all__ if isinstance(kind := getattr(copyspec_engine, name), type)]
     classes = [kind for kind in kinds if issubclass(kind, Options)]
     assert set(re.findall(r"<!-- options: (\w+) -->", page)) == {kind.__name__ for kind in classes}
-    filled = HOOK["on_page_markdown"](page)
+    filled = unescape(HOOK["on_page_markdown"](page))
     for kind in classes:
         for name, field in kind.model_fields.items():
             assert f"**`{name}`**" in filled

@@ -25,6 +25,8 @@ _ROWS = ("rows", "results", "turns")
 """Where files of figures keep their rows."""
 LINE = 120
 """Characters of a line of Markdown, at most."""
+CODE_LINE = 97
+"""Of a line of code: the page of docs has no room for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ def commands(results: Results) -> str:
 def _continued(command: str) -> str:
     """A command in lines that a shell reads as one, no option apart from its value."""
     together = re.sub(r"(--\S+) (?!--)", "\\1\0", command)
-    return _wrapped(together, LINE - 4).replace("\n", " \\\n  ").replace("\0", " ")
+    return _wrapped(together, CODE_LINE - 4).replace("\n", " \\\n  ").replace("\0", " ")
 
 
 def _wrapped(text: str, width: int = LINE) -> str:
