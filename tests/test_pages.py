@@ -127,6 +127,36 @@ def test_a_page_fits_a_telephone(browser: Any, addresses: dict[str, str], name: 
     assert width <= 390
 
 
+def test_nothing_but_what_is_meant_to_is_moved_sideways_on_a_desk(browser: Any, docs: str, site: Path) -> None:
+    page = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce").new_page()
+    wider = []
+    for name in sorted(path.name for path in site.glob("*.html") if path.name != "404.html"):
+        page.goto(f"{docs}/{name}")
+        page.locator(".md-content h1").wait_for()
+        wider += page.evaluate(
+            "name => [...document.querySelectorAll('.md-typeset table, pre > code')]"
+            ".filter(part => Math.max(part.scrollWidth, part.offsetWidth) > part.closest('article').clientWidth)"
+            ".map(part => [name, part.textContent.slice(0, 60)])",
+            name,
+        )
+    page.context.close()
+    assert not wider
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("width", "ending"), [(1280, ".svg"), (390, "_narrow.svg")])
+def test_the_front_picture_is_that_of_the_page(browser: Any, docs: str, scheme: Any, width: int, ending: str) -> None:
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 844})
+    page = context.new_page()
+    page.goto(f"{docs}/index.html")
+    shown = page.evaluate(
+        "[...document.querySelectorAll('picture img')].filter(image => image.offsetWidth > 0)"
+        ".map(image => image.currentSrc.split('/').pop().split('#')[0])"
+    )
+    context.close()
+    assert shown == [f"front_{scheme}{ending}"]
+
+
 class Links(HTMLParser):
     """What a page links to, and the places of it that can be linked to."""
 

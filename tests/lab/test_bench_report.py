@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from copyspec_engine.cli.main import app
 from copyspec_engine.lab.display.charts import Bars, Lines, Plot
-from copyspec_engine.lab.display.plots import DESCRIPTION, drawn_data, save
+from copyspec_engine.lab.display.plots import DESCRIPTION, drawn_data, figure_of, save
 from copyspec_engine.lab.display.tables import Table
 from copyspec_engine.lab.evaluation.records import RunFacts
 from copyspec_engine.lab.measuring import machine
@@ -449,7 +449,7 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "ingredients": "| chats | 3.00 / 1.50 | -20.0% / -20.0% |",
         "propose": "| 16,000 | 53 us | 389 us | 35 ms | 2 MB |",
         "context": "| some/model | 1,010 | 2 | **30.0** | 10.0 | 5.00 | 3.00x | 6.00x | 4.00 | 12.5% |",
-        "demo": "| 1, append | **100** | 25.0 | 25.0 | 4.00x | 4.00x | 1/1 |",
+        "demo": "| 1, append | **100** | 25.0 | 25.0 |",
         "peers": "|  | over plain decoding | over llama.cpp | over llama.cpp in LangChain |",
         "serve": "| 2 | 4 | 4.00 | 100 | 80.0 | 80.0% (80.0% to 80.0%) |",
         "scale-sim": "| rendezvous | 99.120% | 99.980% | 100.0% | 0.0% | 1.25x | 2.00x | 0.2 s | 12.0 s |",
@@ -460,17 +460,16 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
         "engine": "| chats | 2 | 10 | **20.0** | 5.00 | 2.50 | 4.00x | 8.00x | 5.00 |",
         "draft-models": "| chats | 2 | 0.7 | 10.0 | 2.00x | 1.25x | - | 2.50x | - | 2.00x |",
         "speed": "| chats | 2 to 3 | **20.0** | 4.00x | 10.0x | - | 5.00 |",
-        "eval": "| gsm8k | some/model | adaptive | all | 100 | 2.00 | 50.0% | 50.0 | 2.00x | 4/4 | accuracy 0.75 |",
-        "free-eval": (
-            "| humaneval | 1 | 8 | 1.50 | 3.00 | 1.25x (1.10 to 2.90) | 2.50x (1.10 to 2.90) | 12.5% | 2.75 | 6 of 8 "
-            "| 2.00 | 1.75x | 8/8 |"
-        ),
+        "eval": "| gsm8k | adaptive | all | 100 | 2.00 | 50.0% | 50.0 | 2.00x | 4/4 | accuracy 0.75 |",
+        "free-eval": "| humaneval | 1 | 8 | 1.50 | 3.00 | 1.25x (1.10 to 2.90) | 2.50x (1.10 to 2.90) | 8/8 |",
         "reproduction": "",
         "reproduction-categories": "",
     }
     assert set(expected) == set(BLOCKS)
     for name, row in expected.items():
         assert row in block_of(name)
+    assert "| 1, append | 4.00x | 4.00x | 1/1 |" in block_of("demo")
+    assert "| humaneval | 1 | 12.5% | 2.75 | 6 of 8 | 2.00 | 1.75x |" in block_of("free-eval")
     text = Path("README.md").read_text(encoding="utf-8")
     assert text.startswith("# Figures\n\n<!-- bench: begin drafts -->\n|")
     assert text.endswith("<!-- bench: end -->\n\nBehind them.\n")
@@ -592,6 +591,8 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
     names = {
         "front_light",
         "front_dark",
+        "front_light_narrow",
+        "front_dark_narrow",
         "drafts_gpu",
         "context_bundled_cpu_float32",
         "growth_model_cpu_float32",
@@ -608,7 +609,9 @@ def test_plots_hold_what_the_results_give(report: Callable[..., Result], monkeyp
     (bars,) = plots["front_dark"].charts
     assert isinstance(bars, Bars)
     assert bars.series == (("copyspec", (100.0,)), ("plain decoding", (25.0,)), ("llama.cpp", (25.0,)))
-    assert bars == plots["front_light"].charts[0]
+    assert all(bars == plots[name].charts[0] for name in names if name.startswith("front_"))
+    wide, narrow = (figure_of(plots[f"front_light{which}"]) for which in ("", "_narrow"))
+    assert narrow.get_figwidth() < wide.get_figwidth() / 2
     speeds, ratios = plots["context_bundled_cpu_float32"].charts
     assert isinstance(speeds, Lines)
     assert speeds.series[0] == ("copyspec", ((10.0, 10.0), (30.0, 20.0), (50.0, 20.0), None))

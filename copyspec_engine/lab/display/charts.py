@@ -59,6 +59,8 @@ class Plot:
     charts: tuple[Chart, ...]
     caption: str
     page: Page = "any"
+    narrow: bool = False
+    """Drawn for a telephone: letters as large beside a picture half as wide, and the names below it."""
 
     @property
     def data(self) -> str:

@@ -46,10 +46,10 @@ _INKED: tuple[Any, ...] = (
     "axes.labelcolor",
 )
 ELEMENT_INCHES = (6.0, 3.6)
-WIDTH_INCHES, LEGEND_INCHES = 10.0, 2.3
-"""Of a file, and of a legend that stands beside the chart."""
-CAPTION_LETTERS = 165
-"""Letters of a caption in a line, over the usual width."""
+WIDTH_INCHES, NARROW_INCHES, LEGEND_INCHES = 10.0, 4.6, 2.3
+"""Of a file, of one for a telephone, and of a legend that stands beside the chart."""
+CAPTION_LETTERS = 16.5
+"""Letters of a caption in an inch."""
 _FEW = 3
 """Series whose names fit into a chart."""
 DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
@@ -152,17 +152,21 @@ def figure_of(plot: Plot) -> Figure:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for chart in plot.charts for name, _ in chart.series))
-    lines = [line for part in plot.caption.splitlines() for line in textwrap.wrap(part, CAPTION_LETTERS)]
+    width = NARROW_INCHES if plot.narrow else WIDTH_INCHES
+    letters = round(CAPTION_LETTERS * width)
+    lines = [line for part in plot.caption.splitlines() for line in textwrap.wrap(part, letters)]
     below = 0.16 * len(lines) + 0.15  # inches
     height = 4.0 + below
-    drawn = Figure(figsize=(WIDTH_INCHES, height))
+    drawn = Figure(figsize=(width, height))
     drawn.set_layout_engine("constrained", rect=(0, below / height, 1, 1 - below / height))
-    beside = len(plot.charts) == 1 and len(plot.charts[0].series) > _FEW  # too many to find room among the bars
-    room = (WIDTH_INCHES - beside * LEGEND_INCHES) / len(plot.charts)
+    outside = len(plot.charts) == 1 and len(plot.charts[0].series) > _FEW  # too many to find room among the bars
+    room = (width - (outside and not plot.narrow) * LEGEND_INCHES) / len(plot.charts)
     for axes, chart in zip(drawn.subplots(1, len(plot.charts), squeeze=False)[0], plot.charts, strict=True):
         _draw(axes, chart, [names.index(name) for name, _ in chart.series], room)
         axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
-        if beside:
+        if outside and plot.narrow:
+            axes.legend(loc="upper left", bbox_to_anchor=(-0.12, -0.18), ncols=2, frameon=False, fontsize=9)
+        elif outside:
             drawn.legend(loc="outside right upper", frameon=False, fontsize=9)
         elif len(chart.series) > 1:
             axes.legend(frameon=False, fontsize=9)

@@ -69,13 +69,20 @@ def _reproduced(key: _Key, labels: Sequence[str], values: Mapping[tuple[str, str
 
 
 def eval_tables(results: Results) -> list[Table]:
-    """Every run, a row for each turn."""
-    files = results["eval"]
-    if not files:
-        return []
-    body = tuple(_cells(result, row) for result in files for row in _rows(result))
-    headings = ("benchmark", "model", "drafter", "turn", *FIGURES, "identical", "metrics")
-    return [Table("Evaluation runs", headings, body, 4, notes(files))]
+    """Every run, a row for each turn: a table for each model, machine and day, without figures that none of it has."""
+    files: dict[str, list[Result]] = {}
+    for file in results["eval"]:
+        model = "" if file.record["model"] else f"{model_name('')}, "
+        files.setdefault(f"{model}{conditions(file)}", []).append(file)
+    return [_measured_together(title, found) for title, found in files.items()]
+
+
+def _measured_together(title: str, files: Sequence[Result]) -> Table:
+    headings = ("benchmark", "drafter", "turn", *FIGURES, "identical", "metrics")
+    rows = [_cells(result, row) for result in files for row in _rows(result)]
+    shown = [place for place in range(len(headings)) if any(row[place] != NONE for row in rows)]
+    body = tuple(tuple(row[place] for place in shown) for row in rows)
+    return Table(title, tuple(headings[place] for place in shown), body, 3, notes(files))
 
 
 def _cells(result: Result, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -84,7 +91,7 @@ def _cells(result: Result, row: Mapping[str, Any]) -> tuple[str, ...]:
     same = record["identical"]
     identical = f"{same['same']}/{same['of']}" if last and same["of"] else ""
     metrics = ", ".join(f"{name} {metric_text(value)}" for name, value in record["metrics"].items()) if last else ""
-    names = (record["benchmark"], model_name(record["model"]), record["drafter"], str(row["turn"]))
+    names = (record["benchmark"], record["drafter"], str(row["turn"]))
     return (*names, *figure_cells(row), identical or NONE, metrics or NONE)
 
 
@@ -93,10 +100,10 @@ def free_eval_tables(results: Results) -> list[Table]:
     free = [
         file for file in results["eval"] if not file.facts["recorded"] and file.record["drafter"] in (_PAPER, _OURS)
     ]
-    return [table for table in (_over_plain(free), _over_peers(free)) if table.rows]
+    return [table for table in (*_over_plain(free), _over_peers(free)) if table.rows]
 
 
-def _over_plain(files: Sequence[Result]) -> Table:
+def _over_plain(files: Sequence[Result]) -> list[Table]:
     found: dict[tuple[str, str], dict[str, tuple[Result, Mapping[str, Any]]]] = {}
     for file in files:
         for row in _rows(file):
@@ -104,10 +111,18 @@ def _over_plain(files: Sequence[Result]) -> Table:
                 found.setdefault((file.record["benchmark"], str(row["turn"])), {})[file.record["drafter"]] = (file, row)
     shown = {key: drafters for key, drafters in found.items() if _OURS in drafters}
     used = {file.name: file for drafters in shown.values() for file, _ in drafters.values()}
-    headings = ("benchmark", "turn", "conversations", "paper", "ours", "paper, over plain", "ours, over plain")
-    loops = ("tokens in loops", "ours before loops", "answers without", "ours in them", "over plain", "identical")
-    body = tuple(_free_cells(key, drafters) for key, drafters in shown.items())
-    return Table("Over plain decoding", (*headings, *loops), body, 3, notes(list(used.values())))
+    over = ("benchmark", "turn", "conversations", "paper", "ours", "paper, over plain", "ours, over plain", "identical")
+    loops = ("benchmark", "turn", "tokens in loops", "ours before loops", "answers without loops", "ours in them")
+    return [
+        Table("Over plain decoding", over, tuple(_free_cells(*found) for found in shown.items()), 3),
+        Table(
+            "The same without loops",
+            (*loops, "over plain"),
+            tuple(_loop_cells(*found) for found in shown.items()),
+            2,
+            notes(list(used.values())),
+        ),
+    ]
 
 
 def _over_peers(files: Sequence[Result]) -> Table:
@@ -134,24 +149,20 @@ def _over_peers(files: Sequence[Result]) -> Table:
 def _free_cells(key: tuple[str, str], drafters: Mapping[str, tuple[Result, Mapping[str, Any]]]) -> tuple[str, ...]:
     file, ours = drafters[_OURS]
     paper = drafters[_PAPER][1] if _PAPER in drafters else None
-    without, same = ours["without_loops"], file.record["identical"]
+    same = file.record["identical"]
     passes, speeds = [], []
     for row in (paper, ours):
         passes.append(NONE if row is None else figure(row["tokens_per_forward"]))
         speeds.append(NONE if row is None else times(row["speedup"]) + limits(row["speedup_interval"]))
-    left = ours["answers"] - ours["looping_answers"]
+    return (*key, str(file.record["num_tasks"]), *passes, *speeds, f"{same['same']}/{same['of']}")
+
+
+def _loop_cells(key: tuple[str, str], drafters: Mapping[str, tuple[Result, Mapping[str, Any]]]) -> tuple[str, ...]:
+    ours = drafters[_OURS][1]
+    without, left = ours["without_loops"], ours["answers"] - ours["looping_answers"]
     others = (figure(without["tokens_per_forward"]), times(without["speedup"])) if without else (NONE, NONE)
-    return (
-        *key,
-        str(file.record["num_tasks"]),
-        *passes,
-        *speeds,
-        percent(ours["loop_share"]),
-        figure(ours["tokens_per_forward_before_loops"]),
-        f"{left} of {ours['answers']}",
-        *others,
-        f"{same['same']}/{same['of']}",
-    )
+    before = figure(ours["tokens_per_forward_before_loops"])
+    return (*key, percent(ours["loop_share"]), before, f"{left} of {ours['answers']}", *others)
 
 
 def _peer_cells(row: Mapping[str, Any], peer: Mapping[str, Any]) -> tuple[str, ...]:
@@ -171,6 +182,6 @@ def eval_plots(results: Results) -> list[Plot]:
                 value.setdefault(name, {})[f"{result.record['benchmark']}, turn {row['turn']}"] = speed
     groups = tuple(dict.fromkeys(group for heights in value.values() for group in heights))
     series = tuple((name, tuple(map(heights.get, groups))) for name, heights in value.items())
-    caption = "\n".join(f"{result.name}: {conditions(result)}" for result in results["eval"])
+    caption = "\n".join(dict.fromkeys(map(conditions, results["eval"])))
     title = "Speed over plain decoding of the same run"
     return [Plot("evaluation", (Bars(title, "times as fast", groups, series, 1.0),), caption)] if groups else []

@@ -27,27 +27,30 @@ Row = Mapping[str, Any]
 
 
 def demo_tables(results: Results) -> list[Table]:
-    """For each file of the demo tokens per second of every way, a row for each turn, and ours over each."""
-    return [_demo_table(file) for file in results["demo"]]
+    """For each file of the demo tokens per second of every way, and ours over each, a row for each turn."""
+    return [table for file in results["demo"] for table in _of_demo(file)]
 
 
-def _demo_table(file: Result) -> Table:
+def _of_demo(file: Result) -> list[Table]:
     ways = _ways_of(file)
     others = [way for way in ways if way != _OURS]
     turns = {f"{number}, {row['edit']}": [row] for number, row in enumerate(file.rows, 1)}
-    body = []
+    speed_rows, ratio_rows = [], []
     for label, rows in {**turns, "all": list(file.rows)}.items():
         speeds = {way: _speed(rows, way) for way in ways}
         over = (times(speeds[_OURS] / speeds[way]) for way in others)
         same = f"{sum(row['identical'] for row in rows)}/{len(rows)}"
-        body.append((label, f"**{figure(speeds[_OURS])}**", *(figure(speeds[way]) for way in others), *over, same))
-    ratios = (f"over {way}" for way in others)
-    headings = ("turn", f"{_OURS}, tokens/s", *others, *ratios, "identical to plain decoding")
-    return Table(f"The demo, {conditions(file)}", headings, tuple(body), 1, notes([file]))
+        speed_rows.append((label, f"**{figure(speeds[_OURS])}**", *(figure(speeds[way]) for way in others)))
+        ratio_rows.append((label, *over, same))
+    ratios = ("turn", *(f"over {way}" for way in others), "identical to plain decoding")
+    return [
+        Table("Tokens per second, the prompt's time included", ("turn", _OURS, *others), tuple(speed_rows)),
+        Table(f"{_OURS} over each", ratios, tuple(ratio_rows), 1, notes([file])),
+    ]
 
 
 def front_plots(results: Results) -> list[Plot]:
-    """One picture twice: for a light page and for a dark one."""
+    """One picture four times: for a light page and for a dark one, wide and for a telephone."""
     if results["demo"]:
         file = results["demo"][0]
         groups = tuple(f"turn {number}, {row['edit']}" for number, row in enumerate(file.rows, 1))
@@ -64,7 +67,11 @@ def front_plots(results: Results) -> list[Plot]:
     bars = tuple((name, tuple(values)) for name, values in series.items())
     chart = Bars("Speed, turn by turn: more is better", "tokens per second", groups, bars)
     caption = f"{conditions(file)}\n{shortened(file.facts['command'])}"
-    return [Plot(f"front_{page}", (chart,), caption, page) for page in _PAGES]
+    return [
+        Plot(f"front_{page}{'_narrow' * narrow}", (chart,), caption, page, narrow)
+        for page in _PAGES
+        for narrow in (False, True)
+    ]
 
 
 def _ways_of(file: Result) -> list[str]:
