@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -34,7 +35,7 @@ def run_info(config: EngineConfig, console: Console, *, as_json: bool = False) -
     if as_json:
         console.print_json(json.dumps(for_a_report(info)))
     else:
-        console.print(_table(info))
+        _print(_rows(info), console)
     return 0
 
 
@@ -54,9 +55,9 @@ def _without_folders(model: str) -> str:
     return path.name if path.exists() or path.is_absolute() else model
 
 
-def _table(info: EngineInfo) -> Table:
+def _rows(info: EngineInfo) -> dict[str, str]:
     slots, kept = info.num_kv_slots, kept_curve_of(info)
-    rows = {
+    return {
         "model": info.model,
         "read from": info.model_source,
         "architecture": info.architecture,
@@ -70,7 +71,7 @@ def _table(info: EngineInfo) -> Table:
         "tool calling": info.tool_calling or "no",
         "drafting": "yes" if info.drafting_error is None else f"no: {info.drafting_error}",
         "answers": info.lossless,
-        "cost of a pass": ", ".join(f"{width} tokens: {1000 * cost:.3g} ms" for width, cost in info.step_cost) or "-",
+        "cost of a pass": ", ".join(_cost(width, seconds) for width, seconds in info.step_cost) or "-",
         "cost measured": f"{kept.measured_at}, kept in {kept.path}" if kept else "when it was loaded, not kept",
         "sampling defaults": _options(info.sampling_defaults),
         "defaults not done": ", ".join(info.sampling_defaults_not_done) or "-",
@@ -81,12 +82,24 @@ def _table(info: EngineInfo) -> Table:
         "system": info.system,
         **{f"{name} version": version for name, version in sorted(info.versions.items())},
     }
-    grid = Table(show_header=False, box=None)
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")  # a path that is longer than the line stays whole
+
+
+def _print(rows: dict[str, str], console: Console) -> None:
+    """A row for each value; a word that finds no room beside the names, a path, stays one word to copy."""
+    width = max(map(cell_len, rows))
     for name, value in rows.items():
+        if max(map(cell_len, value.split()), default=0) > console.width - width - 3:
+            console.print(f" [bold]{name:{width}}[/] {escape(value)}", soft_wrap=True)
+            continue
+        grid = Table(show_header=False, box=None)
+        grid.add_column(no_wrap=True, width=width)
+        grid.add_column()
         grid.add_row(f"[bold]{name}[/]", escape(value))
-    return grid
+        console.print(grid)
+
+
+def _cost(width: int, seconds: float) -> str:
+    return f"{width} token{'s' * (width > 1)}: {1000 * seconds:.3g} ms"
 
 
 def _options(options: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ def table(title: str, rows: Mapping[str, object]) -> str:
     cell = "text-align:left;padding:0.1em 1em 0.1em 0;vertical-align:top"
     shown = "".join(
         f'<tr><th scope="row" style="{cell};font-weight:normal;opacity:0.75;white-space:nowrap">{exact(name)}</th>'
-        f'<td style="{cell}">{exact(str(value))}</td></tr>'
+        f'<td style="{cell};overflow-wrap:anywhere">{exact(str(value))}</td></tr>'
         for name, value in rows.items()
     )
     return f'<div style="margin:0.3em 0"><b>{exact(title)}</b></div><table style="border:none">{shown}</table>'

@@ -30,9 +30,9 @@ def run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     assert not cache.exists()
     monkeypatch.setattr(pass_cost, "measure_pass_cost", lambda *_args, **_options: CURVE)
 
-    def invoke(command: str, *words: str) -> Result:
+    def invoke(command: str, *words: str, columns: int = 200) -> Result:
         named = () if "--model" in words else ("--model", "bundled")
-        return CliRunner().invoke(app, [command, *named, *words, "--device", "cpu"], env={"COLUMNS": "200"})
+        return CliRunner().invoke(app, [command, *named, *words, "--device", "cpu"], env={"COLUMNS": str(columns)})
 
     return invoke
 
@@ -99,9 +99,10 @@ def test_info_says_when_the_costs_were_measured_and_where_they_are_kept(run: Cal
     result = run("info")
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
-    assert "1 tokens: 4 ms, 2 tokens: 5 ms, 64 tokens: 20 ms" in text
+    assert "1 token: 4 ms, 2 tokens: 5 ms, 64 tokens: 20 ms" in text
     assert curve.measured_at in text
     assert curve.path.name in text
+    assert str(curve.path) in run("info", columns=50).output  # in one piece, to be copied
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
