@@ -131,8 +131,14 @@ def _parameters(options: type) -> tuple[list[inspect.Parameter], list[str]]:
 class _RecordedCommand(TyperCommand):
     """Lets an option that may be repeated take its values in a row: `--transcripts A B C`.
 
-    Keeps the words of the command line in the context, for the record of a measurement.
+    Keeps the words of the command line in the context, for the record of a measurement. Its help is without boxes:
+    their columns for names, types and what is said leave none of them room in a terminal of 80 columns, and cut names.
     """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer and click differ on the types
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+        formatter.buffer = [part.replace("\\[", "[") for part in formatter.buffer]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer and click differ on the type
         ctx.meta["command"] = shlex.join([*ctx.command_path.split(), *args])

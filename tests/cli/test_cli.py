@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from copyspec_engine import ConfigError, Engine, EngineConfig, EngineInfo, SamplingParams, Segment, shared_engine
@@ -329,6 +330,19 @@ def test_help_shows_brackets() -> None:
     for command in (("calibrate",), ("bench", "drafts")):
         shown = CliRunner().invoke(app, [*command, "--help"]).output
         assert "[[tokens, seconds], ...]" in " ".join(re.sub("[│\\n]", " ", shown).split())
+
+
+def test_help_cuts_no_name_in_a_terminal_of_80_columns() -> None:
+    def walk(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+        yield words, command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk((*words, name), inner)
+
+    for words, command in walk((), get_command(app)):
+        shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).output
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown, words
+        for option in command.params:
+            assert all(name in shown for name in (*option.opts, *option.secondary_opts) if name.startswith("-")), words
 
 
 def test_an_unknown_option_is_exit_code_2() -> None:
