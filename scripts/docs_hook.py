@@ -33,6 +33,8 @@ JOINT = re.compile(r"(?<=\w)[.(=](?=[a-z_\"])", flags=re.IGNORECASE)
 TEST = re.compile(r"\btest_\w+")
 """A name that is too long for a table anywhere."""
 FIELD = re.compile(r"<code>((\w+)\.(\w+))</code>(?!</a>)")
+HEADLESS = re.compile(r"<th([^>]*)></th>")
+"""Above names of rows: a heading without a text is none."""
 ATTRIBUTE = re.compile(r'<div class="doc doc-object doc-attribute">\s*<h\d id="([^"]*)"')
 
 
@@ -55,7 +57,7 @@ def on_page_content(html: str, page: Any, **_: object) -> str:  # noqa: ANN401 -
     The contents beside the page list no attributes of classes, which would hide the classes.
     """
     _leave_out(page.toc.items, set(ATTRIBUTE.findall(html)))
-    return _unbroken(FIELD.sub(_leading, html))
+    return _unbroken(FIELD.sub(_leading, HEADLESS.sub(r"<td\1></td>", html)))
 
 
 def _leave_out(entries: list[Any], attributes: set[str]) -> None:

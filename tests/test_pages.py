@@ -32,7 +32,7 @@ from tests.serve.servers import serving
 pytestmark = pytest.mark.enable_socket
 ROOT = Path(__file__).parents[1]
 AXE = ROOT / ".node" / "node_modules" / "axe-core" / "axe.min.js"
-PAGES = ("docs", "docs of options", "answers", "report", "chat", "document")
+PAGES = ("docs", "docs of options", "docs of benchmarks", "docs of the API", "answers", "report", "chat", "document")
 SCHEMES = ("light", "dark")
 
 
@@ -80,6 +80,7 @@ def addresses(docs: str, server: str, tmp_path_factory: pytest.TempPathFactory) 
     (folder / "report.html").write_text(report_page("Two runs", (table, words), (chart,)), encoding="utf-8")
     files = {name: (folder / f"{name}.html").as_uri() for name in ("answers", "report")}
     pages = {"docs": f"{docs}/index.html", "docs of options": f"{docs}/options.html"}
+    pages |= {"docs of benchmarks": f"{docs}/benchmarks.html", "docs of the API": f"{docs}/api.html"}
     return files | pages | dict.fromkeys(("chat", "document"), server)
 
 

@@ -161,6 +161,10 @@ def test_names_and_figures_of_a_page_are_not_broken() -> None:
     )
 
 
+def test_a_column_without_a_heading_has_none_for_a_screen_reader_either() -> None:
+    assert content_of("<tr><th></th><th>turns</th></tr>") == "<tr><td></td><th>turns</th></tr>"
+
+
 def test_a_long_name_in_a_table_may_be_broken_at_its_dots_only() -> None:
     cell = content_of('<td><code>Config(a_b="x", p=1.5)</code> 1.5, e.g.</td><p><code>a.b</code></p>')
     assert cell == '<td><code>Config(<wbr>a_b=<wbr>"x", p=1.5)</code> 1.5, e.g.</td><p><code>a.b</code></p>'
