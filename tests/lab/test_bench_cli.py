@@ -26,7 +26,7 @@ from tests.lab.test_bench_engine import TINY
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs" / "measuring.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "measuring.md").read_text(encoding="utf-8").replace("\\\n", " ")
 COMMANDS = re.findall(r"^copyspec bench ((?!peers).*)$", GUIDE, flags=re.MULTILINE)
 """Those on a real model are in test_bench_peers.py."""
 RESULT_KEYS = {

@@ -475,6 +475,19 @@ def test_every_kind_of_result_comes_into_its_block(report: Callable[..., Result]
     assert text.endswith("<!-- bench: end -->\n\nBehind them.\n")
 
 
+def test_evaluation_runs_share_a_table_if_they_were_measured_alike(report: Callable[..., Result]) -> None:
+    for place in ("first", "second"):
+        run = run_summary()
+        run["facts"] = {**run["facts"], "date": "2026-11-25T10:00:00+00:00"}
+        run["metrics"], run["identical"] = {}, {"same": 0, "of": 0}
+        Path(f"benchmarks/results/eval_{place}.json").write_text(json.dumps(run), encoding="utf-8")
+    assert report().exit_code == 0
+    table = next(table for table in tables_of("eval") if "2026-11-25" in table.title)
+    assert len(table.rows) == 6
+    assert not {"identical", "metrics"} & set(table.headings)
+    assert "`eval_first.json`, `eval_second.json`" in table.note
+
+
 def test_recorded_answers_of_the_paper_and_of_ours_share_a_row(report: Callable[..., Result]) -> None:
     runs = {
         "eval_paper": recorded("copyspec", "", 1.1, None),
