@@ -18,6 +18,9 @@ from tests.loop.test_lossless import PROMPT, OracleTrees, generate, ids_of, run
 MakeEngine = Callable[..., Engine]
 NUM_TOKENS = 20
 
+# The last transformers for Python 3.10 scripts a function of gpt_bigcode as it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 
 @pytest.mark.parametrize("name", sorted(MORE))
 def test_tokens_equal_generate_with_and_without_drafts_over_turns(make_engine: MakeEngine, name: str) -> None:
