@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 from copyspec_engine.memory.conversation import KINDS, SessionMemory
-from copyspec_engine.values.errors import ConfigError, about
+from copyspec_engine.values.errors import ConfigError, EngineStoppedError, about
 from copyspec_engine.values.tokens import Fingerprint, TokenArray
 
 __all__ = ["ConversationMemory", "Snapshot", "StoredText", "read_export", "snapshot"]
@@ -141,10 +141,13 @@ class ConversationMemory:
         return f"{type(self).__name__}({self.session_id!r})"
 
     def _repr_html_(self) -> str:
-        """What notebooks show: the latest texts, shortened."""
+        """What notebooks show: the latest texts, shortened; of an engine that has stopped, that it has."""
         from copyspec_engine.values.html import table
 
-        texts = self.texts()
+        try:
+            texts = self.texts()
+        except EngineStoppedError as error:
+            return table(self.session_id, {"texts": error})
         shown = {
             f"{text.number} \N{MIDDLE DOT} {text.kind} \N{MIDDLE DOT} {len(text.token_ids):,} tokens": _short(text.text)
             for text in texts[-_SHOWN_TEXTS:]

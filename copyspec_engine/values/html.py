@@ -6,6 +6,7 @@ dark pages; styles stand in the elements themselves, which viewers that drop sty
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -48,6 +49,7 @@ KINDS: dict[CopySource, Kind] = {
 }
 """The kinds of sources that answers are explained by."""
 
+_NOT_HELD = re.compile("[\0\ud800-\udfff]")
 MARKED_CHARACTERS = 12
 """Copies of fewer have no mark: it would tear words apart."""
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;line-height:1.6;margin:0.3em 0"
@@ -70,8 +72,11 @@ def look() -> str:
 
 
 def exact(text: str) -> str:
-    """A text as a browser reads it back: line ends as they are, and something in place of a zero, which HTML drops."""
-    return escape(text).replace("\r", "&#13;").replace("\0", "\N{REPLACEMENT CHARACTER}")
+    """A text as a browser reads it back: line ends as they are, and something in place of what no page can hold.
+
+    That is a zero, which HTML drops, and half a surrogate pair, which UTF-8 has no bytes for.
+    """
+    return _NOT_HELD.sub("\N{REPLACEMENT CHARACTER}", escape(text)).replace("\r", "&#13;")
 
 
 def marked_text(pieces: Iterable[Marked]) -> str:

@@ -63,10 +63,11 @@ _APPEARS_AFTER_S = 1.0
 def progress_bar() -> Iterator[OnProgress]:
     """A bar in a notebook, or on standard error where that is a terminal; elsewhere nothing is shown.
 
-    It goes away when the load is over. It is tqdm's, which transformers brings along; TQDM_DISABLE=1 turns it off.
+    It goes away when the load is over; a terminal that hangs up meanwhile costs the bar, not the load. It is tqdm's,
+    which transformers brings along; TQDM_DISABLE=1 turns it off.
     """
     in_notebook = "ipykernel" in sys.modules
-    if not (in_notebook or sys.stderr.isatty()) or importlib.util.find_spec("tqdm") is None:
+    if not (in_notebook or _has_terminal()) or importlib.util.find_spec("tqdm") is None:
         yield lambda _: None
         return
     bar = _Bar()
@@ -74,6 +75,14 @@ def progress_bar() -> Iterator[OnProgress]:
         yield bar.show
     finally:
         bar.close()
+
+
+def _has_terminal() -> bool:
+    stream: Any = sys.stderr
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # None, as without a console; an object that knows no terminals; closed
+        return False
 
 
 class _Bar:
@@ -87,10 +96,18 @@ class _Bar:
         self._begin = time.perf_counter()
         self._bar: Any = None
         self._counts: tuple[int | None, str | None] | None = None
+        self._is_gone = False
+        """What it was drawn on."""
 
     def show(self, progress: LoadProgress) -> None:
-        if time.perf_counter() - self._begin < _APPEARS_AFTER_S:
+        if self._is_gone or time.perf_counter() - self._begin < _APPEARS_AFTER_S:
             return
+        try:
+            self._draw(progress)
+        except OSError:
+            self._is_gone = True
+
+    def _draw(self, progress: LoadProgress) -> None:
         counts = (progress.total, progress.unit)
         if self._bar is None or counts != self._counts:
             self.close()
@@ -106,6 +123,9 @@ class _Bar:
         return self._tqdm(total=progress.total, unit=unit, unit_scale=is_bytes, leave=False, **shape)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            try:
+                bar.close()
+            except OSError:
+                self._is_gone = True

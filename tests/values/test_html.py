@@ -102,6 +102,18 @@ def test_hostile_texts_stay_texts(make_engine: Callable[..., Engine]) -> None:
     assert read(Explanation(HOSTILE, ())).lstrip("\n").replace("\r", "") == seen
 
 
+def test_half_a_surrogate_pair_can_be_sent_to_a_browser() -> None:
+    assert html_of(Explanation("a\ud800b", ())).encode().decode().count("a\N{REPLACEMENT CHARACTER}b") == 1
+
+
+def test_the_memory_of_an_engine_that_was_closed_says_so(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(["an answer"])
+    memory = engine.memory("notes")
+    engine.close()
+    assert "notes" in read(memory)
+    assert "it was closed" in read(memory)
+
+
 def test_an_answer_shows_what_was_copied_and_its_figures(make_engine: Callable[..., Engine]) -> None:
     text = "the letter of Ann to Bo says: come on Monday"
     output = make_engine([text]).generate(GenerationRequest(prompt=text))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+
+from copyspec_engine.values import progress
 
 LOAD = """
 import sys, time, types
@@ -33,3 +37,26 @@ def test_a_load_shows_a_bar_where_somebody_looks(in_notebook: bool, variables: d
     assert ("reading the weights" in ran.stderr) == is_shown
     assert ("checking" in ran.stderr) == is_shown
     assert ran.stdout == ""
+
+
+class _HungUp(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(text)
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stderr", [None, closed(), object(), _HungUp()], ids=["none", "closed", "other", "hung up"])
+def test_a_load_goes_on_wherever_standard_error_leads(stderr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_APPEARS_AFTER_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with progress.progress_bar() as tell:
+        tell(progress.LoadProgress("read", "reading the weights", 1, 2, "it"))
+        tell(progress.LoadProgress("check", "checking"))
