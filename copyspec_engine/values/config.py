@@ -10,7 +10,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
 from urllib.parse import parse_qs
 
 from pydantic import (
@@ -102,12 +102,8 @@ class NoDrafter(_Options):
     draft_model_use: ClassVar[Literal["never"]] = "never"
 
 
-_DRAFTERS = {
-    "adaptive": AdaptiveDrafter,
-    "copyspec": CopySpecDrafter,
-    "draft-model": DraftModelDrafter,
-    "none": NoDrafter,
-}
+_AnyDrafter = AdaptiveDrafter | CopySpecDrafter | DraftModelDrafter | NoDrafter
+_DRAFTERS = {kind.model_fields["name"].default: kind for kind in get_args(_AnyDrafter)}
 
 
 def _as_texts(value: object) -> object:
@@ -129,19 +125,13 @@ def _drafter_from_name(value: object) -> object:
 
 
 DrafterConfig = Annotated[
-    Annotated[AdaptiveDrafter | CopySpecDrafter | DraftModelDrafter | NoDrafter, Field(discriminator="name")],
+    Annotated[_AnyDrafter, Field(discriminator="name")],
     BeforeValidator(_drafter_from_name),
 ]
 """A drafter object, or its name as a string."""
 
 if TYPE_CHECKING:
-    GivenDrafter = (
-        AdaptiveDrafter
-        | CopySpecDrafter
-        | DraftModelDrafter
-        | NoDrafter
-        | Literal["adaptive", "copyspec", "draft-model", "none"]
-    )
+    GivenDrafter = _AnyDrafter | Literal["adaptive", "copyspec", "draft-model", "none"]
 else:
     GivenDrafter = DrafterConfig
 """What type checkers let a caller give. A name has become an object once it is checked, so a field holds none."""
