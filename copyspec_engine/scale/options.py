@@ -58,8 +58,8 @@ def check_reachable(config: ServeConfig) -> None:
     """Raises ConfigError if others could reach the server without a key, or the keys cannot be read."""
     if Tenants(config).is_open and not config.is_local:
         raise ConfigError(
-            f"Got host={config.host!r}, which other machines reach, without any key: set api_keys or {KEY_VARIABLE}, "
-            "or use host 127.0.0.1",
+            f"Got host={config.host!r}, which other machines reach, without any key: set api_keys (--api-keys FILE) "
+            f"or {KEY_VARIABLE}, or use host 127.0.0.1",
             "host",
         )
 

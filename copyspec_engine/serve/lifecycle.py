@@ -65,8 +65,8 @@ def listen(config: ServeConfig) -> socket.socket:
     """
     if Tenants(config).is_open and not config.is_local:
         raise ConfigError(
-            f"Got host={config.host!r}, which other machines reach, without any key: set api_keys or {KEY_VARIABLE}, "
-            "or use host 127.0.0.1"
+            f"Got host={config.host!r}, which other machines reach, without any key: set api_keys (--api-keys FILE) "
+            f"or {KEY_VARIABLE}, or use host 127.0.0.1"
         )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

@@ -198,7 +198,7 @@ def _keys_of(path: Path) -> list[tuple[str, bytes]]:
         if said and found is None:
             raise ConfigError(
                 f"Got line {number} of {str(path)!r} but expected a name of letters, digits, '.', '_' and '-', and the "
-                "SHA-256 of a key in hex, as: ann $(printf %s KEY | sha256sum)"
+                "SHA-256 of a key in hex, as: echo \"ann $(printf %s KEY | sha256sum | cut -d' ' -f1)\""
             )
         if found is not None:
             keys.append((found[1], bytes.fromhex(found[2])))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,18 @@ async def test_keys_are_reread_and_bad_ones_leave_the_old(keys: Path) -> None:
         with pytest.raises(ConfigError, match=match):
             tenants.reread()
     assert tenants.of_key("carl-key") is not None
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
+def test_the_command_that_a_bad_line_is_answered_with_writes_a_good_one(keys: Path) -> None:
+    keys.write_text(f"ann {hashlib.sha256(b'KEY').hexdigest()}  -")
+    with pytest.raises(ConfigError, match="line 1") as refused:
+        Tenants(ServeConfig(api_keys=str(keys)), {})
+    command = str(refused.value).partition(", as: ")[2]
+    keys.write_bytes(subprocess.run(["sh", "-c", command], check=True, capture_output=True).stdout)
+    tenant = Tenants(ServeConfig(api_keys=str(keys)), {}).of_key("KEY")
+    assert tenant is not None
+    assert tenant.name == "ann"
 
 
 @pytest.mark.parametrize(

@@ -469,5 +469,8 @@ def explain(message: AIMessage) -> Explanation:
         ConfigError: the message is no whole answer of ours, or its text was changed.
     """
     if not isinstance(message, AIMessage):
-        raise ConfigError(f"Got message={message!r} but expected the AIMessage that a call returned")
+        raise ConfigError(
+            f"Got message of type {type(message).__name__} but expected the AIMessage that a call returned; of what an "
+            'agent returned that is one of ["messages"]'
+        )
     return explain_metadata(message.response_metadata.get("copyspec"), str(message.text))

@@ -44,7 +44,7 @@ def test_an_explanation_outlives_json(make_engine: MakeEngine) -> None:
 
 
 def test_responses_of_others_are_refused(make_engine: MakeEngine) -> None:
-    with pytest.raises(ConfigError, match="Got 'x' but expected a ChatResponse or CompletionResponse"):
+    with pytest.raises(ConfigError, match="Got response of type str but expected a ChatResponse or CompletionResponse"):
         CopySpec.explain("x")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="does not say where it came from"):
         CopySpec.explain(CompletionResponse(text="Hello."))

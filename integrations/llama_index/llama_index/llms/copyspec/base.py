@@ -213,8 +213,9 @@ class CopySpec(CallOptions, LocalModel, GrammarStructuredLLM, FunctionCallingLLM
         """
         if not isinstance(response, ChatResponse | CompletionResponse):
             raise ConfigError(
-                f"Got {response!r} but expected a ChatResponse or CompletionResponse: what chat or complete gives, or "
-                "the last one of a stream"
+                f"Got response of type {type(response).__name__} but expected a ChatResponse or CompletionResponse: "
+                "what chat or complete gives, or the last one of a stream. What a query engine or an agent gives has "
+                "only the text: its LLMChatEndEvent has the response"
             )
         text = response.text if isinstance(response, CompletionResponse) else response.message.content
         raw = response.raw if isinstance(response.raw, dict) else {}
