@@ -175,8 +175,8 @@ def test_the_oldest_python_can_install_every_version_that_is_pinned_for_it() -> 
     lines = (ROOT / "constraints" / "cpu.txt").read_text("utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     supported = {
-        (re.sub("[-_.]+", "-", found.name).lower(), found.version.partition("+")[0]): found.metadata["Requires-Python"]
-        for found in distributions()
+        (re.sub("[-_.]+", "-", one.name).lower(), one.version.partition("+")[0]): one.metadata.get("Requires-Python")
+        for one in distributions()
     }
     installed = []
     for pin in pins:
