@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     FiniteFloat,
+    GetPydanticSchema,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -104,6 +105,11 @@ class NoDrafter(_Options):
 
 _AnyDrafter = AdaptiveDrafter | CopySpecDrafter | DraftModelDrafter | NoDrafter
 _DRAFTERS = {kind.model_fields["name"].default: kind for kind in get_args(_AnyDrafter)}
+
+
+def _kept_as(kind: object) -> GetPydanticSchema:
+    """Validated and kept as a type, while type checkers let a user give the wider one that is declared."""
+    return GetPydanticSchema(lambda _, handler: handler.generate_schema(kind))
 
 
 def _as_texts(value: object) -> object:
@@ -480,9 +486,9 @@ class SamplingParams(_Options):
     ] = ()
     """(token id, what is added to its logit, -100 to 100) pairs; a dict is taken too, also with ids as strings. 100
     forces a token and -100 bans it, as for OpenAI."""
-    suppress_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    suppress_tokens: Annotated[Sequence[int], _kept_as(tuple[Annotated[int, Field(ge=0)], ...])] = ()
     """Token ids that never come."""
-    begin_suppress_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    begin_suppress_tokens: Annotated[Sequence[int], _kept_as(tuple[Annotated[int, Field(ge=0)], ...])] = ()
     """Token ids that the answer does not begin with."""
     bad_words: Annotated[tuple[str | tuple[Annotated[int, Field(ge=0)], ...], ...], BeforeValidator(_as_texts)] = ()
     """Texts, or runs of token ids, that do not come. A text is banned as the tokenizer spells it by itself and behind a
@@ -501,9 +507,9 @@ class SamplingParams(_Options):
     """Most tokens to generate; default: up to the end of the context."""
     min_tokens: int = Field(default=0, ge=0)
     """Tokens before which no id ends the answer; stop texts and the end of a grammar do."""
-    stop: Annotated[tuple[str, ...], BeforeValidator(_as_texts)] = ()
+    stop: Annotated[Sequence[str], _kept_as(tuple[str, ...]), BeforeValidator(_as_texts)] = ()
     """Texts that end the answer; they are not part of it. One text may be given by itself."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[Sequence[int], _kept_as(tuple[int, ...])] = ()
     """Token ids that end the answer besides the model's own end-of-sequence ids."""
     ignore_eos: bool = False
     """Go on after the model's own end-of-sequence ids."""

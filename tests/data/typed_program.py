@@ -25,6 +25,9 @@ llm_with = CopySpec(model="bundled", engine=adaptive, session_id="a", max_tokens
 completion = CopySpecCompletion(model="bundled", drafter="none")
 
 
+sampling = SamplingParams(stop=["\n\n"], stop_token_ids=[2], suppress_tokens=[3], begin_suppress_tokens=[4])
+
+
 def answer(engine: Engine) -> str:
     request = GenerationRequest(prompt="a", sampling=SamplingParams(max_tokens=3, temperature=0.0), drafter="none")
     output: GenerationOutput = engine.generate(request)
