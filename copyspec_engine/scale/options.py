@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from copyspec_engine.scale.config import ScaleConfig
 from copyspec_engine.serve.config import MAX_WAITING, ServeConfig
-from copyspec_engine.serve.tenants import KEY_VARIABLE, Tenants
+from copyspec_engine.serve.tenants import check_reachable
 from copyspec_engine.values.config import EngineConfig
 from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.options import advice
@@ -18,7 +18,7 @@ from copyspec_engine.values.options import advice
 if TYPE_CHECKING:
     from copyspec_engine.engine.engine import Engine
 
-__all__ = ["NOT_OURS", "check_reachable", "engine_maker", "split_options"]
+__all__ = ["NOT_OURS", "engine_maker", "split_options"]
 
 NOT_OURS = {
     "port": "Ray's proxies listen: say it in http_options of the Serve config file, or to `copyspec scale up`",
@@ -52,16 +52,6 @@ def split_options(args: Mapping[str, Any]) -> tuple[ScaleConfig, ServeConfig, En
         )
     check_reachable(options[1])
     return options
-
-
-def check_reachable(config: ServeConfig) -> None:
-    """Raises ConfigError if others could reach the server without a key, or the keys cannot be read."""
-    if Tenants(config).is_open and not config.is_local:
-        raise ConfigError(
-            f"Got host={config.host!r}, which other machines reach, without any key: set api_keys (--api-keys FILE) "
-            f"or {KEY_VARIABLE}, or use host 127.0.0.1",
-            "host",
-        )
 
 
 def engine_maker(config: ScaleConfig) -> Callable[[EngineConfig], Engine]:

@@ -26,7 +26,7 @@ from copyspec_engine.serve.calls import Calls
 from copyspec_engine.serve.config import ServeConfig
 from copyspec_engine.serve.front import Front
 from copyspec_engine.serve.service import Service
-from copyspec_engine.serve.tenants import KEY_VARIABLE, Tenants
+from copyspec_engine.serve.tenants import check_reachable
 from copyspec_engine.values.errors import ConfigError
 from copyspec_engine.values.progress import LoadProgress, OnProgress
 
@@ -63,11 +63,7 @@ def listen(config: ServeConfig) -> socket.socket:
     Raises:
         ConfigError: others could reach it without a key, the keys cannot be read, or the address cannot be had.
     """
-    if Tenants(config).is_open and not config.is_local:
-        raise ConfigError(
-            f"Got host={config.host!r}, which other machines reach, without any key: set api_keys (--api-keys FILE) "
-            f"or {KEY_VARIABLE}, or use host 127.0.0.1"
-        )
+    check_reachable(config)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

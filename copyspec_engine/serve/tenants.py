@@ -17,7 +17,7 @@ from copyspec_engine.serve.errors import ApiError
 from copyspec_engine.serve.kept import Answered, Kept, StoredConversation, StoredResponse
 from copyspec_engine.values.errors import ConfigError
 
-__all__ = ["DEFAULT_TENANT", "KEY_VARIABLE", "Tenant", "Tenants", "given_key"]
+__all__ = ["DEFAULT_TENANT", "KEY_VARIABLE", "Tenant", "Tenants", "check_reachable", "given_key"]
 
 DEFAULT_TENANT = "default"
 KEY_VARIABLE = "COPYSPEC_API_KEY"
@@ -161,6 +161,16 @@ class Tenants:
         if self._config.api_keys is not None:
             keys += _keys_of(Path(os.path.expanduser(self._config.api_keys)))
         return tuple(keys)
+
+
+def check_reachable(config: ServeConfig) -> None:
+    """Raises ConfigError if others could reach the server without a key, or the keys cannot be read."""
+    if Tenants(config).is_open and not config.is_local:
+        raise ConfigError(
+            f"Got host={config.host!r}, which other machines reach, without any key: set api_keys (--api-keys FILE) "
+            f"or {KEY_VARIABLE}, or use host 127.0.0.1",
+            "host",
+        )
 
 
 def given_key(headers: Mapping[str, str]) -> str:
